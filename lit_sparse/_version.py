@@ -1,0 +1,3 @@
+"""The version of lit_sparse."""
+
+__version__ = "0.1.0"

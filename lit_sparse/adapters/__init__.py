@@ -1,0 +1,1 @@
+"""Low-rank layers around frozen ones, and the surgery that puts them into a backbone; knows no paper."""

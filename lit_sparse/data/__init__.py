@@ -1,0 +1,1 @@
+"""LightningDataModules on Hugging Face data sets."""

@@ -1,0 +1,8 @@
+"""The error that a user can mend by changing an argument, a file or a configuration."""
+
+
+class UsageError(ValueError):
+    """Something the user asked for cannot be done; the message says what was found and what to do.
+
+    The command line prints these in one line, without a traceback. From Python it is an ordinary ``ValueError``.
+    """

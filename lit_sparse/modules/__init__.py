@@ -1,0 +1,1 @@
+"""LightningModules: a backbone, a method, an optimizer and a schedule."""
