@@ -1,0 +1,106 @@
+"""What is left of adapters: ranks, densities, remaining parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.linear import LowRankLinear
+from lit_sparse.functional import product_density, product_sparsity_bound
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """What is left of one adapter.
+
+    Args:
+        name: Full name of the layer.
+        rank: Ranks whose gate is not zero; all of them without gates.
+        max_rank: Ranks held.
+        density_A: Share of non-zero entries of A, ranks with zero gate counted as zero.
+        density_B: The same of B.
+        density_BA: Share of the frozen weight's entries that BA can change (its support).
+        density_BA_bound: The most that share can be by Proposition 1 of RoseLoRA.
+        remaining_parameters: Non-zero entries of A and B in live ranks, what a sparse file must hold.
+        adapted_parameters: Entries of the frozen weight.
+    """
+
+    name: str
+    rank: int
+    max_rank: int
+    density_A: float
+    density_B: float
+    density_BA: float
+    density_BA_bound: float
+    remaining_parameters: int
+    adapted_parameters: int
+
+
+@torch.no_grad()
+def sparsity_of(adapters: Sequence[LowRankLinear]) -> dict[str, Tensor]:
+    """Figures over all adapters, cheap enough to log during training: no host sync, layers of one width together.
+
+    Args:
+        adapters: At least one.
+
+    Returns:
+        Scalars on the adapters' device: ``mean_rank`` (live ranks per layer), ``zero_gates`` (share), ``density_A``,
+        ``density_B`` (share of non-zero entries, ranks with zero gate counted as zero) and
+        ``remaining_parameters``.
+    """
+    live = torch.cat([live_ranks(adapter) for adapter in adapters])
+    nonzero_A = (_nonzero_per_rank([a.lora_A for a in adapters]) * live).sum()
+    nonzero_B = (_nonzero_per_rank([a.lora_B_t for a in adapters]) * live).sum()
+    return {
+        "mean_rank": live.sum() / len(adapters),
+        "zero_gates": 1 - live.float().mean(),
+        "density_A": nonzero_A / sum(a.lora_A.numel() for a in adapters),
+        "density_B": nonzero_B / sum(a.lora_B_t.numel() for a in adapters),
+        "remaining_parameters": nonzero_A + nonzero_B,
+    }
+
+
+@torch.no_grad()
+def layer_sparsity(model: nn.Module) -> list[LayerSparsity]:
+    """What is left of every adapter of ``model``, in the model's order; forms BA's support, so not for every step."""
+    return [_layer(name, adapter) for name, adapter in adapters_in(model)]
+
+
+def live_ranks(adapter: LowRankLinear) -> Tensor:
+    """Which ranks have a non-zero gate, bool of shape ``(rank,)``; without gates all."""
+    if adapter.gate is None:
+        return torch.ones(adapter.rank, dtype=torch.bool, device=adapter.lora_A.device)
+    return adapter.gate.detach() != 0
+
+
+def _layer(name: str, adapter: LowRankLinear) -> LayerSparsity:
+    live = live_ranks(adapter)
+    A, B = adapter.lora_A * live.unsqueeze(1), (adapter.lora_B_t * live.unsqueeze(1)).t()
+    nonzero_A, nonzero_B = int(A.count_nonzero()), int(B.count_nonzero())
+    return LayerSparsity(
+        name=name,
+        rank=int(live.sum()),
+        max_rank=adapter.rank,
+        density_A=nonzero_A / A.numel(),
+        density_B=nonzero_B / B.numel(),
+        density_BA=float(product_density(A, B)),
+        density_BA_bound=1 - float(product_sparsity_bound(A, B)),
+        remaining_parameters=nonzero_A + nonzero_B,
+        adapted_parameters=adapter.weight.numel(),
+    )
+
+
+def _nonzero_per_rank(matrices: Sequence[Tensor]) -> Tensor:
+    """Non-zero entries in each row of all ``matrices``, in their order, shape ``(sum of ranks,)``."""
+    by_width: dict[int, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        by_width.setdefault(matrix.shape[1], []).append(index)
+    counts: dict[int, Tensor] = {}
+    for indices in by_width.values():
+        rows = torch.cat([matrices[i] for i in indices]).ne(0).sum(1)
+        counts.update(zip(indices, rows.split([matrices[i].shape[0] for i in indices]), strict=True))
+    return torch.cat([counts[i] for i in range(len(matrices))])

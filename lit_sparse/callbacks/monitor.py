@@ -1,0 +1,144 @@
+"""Log how sparse the adapters are, and show what is left of each layer at the end."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning_utilities.core.imports import RequirementCache
+
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.linear import LowRankLinear
+from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
+from lit_sparse.errors import UsageError
+
+_RICH = RequirementCache("rich")
+
+
+class SparsityMonitor(Callback):
+    """Log rank, gates, densities and remaining parameters to every logger of the Trainer.
+
+    During training: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
+    ``sparsity/density_B``, ``sparsity/remaining_parameters``, and in the progress bar ``rank`` and ``density``
+    (of A and B together). After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of
+    RoseLoRA, ``sparsity/density_BA_bound``, averaged over layers. After fit, a table of the layers, and
+    ``sparsity.csv`` with it in the logger's folder.
+
+    Args:
+        every_n_steps: Batches between two logs; None: the Trainer's ``log_every_n_steps``.
+
+    Raises:
+        UsageError: If ``every_n_steps`` < 1, or the module that is fitted holds no adapters.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UsageError(f"every_n_steps must be at least 1, or None for the Trainer's own; got {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self._adapters: list[LowRankLinear] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Find the adapters by type."""
+        self._adapters = [adapter for _, adapter in adapters_in(pl_module)]
+        if not self._adapters:
+            raise UsageError(f"SparsityMonitor found no adapter in {type(pl_module).__name__}. Call lit_sparse.inject.")
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Log the cheap figures every ``every_n_steps`` batches."""
+        every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if batch_idx % every:
+            return
+        figures = sparsity_of(self._adapters)
+        entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
+        # Replicated adapters give every process the same figures: nothing is to be reduced.
+        pl_module.log_dict({f"sparsity/{k}": v.float() for k, v in figures.items()}, batch_size=1)
+        short = {"rank": figures["mean_rank"], "density": figures["remaining_parameters"] / entries}
+        pl_module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Log the density of BA and its bound."""
+        layers = layer_sparsity(pl_module)
+        for key in ("density_BA", "density_BA_bound"):
+            mean = sum(getattr(layer, key) for layer in layers) / len(layers)
+            pl_module.log(f"sparsity/{key}", mean, batch_size=1)
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the table of layers and write it beside the logs."""
+        layers = layer_sparsity(pl_module)
+        if trainer.loggers and trainer.log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_table(layers, Path(trainer.log_dir) / "sparsity.csv")
+        _show(layers)
+
+
+def write_table(layers: list[LayerSparsity], path: Path) -> None:
+    """Write one row per layer as CSV, with the field names of :class:`LayerSparsity` as header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(LayerSparsity)])
+        writer.writeheader()
+        writer.writerows(asdict(layer) for layer in layers)
+
+
+def read_table(path: Path) -> list[LayerSparsity]:
+    """Read what :func:`write_table` wrote."""
+    kinds = {
+        "name": str,
+        "rank": int,
+        "max_rank": int,
+        "remaining_parameters": int,
+        "adapted_parameters": int,
+    }
+    with path.open(newline="", encoding="utf-8") as file:
+        return [LayerSparsity(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def _show(layers: list[LayerSparsity]) -> None:
+    header = ["layer", "rank", "density A", "density B", "density BA", "at most", "parameters"]
+    rows = [
+        [
+            layer.name,
+            f"{layer.rank}/{layer.max_rank}",
+            f"{layer.density_A:.3f}",
+            f"{layer.density_B:.3f}",
+            f"{layer.density_BA:.4f}",
+            f"{layer.density_BA_bound:.4f}",
+            f"{layer.remaining_parameters:,}",
+        ]
+        for layer in layers
+    ]
+    held = sum(layer.max_rank for layer in layers)
+    left = sum(layer.rank for layer in layers)
+    changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
+    share = changed / sum(layer.adapted_parameters for layer in layers)
+    parameters = sum(layer.remaining_parameters for layer in layers)
+    summary = (
+        f"{held - left} of {held} ranks are zero ({(held - left) / held:.1%}); {parameters:,} adapter parameters "
+        f"remain and change {share:.2%} of the adapted weights."
+    )
+    if _RICH:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header, title="Adapters after training")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
+        rank_zero_info("\n".join(["Adapters after training", *lines]))
+    rank_zero_info(summary)

@@ -1,0 +1,110 @@
+"""One LightningCLI behind ``lightning``, ``lit-sparse`` and ``python -m lit_sparse``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lit_sparse
+from lit_sparse.errors import TrainingError, UsageError
+from lit_sparse.modules.base import SparseModule
+
+DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours.
+
+Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1"""
+
+# A key that is not ours goes to the lightning command of another package, if there is one.
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class SparseParser(LightningArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
+        """Print what is wrong, and exit with status 2."""
+        _fail(message, status=2)
+
+
+class SparseCLI(LightningCLI):
+    """LightningCLI for the modules of this package and for any other by ``class_path``."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse an ``optimizer`` beside a module that builds its own."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        class_path = config.model.get("class_path", "")
+        given = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
+        if given and _is_sparse_module(class_path):
+            raise UsageError(
+                f"--{given[0]} does not reach {class_path}, which groups its own parameters: set "
+                "model.init_args.optimizer, lr_schedule and warmup instead."
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would replace the model of the configuration by the checkpoint's, without a word. What the
+        # user wrote stands; our modules refuse a checkpoint that does not fit.
+        return
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Errors that a user can mend are printed in one line, with status 1, or 2 when the configuration does not
+    parse; anything else keeps its traceback. ``LIT_SPARSE_TRACEBACK=1`` shows the traceback of the former too.
+
+    Args:
+        args: Words after the program's name; None: those of the process.
+    """
+    # Transformers reports every weight it loads; the head it names as missing is the one we train.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        SparseCLI(
+            args=None if args is None else list(args),
+            parser_class=SparseParser,
+            parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+        )
+    except (UsageError, TrainingError, MisconfigurationException) as error:
+        if os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        _fail(str(error), status=1)
+
+
+def lightning_main() -> None:
+    """``lightning``: ours, but for commands of another package that installs a program of that name."""
+    word = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    other = _other_lightning()
+    if word is not None and word not in COMMANDS and other is not None:
+        other.load()()
+        return
+    main()
+
+
+def _other_lightning() -> EntryPoint | None:
+    """The ``lightning`` program of another installed package, such as lightning_sdk."""
+    own = __name__
+    found = entry_points(group="console_scripts", name="lightning")
+    return next((entry for entry in found if entry.module != own), None)
+
+
+def _is_sparse_module(class_path: str) -> bool:
+    module, _, name = class_path.rpartition(".")
+    kind: Any = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and issubclass(kind, SparseModule)
+
+
+def _program() -> str:
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119  # a word, not a path
+    return "python -m lit_sparse" if name == "__main__.py" else name
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    raise SystemExit(status)

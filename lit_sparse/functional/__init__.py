@@ -1,0 +1,18 @@
+"""The mathematics of the methods: functions of tensors and numbers, in place where a name ends in ``_``."""
+
+from lit_sparse.functional.density import density as density
+from lit_sparse.functional.density import product_density as product_density
+from lit_sparse.functional.density import product_sparsity_bound as product_sparsity_bound
+from lit_sparse.functional.masks import kept_entries as kept_entries
+from lit_sparse.functional.masks import top_fraction_mask as top_fraction_mask
+from lit_sparse.functional.proximal import optimizer_metric_threshold as optimizer_metric_threshold
+from lit_sparse.functional.proximal import released_threshold as released_threshold
+from lit_sparse.functional.proximal import released_threshold_ as released_threshold_
+from lit_sparse.functional.proximal import soft_threshold as soft_threshold
+from lit_sparse.functional.proximal import soft_threshold_ as soft_threshold_
+from lit_sparse.functional.schedules import cubic_density as cubic_density
+from lit_sparse.functional.schedules import resolve_step as resolve_step
+from lit_sparse.functional.schedules import threshold_stages as threshold_stages
+from lit_sparse.functional.sensitivity import moving_average as moving_average
+from lit_sparse.functional.sensitivity import sensitivity as sensitivity
+from lit_sparse.functional.sensitivity import update_moving_average_ as update_moving_average_

@@ -1,0 +1,72 @@
+"""How much the loss depends on an entry: |w · ∂L/∂w|, and its moving average."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_sparse.errors import UsageError
+
+
+def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
+    """First-order change of the loss when an entry is set to zero: |weight · grad|.
+
+    Args:
+        weight: w, any shape: the values that produced ``grad``, before the optimizer step.
+        grad: ∂L/∂w, same shape; unscaled and unclipped. Give float32 for half-precision models: the
+            product of two small numbers underflows in float16.
+
+    Returns:
+        A new tensor of that shape, not negative, in the units of the loss.
+
+    Source:
+        Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), Eq. (3).
+    """
+    return (weight * grad).abs()
+
+
+def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
+    """Exponential moving average after one more value: beta·average + (1 − beta)·value.
+
+    Args:
+        average: Ī of the steps so far, any shape; the first value itself at the start.
+        value: I of this step, same shape.
+        beta: β, the share that the past keeps, unitless, in [0, 1).
+
+    Returns:
+        A new tensor with the shape and dtype of ``average``.
+
+    Raises:
+        UsageError: If ``beta`` is outside [0, 1).
+
+    Source:
+        Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), Eq. (4).
+    """
+    _require_decay(beta)
+    return average.lerp(value.to(average.dtype), 1 - beta)
+
+
+@torch.no_grad()
+def update_moving_average_(averages: Sequence[Tensor], values: Sequence[Tensor], beta: float) -> None:
+    """Apply :func:`moving_average` to many averages in place, in a handful of kernels, without gradients.
+
+    Args:
+        averages: Any shapes.
+        values: One for each average, of its shape.
+        beta: As in :func:`moving_average`.
+
+    Raises:
+        UsageError: If ``beta`` is outside [0, 1), or there are not as many values as averages.
+    """
+    _require_decay(beta)
+    if len(averages) != len(values):
+        raise UsageError(f"Got {len(values)} values for {len(averages)} averages; give one for each.")
+    if not averages:
+        return
+    cast = [value.to(average.dtype) for average, value in zip(averages, values, strict=True)]
+    torch._foreach_lerp_(list(averages), cast, 1 - beta)
+
+
+def _require_decay(beta: float) -> None:
+    if not 0 <= beta < 1:
+        raise UsageError(f"beta is the share of the average that the past keeps, in [0, 1); got {beta}.")

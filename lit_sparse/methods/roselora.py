@@ -1,0 +1,220 @@
+"""RoseLoRA (Wang et al. 2024): rows of A and columns of B kept sparse by sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
+from lit_sparse.errors import UsageError
+from lit_sparse.functional import cubic_density, top_fraction_mask, update_moving_average_
+from lit_sparse.functional.schedules import resolve_step
+from lit_sparse.methods.base import Run, SparseMethod, Step
+
+BROAD_CHANGE = 0.1
+"""Share of W0's entries that BA may touch before the method is no longer a local change, and says so."""
+
+
+class SensitivityMasks:
+    """The row and column masks of a method: sensitivities, their average, the density schedule, the clamp.
+
+    The arguments are those of :class:`RoseLoRA`.
+    """
+
+    def __init__(self, density: float, begin: int | float, end: int | float, beta: float, clamp: float | None) -> None:
+        if not 0 < density <= 1:
+            raise UsageError(
+                f"density is the share of each row of A and column of B to keep, in (0, 1]; got {density}."
+            )
+        if not 0 <= beta < 1:
+            raise UsageError(f"beta is the memory of the sensitivity average, in [0, 1); got {beta}.")
+        if clamp is not None and not clamp > 0:
+            raise UsageError(
+                f"clamp bounds the size of entries and must be positive, or None for no bound; got {clamp}."
+            )
+        if type(begin) is type(end) and begin > end:
+            raise UsageError(f"begin must not be after end; got begin={begin} and end={end}.")
+        for value in (begin, end):
+            resolve_step(value, 1)  # raises for what is neither a share of the run nor a number of steps
+        self.density, self.begin, self.end, self.beta, self.clamp = density, begin, end, beta, clamp
+
+    def adopt(self, adapter: LowRankLinear) -> LowRankLinear:
+        """Give a new adapter its average sensitivities: rank-major as A and Bᵀ are, starting at zero."""
+        adapter.register_buffer("sensitivity_A", torch.zeros_like(adapter.lora_A, requires_grad=False))
+        adapter.register_buffer("sensitivity_B_t", torch.zeros_like(adapter.lora_B_t, requires_grad=False))
+        return adapter
+
+    def mismatch(self, adapter: LowRankLinear) -> str | None:
+        """Why ``adapter`` lacks what these masks need, or None."""
+        return None if hasattr(adapter, "sensitivity_A") else "no sensitivities"
+
+    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+        """Check the schedule against the run, and warn when BA will not be a local change."""
+        if run.total is None and (isinstance(self.begin, float) or isinstance(self.end, float)):
+            raise UsageError(
+                f"begin={self.begin} and end={self.end} are shares of the run, but this run has no end: set the "
+                "Trainer's max_epochs or max_steps, or give begin and end as whole numbers of steps."
+            )
+        self.density_at(0, run.total)  # raises when begin lies after end
+        rank = max(adapter.rank for adapter in adapters)
+        touched = 1 - (1 - self.density**2) ** rank
+        if self.density == 1 or touched <= BROAD_CHANGE:
+            return []
+        return [
+            f"density {self.density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of each "
+            "weight, which is no local change. Lower density or rank if locality matters."
+        ]
+
+    def density_at(self, step: int, total: int | None) -> float:
+        """τ⁽ᵗ⁾: the share kept after ``step`` of ``total`` optimizer steps."""
+        # A run without an end has begin and end as step numbers (check() saw to it): total is not used.
+        return cubic_density(step, 1 if total is None else total, self.density, self.begin, self.end)
+
+    def before_step(self, adapters: Sequence[LowRankLinear]) -> list[Tensor]:
+        """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3)."""
+        weights = _matrices(adapters)
+        # A layer that the loss did not reach has no gradient, and its weights no influence.
+        gradients = [torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for w in weights]
+        products = torch._foreach_mul([w.detach() for w in weights], gradients)
+        torch._foreach_abs_(products)
+        return list(products)
+
+    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: list[Tensor]) -> None:
+        """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
+        averages = _averages(adapters)
+        if step.index == 1:
+            torch._foreach_copy_(averages, observed)  # the average starts at the first value, as released
+        else:
+            update_moving_average_(averages, observed, self.beta)
+        weights = [weight.detach() for weight in _matrices(adapters)]
+        density = self.density_at(step.index, step.total)
+        if density < 1:
+            keep_top_share_(weights, averages, density)
+        if self.clamp is not None:
+            torch._foreach_clamp_min_(weights, -self.clamp)
+            torch._foreach_clamp_max_(weights, self.clamp)
+
+    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+        """The sentence for a run that ended before anything was masked."""
+        if self.density == 1 or any(bool((w == 0).any()) for w in _matrices(adapters)):
+            return None
+        return (
+            f"No entry of A or B was zeroed: the run ended before the schedule began (begin={self.begin}, "
+            f"end={self.end}). Train longer, or lower begin and end."
+        )
+
+
+class RoseLoRA(SparseMethod):
+    """Row- and column-wise sparse LoRA: every row of A and column of B keeps its most sensitive entries.
+
+    After every optimizer step the entries with the smallest average sensitivity |w · ∂L/∂w| are zeroed, so
+    that at most ``density`` of each row of A and of each column of B remains, and with it only about
+    1 − (1 − density²)^rank of the frozen weight's entries are changed.
+
+    Args:
+        target_modules: ``"all-linear"``: every linear layer but the task head; a list of whole trailing name
+            parts such as ``["query", "value"]``; or one regular expression over full names.
+        rank: Ranks r of every adapter.
+        alpha: Numerator of the scale alpha / rank; None: equal to rank, as the paper's equation has no scale.
+        dropout: Probability of zeroing an entry of the adapter's input in training.
+        density: τ, the share of each row of A and column of B that remains, in (0, 1]; rounded down to whole
+            entries, at least one.
+        begin: t_i, until which everything is kept: a number of optimizer steps, or with a decimal point a
+            share of the run.
+        end: t_f, from which on ``density`` is kept; in between the share falls with the cube of the remaining
+            time. The same units as ``begin``. A resumed run with another length has another schedule.
+        beta: Memory of the sensitivity's moving average, in [0, 1); 0.8 as released.
+        clamp: Largest size of an entry of A and B, enforced after every step; the released editing runs use
+            3e-3. None: no bound.
+        layers: Numbers of the transformer blocks to adapt; None: all.
+        exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
+        train_head: Train the task head (classifier, score …), found by structure; or the names of the
+            modules to train whole.
+
+    Raises:
+        UsageError: If an argument is outside its range, ``begin`` lies after ``end``, or they are shares of a
+            run without end.
+
+    Source:
+        Wang et al. 2024 (arXiv:2406.10777), Eqs. (3), (4), (6), (8).
+    """
+
+    def __init__(
+        self,
+        target_modules: str | list[str] = "all-linear",
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        density: float = 0.05,
+        begin: int | float = 0.1,
+        end: int | float = 0.8,
+        beta: float = 0.8,
+        clamp: float | None = None,
+        layers: list[int] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        train_head: bool | list[str] = True,
+    ) -> None:
+        resolved = rank if alpha is None else alpha
+        super().__init__(target_modules, rank, resolved, dropout, layers, exclude_modules, train_head)
+        self.density = density
+        self.begin = begin
+        self.end = end
+        self.beta = beta
+        self.clamp = clamp
+        self._masks = SensitivityMasks(density, begin, end, beta, clamp)
+
+    def adapt(self, base: FrozenLinear) -> LowRankLinear:
+        """Wrap one frozen layer in an adapter with sensitivities."""
+        return self._masks.adopt(super().adapt(base))
+
+    def mismatch(self, adapter: LowRankLinear) -> str | None:
+        """Why ``adapter`` cannot be one of this method's, or None."""
+        return super().mismatch(adapter) or self._masks.mismatch(adapter)
+
+    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+        """Check the schedule against the run, and warn when BA will not be a local change."""
+        return self._masks.check(adapters, run)
+
+    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> list[Tensor]:  # noqa: ARG002
+        """The sensitivities of this step."""
+        return self._masks.before_step(adapters)
+
+    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:
+        """Average, mask, clamp."""
+        self._masks.after_step(adapters, step, observed)
+
+    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+        """Whether the run ended before anything was masked."""
+        return self._masks.shortfall(adapters)
+
+
+def keep_top_share_(weights: Sequence[Tensor], scores: Sequence[Tensor], density: float) -> None:
+    """Zero, in every row, all but the ``density`` share with the highest scores.
+
+    Rows of equal width are ranked together, whichever layer they come from.
+
+    Args:
+        weights: Matrices of shape ``(rank, width)``, changed in place.
+        scores: One matrix per weight, of the same shape.
+        density: Share to keep of every row, in (0, 1].
+    """
+    by_width: dict[int, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_width.setdefault(weight.shape[1], []).append(index)
+    for indices in by_width.values():
+        chosen = [weights[i] for i in indices]
+        mask = top_fraction_mask(torch.cat([scores[i] for i in indices]), density, dim=1)
+        parts = mask.to(chosen[0].dtype).split([weight.shape[0] for weight in chosen])
+        torch._foreach_mul_(chosen, list(parts))
+
+
+def _matrices(adapters: Sequence[LowRankLinear]) -> list[nn.Parameter]:
+    return [matrix for adapter in adapters for matrix in (adapter.lora_A, adapter.lora_B_t)]
+
+
+def _averages(adapters: Sequence[LowRankLinear]) -> list[Tensor]:
+    names = ("sensitivity_A", "sensitivity_B_t")
+    return [adapter.get_buffer(name) for adapter in adapters for name in names]

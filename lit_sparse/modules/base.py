@@ -1,0 +1,218 @@
+"""A backbone with a sparse method, an optimizer and a schedule, as a LightningModule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lit_sparse.adapters.injection import inject
+from lit_sparse.callbacks.finite_loss import FiniteLoss
+from lit_sparse.callbacks.monitor import SparsityMonitor
+from lit_sparse.callbacks.sparsify import Sparsify
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules import checkpoint as checkpoints
+from lit_sparse.modules.backbone import load_backbone
+from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, parameter_groups
+
+
+class SparseModule(LightningModule):
+    """Fine-tune any Hugging Face model whose ``forward`` returns a ``.loss``, by a sparse method.
+
+    The model is loaded and adapted in ``configure_model``; :attr:`model` is it. The module brings
+    :class:`~lit_sparse.Sparsify`, :class:`~lit_sparse.SparsityMonitor` and :class:`~lit_sparse.FiniteLoss`
+    itself. Its checkpoints hold what is trained, and none of the frozen weights.
+
+    A sub-class for a task sets :attr:`auto_class` and overrides ``training_step`` and its like.
+
+    Args:
+        backbone: Hub id or folder of the pretrained model, or a model that is already built (then
+            ``load_from_checkpoint`` needs it again).
+        method: How to adapt it.
+        optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
+            decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
+        lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
+        warmup: Share of the run in which the learning rate rises linearly, in [0, 1).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        compile: Compile the model by ``torch.compile``.
+        backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+
+    Raises:
+        UsageError: If an argument is outside its range, or the backbone cannot be loaded.
+    """
+
+    auto_class: ClassVar[Any] = None
+    """The transformers auto class of the task; None: the architecture that the model's configuration names."""
+
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        method: SparseMethod,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_schedule: LrSchedule = "linear",
+        warmup: float = 0.06,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup < 1:
+            raise UsageError(f"warmup is a share of the run, in [0, 1); got {warmup}.")
+        if lr_schedule not in ("linear", "cosine", "constant"):
+            raise UsageError(f"lr_schedule must be 'linear', 'cosine' or 'constant'; got {lr_schedule!r}.")
+        if isinstance(backbone, nn.Module) and backbone_args:
+            raise UsageError("backbone_args are for loading a backbone by name; this one is already built.")
+        self.model = None
+        self.method = method
+        self.backbone = backbone if isinstance(backbone, str) else _name_of(backbone)
+        # In a tuple, so that a built model is registered once, as self.model, after injection.
+        self._built = (backbone,) if isinstance(backbone, nn.Module) else ()
+        self.optimizer = optimizer
+        self.lr_schedule: LrSchedule = lr_schedule
+        self.warmup = warmup
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_model = compile
+        self.backbone_args = backbone_args or {}
+        self._sparsify = Sparsify(method)
+        self._keep_hyperparameters()
+
+    def load_model(self) -> nn.Module:
+        """Load the backbone that ``backbone`` names, without adapters; for sub-classes to add arguments."""
+        return load_backbone(self.backbone, self.auto_class, **self.backbone_args)
+
+    def configure_model(self) -> None:
+        """Load the backbone and inject the method, once."""
+        if self.model is not None:
+            return
+        model = self._built[0].train() if self._built else self.load_model()
+        inject(model, self.method)
+        if self.gradient_checkpointing:
+            _checkpoint_activations(model)
+        if self.compile_model:
+            model.compile()
+        self.model = model
+
+    def configure_callbacks(self) -> list[Callback]:
+        """This module's ``Sparsify``, and the monitor and the loss guard unless the Trainer has its own."""
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(c, Sparsify) and c is not self._sparsify for c in present):
+            raise UsageError(
+                f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take it out of callbacks."
+            )
+        wanted = [kind() for kind in (SparsityMonitor, FiniteLoss) if not any(isinstance(c, kind) for c in present)]
+        return [self._sparsify, *wanted]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over its parameter groups, with a schedule over the whole run."""
+        optimizer = self.optimizer(parameter_groups(self, self.method))
+        total = self.trainer.estimated_stepping_batches
+        scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's own output for a batch of its own arguments."""
+        if self.model is None:
+            raise UsageError(
+                f"{type(self).__name__} has no model yet: call configure_model() first, as the Trainer does."
+            )
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """The model's own loss."""
+        loss: Tensor = self(**batch).loss
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Log the model's loss as ``val_loss``."""
+        self.log("val_loss", self(**batch).loss, prog_bar=True, sync_dist=True)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Log the model's loss as ``test_loss``."""
+        self.log("test_loss", self(**batch).loss, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
+        frozen = frozenset(checkpoints.frozen_parameters(self))
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self, self.backbone, _portable_method(self.method))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other adapters or of another backbone."""
+        checkpoints.require_fit(self, self.backbone, checkpoint)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load what is trained; frozen weights may be absent, anything else must match.
+
+        Args:
+            state_dict: With or without the frozen weights.
+            strict: Raise when a trained value is missing or a key is unknown.
+            assign: As in ``torch.nn.Module``.
+
+        Raises:
+            UsageError: If ``strict`` and the keys do not match.
+        """
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        frozen = checkpoints.frozen_parameters(self)
+        missing = [key for key in keys.missing_keys if key not in frozen]
+        if strict and (missing or keys.unexpected_keys):
+            raise UsageError(
+                f"The weights do not fit {type(self).__name__}: {len(missing)} are missing {missing[:3]}, "
+                f"{len(keys.unexpected_keys)} are unknown {keys.unexpected_keys[:3]}."
+            )
+        return _IncompatibleKeys(missing, keys.unexpected_keys)
+
+    def _keep_hyperparameters(self) -> None:
+        """Keep the arguments as plain values, so that checkpoints load with ``weights_only``."""
+        self.save_hyperparameters(ignore=["backbone", "method", "optimizer"])
+        if "_instantiator" in self.hparams:
+            self.save_hyperparameters()  # the command line hands over its configuration, which is plain
+            return
+        plain = {
+            "method": _portable_method(self.method),
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        }
+        if not self._built:
+            plain["backbone"] = self.backbone
+        if isinstance(self.optimizer, functools.partial) and isinstance(self.optimizer.func, type):
+            plain["optimizer"] = {
+                "class_path": _path_of(self.optimizer.func),
+                "init_args": self.optimizer.keywords,
+            }
+        self.save_hyperparameters({**self.hparams, **plain})
+
+
+def _portable_method(method: SparseMethod) -> dict[str, Any]:
+    return {"class_path": _path_of(type(method)), "init_args": method.init_args()}
+
+
+def _path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _name_of(model: nn.Module) -> str:
+    name = getattr(model, "name_or_path", "")
+    return name if isinstance(name, str) and name else type(model).__name__
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UsageError(
+            f"gradient_checkpointing needs a Hugging Face model; {type(model).__name__} has no "
+            "gradient_checkpointing_enable."
+        )
+    # The reentrant form would cut the graph before the first adapter: inputs of frozen embeddings need no gradient.
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,91 @@
+"""What a checkpoint of a frozen backbone with adapters holds, and whether it fits a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse._version import __version__
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.errors import UsageError
+
+KEY = "lit_sparse"
+"""The checkpoint entry that says which backbone and adapters it belongs to."""
+
+_SAMPLES = 4
+# Half-precision copies of one backbone differ by rounding, 2⁻⁸ at most for bfloat16; other weights by far more.
+_ROUNDING = 2.0**-6
+
+
+def frozen_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters that are not trained, under every name they have."""
+    return {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[str, Any]:
+    """The entry ``checkpoint[KEY]``: plain values and tensors, so that ``weights_only`` loading works."""
+    return {
+        "version": __version__,
+        "backbone": backbone,
+        "method": method,
+        "ranks": {name: adapter.rank for name, adapter in adapters_in(model)},
+        "backbone_sample": _sample(model),
+    }
+
+
+def require_fit(model: nn.Module, backbone: str, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint belongs to these adapters and to this backbone.
+
+    Args:
+        model: The model that is to be restored, with its adapters.
+        backbone: Name of its backbone, for the message.
+        checkpoint: The checkpoint as loaded.
+
+    Raises:
+        UsageError: If it was not written by this library, or its adapters or frozen weights are others.
+    """
+    if KEY not in checkpoint:
+        raise UsageError(
+            "The checkpoint was not written by a lit_sparse module: it has no record of backbone and adapters. Give the "
+            "checkpoint of a lit_sparse run, or load plain weights as the backbone."
+        )
+    saved = checkpoint[KEY]
+    ranks = {name: adapter.rank for name, adapter in adapters_in(model)}
+    if saved["ranks"] != ranks:
+        raise UsageError(
+            f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was trained "
+            f"with {saved['method']}; use the same method, or load it without --config model settings of your own."
+        )
+    sample = _sample(model)
+    if sample is not None and saved["backbone_sample"] is not None:
+        if sample.shape != saved["backbone_sample"].shape:
+            raise UsageError(
+                f"The checkpoint belongs to the backbone {saved['backbone']!r}, which has another structure than "
+                f"{backbone!r}. Adapters only work on the weights they were trained on."
+            )
+        if not torch.allclose(sample, saved["backbone_sample"], rtol=_ROUNDING, atol=1e-6):
+            raise UsageError(
+                f"The checkpoint belongs to the backbone {saved['backbone']!r}; the frozen weights of {backbone!r} are "
+                "others. Adapters only work on the weights they were trained on."
+            )
+
+
+def _difference(saved: dict[str, int], own: dict[str, int]) -> str:
+    for name in own:
+        if name not in saved:
+            return f"it has none at {name!r}"
+        if saved[name] != own[name]:
+            return f"{name!r} has rank {saved[name]} there and {own[name]} here"
+    extra = next(name for name in saved if name not in own)
+    return f"it has one at {extra!r}, the model has not"
+
+
+def _sample(model: nn.Module) -> Tensor | None:
+    """A few values of every frozen parameter, float32 of shape (parameters, samples); None on the meta device."""
+    frozen = [p.detach() for p in model.parameters() if not p.requires_grad and p.is_floating_point() and p.numel()]
+    if any(p.is_meta for p in frozen) or not frozen:
+        return None
+    places = [[p.numel() * i // _SAMPLES for i in range(_SAMPLES)] for p in frozen]
+    return torch.stack([p.flatten()[where].float().cpu() for p, where in zip(frozen, places, strict=True)])

@@ -1,0 +1,56 @@
+"""The metrics of sequence classification, from torchmetrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+
+from lit_sparse.errors import UsageError
+
+REGRESSION = ("pearson", "spearman")
+CLASSIFICATION = ("accuracy", "f1", "matthews")
+
+
+def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
+    """Make the named metrics.
+
+    Args:
+        names: ``accuracy``, ``f1`` (of class 1 with two classes, macro average with more), ``matthews``;
+            ``pearson``, ``spearman`` for regression.
+        num_labels: Number of classes; 1 for regression.
+
+    Raises:
+        UsageError: If a name is unknown, or is not for this kind of task.
+    """
+    known = REGRESSION if num_labels == 1 else CLASSIFICATION
+    unfit = [name for name in names if name not in known]
+    if unfit:
+        kind = "regression (one label)" if num_labels == 1 else f"classification with {num_labels} labels"
+        raise UsageError(f"metrics {unfit} are none for {kind}, which has {list(known)}.")
+    return MetricCollection({name: _metric(name, num_labels) for name in names})
+
+
+def predictions(logits: Tensor, num_labels: int) -> Tensor:
+    """What metrics compare with labels: class numbers, or for regression the values."""
+    return logits.float().squeeze(-1) if num_labels == 1 else logits.argmax(-1)
+
+
+def _metric(name: str, num_labels: int) -> Metric:
+    if name == "accuracy":
+        return MulticlassAccuracy(num_labels, average="micro")
+    if name == "f1":
+        return BinaryF1Score() if num_labels == 2 else MulticlassF1Score(num_labels, average="macro")
+    if name == "matthews":
+        return MulticlassMatthewsCorrCoef(num_labels)
+    if name == "pearson":
+        return PearsonCorrCoef()
+    return SpearmanCorrCoef()

@@ -1,0 +1,71 @@
+"""Parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+
+LrSchedule = Literal["linear", "cosine", "constant"]
+
+
+def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, Any]]:
+    """Optimizer groups of everything that is trained.
+
+    Matrices decay as the optimizer says; biases and the weights of norms (one-dimensional all) do not; and the
+    groups that the method asks for, such as gates, come as it asks.
+
+    Args:
+        model: Model after injection.
+        method: The injected method.
+
+    Returns:
+        Non-empty groups that hold every parameter with ``requires_grad`` once.
+    """
+    own = method.parameter_groups([adapter for _, adapter in adapters_in(model)])
+    taken = {p for group in own for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1]},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        *own,
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lr_scheduler(optimizer: Optimizer, schedule: LrSchedule, warmup: float, total: float) -> LambdaLR:
+    """Warm up linearly over a share of the run, then decay to zero or stay.
+
+    Args:
+        optimizer: Whose learning rates are peak values.
+        schedule: ``linear`` or ``cosine`` decay to zero at the end of the run, or ``constant``.
+        warmup: Share of the run to warm up, in [0, 1).
+        total: Optimizer steps of the run; infinite for a Trainer without end.
+
+    Raises:
+        UsageError: If the run has no end and the schedule needs one.
+    """
+    if total == float("inf"):
+        if schedule != "constant" or warmup:
+            raise UsageError(
+                f"lr_schedule {schedule!r} with warmup {warmup:g} needs the length of the run: set the Trainer's "
+                "max_epochs or max_steps, or lr_schedule constant and warmup 0."
+            )
+        total = 0
+    steps = int(total)
+    warm = round(warmup * steps)
+    if schedule == "constant":
+        return get_constant_schedule_with_warmup(optimizer, warm)  # type: ignore[no-any-return]
+    build = get_linear_schedule_with_warmup if schedule == "linear" else get_cosine_schedule_with_warmup
+    return build(optimizer, warm, steps)  # type: ignore[no-any-return]

@@ -1,0 +1,142 @@
+"""Complete two-layer backbones with real tokenizers, written to a folder without any download."""
+
+# ruff: noqa: S106, SIM905 - a token is no password; a word list reads best as words
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+MAX_LENGTH = 64  # positions of the tiny encoder
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()[]{}<>#*+-=/_"
+WORDS = """
+    a an the this that it is was are be not no and or but of in on at to for with as by from film movie story
+    plot acting good bad great awful fine dull warm cold funny sad best worst very really too so one two three
+    man woman dog cat house tree river city runs sat likes saw has had what who where when why how answer
+    true false
+""".split()
+
+
+def save_tiny_tokenizer(folder: str | Path) -> str:
+    """A lower-casing WordPiece tokenizer of BERT's form: ``WORDS`` are one token each, the rest is spelt."""
+    tokens = [*SPECIAL, *CHARACTERS, *(f"##{c}" for c in CHARACTERS), *(w for w in WORDS if len(w) > 1)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    wrapped.save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_causal_tokenizer(folder: str | Path, *, add_bos: bool, pad_token: str | None) -> str:
+    """A byte-level BPE tokenizer of GPT's form: any text survives encoding and decoding unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 2, trainer)
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=pad_token,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_bert(folder: str | Path, **config: Any) -> str:
+    """A two-layer BERT of width 32 with a classification head; ``config`` overrides any BertConfig field."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(save_tiny_tokenizer(folder))
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": MAX_LENGTH,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _save(BertForSequenceClassification, BertConfig(**{**settings, **config}), folder)
+
+
+def save_tiny_llama(folder: str | Path, **config: Any) -> str:
+    """A two-layer Llama of width 32 whose tokenizer puts ``<s>`` first and has a pad token."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        save_tiny_causal_tokenizer(folder, add_bos=True, pad_token="<pad>")
+    )
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _save(LlamaForCausalLM, LlamaConfig(**{**settings, **config}), folder)
+
+
+def save_tiny_gpt2(folder: str | Path, **config: Any) -> str:
+    """A two-layer GPT-2 of width 32; its tokenizer, like the real one, adds no ``<s>`` and has no pad."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        save_tiny_causal_tokenizer(folder, add_bos=False, pad_token=None)
+    )
+    settings = {
+        "vocab_size": len(tokenizer),
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return _save(GPT2LMHeadModel, GPT2Config(**{**settings, **config}), folder)
+
+
+def _save(model_class: type[PreTrainedModel], config: Any, folder: str | Path) -> str:
+    with torch.random.fork_rng(devices=[]):  # the same weights in every test, whatever ran before
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder)
+    return str(folder)
