@@ -27,8 +27,10 @@ COMMANDS = ("fit", "validate", "test", "predict")
 class SparseParser(LightningArgumentParser):
     """Reports an error in one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, and exit with status 2."""
+        if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
+            super().error(message, ex)
         _fail(message, status=2)
 
 

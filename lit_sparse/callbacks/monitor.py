@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,11 @@ def read_table(path: Path) -> list[LayerSparsity]:
 
 
 def _show(layers: list[LayerSparsity]) -> None:
-    header = ["layer", "rank", "density A", "density B", "density BA", "at most", "parameters"]
+    header = ["layer", "rank", "A", "B", "BA", "bound", "parameters"]
+    common = _common_start([layer.name for layer in layers])
     rows = [
         [
-            layer.name,
+            layer.name[len(common) :],
             f"{layer.rank}/{layer.max_rank}",
             f"{layer.density_A:.3f}",
             f"{layer.density_B:.3f}",
@@ -118,27 +120,36 @@ def _show(layers: list[LayerSparsity]) -> None:
         ]
         for layer in layers
     ]
-    held = sum(layer.max_rank for layer in layers)
-    left = sum(layer.rank for layer in layers)
-    changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
-    share = changed / sum(layer.adapted_parameters for layer in layers)
-    parameters = sum(layer.remaining_parameters for layer in layers)
-    summary = (
-        f"{held - left} of {held} ranks are zero ({(held - left) / held:.1%}); {parameters:,} adapter parameters "
-        f"remain and change {share:.2%} of the adapted weights."
-    )
+    title = f"Adapters after training in {common or 'the model'}: ranks, densities of A, B and BA, bound on the last"
     if _RICH:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*header, title="Adapters after training")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
     else:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
-        rank_zero_info("\n".join(["Adapters after training", *lines]))
-    rank_zero_info(summary)
+        rank_zero_info("\n".join([title, *lines]))
+    rank_zero_info(_summary(layers))
+
+
+def _summary(layers: list[LayerSparsity]) -> str:
+    held, left = sum(layer.max_rank for layer in layers), sum(layer.rank for layer in layers)
+    changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
+    share = changed / sum(layer.adapted_parameters for layer in layers)
+    parameters = sum(layer.remaining_parameters for layer in layers)
+    return (
+        f"{held - left} of {held} ranks are zero ({(held - left) / held:.1%}); {parameters:,} adapter parameters "
+        f"remain and change {share:.2%} of the adapted weights."
+    )
+
+
+def _common_start(names: list[str]) -> str:
+    """What all names begin with, up to and with a dot."""
+    start = os.path.commonprefix(names)
+    return start[: start.rfind(".") + 1]

@@ -54,14 +54,14 @@ class InstructionData(TextData):
         response: Column of the response.
         tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
         max_length: Longest row in tokens, prompt, response and eos together. The tokenizer's own limit holds
-            if it is lower. 256 is what LLM-Adapters and the papers after it train with.
+            if it is lower. 256 is the default of LLM-Adapters.
         batch_size: Training rows per batch and device.
         eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
             ``batch_size``, though there is room for more without gradients.
         length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
             If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, so there is
-            little for workers to do, and starting them takes longer than that.
+        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
+            workers nothing to do but padding.
         seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 

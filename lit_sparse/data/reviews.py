@@ -33,8 +33,8 @@ class QuickstartReviews(TextClassificationData):
             ``batch_size``, though there is room for more without gradients.
         length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
             If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, so there is
-            little for workers to do, and starting them takes longer than that.
+        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
+            workers nothing to do but padding.
         seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 

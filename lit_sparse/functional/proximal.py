@@ -97,7 +97,8 @@ def optimizer_metric_threshold(
         raise UsageError(f"The optimizer's metric needs an eps above 0; got {eps}. Adam's default is 1e-8.")
     if isinstance(step, Tensor):
         # Not 1 − beta2**step: counters are float32, where that difference loses half its digits early on.
-        correction: float | Tensor = -torch.expm1(step * (math.log(beta2) if beta2 else -math.inf))
+        counted = step.to(second_moment.dtype)
+        correction: float | Tensor = -torch.expm1(counted * (math.log(beta2) if beta2 else -math.inf))
     elif step >= 1:
         correction = 1 - beta2**step
     else:
