@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_sparse
 from lit_sparse.errors import TrainingError, UsageError
@@ -24,22 +27,37 @@ Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1""
 COMMANDS = ("fit", "validate", "test", "predict")
 
 
+# Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
+_NOISE = re.compile(
+    r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: (NestedArg|Namespace)\(.*"
+)
+
+
 class SparseParser(LightningArgumentParser):
     """Reports an error in one line."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse, with null for a key two classes deep: jsonargparse (4.53) hands it on as the word None."""
+        if args is not None and not self.exit_on_error:
+            args = [f"{word.removesuffix('None')}null" if word.endswith("=None") else word for word in args]
+        return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, and exit with status 2."""
         if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
             super().error(message, ex)
-        _fail(message, status=2)
+        lines = [line.strip() for line in message.splitlines()]
+        _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)), status=2)
 
 
 class SparseCLI(LightningCLI):
     """LightningCLI for the modules of this package and for any other by ``class_path``."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an ``optimizer`` beside a module that builds its own."""
+        """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        _require_checkpoint(config.get("ckpt_path"))
         class_path = config.model.get("class_path", "")
         given = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
         if given and _is_sparse_module(class_path):
@@ -47,6 +65,18 @@ class SparseCLI(LightningCLI):
                 f"--{given[0]} does not reach {class_path}, which groups its own parameters: set "
                 "model.init_args.optimizer, lr_schedule and warmup instead."
             )
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; what their constructors refuse comes out as they said it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps it in a list of the types it tried
+            cause = error.__cause__
+            while cause is not None and not isinstance(cause, UsageError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would replace the model of the configuration by the checkpoint's, without a word. What the
@@ -94,6 +124,16 @@ def _other_lightning() -> EntryPoint | None:
     own = __name__
     found = entry_points(group="console_scripts", name="lightning")
     return next((entry for entry in found if entry.module != own), None)
+
+
+def _require_checkpoint(path: str | None) -> None:
+    if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen by Lightning, or not on this machine
+        return
+    file = Path(path)
+    if not file.exists():
+        raise UsageError(f"The checkpoint {path!r} does not exist.")
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise UsageError(f"The file {path!r} is no checkpoint, or only a part of one: use an earlier checkpoint.")
 
 
 def _is_sparse_module(class_path: str) -> bool:

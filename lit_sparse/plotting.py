@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity
+from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.callbacks.monitor import read_table
 from lit_sparse.errors import UsageError
 
@@ -28,7 +28,7 @@ def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
     layers = layer_sparsity(adapters) if isinstance(adapters, nn.Module) else read_table(Path(adapters))
     if not layers:
         raise UsageError("There is no adapter to draw: inject a method, or give the sparsity.csv of a run.")
-    places = {layer.name: _place(layer) for layer in layers}
+    places = _places([layer.name for layer in layers])
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     blocks = sorted({block for _, block in places.values()})
     figure = Figure(figsize=(2.6 + 0.6 * len(blocks), 1.2 + 0.4 * len(kinds)), layout="constrained")
@@ -39,7 +39,7 @@ def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
         row, column = kinds.index(kind), blocks.index(block)
         grid[row][column] = layer.rank
         dark = layer.rank > 0.6 * max(other.max_rank for other in layers)
-        axes.text(column, row, layer.rank, ha="center", va="center", color="white" if dark else "black")
+        axes.text(column, row, str(layer.rank), ha="center", va="center", color="white" if dark else "black")
     highest = max(layer.max_rank for layer in layers)
     image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
     axes.set_xticks(range(len(blocks)), [str(block) if block >= 0 else "–" for block in blocks])
@@ -51,10 +51,17 @@ def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
     figure.savefig(output, dpi=150)
 
 
-def _place(layer: LayerSparsity) -> tuple[str, int]:
-    """Kind of layer (its name within its block) and number of the block, -1 outside of blocks."""
-    parts = layer.name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        return ".".join(parts[-2:]), -1
-    return ".".join(parts[number + 1 :]), int(parts[number])
+def _places(names: list[str]) -> dict[str, tuple[str, int]]:
+    """Kind of each layer (its name within its block) and number of the block, -1 outside of blocks."""
+    parts = {name: name.split(".") for name in names}
+    number = {name: next((i for i, part in enumerate(p) if part.isdigit()), None) for name, p in parts.items()}
+    stacks = {".".join(parts[name][:i]) for name, i in number.items() if i is not None}
+    places = {}
+    for name, i in number.items():
+        if i is None:
+            places[name] = (name, -1)
+        else:
+            # An encoder and a decoder both have a block 0: several stacks are told apart by their names.
+            kind = parts[name][i + 1 :] if len(stacks) == 1 else [*parts[name][:i], *parts[name][i + 1 :]]
+            places[name] = (".".join(kind), int(parts[name][i]))
+    return places

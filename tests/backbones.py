@@ -140,3 +140,37 @@ def _save(model_class: type[PreTrainedModel], config: Any, folder: str | Path) -
         torch.manual_seed(0)
         model_class(config).save_pretrained(folder)
     return str(folder)
+
+
+_WIDTH_32: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+_SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TINY: dict[str, dict[str, Any]] = {
+    "albert": {**_WIDTH_32, "embedding_size": 16},
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_SPECIAL_IDS},
+    "llama": {**_WIDTH_32, "num_key_value_heads": 2, **_SPECIAL_IDS},
+    "t5": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "vit": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+}
+
+
+def build_tiny(model_class: type[PreTrainedModel], **config: Any) -> Any:
+    """A two-layer model of width 32 and 64 tokens in memory, always the same; ``config`` overrides its fields."""
+    config_class = model_class.config_class
+    settings = {**_TINY.get(config_class.model_type, _WIDTH_32), **config}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class(config_class(**settings))

@@ -26,7 +26,7 @@ def task_head(model: nn.Module) -> list[str]:
     bodies = {body for _, body in pretrained_bodies(model)}
     if not bodies:
         return []
-    output_layers = {id(layer) for layer in _output_embeddings(model)}
+    output_layers = {id(layer) for layer in output_embeddings(model)}
     return [
         name
         for name, part in _outside(model, bodies)
@@ -48,6 +48,15 @@ def pretrained_bodies(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers that turn hidden states into token scores, of every Hugging Face model in ``model``."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            layer = module.get_output_embeddings()
+            if layer is not None:
+                yield layer
+
+
 def keep_head_precision(head: nn.Module) -> None:
     """Train a half-precision head in float32, and cast what enters it.
 
@@ -56,20 +65,18 @@ def keep_head_precision(head: nn.Module) -> None:
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
         head.float()
-        head.register_forward_pre_hook(_cast_inputs)
+        head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
-def _cast_inputs(head: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+def _cast_inputs(
+    head: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     dtype = next(head.parameters()).dtype
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
+    def cast(value: object) -> object:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            layer = module.get_output_embeddings()
-            if layer is not None:
-                yield layer
+    return tuple(cast(a) for a in args), {name: cast(value) for name, value in kwargs.items()}
 
 
 def _outside(

@@ -53,7 +53,7 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankLinear]:
     for name in head:
         _train(model, name)
     for adapter in adapters.values():
-        adapter.train(model.training)
+        adapter.train(adapter.base.training)
     return adapters
 
 
@@ -93,6 +93,7 @@ def _trained_head(model: nn.Module, train_head: bool | list[str]) -> list[str]:
     if isinstance(train_head, bool):
         return task_head(model) if train_head else []
     names = dict(model.named_modules())
+    del names[""]
     unknown = [name for name in train_head if name not in names]
     if unknown:
         children = [name for name, _ in model.named_children()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.errors import UsageError
@@ -126,9 +127,9 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{gated}"
 
     def _owns_output(self) -> bool:
-        # Hooks on the base may keep its output (and backward hooks forbid changing it in place).
+        # Hooks, the base's own or global, may keep its output (and backward hooks forbid changing it in place).
         base = self.base
-        hooked = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+        hooked = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks or _has_any_global_hook()
         return type(base) in (nn.Linear, Conv1D) and not hooked
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from lit_sparse.adapters.head import pretrained_bodies
+from lit_sparse.adapters.head import output_embeddings, pretrained_bodies
 from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.errors import UsageError
 
@@ -23,8 +23,8 @@ def select_layers(
 
     Args:
         model: The backbone.
-        target_modules: ``"all-linear"`` (every linear layer of the pretrained body), another string: a regular
-            expression that must match the full name, or a list of whole trailing name parts.
+        target_modules: ``"all-linear"`` (every linear layer of the pretrained body but its output embeddings), another
+            string: a regular expression that must match the full name, or a list of whole trailing name parts.
         layers: Keep only these transformer blocks: the first number in a layer's name. None keeps all.
         exclude_modules: Left out of the choice: a regular expression or a list of trailing name parts.
         head: Names of the head modules that are trained whole and therefore not adapted.
@@ -43,7 +43,10 @@ def select_layers(
         raise UsageError(f"{type(model).__name__} has no linear layer (nn.Linear or Conv1D) that could be adapted.")
     if target_modules == "all-linear":
         inside = _in_bodies(model, linear)
-        chosen = [n for n in linear if n in inside and n not in in_head and not _called_by_weight(modules, n)]
+        # T5's body is the whole model, its output embeddings included.
+        output_layers = {id(layer) for layer in output_embeddings(model)}
+        left_out = {n for n, m in linear.items() if id(m) in output_layers or _called_by_weight(modules, n)}
+        chosen = [n for n in linear if n in inside and n not in in_head and n not in left_out]
     else:
         chosen = _matched(model, "target_modules", target_modules, modules, in_head)
     if exclude_modules is not None:
@@ -56,7 +59,20 @@ def select_layers(
             f"No layer of {type(model).__name__} is left to adapt after target_modules={target_modules!r}, "
             f"layers={layers!r} and exclude_modules={exclude_modules!r}. Its linear layers end in {_leaves(linear)}."
         )
+    _require_called(model, target_modules, chosen, modules)
     return {name: linear[name] for name in chosen}
+
+
+def _require_called(
+    model: nn.Module, target_modules: str | Sequence[str], chosen: list[str], modules: dict[str, nn.Module]
+) -> None:
+    for name in chosen:
+        if _called_by_weight(modules, name):
+            raise UsageError(
+                f"target_modules {target_modules!r} matches {name!r} of {type(model).__name__}, whose weight its "
+                "parent nn.MultiheadAttention reads without calling the layer: an adapter there would be ignored. "
+                f"Leave it out, for example with exclude_modules={['.'.join(name.split('.')[-2:])]!r}."
+            )
 
 
 def _matched(
@@ -72,12 +88,6 @@ def _matched(
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [n for n in modules if _matches(n, pattern, argument, whole=isinstance(patterns, str))]
         usable = [n for n in found if isinstance(modules[n], FrozenLinear) and n not in in_head]
-        for name in usable:
-            if _called_by_weight(modules, name):
-                raise UsageError(
-                    f"{argument} {pattern!r} matches {name!r} of {kind}, whose weight its parent nn.MultiheadAttention "
-                    "reads without calling the layer: an adapter there would be ignored. Leave it out."
-                )
         if usable:
             names.update(usable)
         elif any(n in in_head for n in found):
@@ -93,7 +103,7 @@ def _matched(
             )
         else:
             how = (
-                'Give "all-linear", or a regular expression that matches a full name'
+                "Give a list of trailing name parts, or a regular expression that matches a full name"
                 if isinstance(patterns, str)
                 else "Give whole trailing parts of a name, such as 'query' or 'attention.output.dense'"
             )

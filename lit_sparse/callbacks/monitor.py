@@ -106,7 +106,7 @@ def read_table(path: Path) -> list[LayerSparsity]:
 
 
 def _show(layers: list[LayerSparsity]) -> None:
-    header = ["layer", "rank", "A", "B", "BA", "bound", "parameters"]
+    header = ["layer", "rank", "A", "B", "BA", "bound", "left"]
     common = _common_start([layer.name for layer in layers])
     rows = [
         [
@@ -120,12 +120,14 @@ def _show(layers: list[LayerSparsity]) -> None:
         ]
         for layer in layers
     ]
-    title = f"Adapters after training in {common or 'the model'}: ranks, densities of A, B and BA, bound on the last"
+    title = f"Adapters in {common.rstrip('.') or 'the model'}: ranks, densities of A, B, BA, bound on BA's"
     if _RICH:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left")
+        # Narrow enough for a layer to a line on 80 columns.
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for column in header:
             table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
         for row in rows:

@@ -49,8 +49,9 @@ class GLUE(TextClassificationData):
             .json, .jsonl or .parquet.
         revision: Branch, tag or commit on the hub; None is the newest state.
         tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
-        max_length: Longest row in tokens; longer ones are cut, of a pair the longer text first. 128 is what
-            BERT's and most later results on GLUE were measured with.
+        max_length: Longest row in tokens; longer ones are cut, of a pair the longer text first. With BERT's
+            vocabulary 128 cuts 12 % of the training rows of RTE, 0.4 % of QNLI and none of the smaller tasks
+            and SST-2; MNLI and QQP were not measured.
         batch_size: Training rows per batch and device.
         eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
             ``batch_size``, though there is room for more without gradients.

@@ -472,8 +472,11 @@ def test_a_gate_held_at_zero_does_not_come_back() -> None:
         torch.manual_seed(0)
         # A threshold below the lr: a gate that the loss pushes away from zero returns, unless it is held.
         method = ls.SoRA(rank=8, threshold=0.02, freeze_zero_after=freeze)
-        watch = Watch()
-        fit(Regression(method), ls.Sparsify(method), watch)
+        watch, module = Watch(), Regression(method)
+        for _, adapter in ls.adapters_in(module):
+            adapter.gate.data.mul_(0.1)
+            nn.init.normal_(adapter.lora_B_t)
+        fit(module, ls.Sparsify(method), watch)
         zero = torch.stack(watch.seen) == 0
         return int((zero[:-1] & ~zero[1:]).sum())
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_sparse import TextClassificationData, UsageError
 from lit_sparse.data.sampling import LengthGroupedSampler
+from lit_sparse.data.tokenizers import identify_tokenizer
 
 TRAIN = [
     {"text": "a good film", "label": "good"},
@@ -239,7 +240,7 @@ def test_only_the_splits_of_the_stage_are_tokenised(write, folder, tokenizer, to
     assert tokenised == ["train", "validation", "test"]
 
 
-def test_rows_are_tokenised_again_only_if_something_changed(write, folder, tokenizer, tokenised):
+def test_rows_are_tokenised_again_only_if_something_changed(write, folder, tokenizer, tokenised, tmp_path):
     data = TextClassificationData(path=folder, tokenizer=tokenizer)
     data.prepare_data()
     assert len(tokenised) == 2
@@ -252,9 +253,18 @@ def test_rows_are_tokenised_again_only_if_something_changed(write, folder, token
     assert len(tokenised) == 4
     set_up(path=folder, tokenizer=tokenizer, labels=["good", "bad"])
     assert len(tokenised) == 6
+    set_up(path=folder, tokenizer=save_tiny_causal_tokenizer(tmp_path / "gpt", add_bos=False, pad_token=None))
+    assert len(tokenised) == 8
     write("train.jsonl", TRAIN[:4])
     set_up(path=folder, tokenizer=tokenizer)
-    assert tokenised[6:] == ["train"]
+    assert tokenised[8:] == ["train"]
+
+
+def test_a_tokenizer_is_known_by_what_it_makes_of_texts(tokenizer, tmp_path):
+    identity = identify_tokenizer(AutoTokenizer.from_pretrained(tokenizer))
+    other_folder = save_tiny_tokenizer(tmp_path / "copy")
+    assert identify_tokenizer(AutoTokenizer.from_pretrained(other_folder)) == identity
+    assert identify_tokenizer(AutoTokenizer.from_pretrained(tokenizer, eos_token="[MASK]")) != identity  # noqa: S106
 
 
 # With a Trainer.
