@@ -14,7 +14,9 @@ class MagnitudeLoRA(ls.SparseMethod):
     """Keep the largest entries of each row of A and column of B, a share that shrinks to `density`."""
 
     def __init__(self, target_modules: str | list[str] = "all-linear", rank: int = 8, density: float = 0.1) -> None:
-        super().__init__(target_modules, rank, alpha=rank, dropout=0, layers=None, exclude_modules=None, train_head=True)
+        super().__init__(
+            target_modules, rank, alpha=rank, dropout=0, layers=None, exclude_modules=None, train_head=True
+        )
         self.density = density
 
     def after_step(self, adapters, step, observed) -> None:

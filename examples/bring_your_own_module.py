@@ -15,7 +15,9 @@ class MyModule(L.LightningModule):
 
     def __init__(self, method: ls.SparseMethod) -> None:
         super().__init__()
-        config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        config = BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        )
         self.model = BertForSequenceClassification(config)  # or YourModel.from_pretrained(...)
         ls.inject(self.model, method)  # freezes it, but for the adapters and the classifier
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lit_sparse.adapters.linear import LowRankLinear as LowRankLinear
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
+    from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
     from lit_sparse.data.glue import GLUE as GLUE
     from lit_sparse.data.instructions import InstructionData as InstructionData
@@ -40,6 +41,7 @@ _HOME = {
     "LowRankLinear": "adapters.linear",
     "FiniteLoss": "callbacks.finite_loss",
     "SparsityMonitor": "callbacks.monitor",
+    "PredictionWriter": "callbacks.predictions",
     "Sparsify": "callbacks.sparsify",
     "GLUE": "data.glue",
     "InstructionData": "data.instructions",

@@ -45,7 +45,7 @@ def select_layers(
         inside = _in_bodies(model, linear)
         # T5's body is the whole model, its output embeddings included.
         output_layers = {id(layer) for layer in output_embeddings(model)}
-        left_out = {n for n, m in linear.items() if id(m) in output_layers or _called_by_weight(modules, n)}
+        left_out = {n for n, m in linear.items() if id(m) in output_layers or _called_by_weight(model, n)}
         chosen = [n for n in linear if n in inside and n not in in_head and n not in left_out]
     else:
         chosen = _matched(model, "target_modules", target_modules, modules, in_head)
@@ -59,19 +59,19 @@ def select_layers(
             f"No layer of {type(model).__name__} is left to adapt after target_modules={target_modules!r}, "
             f"layers={layers!r} and exclude_modules={exclude_modules!r}. Its linear layers end in {_leaves(linear)}."
         )
-    _require_called(model, target_modules, chosen, modules)
+    _require_called(model, target_modules, chosen)
     return {name: linear[name] for name in chosen}
 
 
-def _require_called(
-    model: nn.Module, target_modules: str | Sequence[str], chosen: list[str], modules: dict[str, nn.Module]
-) -> None:
+def _require_called(model: nn.Module, target_modules: str | Sequence[str], chosen: list[str]) -> None:
     for name in chosen:
-        if _called_by_weight(modules, name):
+        if _called_by_weight(model, name):
+            parent = type(_parent(model, name)).__name__
+            tail = ".".join(name.split(".")[-2:])
             raise UsageError(
                 f"target_modules {target_modules!r} matches {name!r} of {type(model).__name__}, whose weight its "
-                "parent nn.MultiheadAttention reads without calling the layer: an adapter there would be ignored. "
-                f"Leave it out, for example with exclude_modules={['.'.join(name.split('.')[-2:])]!r}."
+                f"parent {parent} reads without calling the layer: an adapter there would be ignored. Leave it out, "
+                f"for example with exclude_modules={[tail]!r}."
             )
 
 
@@ -139,8 +139,13 @@ def _in_blocks(names: list[str], layers: Sequence[int]) -> list[str]:
     return [n for n in names if block[n] in set(layers)]
 
 
-def _called_by_weight(modules: dict[str, nn.Module], name: str) -> bool:
-    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+def _called_by_weight(model: nn.Module, name: str) -> bool:
+    # The encoder layer calls linear1 and linear2 while training, but in evaluation runs one kernel on their weights.
+    return isinstance(_parent(model, name), nn.MultiheadAttention | nn.TransformerEncoderLayer)
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _is_inside(name: str, part: str) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
+import itertools
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
@@ -18,19 +19,20 @@ from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsi
 from lit_sparse.errors import UsageError
 
 _RICH = RequirementCache("rich")
+_PREFIX = "sparsity/"
 
 
 class SparsityMonitor(Callback):
     """Log rank, gates, densities and remaining parameters to every logger of the Trainer.
 
-    During training: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
-    ``sparsity/density_B``, ``sparsity/remaining_parameters``, and in the progress bar ``rank`` and ``density``
-    (of A and B together). After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of
+    During training and after each epoch: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
+    ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``rank`` and ``density`` (of A
+    and B together). After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of
     RoseLoRA, ``sparsity/density_BA_bound``, averaged over layers. After fit, a table of the layers, and
     ``sparsity.csv`` with it in the logger's folder.
 
     Args:
-        every_n_steps: Batches between two logs; None: the Trainer's ``log_every_n_steps``.
+        every_n_steps: Optimizer steps between two logs; None: the Trainer's ``log_every_n_steps``.
 
     Raises:
         UsageError: If ``every_n_steps`` < 1, or the module that is fitted holds no adapters.
@@ -40,6 +42,7 @@ class SparsityMonitor(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise UsageError(f"every_n_steps must be at least 1, or None for the Trainer's own; got {every_n_steps}.")
         self.every_n_steps = every_n_steps
+        self._logged_at = 0
         self._adapters: list[LowRankLinear] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -54,27 +57,31 @@ class SparsityMonitor(Callback):
         pl_module: LightningModule,
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
-        batch_idx: int,
+        batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Log the cheap figures every ``every_n_steps`` batches."""
+        """Log the cheap figures every ``every_n_steps`` optimizer steps."""
         every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if batch_idx % every:
+        if trainer.global_step % every or trainer.global_step == self._logged_at:
             return
+        self._logged_at = trainer.global_step  # accumulation batches end at the same step
         figures = sparsity_of(self._adapters)
+        # Straight to the loggers: what a module logs between two of Lightning's own rounds would be dropped.
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{_PREFIX}{k}": float(v) for k, v in figures.items()}, step=trainer.global_step)
         entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
-        # Replicated adapters give every process the same figures: nothing is to be reduced.
-        pl_module.log_dict({f"sparsity/{k}": v.float() for k, v in figures.items()}, batch_size=1)
         short = {"rank": figures["mean_rank"], "density": figures["remaining_parameters"] / entries}
         pl_module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Log the density of BA and its bound."""
+        """Log all figures, now also where other callbacks can monitor them."""
         layers = layer_sparsity(pl_module)
+        figures = {k: v.float() for k, v in sparsity_of(self._adapters).items()}
         for key in ("density_BA", "density_BA_bound"):
-            mean = sum(getattr(layer, key) for layer in layers) / len(layers)
-            pl_module.log(f"sparsity/{key}", mean, batch_size=1)
+            figures[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
+        # Replicated adapters give every process the same figures: nothing is to be reduced.
+        pl_module.log_dict({f"{_PREFIX}{k}": v for k, v in figures.items()}, batch_size=1)
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table of layers and write it beside the logs."""
         layers = layer_sparsity(pl_module)
@@ -127,7 +134,14 @@ def _show(layers: list[LayerSparsity]) -> None:
         from rich.table import Table
 
         # Narrow enough for a layer to a line on 80 columns.
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        table = Table(
+            title=title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            show_edge=False,
+        )
         for column in header:
             table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
         for row in rows:
@@ -152,6 +166,7 @@ def _summary(layers: list[LayerSparsity]) -> str:
 
 
 def _common_start(names: list[str]) -> str:
-    """What all names begin with, up to and with a dot."""
-    start = os.path.commonprefix(names)
-    return start[: start.rfind(".") + 1]
+    """The parts that all names begin with, each with its dot."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return "".join(f"{level[0]}." for level in same)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import DataCollatorWithPadding
 
@@ -99,6 +100,15 @@ class TextData(LightningDataModule):
     def validation_names(self) -> tuple[str, ...]:
         """One name per validation data loader; "" where there is a single one."""
         return tuple(split.removeprefix("validation").removeprefix("_") for split in self._validation_splits)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What short rows are padded with; a model that looks for the last real token must know it. After setup."""
+        return int(self._tokenizer.pad_token_id)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The texts of rows of token ids, without special tokens. After setup."""
+        return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def prepare_data(self) -> None:
         """Read and tokenise what the Trainer's stage needs (without a Trainer: fit), in one process."""

@@ -83,7 +83,7 @@ class SparseModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.backbone_args = backbone_args or {}
-        self._sparsify = Sparsify(method)
+        self._sparsify = _OwnSparsify(method)
         self._keep_hyperparameters()
 
     def load_model(self) -> nn.Module:
@@ -105,9 +105,10 @@ class SparseModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """This module's ``Sparsify``, and the monitor and the loss guard unless the Trainer has its own."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(c, Sparsify) and c is not self._sparsify for c in present):
+        if any(isinstance(c, Sparsify) and not isinstance(c, _OwnSparsify) for c in present):
             raise UsageError(
-                f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take it out of callbacks."
+                f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take that out of its "
+                "callbacks."
             )
         wanted = [kind() for kind in (SparsityMonitor, FiniteLoss) if not any(isinstance(c, kind) for c in present)]
         return [self._sparsify, *wanted]
@@ -192,6 +193,15 @@ class SparseModule(LightningModule):
                 "init_args": self.optimizer.keywords,
             }
         self.save_hyperparameters({**self.hparams, **plain})
+
+
+class _OwnSparsify(Sparsify):
+    """The one that a module brings: the Trainer replaces it, by its type, when it is given another module."""
+
+    @property
+    def state_key(self) -> str:
+        """In checkpoints as any other."""
+        return Sparsify.__qualname__
 
 
 def _portable_method(method: SparseMethod) -> dict[str, Any]:

@@ -48,15 +48,16 @@ def require_fit(model: nn.Module, backbone: str, checkpoint: dict[str, Any]) -> 
     """
     if KEY not in checkpoint:
         raise UsageError(
-            "The checkpoint was not written by a lit_sparse module: it has no record of backbone and adapters. Give the "
-            "checkpoint of a lit_sparse run, or load plain weights as the backbone."
+            "The checkpoint was not written by a lit_sparse module: it has no record of backbone and adapters. Give "
+            "the checkpoint of a lit_sparse run, or load plain weights as the backbone."
         )
     saved = checkpoint[KEY]
     ranks = {name: adapter.rank for name, adapter in adapters_in(model)}
     if saved["ranks"] != ranks:
         raise UsageError(
-            f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was trained "
-            f"with {saved['method']}; use the same method, or load it without --config model settings of your own."
+            f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
+            f"trained with {saved['method']}; use the same method, or load it without --config model settings of your "
+            "own."
         )
     sample = _sample(model)
     if sample is not None and saved["backbone_sample"] is not None:

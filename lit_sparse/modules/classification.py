@@ -85,6 +85,7 @@ class SequenceClassification(SparseModule):
             return
         self._ask_data()
         super().configure_model()
+        self._name_padding()
         count = self._known_num_labels()
         # In the checkpoint, so that it loads without a data module.
         self.hparams.update(num_labels=count, label_names=self.label_names, metrics=self.metrics)
@@ -147,13 +148,19 @@ class SequenceClassification(SparseModule):
             self.num_labels = count
         elif count is not None and count != self.num_labels:
             raise UsageError(
-                f"num_labels is {self.num_labels}, but the data has {count} ({getattr(data, 'label_names', None)}). Leave "
-                "num_labels out to take it from the data."
+                f"num_labels is {self.num_labels}, but the data has {count} ({getattr(data, 'label_names', None)}). "
+                "Leave num_labels out to take it from the data."
             )
         if self.label_names is None:
             self.label_names = getattr(data, "label_names", None)
         if self.metrics is None:
             self.metrics = list(getattr(data, "metrics", ())) or None
+
+    def _name_padding(self) -> None:
+        """Tell a decoder such as GPT-2 what rows are padded with: it classifies by the last token before."""
+        config = getattr(self.model, "config", None)
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = getattr(_datamodule(self), "pad_token_id", None)
 
     def _known_num_labels(self) -> int:
         if self.num_labels is not None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.modules.optimization import LrSchedule
 
 IGNORED = -100
 """The label of tokens without loss: prompts and padding."""
@@ -22,10 +26,42 @@ class CausalLM(SparseModule):
     the set, ``val_loss`` (nats per token), ``val_perplexity`` = e to that loss, and ``val_token_accuracy``, the
     share of tokens predicted exactly from those before them.
 
-    Args are those of :class:`~lit_sparse.SparseModule`.
+    Args:
+        backbone: Hub id or folder of the pretrained model, or a model that is already built.
+        method: How to adapt it.
+        max_new_tokens: Longest continuation that ``predict`` generates, in tokens.
+        optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
+            decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
+        lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
+        warmup: Share of the run in which the learning rate rises linearly, in [0, 1).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        compile: Compile the model by ``torch.compile``.
+        backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+
+    Raises:
+        UsageError: If an argument is outside its range, or the backbone cannot be loaded.
     """
 
     auto_class = AutoModelForCausalLM
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        method: SparseMethod,
+        max_new_tokens: int = 64,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_schedule: LrSchedule = "linear",
+        warmup: float = 0.06,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args
+        )
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+        self.max_new_tokens = max_new_tokens
 
     def configure_model(self) -> None:
         """Load, inject, and make the metrics."""
@@ -51,16 +87,19 @@ class CausalLM(SparseModule):
         """Log the metrics of the test set."""
         self._log_metrics("test")
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """Each row's mean loss per labelled token, in nats, and its share of tokens predicted exactly."""
-        logits, labels = self._shifted(batch)
-        counted = labels != IGNORED
-        tokens = counted.sum(1).clamp(min=1)
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
-        )
-        right = (logits.argmax(-1) == labels) & counted
-        return {"loss": losses.sum(1) / tokens, "token_accuracy": right.sum(1) / tokens}
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
+        """Continue each prompt of a batch that is padded on the left: ``tokens``, and ``text`` if the data can decode.
+
+        Decoding is the model's own ``generation_config``, greedy unless that says otherwise.
+        """
+        if self.model is None:
+            raise UsageError("CausalLM has no model yet: call configure_model() first, as the Trainer does.")
+        prompts = {k: v for k, v in batch.items() if k != "labels"}
+        tokens = self.model.generate(**prompts, max_new_tokens=self.max_new_tokens)  # type: ignore[operator]
+        new: Tensor = tokens[:, batch["input_ids"].shape[1] :]
+        data = getattr(self.trainer, "datamodule", None)
+        texts = {"text": data.decode(new)} if data is not None and hasattr(data, "decode") else {}
+        return {"tokens": new, **texts}
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         logits, labels = self._shifted(batch)

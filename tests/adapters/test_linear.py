@@ -126,10 +126,10 @@ def test_the_parameters_start_as_the_papers_say():
     adapter = LowRankLinear(nn.Linear(400, 30), 64, 1.0, gated=True)
     bound = 1 / math.sqrt(400)  # Kaiming-uniform with a = √5
     assert adapter.lora_A.abs().max() <= bound
-    assert adapter.lora_A.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert adapter.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert not adapter.lora_B.any()
-    assert adapter.gate.mean() == pytest.approx(0, abs=0.5)
-    assert adapter.gate.std() == pytest.approx(1, abs=0.4)
+    assert adapter.gate.mean().item() == pytest.approx(0, abs=0.5)
+    assert adapter.gate.std().item() == pytest.approx(1, abs=0.4)
 
 
 def test_only_the_adapter_is_trainable():

@@ -228,9 +228,7 @@ def test_the_method_is_called_once_per_real_step(precision: str, accumulate: int
     module = Regression(method).float()
     trainer = fit(module, callback, precision=precision, accumulate_grad_batches=accumulate)
     assert trainer.global_step == STEPS // accumulate == callback.steps_taken
-    assert method.calls == [
-        (kind, step) for step in range(1, trainer.global_step + 1) for kind in ("before", "after")
-    ]
+    assert method.calls == [(kind, step) for step in range(1, trainer.global_step + 1) for kind in ("before", "after")]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -6,11 +6,9 @@ from backbones import save_tiny_bert, save_tiny_llama
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 
-POSITIVE, NEGATIVE = 80, 90  # two tokens of the tiny tokenizer; which of them a row holds is its class
-
 
 class ToyRows(Dataset):
-    """Rows of six tokens; the label is told by one of them. ``regression`` makes it a number."""
+    """Rows of six tokens, the second of which tells the label; ``regression`` makes the label a number."""
 
     def __init__(self, count, regression=False, seed=0, classes=2):
         generator = torch.Generator().manual_seed(seed)
@@ -31,9 +29,7 @@ class ToyRows(Dataset):
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """A tiny BERT without dropout."""
-    return save_tiny_bert(
-        tmp_path_factory.mktemp("bert"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,123 @@
+"""What SparsityMonitor logs, shows and writes."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from backbones import save_tiny_bert
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
+
+import lit_sparse as ls
+from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.callbacks import monitor
+from lit_sparse.callbacks.monitor import read_table
+
+FIGURES = {
+    "mean_rank",
+    "zero_gates",
+    "density_A",
+    "density_B",
+    "remaining_parameters",
+    "density_BA",
+    "density_BA_bound",
+}
+
+
+def rows(count: int = 32) -> list[dict[str, torch.Tensor]]:
+    tokens = torch.randint(5, 60, (count, 6))
+    return [{"input_ids": row, "labels": row[0] % 2} for row in tokens]
+
+
+def fit(folder: Path, method: Any, *callbacks: pl.Callback, **options: Any) -> tuple[ls.SparseModule, pl.Trainer]:
+    backbone = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(folder / "bert"))
+    module = ls.SparseModule(backbone, method)
+    settings: dict[str, Any] = {"logger": CSVLogger(folder, name="log"), "enable_progress_bar": False}
+    settings |= {"max_epochs": 2, "accelerator": "cpu", "enable_checkpointing": False, "log_every_n_steps": 2}
+    trainer = pl.Trainer(callbacks=list(callbacks), enable_model_summary=False, **(settings | options))
+    trainer.fit(module, DataLoader(rows(), batch_size=4))
+    return module, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_figures_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path, ls.SoRA(rank=4, threshold=0.08))
+    with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+        logged = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    steps = [row for row in logged if "sparsity/mean_rank" in row]
+    assert len(steps) == 2 * 8 / 2 + 2  # every other step, and after each epoch
+    assert {key.removeprefix("sparsity/") for row in logged for key in row if "/" in key} == FIGURES
+    ranks = [float(row["sparsity/mean_rank"]) for row in steps]
+    assert ranks[0] > ranks[-1]
+    adapters = [adapter for _, adapter in ls.adapters_in(module)]
+    live = [int((adapter.gate != 0).sum()) for adapter in adapters]
+    total = sum(n * (a.in_features + a.out_features) for n, a in zip(live, adapters, strict=True))
+    held = sum(4 * (a.in_features + a.out_features) for a in adapters)
+    last = layer_sparsity(module)
+    assert sum(layer.remaining_parameters for layer in last) == total
+    assert total < held
+    assert trainer.progress_bar_metrics["rank"] == pytest.approx(ranks[-1])
+    assert trainer.progress_bar_metrics["density"] == pytest.approx(total / held)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_table_of_layers_is_shown_and_written(
+    tmp_path: Path, rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(monitor, "_RICH", rich)
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # importing it would fail
+    module, trainer = fit(tmp_path, ls.RoseLoRA(rank=4, density=0.1, begin=0, end=4, target_modules=["query"]))
+    written = read_table(Path(trainer.log_dir) / "sparsity.csv")
+    assert written == layer_sparsity(module)
+    # rich prints, the rest is logged
+    shown = capsys.readouterr().out + caplog.text
+    assert "Adapters in model.bert.encoder.layer" in shown
+    for number in (0, 1):
+        assert f"{number}.attention.self.query" in shown
+    assert "0 of 8 ranks are zero (0.0%)" in shown
+    kept = 3  # of 32 in each row of A and column of B
+    assert f"{2 * 4 * 2 * kept} adapter parameters remain" in shown
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_logger_nothing_is_written(tmp_path: Path) -> None:
+    fit(tmp_path, ls.LoRA(rank=2), logger=False)
+    assert not list(tmp_path.rglob("sparsity.csv"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_monitor_of_the_users_own_keeps_its_settings(tmp_path: Path) -> None:
+    mine = ls.SparsityMonitor(every_n_steps=8)
+    _, trainer = fit(tmp_path, ls.LoRA(rank=2), mine)
+    assert [c for c in trainer.callbacks if isinstance(c, ls.SparsityMonitor)] == [mine]
+    with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+        steps = [row for row in csv.DictReader(file) if row["sparsity/mean_rank"]]
+    assert len(steps) == 2 + 2
+
+
+def test_errors() -> None:
+    with pytest.raises(ls.UsageError, match="every_n_steps must be at least 1, or None .*; got 0"):
+        ls.SparsityMonitor(every_n_steps=0)
+
+    class Plain(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pl.Trainer(callbacks=[ls.SparsityMonitor()], max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ls.UsageError, match="SparsityMonitor found no adapter in Plain"):
+        trainer.fit(Plain(), DataLoader(torch.randn(4, 2)))

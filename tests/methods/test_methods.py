@@ -1,0 +1,113 @@
+"""Arguments of the methods: each is checked when the method is made, and kept."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lit_sparse as ls
+from lit_sparse.methods.base import Run, SparseMethod
+
+METHODS = [
+    ls.LoRA(),
+    ls.SoRA(threshold=1e-3),
+    ls.SoRA(sparsity_weight=0.1, metric="optimizer", gate_lr=1e-2, freeze_zero_after=5, layers=[0]),
+    ls.RoseLoRA(density=0.2, begin=3, end=30, clamp=3e-3),
+    ls.GatedRoseLoRA(threshold=1e-3, target_modules=["query"], exclude_modules="x", train_head=["classifier"]),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_every_argument_is_kept_under_its_name_and_makes_the_method_again(method: SparseMethod) -> None:
+    arguments = method.init_args()
+    assert set(arguments) == set(inspect.signature(type(method)).parameters)
+    assert type(method)(**arguments).init_args() == arguments
+    assert repr(method) == repr(type(method)(**arguments))
+
+
+@pytest.mark.parametrize("kind", [ls.LoRA, ls.SoRA, ls.RoseLoRA, ls.GatedRoseLoRA])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"target_modules": []}, r"target_modules is \[\]: name at least one layer"),
+        ({"target_modules": ""}, "target_modules is '': name at least one layer"),
+        ({"rank": 0}, "rank must be at least 1; got 0"),
+        ({"alpha": 0.0}, "alpha must be positive"),
+        ({"alpha": float("nan")}, "alpha must be positive"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: str) -> None:
+    needed = {"threshold": 1e-3} if "threshold" in inspect.signature(kind).parameters else {}
+    with pytest.raises(ls.UsageError, match=message):
+        kind(**needed, **argument)
+
+
+@pytest.mark.parametrize("kind", [ls.SoRA, ls.GatedRoseLoRA])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of threshold .* and sparsity_weight .*; got neither"),
+        ({"threshold": 0.1, "sparsity_weight": 0.1}, "exactly one of .*; got both"),
+        ({"threshold": -1.0}, "threshold must be a finite number of at least 0; got -1"),
+        ({"threshold": float("inf")}, "threshold must be a finite number"),
+        ({"sparsity_weight": float("nan")}, "sparsity_weight must be a finite number"),
+        ({"threshold": 0.1, "l1_weight": -1.0}, "l1_weight must be a finite number"),
+        ({"threshold": 0.1, "operator": "hard"}, "operator must be 'soft' or 'released'; got 'hard'"),
+        ({"threshold": 0.1, "metric": "l2"}, "metric must be 'euclidean' or 'optimizer'; got 'l2'"),
+        ({"threshold": 0.1, "metric": "optimizer"}, "give sparsity_weight, not threshold"),
+        ({"threshold": 0.1, "gate_lr": 0.0}, "gate_lr must be positive"),
+        ({"threshold": 0.1, "freeze_zero_after": 0}, "freeze_zero_after counts steps, at least 1; got 0"),
+    ],
+)
+def test_arguments_of_gates(kind: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ls.UsageError, match=message):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize("kind", [ls.RoseLoRA, ls.GatedRoseLoRA])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": 0.0}, r"density is the share .* in \(0, 1\]; got 0"),
+        ({"density": 1.1}, r"density is the share .*; got 1\.1"),
+        ({"beta": 1.0}, r"beta is the memory .* in \[0, 1\); got 1"),
+        ({"clamp": 0.0}, "clamp bounds the size of entries and must be positive"),
+        ({"begin": 0.9, "end": 0.5}, "begin must not be after end; got begin=0.9 and end=0.5"),
+        ({"begin": 9, "end": 5}, "begin must not be after end; got begin=9 and end=5"),
+        ({"begin": -1, "end": 5}, "-1"),
+        ({"begin": 0.1, "end": 1.5}, "1.5"),
+    ],
+)
+def test_arguments_of_masks(kind: Any, arguments: dict[str, Any], message: str) -> None:
+    needed = {"threshold": 1e-3} if kind is ls.GatedRoseLoRA else {}
+    with pytest.raises(ls.UsageError, match=message):
+        kind(**needed, **arguments)
+
+
+def test_begin_after_end_in_different_units_is_found_when_the_run_is_known() -> None:
+    method = ls.RoseLoRA(begin=50, end=0.5)
+    adapter = method.adapt(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    method.check([adapter], Run(0, 200, optimizer, lambda p: []))
+    with pytest.raises(ls.UsageError, match="begin"):
+        method.check([adapter], Run(0, 80, optimizer, lambda p: []))
+
+
+def test_roselora_has_no_scale_unless_alpha_is_given() -> None:
+    assert ls.RoseLoRA(rank=32).scale == 1
+    assert ls.RoseLoRA(rank=8, alpha=32).scale == 4
+    assert ls.SoRA(rank=8, threshold=0.1).scale == 2
+
+
+def test_gates_are_an_optimizer_group_of_their_own() -> None:
+    method = ls.SoRA(threshold=0.1, gate_lr=0.5, rank=4)
+    adapters = [method.adapt(nn.Linear(8, 8)) for _ in range(2)]
+    (group,) = method.parameter_groups(adapters)
+    assert group["lr"] == 0.5
+    assert group["weight_decay"] == 0
+    assert [id(p) for p in group["params"]] == [id(a.gate) for a in adapters]
+    assert ls.LoRA().parameter_groups(adapters) == []

@@ -1,0 +1,120 @@
+"""lit_sparse.CausalLM: loss, perplexity and accuracy against a loop over every labelled token."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import lit_sparse as ls
+
+IGNORED = -100
+
+
+def causal_lm(backbone, lr=1e-2, **options):
+    optimizer = functools.partial(torch.optim.AdamW, lr=lr)
+    return ls.CausalLM(backbone, ls.LoRA(rank=4), optimizer=optimizer, **options)
+
+
+def batches(prompt=3):
+    """Batches with very different numbers of labelled tokens: 1 row of 2, 3 rows of 9, 2 rows of 1 and 4."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for lengths in ([2], [9, 9, 9], [1, 4]):
+        width = prompt + max(lengths)
+        ids = torch.randint(5, 60, (len(lengths), width), generator=generator)
+        labels, mask = ids.clone(), torch.ones_like(ids)
+        for row, length in enumerate(lengths):
+            labels[row, :prompt] = IGNORED
+            labels[row, prompt + length :] = IGNORED
+            mask[row, prompt + length :] = 0
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+@torch.no_grad()
+def token_by_token(module, made):
+    """The loss of each labelled token and whether it is the most likely one, row by row."""
+    module.eval()
+    rows = []
+    for batch in made:
+        for row in range(len(batch["labels"])):
+            logits = module.model(
+                input_ids=batch["input_ids"][row : row + 1], attention_mask=batch["attention_mask"][row : row + 1]
+            ).logits[0]
+            losses, right = [], []
+            for position in range(1, len(logits)):
+                label = int(batch["labels"][row, position])
+                if label != IGNORED:
+                    losses.append(-math.log(logits[position - 1].double().softmax(-1)[label]))
+                    right.append(int(logits[position - 1].argmax()) == label)
+            rows.append((losses, right))
+    return rows
+
+
+@pytest.fixture
+def trained(tiny_llama, trainer):
+    """A module after some steps on the first rows, and its Trainer."""
+    module, run = causal_lm(tiny_llama), trainer(max_epochs=3)
+    loader = DataLoader(batches(), batch_size=None)
+    run.fit(module, loader, loader)
+    return module, run
+
+
+def test_figures_are_those_over_all_labelled_tokens(trained):
+    module, run = trained
+    rows = token_by_token(module, batches())
+    losses = [loss for row, _ in rows for loss in row]
+    right = [hit for _, row in rows for hit in row]
+    assert len(losses) == 2 + 27 + 5
+    mean = sum(losses) / len(losses)
+    assert run.callback_metrics["val_loss"] == pytest.approx(mean, rel=1e-5)
+    assert run.callback_metrics["val_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert run.callback_metrics["val_token_accuracy"] == pytest.approx(sum(right) / len(right))
+    (tested,) = run.test(module, DataLoader(batches(), batch_size=None), verbose=False)
+    assert tested["test_loss"] == pytest.approx(mean, rel=1e-5)
+    assert tested["test_token_accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_prediction_gives_each_row_its_own_figures(trained):
+    module, run = trained
+    found = run.predict(module, DataLoader(batches(), batch_size=None))
+    rows = token_by_token(module, batches())
+    losses = torch.cat([batch["loss"] for batch in found]).tolist()
+    accuracies = torch.cat([batch["token_accuracy"] for batch in found]).tolist()
+    assert losses == pytest.approx([sum(row) / len(row) for row, _ in rows], rel=1e-5)
+    assert accuracies == pytest.approx([sum(row) / len(row) for _, row in rows])
+
+
+def test_the_training_loss_is_on_the_response_only(tiny_llama):
+    """A change of the prompt's labels is none; the loss is the mean over the tokens that are labelled."""
+    module = causal_lm(tiny_llama)
+    module.configure_model()
+    batch = batches()[1]
+    expected = [loss for row, _ in token_by_token(module, [batch]) for loss in row]
+    assert module(**batch).loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_instructions_are_learned_and_their_prompts_cost_nothing(tiny_llama, tmp_path, trainer):
+    rows = [
+        {"instruction": f"what is a {word}", "output": answer} for word, answer in (("dog", "true"), ("cat", "false"))
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows * 8))
+    data = ls.InstructionData(str(tmp_path), template="{instruction}\n", batch_size=4)
+    module, run = causal_lm(tiny_llama, lr=3e-2), trainer(max_epochs=8)
+    run.fit(module, data)
+    labelled = [loss for row, _ in token_by_token(module, list(data.val_dataloader())) for loss in row]
+    assert run.callback_metrics["val_loss"] == pytest.approx(sum(labelled) / len(labelled), rel=1e-4)
+    assert run.callback_metrics["val_token_accuracy"] > 0.8
+
+
+def test_a_batch_without_labelled_tokens_counts_for_nothing(tiny_llama, trainer):
+    module, run = causal_lm(tiny_llama), trainer()
+    made = batches()
+    (expected,) = run.validate(module, DataLoader(made, batch_size=None), verbose=False)
+    empty = {**made[0], "labels": torch.full_like(made[0]["labels"], IGNORED)}
+    (found,) = run.validate(module, DataLoader([*made, empty], batch_size=None), verbose=False)
+    assert found == pytest.approx(expected)

@@ -1,0 +1,71 @@
+"""lit_sparse.modules.metrics against scikit-learn and SciPy on random predictions."""
+
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics as sk
+
+from lit_sparse.errors import UsageError
+from lit_sparse.modules.metrics import build_metrics, predictions
+
+BATCHES = (7, 1, 32, 60)
+
+
+def random_classes(count, seed):
+    """Logits whose arg-max agrees with the labels about half the time."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(count, (sum(BATCHES),), generator=generator)
+    logits = torch.randn(len(labels), count, generator=generator)
+    logits[torch.arange(len(labels)), labels] += 1.0
+    return logits, labels
+
+
+def accumulate(metrics, logits, labels, num_labels):
+    """What the metrics say after batches of different sizes."""
+    for some_logits, some_labels in zip(logits.split(BATCHES), labels.split(BATCHES), strict=True):
+        metrics.update(predictions(some_logits, num_labels), some_labels)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_classification_metrics_are_those_of_scikit_learn(count, seed):
+    logits, labels = random_classes(count, seed)
+    found = accumulate(build_metrics(["accuracy", "f1", "matthews"], count), logits, labels, count)
+    true, predicted = labels.numpy(), logits.numpy().argmax(-1)
+    assert found == pytest.approx(
+        {
+            "accuracy": sk.accuracy_score(true, predicted),
+            "f1": sk.f1_score(true, predicted, average="binary" if count == 2 else "macro"),
+            "matthews": sk.matthews_corrcoef(true, predicted),
+        },
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_regression_metrics_are_those_of_scipy(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(11, (sum(BATCHES),), generator=generator) / 2  # with ties, as STS-B has them
+    logits = (labels + 2 * torch.randn(len(labels), generator=generator)).unsqueeze(1)
+    found = accumulate(build_metrics(["pearson", "spearman"], 1), logits, labels, 1)
+    true, predicted = labels.numpy(), logits.squeeze(1).numpy()
+    expected = {"pearson": stats.pearsonr(predicted, true)[0], "spearman": stats.spearmanr(predicted, true)[0]}
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_half_precision_predictions_are_compared_in_float32():
+    assert predictions(torch.zeros(4, 1, dtype=torch.bfloat16), 1).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("names", "num_labels", "message"),
+    [
+        (["acc"], 2, r"metrics \['acc'\] are none for classification with 2 labels"),
+        (["accuracy", "pearson"], 3, r"metrics \['pearson'\] .* has \['accuracy', 'f1', 'matthews'\]"),
+        (["accuracy"], 1, r"regression \(one label\), which has \['pearson', 'spearman'\]"),
+    ],
+)
+def test_a_metric_of_another_kind_of_task_is_an_error(names, num_labels, message):
+    with pytest.raises(UsageError, match=message):
+        build_metrics(names, num_labels)
