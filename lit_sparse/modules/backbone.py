@@ -34,10 +34,15 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
     try:
         loader = auto_class if auto_class is not None else _architecture(folder, arguments)
         model = loader.from_pretrained(folder, **arguments)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if "ignore_mismatched_sizes" in reason:
+            reason = (
+                "its head has another number of outputs than the data has labels. Set backbone_args to "
+                "{ignore_mismatched_sizes: true} for a new head."
+            )
         raise UsageError(f"The backbone {name!r} cannot be loaded: {reason}") from error
     return model.train()  # type: ignore[no-any-return]
 

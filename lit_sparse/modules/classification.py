@@ -72,7 +72,8 @@ class SequenceClassification(SparseModule):
 
     def load_model(self) -> nn.Module:
         """Load the backbone with a new head of ``num_labels`` outputs, unless it has one of that size."""
-        labels: dict[str, Any] = {"num_labels": self._known_num_labels()}
+        # A head of another task, such as MNLI's three classes for RTE, gives way to a new one.
+        labels: dict[str, Any] = {"num_labels": self._known_num_labels(), "ignore_mismatched_sizes": True}
         if self.label_names is not None:
             labels["id2label"] = dict(enumerate(self.label_names))
             labels["label2id"] = {name: number for number, name in enumerate(self.label_names)}

@@ -20,7 +20,7 @@ def quiet(*callbacks: pl.Callback) -> pl.Trainer:
 
 
 def test_every_row_becomes_a_line(tmp_path: Path) -> None:
-    backbone = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(tmp_path / "bert"), num_labels=3)
+    backbone = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(tmp_path / "bert", num_labels=3))
     module = ls.SequenceClassification(backbone, ls.LoRA(rank=2))
     tokens = torch.randint(5, 60, (10, 6))
     rows = DataLoader([{"input_ids": row} for row in tokens], batch_size=4)
