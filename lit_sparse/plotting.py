@@ -31,7 +31,8 @@ def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
     places = _places([layer.name for layer in layers])
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
     blocks = sorted({block for _, block in places.values()})
-    figure = Figure(figsize=(2.6 + 0.6 * len(blocks), 1.2 + 0.4 * len(kinds)), layout="constrained")
+    labels = 0.09 * max(len(kind) for kind in kinds)  # inches
+    figure = Figure(figsize=(1.6 + labels + 0.6 * len(blocks), 1.2 + 0.4 * len(kinds)), layout="constrained")
     axes = figure.add_subplot()
     grid = [[float("nan")] * len(blocks) for _ in kinds]
     for layer in layers:

@@ -155,7 +155,15 @@ _TINY: dict[str, dict[str, Any]] = {
     "albert": {**_WIDTH_32, "embedding_size": 16},
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_SPECIAL_IDS},
     "llama": {**_WIDTH_32, "num_key_value_heads": 2, **_SPECIAL_IDS},
-    "t5": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "t5": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
     "vit": {
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -18,6 +18,7 @@ LEVELS = [
     {"quickstart"},
     {"modules", "data"},
     {"plotting"},
+    {"__init__"},  # offers the public names of all of the above
     {"cli"},
     {"__main__"},
 ]
@@ -30,7 +31,10 @@ def part_of(file: Path) -> str:
 
 
 def imported_parts(source: str) -> Iterator[str]:
-    """The parts of lit_sparse that ``source`` imports, within functions too, but not for type checkers."""
+    """The parts of lit_sparse that ``source`` imports, within functions too, but not for type checkers.
+
+    The package itself, or a public name of it, counts as ``__init__``.
+    """
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
@@ -47,12 +51,13 @@ def imported_parts(source: str) -> Iterator[str]:
         for name in names:
             package, _, rest = name.partition(".")
             if package == "lit_sparse":
-                yield rest.split(".")[0]
+                part = rest.split(".")[0]
+                yield part if part in LEVEL else "__init__"
         pending.extend(ast.iter_child_nodes(node))
 
 
 def wrong_imports(part: str, source: str) -> set[str]:
-    return {p for p in imported_parts(source) if p != part and LEVEL.get(p, len(LEVELS)) >= LEVEL[part]}
+    return {p for p in imported_parts(source) if p != part and LEVEL[p] >= LEVEL[part]}
 
 
 def test_the_package_is_looked_through():
@@ -79,9 +84,10 @@ def test_the_quickstart_knows_nothing_but_errors():
         ("from lit_sparse.callbacks.sparsify import Sparsify", {"callbacks"}),
         ("import lit_sparse.cli as c", {"cli"}),
         ("from lit_sparse import modules", {"modules"}),
-        ("from lit_sparse import SoRA", {"SoRA"}),  # the lazy names would hide the direction
+        ("from lit_sparse import SoRA", {"__init__"}),  # the lazy names would hide the direction
         ("def f():\n    from lit_sparse.data.text import TextData", {"data"}),
         ("if TYPE_CHECKING:\n    from lit_sparse.cli import main\nelse:\n    import lit_sparse.data", {"data"}),
+        ("import lit_sparse", {"__init__"}),
         ("import lit_sparse_other.cli", set()),
     ],
 )

@@ -179,7 +179,7 @@ def test_without_num_labels_anywhere_there_is_an_error(tiny_bert, toy_rows, trai
 
 
 def test_a_built_model_knows_its_number_of_labels(tiny_bert, toy_rows, trainer):
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3, ignore_mismatched_sizes=True)
     run = trainer(max_epochs=1)
     run.fit(classifier(model), OwnData(toy_rows(16, classes=3)))
     assert "val_accuracy" in run.callback_metrics
