@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_sparse
@@ -48,7 +51,9 @@ class SparseParser(LightningArgumentParser):
         if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
             super().error(message, ex)
         lines = [line.strip() for line in message.splitlines()]
-        _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)), status=2)
+        unknown = re.search(r"(?:[Oo]ption|accept option|[Kk]ey) '([\w.]+)'", message)
+        hint = _suggestion(unknown[1]) if unknown else ""
+        _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
 
 class SparseCLI(LightningCLI):
@@ -93,6 +98,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Words after the program's name; None: those of the process.
     """
+    folder = str(Path.cwd())
+    if not {"", folder} & set(sys.path):
+        sys.path.insert(0, folder)  # as python -m does, so that modules of the user's own are found
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
@@ -140,6 +148,14 @@ def _is_sparse_module(class_path: str) -> bool:
     module, _, name = class_path.rpartition(".")
     kind: Any = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and issubclass(kind, SparseModule)
+
+
+def _suggestion(key: str) -> str:
+    """Arguments of ours, or of the Trainer, that are spelt like the last part of ``key``."""
+    kinds = [kind for kind in (getattr(lit_sparse, name) for name in dir(lit_sparse)) if isinstance(kind, type)]
+    known = {argument for kind in (Trainer, *kinds) for argument in inspect.signature(kind).parameters}
+    close = difflib.get_close_matches(key.rpartition(".")[2], known)
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ". --print_config lists what there is."
 
 
 def _program() -> str:

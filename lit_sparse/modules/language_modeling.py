@@ -71,6 +71,14 @@ class CausalLM(SparseModule):
         self._loss = MeanMetric()
         self._token_accuracy = MeanMetric()
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self._reset_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self._reset_metrics()
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Update the metrics by one batch."""
         self._evaluate(batch)
@@ -121,6 +129,9 @@ class CausalLM(SparseModule):
             f"{stage}_token_accuracy": self._token_accuracy.compute(),
         }
         self.log_dict(figures, prog_bar=True)
+
+    def _reset_metrics(self) -> None:
+        # Before an epoch, not after it: what is reset in validate's inference mode, fit could not update.
         self._loss.reset()
         self._token_accuracy.reset()
 

@@ -263,6 +263,7 @@ def test_t5_asks_its_layers_for_their_weight(dtype, feed_forward):
     for name, module in model.named_modules():
         if name.endswith(".wo"):
             module.float()
+    model.requires_grad_(False)  # or PyTorch picks another kernel, with other roundings
     expected = model(IDS, labels=IDS).logits
     adapters = inject(model, LoRA())
     assert torch.equal(model(IDS, labels=IDS).logits, expected)

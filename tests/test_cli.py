@@ -1,0 +1,375 @@
+"""The command line: what users type, what they get, and what they are told when it cannot work."""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from backbones import save_tiny_bert
+from lightning.pytorch import Trainer
+
+import lit_sparse as ls
+from lit_sparse.cli import lightning_main, main
+
+SCRIPTS = Path(sys.executable).parent
+ENTRIES = {
+    "lightning": [str(SCRIPTS / "lightning")],
+    "lit-sparse": [str(SCRIPTS / "lit-sparse")],
+    "python -m lit_sparse": [sys.executable, "-m", "lit_sparse"],
+}
+METHOD = "--model.init_args.method.init_args"
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A folder with a backbone, rows and a configuration, as a user has it."""
+    folder = tmp_path_factory.mktemp("project")
+    save_tiny_bert(folder / "bert")
+    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
+        rows = [[("a good film", "a bad film")[i % 2], ("yes", "no")[i % 2]] for i in range(count)]
+        with (folder / f"{split}.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([["text", "label"], *rows])
+    config = {
+        "seed_everything": 0,
+        "model": {
+            "class_path": "lit_sparse.SequenceClassification",
+            "init_args": {
+                "backbone": str(folder / "bert"),
+                "method": {"class_path": "lit_sparse.SoRA", "init_args": {"rank": 2, "sparsity_weight": 1.0}},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            },
+        },
+        "data": {
+            "class_path": "lit_sparse.TextClassificationData",
+            "init_args": {"path": str(folder), "batch_size": 16},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}},
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": "kept", "filename": "last"},
+                }
+            ],
+            **QUIET,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def config(project):
+    return str(project / "config.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-sparse"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def start(command, **environment):
+    """Run a command in the folder of the test."""
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run the command line in this process and give back the one line in which it refuses, with its status."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as exit_info:
+            main(list(args))
+        text = capsys.readouterr().err
+        error = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1
+        assert text.endswith(f"{error[0]}\n")  # a progress bar may stand above it, nothing below
+        assert "Traceback" not in text
+        return exit_info.value.code, error[0]
+
+    return run
+
+
+# Processes of their own.
+
+
+def test_the_three_entries_are_the_same_program(config, monkeypatch, capsys):
+    helps, versions = {}, {}
+    for name, command in ENTRIES.items():
+        done = start([*command, "--help"])
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: {name} [")
+        helps[name] = " ".join(done.stdout.removeprefix(f"usage: {name}").split())  # lines break elsewhere
+        argument = "lit_sparse/__main__.py" if name.startswith("python") else command[0]
+        monkeypatch.setattr(sys, "argv", [argument])
+        with pytest.raises(SystemExit, match="0"):
+            main(["--version"])
+        versions[name] = capsys.readouterr().out
+        assert versions[name] == f"{name} {ls.__version__}\n"
+    assert len(set(helps.values())) == 1
+    assert "fit" in helps["lightning"]
+
+
+def read_metrics(folder):
+    """The last value of every figure that a CSVLogger wrote."""
+    with next(folder.glob("*/metrics.csv")).open() as stream:
+        return {key: float(value) for row in csv.DictReader(stream) for key, value in row.items() if value}
+
+
+@pytest.mark.slow
+def test_fit_validate_test_predict_and_resume(config, project, tmp_path):
+    lightning, checkpoint = ENTRIES["lightning"], "kept/last.ckpt"
+
+    def run(*args):
+        done = start([*lightning, args[0], "--config", config, *args[1:]])
+        assert done.returncode == 0, done.stderr
+        return done
+
+    run("fit")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert (saved["epoch"], saved["global_step"]) == (0, 4)
+    (table,) = Path("runs").glob("*/*/sparsity.csv")
+    assert len(table.read_text().splitlines()) == 1 + 13
+
+    run("validate", "--ckpt_path", checkpoint, "--trainer.logger.init_args.name", "validated")
+    run("test", "--ckpt_path", checkpoint, "--trainer.logger.init_args.name", "tested")
+    validated, tested = read_metrics(Path("runs/validated")), read_metrics(Path("runs/tested"))
+    assert "test_accuracy" in tested
+
+    # A run of the command line loads in Python, and is the same model.
+    module = ls.SequenceClassification.load_from_checkpoint(checkpoint)
+    data = ls.TextClassificationData(str(project), batch_size=16)
+    (found,) = Trainer(accelerator="cpu", logger=False, **QUIET).validate(module, data, verbose=False)
+    assert found["val_loss"] == pytest.approx(validated["val_loss"], rel=1e-5)
+    assert found["val_accuracy"] == validated["val_accuracy"]
+    assert type(module.method) is ls.SoRA
+    assert module.label_names == ["no", "yes"]
+
+    run("predict", "--ckpt_path", checkpoint)
+    run("fit", "--ckpt_path", checkpoint, "--trainer.max_epochs", "2")
+    resumed = torch.load(sorted(Path("kept").glob("*.ckpt"))[-1], weights_only=True)
+    assert (resumed["epoch"], resumed["global_step"]) == (1, 8)
+    assert resumed["callbacks"]["Sparsify"]["steps_taken"] == 8
+
+
+def test_an_error_is_one_line_in_a_process_of_its_own(config):
+    done = start([*ENTRIES["lit-sparse"], "fit", "--config", config, "--data.init_args.text", "txt"])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    expected = "error: The split 'train' has no column 'txt'; its columns are ['text', 'label']."
+    assert done.stderr.splitlines()[-1] == expected
+
+
+OWN_CODE = """
+import torch
+from dataclasses import dataclass
+from lightning.pytorch import LightningDataModule, LightningModule
+
+
+@dataclass
+class Narrow:
+    narrow: int
+
+
+@dataclass
+class Wide:
+    wide: int
+
+
+class OwnModule(LightningModule):
+    def __init__(self, width: int, part: Narrow | Wide | None = None, fail: bool = False):
+        super().__init__()
+        self.layer, self.part, self.fail = torch.nn.Linear(width, 1), part, fail
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum() * (1 / (0 if self.fail else 1))
+
+    def on_train_end(self):
+        print("FITTED", type(self.trainer.optimizers[0]).__name__, self.trainer.optimizers[0].param_groups[0]["lr"])
+        print("PART", self.part)
+
+
+class OwnData(LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(4, 3), batch_size=2)
+"""
+OWN = ["fit", "--model", "own_task.OwnModule", "--model.width", "3", "--data", "own_task.OwnData"]
+OWN += ["--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.25", "--trainer.fast_dev_run", "true"]
+OWN += ["--trainer.accelerator", "cpu"]
+
+
+def test_a_module_of_the_users_own_is_fitted_from_the_folder_it_lies_in():
+    Path("own_task.py").write_text(OWN_CODE)
+    done = start([*ENTRIES["lightning"], *OWN])
+    assert done.returncode == 0, done.stderr
+    assert "FITTED SGD 0.25" in done.stdout
+
+
+@pytest.fixture
+def own_task(tmp_path, monkeypatch):
+    (tmp_path / "own_task.py").write_text(OWN_CODE)
+    yield
+    sys.modules.pop("own_task", None)
+
+
+def test_an_exception_in_the_users_own_code_is_not_ours_to_hide(own_task):
+    with pytest.raises(ZeroDivisionError):
+        main([*OWN, "--model.fail", "true"])
+
+
+def test_the_second_type_of_a_union_is_tried_when_the_first_does_not_fit(own_task, capsys):
+    main([*OWN, "--model.part", "{wide: 5}"])
+    assert "PART Wide(wide=5)" in capsys.readouterr().out
+
+
+# Another package's program of the name `lightning`.
+
+
+@pytest.fixture
+def other_lightning(tmp_path, monkeypatch):
+    """Another distribution that installs a program of that name, as lightning_sdk does."""
+    site = tmp_path / "site"
+    information = site / "other_sdk-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: other-sdk\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[console_scripts]\nlightning = other_sdk:run\n")
+    (site / "other_sdk.py").write_text("import sys\ndef run():\n    print('OTHER', sys.argv[1:])\n")
+    yield str(site)
+    sys.modules.pop("other_sdk", None)
+
+
+def test_words_of_another_lightning_program_go_there(other_lightning, monkeypatch, capsys):
+    done = start([*ENTRIES["lightning"], "login", "--key", "x"], PYTHONPATH=other_lightning)
+    assert (done.returncode, done.stdout) == (0, "OTHER ['login', '--key', 'x']\n")
+    monkeypatch.syspath_prepend(other_lightning)
+    for words in (["fit", "--help"], ["--help"], ["predict", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["lightning", *words])
+        with pytest.raises(SystemExit, match="0"):
+            lightning_main()
+        printed = capsys.readouterr().out
+        assert "OTHER" not in printed
+        assert printed.startswith("usage: lightning")
+
+
+def test_without_another_program_an_unknown_word_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning", "login"])
+    with pytest.raises(SystemExit, match="2"):
+        lightning_main()
+    assert "invalid choice: 'login' (choose from 'fit', 'validate', 'test', 'predict')" in capsys.readouterr().err
+
+
+# Configurations.
+
+
+def test_a_printed_configuration_can_be_fed_back(config, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", config, f"{METHOD}.rank", "3", "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["model"]["init_args"]["method"]["init_args"]["rank"] == 3
+    Path("printed.yaml").write_text(printed)
+    main(["fit", "--config", "printed.yaml"])
+    capsys.readouterr()
+    ranks = torch.load("kept/last.ckpt", weights_only=True)["lit_sparse"]["ranks"]
+    assert set(ranks.values()) == {3}
+    # So can the one that every run writes beside its logs.
+    (kept,) = Path("runs").glob("*/*/config.yaml")
+    assert yaml.safe_load(kept.read_text())["model"] == yaml.safe_load(printed)["model"]
+    main(["validate", "--config", config, "--ckpt_path", "kept/last.ckpt", f"{METHOD}.rank", "3"])
+
+
+def test_null_on_the_command_line_unsets_an_argument_of_the_method(config):
+    main(["fit", "--config", config, f"{METHOD}.sparsity_weight", "null", f"{METHOD}.threshold", "0.25"])
+    method = torch.load("kept/last.ckpt", weights_only=True)["lit_sparse"]["method"]["init_args"]
+    assert (method["sparsity_weight"], method["threshold"]) == (None, 0.25)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (["--trainer.max_epocs", "3"], 2, "unrecognized arguments: --trainer.max_epocs"),
+        (["--model.init_args.backbon", "x"], 2, "Option 'backbon' is not accepted"),
+        ([f"{METHOD}.rnk", "3"], 2, "'lit_sparse.SoRA': Option 'rnk' is not accepted"),
+        (["--model.init_args.lr_schedule", "stairs"], 2, "'constant']. Got value: stairs"),
+        (["--model", "lit_sparse.SequenceClasification"], 2, "has no attribute 'SequenceClasification'"),
+        (["--config", "nowhere.yaml"], 2, "File does not exist"),
+        ([f"{METHOD}.target_modules", "[quer]"], 1, "'quer' matches no linear layer of BertForSequenceClassification"),
+        ([f"{METHOD}.threshold", "0.1"], 1, "Give exactly one of threshold"),
+        ([f"{METHOD}.sparsity_weight", "null"], 1, "got neither."),
+        (["--model.init_args.warmup", "1.5"], 1, "warmup is a share of the run, in [0, 1); got 1.5."),
+        (["--data.init_args.path", "nowhere.csv"], 1, "'nowhere.csv' does not exist"),
+        (["--data.init_args.label", "lable"], 1, "no column 'lable'; its columns are ['text', 'label']"),
+        (["--model.init_args.backbone", "/nowhere/bert"], 1, "/nowhere/bert"),
+        (["--model.init_args.backbone", "nobody/nothing-at-all"], 1, "'nobody/nothing-at-all'"),
+        (["--model.init_args.metrics", "[acc]"], 1, "metrics ['acc'] are none for classification"),
+        (["--optimizer", "Adam"], 1, "--optimizer does not reach lit_sparse.SequenceClassification"),
+        (["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"], 1, "--lr_scheduler does not reach"),
+        (["--trainer.callbacks+", "lit_sparse.Sparsify", "--trainer.callbacks.method", "lit_sparse.LoRA"], 1, "brings"),
+        (["--trainer.max_epochs", "-1"], 1, "needs the length of the run"),
+        (["--ckpt_path", "nowhere.ckpt"], 1, "The checkpoint 'nowhere.ckpt' does not exist."),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
+)
+def test_what_cannot_work_is_refused_in_one_line(args, status, words, config, refuse):
+    code, error = refuse("fit", "--config", config, *args)
+    assert words in error
+    assert code == status
+
+
+def test_errors_name_the_key_but_not_the_parsers_innards(config, refuse):
+    _, error = refuse("fit", "--config", config, f"{METHOD}.rnk", "3")
+    assert error.startswith('error: Parser key "model": - Problem with given class_path')
+    assert not any(word in error for word in ("Union", "NoneType", "NestedArg", "Namespace"))
+
+
+def test_a_truncated_and_a_foreign_checkpoint_are_refused(config, refuse):
+    main(["fit", "--config", config])
+    whole = Path("kept/last.ckpt").read_bytes()
+    Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
+    Path("garbage.ckpt").write_bytes(b"no checkpoint" * 99)
+    for name in ("half.ckpt", "garbage.ckpt"):
+        code, error = refuse("fit", "--config", config, "--ckpt_path", name)
+        assert (code, error) == (
+            1,
+            f"error: The file '{name}' is no checkpoint, or only a part of one: use an earlier checkpoint.",
+        )
+    code, error = refuse("fit", "--config", config, f"{METHOD}.rank", "3", "--ckpt_path", "kept/last.ckpt")
+    assert code == 1
+    assert "has rank 2 there and 3 here" in error
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_a_failure(config, refuse):
+    args = ["--model.init_args.optimizer.init_args.lr", "1e30", "--trainer.max_epochs", "5"]
+    code, error = refuse("fit", "--config", config, *args)
+    assert code == 1
+    assert "The training loss became nan at optimizer step" in error
+
+
+def test_the_traceback_is_there_for_those_who_want_it(config, monkeypatch):
+    monkeypatch.setenv("LIT_SPARSE_TRACEBACK", "1")
+    with pytest.raises(ls.UsageError, match="no column 'txt'"):
+        main(["fit", "--config", config, "--data.init_args.text", "txt"])
+
+
+def test_no_output_of_ours_comes_before_the_error_of_a_wrong_word():
+    """Parsing errors must not wait for anything heavy; and nothing else is printed."""
+    stream = io.StringIO()
+    original, sys.stderr = sys.stderr, stream
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            main(["fitt"])
+    finally:
+        sys.stderr = original
+    assert stream.getvalue().count("\n") == 1
