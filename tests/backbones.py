@@ -9,12 +9,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 MAX_LENGTH = 64  # positions of the tiny encoder
@@ -96,6 +100,45 @@ def save_tiny_bert(folder: str | Path, **config: Any) -> str:
         "pad_token_id": tokenizer.pad_token_id,
     }
     return _save(BertForSequenceClassification, BertConfig(**{**settings, **config}), folder)
+
+
+def save_tiny_roberta(folder: str | Path, **config: Any) -> str:
+    """A two-layer RoBERTa of width 32 with a classification head, and BERT's tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(save_tiny_tokenizer(folder))
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": MAX_LENGTH + 1,  # positions are counted from behind the pad token's number
+        "type_vocab_size": 2,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _save(RobertaForSequenceClassification, RobertaConfig(**{**settings, **config}), folder)
+
+
+def save_tiny_deberta(folder: str | Path, **config: Any) -> str:
+    """A two-layer DeBERTa-v3 of width 32 with a classification head, and BERT's tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(save_tiny_tokenizer(folder))
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": MAX_LENGTH,
+        "type_vocab_size": 0,
+        "relative_attention": True,
+        "position_buckets": 16,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "pooler_hidden_size": 32,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _save(DebertaV2ForSequenceClassification, DebertaV2Config(**{**settings, **config}), folder)
 
 
 def save_tiny_llama(folder: str | Path, **config: Any) -> str:

@@ -53,8 +53,8 @@ class PredictionWriter(BasePredictionWriter):
         """Append the rows of a batch."""
         if not isinstance(prediction, dict):
             raise UsageError(
-                f"PredictionWriter writes dictionaries with an entry per row; predict_step of {type(pl_module).__name__} "
-                f"returned {type(prediction).__name__}."
+                "PredictionWriter writes dictionaries with an entry per row; predict_step of "
+                f"{type(pl_module).__name__} returned {type(prediction).__name__}."
             )
         columns = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in prediction.items()}
         if self._file is None:

@@ -59,15 +59,15 @@ class Sparsify(Callback):
         named = dict(adapters_in(pl_module))
         if not named:
             raise UsageError(
-                f"Sparsify found no adapter in {type(pl_module).__name__}. Call lit_sparse.inject(model, method) on the "
-                "backbone in the module's __init__ or configure_model."
+                f"Sparsify found no adapter in {type(pl_module).__name__}. Call lit_sparse.inject(model, method) on "
+                "the backbone in the module's __init__ or configure_model."
             )
         for name, adapter in named.items():
             found = self.method.mismatch(adapter)
             if found is not None:
                 raise UsageError(
-                    f"The adapter at {name!r} has {found}: it is not one of {self.method!r}. Give Sparsify and inject the "
-                    "same method."
+                    f"The adapter at {name!r} has {found}: it is not one of {self.method!r}. Give Sparsify and "
+                    "inject the same method."
                 )
         self._adapters = list(named.values())
         self._optimizer = _holder(trainer.optimizers, named)
@@ -168,8 +168,8 @@ def _holder(optimizers: list[Optimizer], adapters: Mapping[str, LowRankLinear]) 
     holders = [o for o in optimizers if any(p in trained for group in o.param_groups for p in group["params"])]
     if len(holders) > 1:
         raise UsageError(
-            f"{len(holders)} optimizers hold adapter parameters. Put gates, A and B into one optimizer; groups of it may "
-            "have their own learning rates."
+            f"{len(holders)} optimizers hold adapter parameters. Put gates, A and B into one optimizer; groups of it "
+            "may have their own learning rates."
         )
     held = {p for o in holders for group in o.param_groups for p in group["params"]}
     missing = [name for parameter, name in trained.items() if parameter not in held]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,7 +31,7 @@ class Step:
     group_of: Mapping[nn.Parameter, int]
 
     def group(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The parameter group that holds ``parameter``: its lr, betas, eps …"""
+        """The parameter group that holds ``parameter``: its lr, betas and so on."""
         return self.optimizer.param_groups[self.group_of[parameter]]
 
     def lr_of(self, parameter: nn.Parameter) -> float | Tensor:
@@ -58,7 +57,7 @@ class Run:
     learning_rates: Callable[[nn.Parameter], Sequence[float]]
 
 
-class SparseMethod(ABC):
+class SparseMethod:
     """A way to adapt a frozen model by low-rank layers, and to make them sparse while they train.
 
     A new method is a subclass in one file: it wraps layers in :meth:`adapt`, and changes adapters around each
@@ -139,7 +138,7 @@ class SparseMethod(ABC):
         """
         return []
 
-    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> Any:  # noqa: ARG002, B027
+    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> Any:  # noqa: ARG002
         """Called when gradients are final, but not clipped, and weights are those that produced them.
 
         Returns:
@@ -148,7 +147,7 @@ class SparseMethod(ABC):
         """
         return None
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:  # noqa: B027
+    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:
         """Called after the optimizer changed the weights: zero what is to be zero, in place."""
 
     def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:  # noqa: ARG002

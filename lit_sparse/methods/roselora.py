@@ -64,8 +64,8 @@ class SensitivityMasks:
         if self.density == 1 or touched <= BROAD_CHANGE:
             return []
         return [
-            f"density {self.density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of each "
-            "weight, which is no local change. Lower density or rank if locality matters."
+            f"density {self.density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of "
+            "each weight, which is no local change. Lower density or rank if locality matters."
         ]
 
     def density_at(self, step: int, total: int | None) -> float:

