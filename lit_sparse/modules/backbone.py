@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from lit_sparse.errors import UsageError
@@ -36,7 +37,7 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
         model = loader.from_pretrained(folder, **arguments)
     except UsageError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
             reason = (

@@ -68,7 +68,10 @@ def test_figures_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rich", [True, False])
 def test_the_table_of_layers_is_shown_and_written(
-    tmp_path: Path, rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    rich: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(monitor, "_RICH", rich)
@@ -104,7 +107,7 @@ def test_a_monitor_of_the_users_own_keeps_its_settings(tmp_path: Path) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ls.UsageError, match="every_n_steps must be at least 1, or None .*; got 0"):
+    with pytest.raises(ls.UsageError, match=r"every_n_steps must be at least 1, or None .*; got 0"):
         ls.SparsityMonitor(every_n_steps=0)
 
     class Plain(pl.LightningModule):

@@ -14,9 +14,8 @@ import lit_sparse as ls
 
 
 def quiet(*callbacks: pl.Callback) -> pl.Trainer:
-    return pl.Trainer(
-        callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
-    )
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(callbacks=list(callbacks), accelerator="cpu", **options)
 
 
 def test_every_row_becomes_a_line(tmp_path: Path) -> None:

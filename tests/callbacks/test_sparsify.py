@@ -1,5 +1,6 @@
 """lit_sparse.Sparsify in a real Trainer against training loops in plain PyTorch."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -88,15 +89,13 @@ class PlainLoop:
     def steps(self) -> Iterator[tuple[int, float]]:
         """Yield (number of the step, its lr) twice a step: before clipping and after the optimizer."""
         batches = list(DataLoader(rows(), batch_size=BATCH))
-        total = 0
-        for start in range(0, len(batches), self.accumulate):
+        for total, start in enumerate(range(0, len(batches), self.accumulate), start=1):
             self.optimizer.zero_grad()
             chunk = batches[start : start + self.accumulate]
             for x, y in chunk:
                 (self.loss(x, y) / self.accumulate).backward()
-            lr = LR * (1 - total / (2 * STEPS))
+            lr = LR * (1 - (total - 1) / (2 * STEPS))
             self.optimizer.param_groups[0]["lr"] = lr
-            total += 1
             yield total, lr
             if self.clip is not None:
                 torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
@@ -243,7 +242,8 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(fused: bool) -> No
                 next(ls.adapters_in(self))[1].lora_A.grad.fill_(float("inf"))
 
     class Watch(pl.Callback):
-        counts: list[int] = []
+        def __init__(self) -> None:
+            self.counts: list[int] = []
 
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
             self.counts.append(callback.steps_taken)
@@ -252,7 +252,6 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(fused: bool) -> No
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
     watch = Watch()
-    watch.counts = []
     fit(module, callback, watch, precision=None, plugins=[plugin])
     assert watch.counts == [*range(1, 6), *range(5, STEPS)]
     for _, adapter in ls.adapters_in(module):
@@ -309,10 +308,8 @@ def test_the_optimizer_is_released_after_training_and_after_a_failure() -> None:
             callbacks=[callback], max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, accelerator="cpu", precision="64-true",
         )  # fmt: skip
-        try:
+        with pytest.raises(RuntimeError, match="on purpose") if kind is Broken else contextlib.nullcontext():
             trainer.fit(module, DataLoader(rows(), batch_size=BATCH))
-        except RuntimeError as error:
-            assert "on purpose" in str(error)
         before = len(method.calls)
         assert before > 0
         trainer.optimizers[0].step()
@@ -453,7 +450,7 @@ def test_a_run_without_end() -> None:
     steps = ls.RoseLoRA(rank=4, density=0.1, begin=1, end=4)
     fit(Regression(steps), ls.Sparsify(steps), Stop(), max_epochs=-1)
     shares = ls.RoseLoRA(rank=4, density=0.1)
-    with pytest.raises(ls.UsageError, match="begin=0.1 and end=0.8 are shares of the run, but this run has no end"):
+    with pytest.raises(ls.UsageError, match=r"begin=0\.1 and end=0\.8 are shares of the run, but this run has no end"):
         fit(Regression(shares), ls.Sparsify(shares), Stop(), max_epochs=-1)
 
 

@@ -1,5 +1,7 @@
 """lit_sparse.modules.base: building, training mode, gradients, callbacks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from backbones import save_tiny_bert
@@ -186,13 +188,16 @@ def test_backbone_args_reach_from_pretrained_and_are_refused_for_a_built_model(t
         classifier(built, backbone_args={"dtype": "bfloat16"})
 
 
-@pytest.mark.parametrize("state", ["missing", "empty", "damaged"])
+@pytest.mark.parametrize("state", ["missing", "empty", "without weights", "truncated weights"])
 def test_a_backbone_that_cannot_be_loaded_is_named(state, tmp_path, tiny_bert):
     folder = tmp_path / "backbone"
     if state != "missing":
         folder.mkdir()
-    if state == "damaged":
-        (folder / "config.json").write_text('{"model_type": "bert"}')
+    if state.endswith("weights"):
+        (folder / "config.json").write_bytes((Path(tiny_bert) / "config.json").read_bytes())
+    if state == "truncated weights":
+        whole = (Path(tiny_bert) / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ls.UsageError, match=f"backbone.*{folder}"):
         classifier(str(folder)).configure_model()
 

@@ -1,0 +1,58 @@
+"""Every script in examples/ runs as its own first lines say, and does what it shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+SHOWS = {
+    "bring_your_own_module.py": "ranks remain",
+    "add_a_method.py": "entries kept in each row of A: [3, 6]",  # a tenth of 32 and of 64
+}
+
+
+def test_each_example_is_listed_and_short() -> None:
+    assert {path.name for path in EXAMPLES} == set(SHOWS)
+    for path in EXAMPLES:
+        assert len(path.read_text().splitlines()) < 60, path
+        assert f"python examples/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert SHOWS[path.name] in done.stdout
+
+
+def test_the_users_own_module_loses_ranks_and_learns(tmp_path: Path) -> None:
+    sys.path.insert(0, str(EXAMPLES[0].parent))
+    try:
+        import bring_your_own_module as example
+    finally:
+        sys.path.pop(0)
+    import lightning as L
+    import torch
+
+    import lit_sparse as ls
+
+    method = ls.SoRA(target_modules=["query", "value"], rank=8, threshold=5e-3)
+    module = example.MyModule(method)
+    assert not isinstance(module, ls.SparseModule)
+    tokens = torch.randint(2, 64, (256, 12), generator=torch.Generator().manual_seed(0))
+    labels = (tokens[:, 1] > 32).long()
+    rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, labels), batch_size=16)
+    losses: list[float] = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+            losses.append(float(outputs["loss"]))
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=15, callbacks=[ls.Sparsify(method), Record()], accelerator="cpu", **options)
+    trainer.fit(module, rows)
+    zero = sum(int((adapter.gate == 0).sum()) for _, adapter in ls.adapters_in(module))
+    assert 0 < zero < 4 * 8
+    assert sum(losses[-16:]) < 0.9 * sum(losses[:16])
