@@ -152,9 +152,9 @@ def _is_sparse_module(class_path: str) -> bool:
 
 def _suggestion(key: str) -> str:
     """Arguments of ours, or of the Trainer, that are spelt like the last part of ``key``."""
-    public: list[Any] = [getattr(lit_sparse, name) for name in dir(lit_sparse)]
-    kinds = [kind for kind in public if isinstance(kind, type) and not issubclass(kind, Exception)]
-    known = {argument for kind in (Trainer, *kinds) for argument in inspect.signature(kind).parameters}
+    public = [getattr(lit_sparse, name) for name in dir(lit_sparse)]
+    kinds: list[Any] = [kind for kind in public if isinstance(kind, type) and not issubclass(kind, Exception)]
+    known = {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
     close = difflib.get_close_matches(key.rpartition(".")[2], known)
     return f". Did you mean {' or '.join(map(repr, close))}?" if close else ". --print_config lists what there is."
 

@@ -103,6 +103,7 @@ def refuse(capsys):
 # Processes of their own.
 
 
+@pytest.mark.slow
 def test_the_three_entries_are_the_same_program(config, monkeypatch, capsys):
     helps, versions = {}, {}
     for name, command in ENTRIES.items():
