@@ -38,7 +38,10 @@ _NOISE = re.compile(
 
 
 class SparseParser(LightningArgumentParser):
-    """Reports an error in one line."""
+    """Reports an error in one line, and takes no abbreviations: ``max_epoch`` would pass for ``max_epochs``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse, with null for a key two classes deep: jsonargparse (4.53) hands it on as the word None."""
@@ -51,7 +54,7 @@ class SparseParser(LightningArgumentParser):
         if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
             super().error(message, ex)
         lines = [line.strip() for line in message.splitlines()]
-        unknown = re.search(r"(?:[Oo]ption|accept option|[Kk]ey) '([\w.]+)'", message)
+        unknown = re.search(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)", message)
         hint = _suggestion(unknown[1]) if unknown else ""
         _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 

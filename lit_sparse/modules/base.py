@@ -150,7 +150,7 @@ class SparseModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other adapters or of another backbone."""
-        checkpoints.require_fit(self, self.backbone, checkpoint)
+        checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

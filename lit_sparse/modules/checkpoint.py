@@ -35,12 +35,13 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[st
     }
 
 
-def require_fit(model: nn.Module, backbone: str, checkpoint: dict[str, Any]) -> None:
+def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint belongs to these adapters and to this backbone.
 
     Args:
         model: The model that is to be restored, with its adapters.
         backbone: Name of its backbone, for the message.
+        method: Class path and arguments of its method.
         checkpoint: The checkpoint as loaded.
 
     Raises:
@@ -52,12 +53,17 @@ def require_fit(model: nn.Module, backbone: str, checkpoint: dict[str, Any]) -> 
             "the checkpoint of a lit_sparse run, or load plain weights as the backbone."
         )
     saved = checkpoint[KEY]
+    # By the class alone: one defined in a script has another module name when the script is imported.
+    trained_with, own = (m["class_path"].rpartition(".")[2] for m in (saved["method"], method))
+    if trained_with != own:
+        raise UsageError(
+            f"The checkpoint was trained with {trained_with}, but the method here is {own}. Use the same method."
+        )
     ranks = {name: adapter.rank for name, adapter in adapters_in(model)}
     if saved["ranks"] != ranks:
         raise UsageError(
             f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
-            f"trained with {saved['method']}; use the same method, or load it without --config model settings of your "
-            "own."
+            f"trained with {saved['method']['init_args']}; use the same arguments."
         )
     sample = _sample(model)
     if sample is not None and saved["backbone_sample"] is not None:
