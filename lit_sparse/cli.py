@@ -122,7 +122,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def lightning_main() -> None:
     """``lightning``: ours, but for commands of another package that installs a program of that name."""
-    word = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    words = sys.argv[1:]
+    values = {i + 1 for i, word in enumerate(words) if word in ("-c", "--config")}
+    word = next((word for i, word in enumerate(words) if not word.startswith("-") and i not in values), None)
     other = _other_lightning()
     if word is not None and word not in COMMANDS and other is not None:
         other.load()()

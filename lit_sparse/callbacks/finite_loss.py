@@ -26,7 +26,7 @@ class FiniteLoss(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:  # noqa: ARG002
         """Look at the loss, or remember on the device that it was bad."""
-        if loss.device.type == "cpu":
+        if self._reading_is_free(loss):
             if not bool(torch.isfinite(loss)):
                 self._stop(trainer, trainer.global_step, f"{float(loss)}")
             return
@@ -55,6 +55,10 @@ class FiniteLoss(Callback):
     ) -> None:
         """Look before a file is written."""
         self._look(trainer)
+
+    @staticmethod
+    def _reading_is_free(loss: Tensor) -> bool:
+        return loss.device.type == "cpu"
 
     def _look(self, trainer: Trainer) -> None:
         if self._bad_step is not None and int(self._bad_step) >= 0:

@@ -121,8 +121,8 @@ def _show(layers: list[LayerSparsity]) -> None:
             f"{layer.rank}/{layer.max_rank}",
             f"{layer.density_A:.3f}",
             f"{layer.density_B:.3f}",
-            f"{layer.density_BA:.4f}",
-            f"{layer.density_BA_bound:.4f}",
+            f"{layer.density_BA:.3f}",
+            f"{layer.density_BA_bound:.3f}",
             f"{layer.remaining_parameters:,}",
         ]
         for layer in layers

@@ -110,7 +110,12 @@ class SequenceClassification(SparseModule):
         """Update and log the metrics of one test set."""
         self._evaluate("test", batch, dataloader_idx)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def predict_step(
+        self,
+        batch: dict[str, Tensor],
+        batch_idx: int,  # noqa: ARG002
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Class numbers and probabilities of a batch; the values for regression."""
         logits = self(**{k: v for k, v in batch.items() if k != "labels"}).logits
         found = {"prediction": predictions(logits, self._known_num_labels())}

@@ -32,6 +32,14 @@ def test_every_row_becomes_a_line(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor([line["probabilities"] for line in lines]), expected)
 
 
+def test_several_sets_follow_each_other(tmp_path: Path) -> None:
+    backbone = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(tmp_path / "bert"))
+    module = ls.SequenceClassification(backbone, ls.LoRA(rank=2))
+    sets = [DataLoader([{"input_ids": torch.tensor([5, n])}] * n) for n in (2, 3)]
+    quiet(ls.PredictionWriter(str(tmp_path / "out.jsonl"))).predict(module, sets)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
+
+
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ls.UsageError, match=r"folder of output='.*nowhere/out.jsonl' does not exist"):
         ls.PredictionWriter(str(tmp_path / "nowhere" / "out.jsonl"))
