@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lit_sparse.data.instructions import InstructionData as InstructionData
     from lit_sparse.data.reviews import QuickstartReviews as QuickstartReviews
     from lit_sparse.data.text_classification import TextClassificationData as TextClassificationData
+    from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
     from lit_sparse.methods.base import SparseMethod as SparseMethod
     from lit_sparse.methods.base import Step as Step
@@ -47,6 +48,7 @@ _HOME = {
     "InstructionData": "data.instructions",
     "QuickstartReviews": "data.reviews",
     "TextClassificationData": "data.text_classification",
+    "TrainingError": "errors",
     "UsageError": "errors",
     "SparseMethod": "methods.base",
     "Step": "methods.base",

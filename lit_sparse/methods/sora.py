@@ -181,14 +181,17 @@ class SoRA(SparseMethod):
         alpha: Numerator of the scale alpha / rank; 16 as in the released runs.
         dropout: Probability of zeroing an entry of the adapter's input in training.
         threshold: ξ, the constant threshold of the released code, in units of the gate, per step.
-        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ.
+        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ. Adam moves a gate by about lr at
+            most, so that from λ = 1 on every gate shrinks whatever the data say, and the largest at the start survive;
+            below 1, those survive that the loss pushes outward.
         l1_weight: Adds ``l1_weight · mean|g|`` over all gates to the loss, by its subgradient, before
             gradients are clipped (``sparse_lambda`` in the released code).
         operator: ``soft``: the proximal map of |g|. ``released``: the released code's, which after
             shrinking by t zeroes everything below t again, so that |g| < 2t vanishes.
         metric: ``euclidean``: one threshold for all gates, the paper's rule. ``optimizer``: the exact
             proximal map in Adam's own metric, with the threshold lr · λ / (√v̂ + ε) for each entry.
-        gate_lr: Learning rate of the gates; None: that of the other parameters.
+        gate_lr: Learning rate of the gates; None: that of the other parameters. A short run needs a larger one: a gate
+            of size 1 takes 1 / (lr · λ) steps to zero.
         freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
             None: never.
         layers: Numbers of the transformer blocks to adapt; None: all.
