@@ -19,6 +19,7 @@ class MyModule(L.LightningModule):
             vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
         )
         self.model = BertForSequenceClassification(config)  # or YourModel.from_pretrained(...)
+        self.method = method
         ls.inject(self.model, method)  # freezes it, but for the adapters and the classifier
 
     def training_step(self, batch, batch_idx):
@@ -27,7 +28,7 @@ class MyModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+        return torch.optim.AdamW(ls.parameter_groups(self.model, self.method), lr=1e-2)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lit_sparse.modules.base import SparseModule as SparseModule
     from lit_sparse.modules.classification import SequenceClassification as SequenceClassification
     from lit_sparse.modules.language_modeling import CausalLM as CausalLM
+    from lit_sparse.modules.optimization import parameter_groups as parameter_groups
     from lit_sparse.plotting import plot_ranks as plot_ranks
 
 _HOME = {
@@ -59,6 +60,7 @@ _HOME = {
     "SparseModule": "modules.base",
     "SequenceClassification": "modules.classification",
     "CausalLM": "modules.language_modeling",
+    "parameter_groups": "modules.optimization",
     "plot_ranks": "plotting",
 }
 

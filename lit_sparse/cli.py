@@ -26,7 +26,7 @@ DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any Ligh
 
 Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1"""
 
-# A key that is not ours goes to the lightning command of another package, if there is one.
+# A word that is not ours goes to the lightning command of another package, if there is one.
 COMMANDS = ("fit", "validate", "test", "predict")
 
 

@@ -11,6 +11,7 @@ SCRIPT = """
 import sys
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from transformers import BertConfig, BertForSequenceClassification
 import lit_sparse as ls
 
@@ -39,7 +40,8 @@ def main(kind, processes):
     module = ls.SparseModule(BertForSequenceClassification(config), METHODS[kind]())
     module.configure_model()  # before Lightning seeds anew, as it does under DDP alone: the same start for both
     trainer = L.Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_epochs=1, logger=False,
+        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_epochs=1,
+        logger=CSVLogger(f"{kind}_{processes}"),
         enable_checkpointing=False, enable_progress_bar=False, gradient_clip_val=0.5,
         precision="64-true",  # Adam divides tiny gradients by their size, rounding errors and all
     )
@@ -61,6 +63,7 @@ def test_ddp_equals_one_process(tmp_path: Path, kind: str) -> None:
         command = [sys.executable, "train.py", kind, str(processes)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / f"{kind}_{processes}").rglob("sparsity.csv"))) == 1
     alone, first, second = (
         torch.load(tmp_path / f"{kind}_{run}.pt", weights_only=True) for run in ("1_0", "2_0", "2_1")
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.imports import RequirementCache
 
 from lit_sparse.adapters.injection import adapters_in
@@ -45,8 +45,9 @@ class SparsityMonitor(Callback):
         self._logged_at = 0
         self._adapters: list[LowRankLinear] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters by type."""
+        self._logged_at = trainer.global_step
         self._adapters = [adapter for _, adapter in adapters_in(pl_module)]
         if not self._adapters:
             raise UsageError(f"SparsityMonitor found no adapter in {type(pl_module).__name__}. Call lit_sparse.inject.")
@@ -81,12 +82,15 @@ class SparsityMonitor(Callback):
         # Replicated adapters give every process the same figures: nothing is to be reduced.
         pl_module.log_dict({f"{_PREFIX}{k}": v for k, v in figures.items()}, batch_size=1)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table of layers and write it beside the logs."""
+        # On every process: log_dir is broadcast, and a process that asks for it alone waits for ever.
+        folder = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
         layers = layer_sparsity(pl_module)
-        if trainer.loggers and trainer.log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_table(layers, Path(trainer.log_dir) / "sparsity.csv")
+        if folder is not None:
+            write_table(layers, Path(folder) / "sparsity.csv")
         _show(layers)
 
 

@@ -14,5 +14,6 @@ from lit_sparse.functional.schedules import cubic_density as cubic_density
 from lit_sparse.functional.schedules import resolve_step as resolve_step
 from lit_sparse.functional.schedules import threshold_stages as threshold_stages
 from lit_sparse.functional.sensitivity import moving_average as moving_average
+from lit_sparse.functional.sensitivity import sensitivities as sensitivities
 from lit_sparse.functional.sensitivity import sensitivity as sensitivity
 from lit_sparse.functional.sensitivity import update_moving_average_ as update_moving_average_

@@ -25,6 +25,19 @@ def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
     return (weight * grad).abs()
 
 
+@torch.no_grad()
+def sensitivities(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`sensitivity` of many weights, in a handful of kernels, without gradients.
+
+    Args:
+        weights: Any shapes.
+        grads: One for each weight, of its shape.
+    """
+    products = list(torch._foreach_mul(list(weights), list(grads)))
+    torch._foreach_abs_(products)
+    return products
+
+
 def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
     """Exponential moving average after one more value: beta·average + (1 − beta)·value.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
 from lit_sparse.errors import UsageError
-from lit_sparse.functional import cubic_density, top_fraction_mask, update_moving_average_
+from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
 from lit_sparse.functional.schedules import resolve_step
 from lit_sparse.methods.base import Run, SparseMethod, Step
 
@@ -78,9 +78,7 @@ class SensitivityMasks:
         weights = _matrices(adapters)
         # A layer that the loss did not reach has no gradient, and its weights no influence.
         gradients = [torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for w in weights]
-        products = torch._foreach_mul([w.detach() for w in weights], gradients)
-        torch._foreach_abs_(products)
-        return list(products)
+        return sensitivities(weights, gradients)
 
     def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: list[Tensor]) -> None:
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""

@@ -85,12 +85,15 @@ class ProximalGates:
 
     def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
         """Check the optimizer, and warn of thresholds that can zero no gate or must zero all."""
+        gates = _gates(adapters)
         if self.metric == "optimizer":
             _require_adam(run.optimizer)
-            return []  # the thresholds depend on gradients to come
-        if run.total is None or run.done:
+        if run.done:
             return []
-        return self._foretell(_gates(adapters), run.learning_rates)
+        warnings = self._compare_groups(gates, run.optimizer)
+        if run.total is not None and self.metric == "euclidean":  # else the thresholds depend on gradients to come
+            warnings += self._foretell(gates, run.learning_rates)
+        return warnings
 
     def before_step(self, adapters: Sequence[LowRankLinear]) -> None:
         """Add the subgradient of ``l1_weight · mean|g|`` to the gates' gradients."""
@@ -135,6 +138,24 @@ class ProximalGates:
         if self.metric == "euclidean":
             return group["lr"] * self.sparsity_weight  # type: ignore[no-any-return]
         return [_metric_threshold(gate, self.sparsity_weight, group, step.optimizer) for gate in gates]
+
+    def _compare_groups(self, gates: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
+        """An optimizer built without :meth:`parameter_groups` knows nothing of ``gate_lr``, and may decay gates."""
+        held = {gate for gate in gates if gate.requires_grad}
+        groups = [group for group in optimizer.param_groups if any(p in held for p in group["params"])]
+        rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        if self.gate_lr is not None and any(rate != self.gate_lr for rate in rates):
+            raise UsageError(
+                f"gate_lr is {self.gate_lr:g}, but the optimizer holds gates with lr {rates}. Build it from "
+                "lit_sparse.parameter_groups(model, method)."
+            )
+        decays = [group["weight_decay"] for group in groups if group.get("weight_decay")]
+        if decays:
+            return [
+                f"The optimizer's weight decay {decays} pulls at the gates beside the threshold. Build it from "
+                "lit_sparse.parameter_groups(model, method), which exempts them."
+            ]
+        return []
 
     def _foretell(
         self, gates: list[nn.Parameter], learning_rates: Callable[[nn.Parameter], Sequence[float]]

@@ -113,13 +113,14 @@ class CausalLM(SparseModule):
         logits, labels = self._shifted(batch)
         counted = labels != IGNORED
         tokens = counted.sum()
+        divisor = tokens.clamp(min=1)  # a batch without labelled tokens has no mean, and no weight
         # By token, not by batch: the mean of batch means is not the loss of the set.
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         right = ((logits.argmax(-1) == labels) & counted).sum()
-        self._loss.update(losses / tokens, tokens)
-        self._token_accuracy.update(right / tokens, tokens)
+        self._loss.update(losses / divisor, tokens)
+        self._token_accuracy.update(right / divisor, tokens)
 
     def _log_metrics(self, stage: str) -> None:
         loss = self._loss.compute()

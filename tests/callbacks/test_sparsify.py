@@ -414,6 +414,29 @@ def test_the_optimizer_metric_needs_adam() -> None:
         fit(Regression(method, torch.optim.SGD), ls.Sparsify(method))
 
 
+def test_gate_lr_must_reach_the_optimizer() -> None:
+    method = ls.SoRA(rank=4, threshold=0.1, gate_lr=0.5)
+    with pytest.raises(ls.UsageError, match=r"gate_lr is 0\.5, but the optimizer holds gates with lr \[0\.03\]"):
+        fit(Regression(method), ls.Sparsify(method))
+
+    class Grouped(Regression):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(ls.parameter_groups(self.net, method), lr=LR)
+
+    module = Grouped(method)
+    trainer = fit(module, ls.Sparsify(method))
+    gates = [adapter.gate for _, adapter in ls.adapters_in(module)]
+    (group,) = [g for g in trainer.optimizers[0].param_groups if any(p is gates[0] for p in g["params"])]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:threshold")
+def test_weight_decay_on_gates_warns() -> None:
+    method = ls.SoRA(rank=4, threshold=0.04)
+    with pytest.warns(UserWarning, match=r"weight decay \[0\.2\] pulls at the gates"):
+        fit(Regression(method, torch.optim.AdamW, weight_decay=0.2), ls.Sparsify(method))
+
+
 @pytest.mark.parametrize(
     ("method", "warning"),
     [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_sparse.errors import UsageError
-from lit_sparse.functional import moving_average, sensitivity, update_moving_average_
+from lit_sparse.functional import moving_average, sensitivities, sensitivity, update_moving_average_
 
 modest = settings(max_examples=50, deadline=None)
 entries = st.floats(-100, 100, width=32)
@@ -79,3 +79,10 @@ def test_a_decay_outside_the_unit_interval_is_an_error(beta):
 def test_as_many_values_as_averages_are_needed():
     with pytest.raises(UsageError, match="Got 1 values for 2 averages"):
         update_moving_average_([torch.ones(1), torch.ones(1)], [torch.ones(1)], 0.5)
+
+
+def test_many_sensitivities_are_those_of_each() -> None:
+    weights = [torch.randn(3, 4), torch.randn(5)]
+    grads = [torch.randn(3, 4), torch.randn(5)]
+    for many, weight, grad in zip(sensitivities(weights, grads), weights, grads, strict=True):
+        assert torch.equal(many, sensitivity(weight, grad))
