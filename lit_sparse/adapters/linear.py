@@ -143,7 +143,7 @@ class LowRankLinear(nn.Module):
             narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
             return tensor.to(moved.device) if narrowed else moved
 
-        applied: Any = super()._apply(keep_precision, recurse=False)
+        applied: Any = super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
         return applied  # type: ignore[no-any-return]
 
 
