@@ -1,4 +1,4 @@
-"""Classify single texts or pairs, or give them a score."""
+"""Classify whole rows: texts, pairs of texts, images, sounds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lit_sparse.modules.metrics import CLASSIFICATION, REGRESSION, build_metrics
 from lit_sparse.modules.optimization import LrSchedule
 
 
-class SequenceClassification(SparseModule):
-    """Sequence classification, or regression with one label, of single texts or pairs.
+class Classification(SparseModule):
+    """One class, or with one label one number, for each row of a batch; sub-classes name the auto class.
 
     The number of labels, their names and the metrics come from the data module when it has them
     (``num_labels``, ``label_names``, ``metrics``), so that a configuration says them once. Metrics are logged as
@@ -42,8 +42,6 @@ class SequenceClassification(SparseModule):
         UsageError: If an argument is outside its range, the backbone cannot be loaded, or the number of labels
             is not known.
     """
-
-    auto_class = AutoModelForSequenceClassification
 
     def __init__(
         self,
@@ -86,7 +84,6 @@ class SequenceClassification(SparseModule):
             return
         self._ask_data()
         super().configure_model()
-        self._name_padding()
         count = self._known_num_labels()
         # In the checkpoint, so that it loads without a data module.
         self.hparams.update(num_labels=count, label_names=self.label_names, metrics=self.metrics)
@@ -162,12 +159,6 @@ class SequenceClassification(SparseModule):
         if self.metrics is None:
             self.metrics = list(getattr(data, "metrics", ())) or None
 
-    def _name_padding(self) -> None:
-        """Tell a decoder such as GPT-2 what rows are padded with: it classifies by the last token before."""
-        config = getattr(self.model, "config", None)
-        if config is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = getattr(_datamodule(self), "pad_token_id", None)
-
     def _known_num_labels(self) -> int:
         if self.num_labels is not None:
             return self.num_labels
@@ -176,6 +167,23 @@ class SequenceClassification(SparseModule):
             if isinstance(count, int):
                 return count
         raise UsageError("The number of labels is not known: give num_labels, or fit with a data module that has it.")
+
+
+class SequenceClassification(Classification):
+    """Sequence classification, or regression with one label, of single texts or pairs.
+
+    Arguments and errors are those of :class:`Classification`.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def configure_model(self) -> None:
+        """Make the model as any classifier's, and tell it what rows are padded with."""
+        super().configure_model()
+        # A decoder such as GPT-2 classifies by the last token before the padding.
+        config = getattr(self.model, "config", None)
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = getattr(_datamodule(self), "pad_token_id", None)
 
 
 def _datamodule(module: SparseModule) -> object | None:
