@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.head import keep_head_precision, task_head
-from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lit_sparse.methods.base import SparseMethod
 
 
-def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankLinear]:
+def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
     """Replace the layers that ``method`` targets by adapters around them, in place.
 
     Everything is frozen but the adapters and the task head (``method.train_head``). A layer that the model
@@ -42,25 +43,30 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankLinear]:
         )
     head = _trained_head(model, method.train_head)
     chosen = select_layers(model, method.target_modules, method.layers, method.exclude_modules, head)
+    settings = method.settings(list(chosen))
     model.requires_grad_(False)
-    adapters = {name: method.adapt(layer) for name, layer in chosen.items()}
-    by_layer = {layer: adapters[name] for name, layer in chosen.items()}
-    for parent in list(model.modules()):
-        # Not named_children(): it leaves out a second name of the same layer.
-        for child_name, child in list(parent._modules.items()):
-            if child in by_layer and not isinstance(parent, LowRankLinear):
-                setattr(parent, child_name, by_layer[child])
+    adapters = {name: method.adapt(layer, settings[name]) for name, layer in chosen.items()}
+    replace_modules(model, _replacements(adapters))
     for name in head:
         _train(model, name)
     for adapter in adapters.values():
-        adapter.train(adapter.base.training)
+        adapter.train(adapter.layer.training)
     return adapters
 
 
-def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, wherever in ``model`` they stand; one with several names gets all of them."""
+    for parent in list(model.modules()):
+        # Not named_children(): it leaves out a second name of the same layer.
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements and parent is not replacements[child]:
+                setattr(parent, name, replacements[child])
+
+
+def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
     """Iterate over ``(name, adapter)`` of every adapter in ``model``, each once, found by type."""
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankAdapter):
             yield name, module
 
 
@@ -87,6 +93,20 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for adapter, enabled in zip(adapters, before, strict=True):
             adapter.enabled = enabled
+
+
+def _replacements(adapters: Mapping[str, LowRankAdapter]) -> dict[nn.Module, nn.Module]:
+    """Frozen module to what stands in its place."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    experts: dict[nn.Module, dict[str, LowRankExperts]] = {}
+    for name, adapter in adapters.items():
+        if isinstance(adapter, LowRankExperts):
+            experts.setdefault(adapter.layer, {})[name.rpartition(".")[2]] = adapter
+        else:
+            replacements[adapter.layer] = adapter
+    for module, own in experts.items():
+        replacements[module] = AdaptedExperts(module, own).train(module.training)
+    return replacements
 
 
 def _trained_head(model: nn.Module, train_head: bool | list[str]) -> list[str]:

@@ -1,15 +1,71 @@
-"""Which layers of a backbone a method's ``target_modules`` mean."""
+"""Which layers of a backbone a method's ``target_modules`` mean, and why others are left out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from lit_sparse.adapters.experts import ExpertWeight, expert_weights
 from lit_sparse.adapters.head import output_embeddings, pretrained_bodies
+from lit_sparse.adapters.layers import Layer
 from lit_sparse.adapters.linear import FrozenLinear
+from lit_sparse.adapters.quantized import is_quantized
+from lit_sparse.adapters.weight_reads import reads_weight
 from lit_sparse.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer of a kind that can be adapted.
+
+    Args:
+        name: Full name.
+        layer: The layer.
+        refusal: Why this one cannot be adapted all the same, or None.
+        passed_over: Why ``"all-linear"`` leaves it out although its name could be given, or None.
+    """
+
+    name: str
+    layer: Layer
+    refusal: str | None
+    passed_over: str | None
+
+
+def survey(model: nn.Module, head: Collection[str] = ()) -> dict[str, Candidate]:
+    """Look at every layer of a kind that can be adapted: linear, experts, convolution, embedding.
+
+    Args:
+        model: The backbone.
+        head: Names of the head modules that are trained whole.
+
+    Returns:
+        Full name to candidate, in the order of ``model.named_modules()``.
+    """
+    inside = [name for name, _ in pretrained_bodies(model)]
+    # T5's body is the whole model, its output embeddings included.
+    output_layers = {id(layer) for layer in output_embeddings(model)}
+    owners = _owners(model)
+    candidates = {}
+    for name, layer in _layers(model):
+        passed_over = None
+        if any(_is_inside(name, part) for part in head):
+            refusal: str | None = "is in the task head, which is trained whole"
+        else:
+            refusal = _refusal(model, name, layer, owners)
+        if isinstance(layer, nn.Conv2d | nn.Embedding):
+            passed_over = f"is {_kind(layer)}, not a linear layer"
+        elif id(layer) in output_layers:
+            passed_over = "gives the scores of the vocabulary"
+        elif inside and not any(_is_inside(name, body) for body in inside):
+            passed_over = "lies outside the pretrained body"
+        candidates[name] = Candidate(name, layer, refusal, passed_over)
+    return candidates
 
 
 def select_layers(
@@ -18,13 +74,14 @@ def select_layers(
     layers: Sequence[int] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     head: Collection[str] = (),
-) -> dict[str, FrozenLinear]:
-    """Choose the linear layers to adapt.
+) -> dict[str, Layer]:
+    """Choose the layers to adapt.
 
     Args:
         model: The backbone.
-        target_modules: ``"all-linear"`` (every linear layer of the pretrained body but its output embeddings), another
-            string: a regular expression that must match the full name, or a list of whole trailing name parts.
+        target_modules: ``"all-linear"`` (every linear layer of the pretrained body but its output embeddings, the
+            weights of experts included), another string: a regular expression that must match the full name, or a list
+            of whole trailing name parts. Convolutions and embeddings are adapted when they are named.
         layers: Keep only these transformer blocks: the first number in a layer's name. None keeps all.
         exclude_modules: Left out of the choice: a regular expression or a list of trailing name parts.
         head: Names of the head modules that are trained whole and therefore not adapted.
@@ -35,71 +92,121 @@ def select_layers(
     Raises:
         UsageError: If a pattern matches nothing, or something that cannot be adapted, or nothing is left.
     """
-    modules = dict(model.named_modules())
-    del modules[""]
-    in_head = {name for name in modules if any(_is_inside(name, part) for part in head)}
-    linear = {n: m for n, m in modules.items() if isinstance(m, FrozenLinear)}
-    if not linear:
-        raise UsageError(f"{type(model).__name__} has no linear layer (nn.Linear or Conv1D) that could be adapted.")
+    candidates = survey(model, head)
+    if not candidates:
+        raise UsageError(f"{type(model).__name__} has no layer in it that could be adapted, linear or other.")
     if target_modules == "all-linear":
-        inside = _in_bodies(model, linear)
-        # T5's body is the whole model, its output embeddings included.
-        output_layers = {id(layer) for layer in output_embeddings(model)}
-        left_out = {n for n, m in linear.items() if id(m) in output_layers or _called_by_weight(model, n)}
-        chosen = [n for n in linear if n in inside and n not in in_head and n not in left_out]
+        chosen = [n for n, c in candidates.items() if c.refusal is None and c.passed_over is None]
     else:
-        chosen = _matched(model, "target_modules", target_modules, modules, in_head)
+        chosen = _matched(model, "target_modules", target_modules, candidates)
     if exclude_modules is not None:
-        excluded = set(_matched(model, "exclude_modules", exclude_modules, modules, set()))
+        excluded = set(_matched(model, "exclude_modules", exclude_modules, candidates))
         chosen = [n for n in chosen if n not in excluded]
     if layers is not None:
         chosen = _in_blocks(chosen, layers)
     if not chosen:
         raise UsageError(
             f"No layer of {type(model).__name__} is left to adapt after target_modules={target_modules!r}, "
-            f"layers={layers!r} and exclude_modules={exclude_modules!r}. Its linear layers end in {_leaves(linear)}."
+            f"layers={layers!r} and exclude_modules={exclude_modules!r}. Its {_adaptable(candidates)}."
         )
-    _require_called(model, target_modules, chosen)
-    return {name: linear[name] for name in chosen}
-
-
-def _require_called(model: nn.Module, target_modules: str | Sequence[str], chosen: list[str]) -> None:
     for name in chosen:
-        if _called_by_weight(model, name):
-            parent = type(_parent(model, name)).__name__
+        refusal = candidates[name].refusal
+        if refusal is not None:
             tail = ".".join(name.split(".")[-2:])
             raise UsageError(
-                f"target_modules {target_modules!r} matches {name!r} of {type(model).__name__}, whose weight its "
-                f"parent {parent} reads without calling the layer: an adapter there would be ignored. Leave it out, "
-                f"for example with exclude_modules={[tail]!r}."
+                f"target_modules {target_modules!r} matches {name!r} of {type(model).__name__}, which {refusal}. "
+                f"Leave it out, for example with exclude_modules={[tail]!r}."
             )
+    return {name: candidates[name].layer for name in chosen}
+
+
+def matches_tail(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is the whole name or whole trailing parts of it."""
+    return f".{name}".endswith(f".{pattern}")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    for name, module in model.named_modules():
+        if name and isinstance(module, FrozenLinear | nn.Conv2d | nn.Embedding):
+            yield name, module
+        for weight in expert_weights(module):
+            yield f"{name}.{weight.name}".lstrip("."), weight
+
+
+def _refusal(model: nn.Module, name: str, layer: Layer, owners: dict[int, list[nn.Module]]) -> str | None:
+    if isinstance(layer, ExpertWeight):
+        if not layer.weight.is_floating_point():
+            return f"is quantized to {layer.weight.dtype}, which its adapter cannot compute with"
+        if getattr(layer.module, "_is_expert_parallel", False):
+            return "is spread over devices by expert parallelism"
+        return None
+    if is_parametrized(layer) or not isinstance(layer.weight, Tensor):
+        return "computes its weight from other parameters"
+    others = [other for other in owners.get(id(layer.weight), ()) if other is not layer]
+    if others:
+        second = next(n for n, m in model.named_modules() if m is others[0])
+        return f"shares its weight with {second!r}: what merging adds would change both"
+    reader = reads_weight(model, name)
+    if reader is not None:
+        return f"the class {reader} computes with the weight of, without calling it: an adapter would be ignored"
+    return None if _computes_as_its_kind(layer) else f"computes something else than {_kind(layer)} ({type(layer)})"
+
+
+def _computes_as_its_kind(layer: nn.Module) -> bool:
+    """Whether a sub-class with a forward of its own still is the layer that an adapter adds to."""
+    kind = next(k for k in (*FrozenLinear.__args__, nn.Conv2d, nn.Embedding) if isinstance(layer, k))
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return False  # changes its weight in forward
+    if type(layer).forward is kind.forward or is_quantized(layer):
+        return True
+    if not isinstance(layer, nn.Linear):
+        return False
+    x = torch.linspace(-1, 1, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype).unsqueeze(0)
+    try:
+        with torch.no_grad():
+            found = layer(x)
+            expected = F.linear(x, layer.weight, layer.bias)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    same_kind = isinstance(found, Tensor) and found.shape == expected.shape and found.dtype == expected.dtype
+    return same_kind and (found.is_meta or torch.allclose(found, expected, rtol=1e-2, atol=1e-3))
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Parameter to the modules that hold it; a module with two names counts once."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    return owners
 
 
 def _matched(
-    model: nn.Module,
-    argument: str,
-    patterns: str | Sequence[str],
-    modules: dict[str, nn.Module],
-    in_head: set[str],
+    model: nn.Module, argument: str, patterns: str | Sequence[str], candidates: dict[str, Candidate]
 ) -> list[str]:
-    """Names of the linear layers that ``patterns`` mean; every single pattern must mean one."""
+    """Names of the layers that ``patterns`` mean; every single pattern must mean one."""
     kind = type(model).__name__
-    names: set[str] = set()
+    modules = {name: type(m) for name, m in model.named_modules() if name}
+    known = dict.fromkeys([*modules, *candidates])
+    chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [n for n in modules if _matches(n, pattern, argument, whole=isinstance(patterns, str))]
-        usable = [n for n in found if isinstance(modules[n], FrozenLinear) and n not in in_head]
+        found = [n for n in known if _matches(n, pattern, argument, whole=isinstance(patterns, str))]
+        layers = [candidates[n] for n in found if n in candidates]
+        # The head is passed over as long as something else is meant too: "dense" is a part of many heads.
+        usable = [c.name for c in layers if argument == "exclude_modules" or not _in_head(c)]
         if usable:
-            names.update(usable)
-        elif any(n in in_head for n in found):
+            chosen.update(usable)
+        elif layers:
             raise UsageError(
                 f"{argument} {pattern!r} matches only the task head of {kind}, which is trained whole. Leave it out, "
                 "or set train_head to false to adapt it instead."
             )
         elif found:
-            types = sorted({type(modules[n]).__name__ for n in found})
+            types = sorted({modules[n].__name__ for n in found})
             raise UsageError(
-                f"{argument} {pattern!r} matches modules of {kind} of type {types}, not linear layers. Its linear "
-                f"layers end in {_leaves(n for n, m in modules.items() if isinstance(m, FrozenLinear))}."
+                f"{argument} {pattern!r} matches modules of {kind} of type {types}, not linear layers. Its "
+                f"{_adaptable(candidates)}."
             )
         else:
             how = (
@@ -108,24 +215,22 @@ def _matched(
                 else "Give whole trailing parts of a name, such as 'query' or 'attention.output.dense'"
             )
             raise UsageError(
-                f"{argument} {pattern!r} matches no linear layer of {kind}, whose linear layers end in "
-                f"{_leaves(n for n, m in modules.items() if isinstance(m, FrozenLinear))}. {how}."
+                f"{argument} {pattern!r} matches no linear layer of {kind}, whose {_adaptable(candidates)}. {how}."
             )
-    return [n for n in modules if n in names]
+    return [n for n in candidates if n in chosen]
+
+
+def _in_head(candidate: Candidate) -> bool:
+    return candidate.refusal is not None and "task head" in candidate.refusal
 
 
 def _matches(name: str, pattern: str, argument: str, whole: bool) -> bool:
     if not whole:
-        return f".{name}".endswith(f".{pattern}")
+        return matches_tail(name, pattern)
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise UsageError(f"{argument} {pattern!r} is not a valid regular expression: {error}.") from error
-
-
-def _in_bodies(model: nn.Module, names: Collection[str]) -> set[str]:
-    bodies = [name for name, _ in pretrained_bodies(model)]
-    return {n for n in names if not bodies or any(_is_inside(n, body) for body in bodies)}
 
 
 def _in_blocks(names: list[str], layers: Sequence[int]) -> list[str]:
@@ -139,18 +244,27 @@ def _in_blocks(names: list[str], layers: Sequence[int]) -> list[str]:
     return [n for n in names if block[n] in set(layers)]
 
 
-def _called_by_weight(model: nn.Module, name: str) -> bool:
-    # The encoder layer calls linear1 and linear2 while training, but in evaluation runs one kernel on their weights.
-    return isinstance(_parent(model, name), nn.MultiheadAttention | nn.TransformerEncoderLayer)
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
-
-
 def _is_inside(name: str, part: str) -> bool:
     return not part or name == part or name.startswith(f"{part}.")
 
 
+def _adaptable(candidates: dict[str, Candidate]) -> str:
+    """``linear layers end in [...]``, and convolutions and embeddings if there are any."""
+    kinds: dict[str, list[str]] = {}
+    for name, candidate in candidates.items():
+        kinds.setdefault(_plural(candidate.layer), []).append(name)
+    return ", ".join(f"{kind} end in {_leaves(names)}" for kind, names in kinds.items())
+
+
 def _leaves(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _kind(layer: Layer) -> str:
+    if isinstance(layer, nn.Conv2d):
+        return "a convolution"
+    return "an embedding" if isinstance(layer, nn.Embedding) else "a linear layer"
+
+
+def _plural(layer: Layer) -> str:
+    return {"a convolution": "convolutions", "an embedding": "embeddings"}.get(_kind(layer), "linear layers")

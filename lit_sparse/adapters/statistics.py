@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.functional import product_density, product_sparsity_bound
 
 
@@ -19,7 +19,7 @@ class LayerSparsity:
 
     Args:
         name: Full name of the layer.
-        rank: Ranks whose gate is not zero; all of them without gates.
+        rank: Ranks whose gate is not zero; all of them without gates. Experts' ranks are added up.
         max_rank: Ranks held.
         density_A: Share of non-zero entries of A, ranks with zero gate counted as zero.
         density_B: The same of B.
@@ -41,7 +41,7 @@ class LayerSparsity:
 
 
 @torch.no_grad()
-def sparsity_of(adapters: Sequence[LowRankLinear]) -> dict[str, Tensor]:
+def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
     """Figures over all adapters, cheap enough to log during training: no host sync, layers of one width together.
 
     Args:
@@ -70,27 +70,28 @@ def layer_sparsity(model: nn.Module) -> list[LayerSparsity]:
     return [_layer(name, adapter) for name, adapter in adapters_in(model)]
 
 
-def live_ranks(adapter: LowRankLinear) -> Tensor:
-    """Which ranks have a non-zero gate, bool of shape ``(rank,)``; without gates all."""
+def live_ranks(adapter: LowRankAdapter) -> Tensor:
+    """Which ranks have a non-zero gate, bool of the gate's shape ``(copies · rank,)``; without gates all."""
     if adapter.gate is None:
-        return torch.ones(adapter.rank, dtype=torch.bool, device=adapter.lora_A.device)
+        return torch.ones(adapter.lora_A.shape[0], dtype=torch.bool, device=adapter.lora_A.device)
     return adapter.gate.detach() != 0
 
 
-def _layer(name: str, adapter: LowRankLinear) -> LayerSparsity:
+def _layer(name: str, adapter: LowRankAdapter) -> LayerSparsity:
     live = live_ranks(adapter)
-    A, B = adapter.lora_A * live.unsqueeze(1), (adapter.lora_B_t * live.unsqueeze(1)).t()
-    nonzero_A, nonzero_B = int(A.count_nonzero()), int(B.count_nonzero())
+    A, B_t = adapter.lora_A * live.unsqueeze(1), adapter.lora_B_t * live.unsqueeze(1)
+    nonzero_A, nonzero_B = int(A.count_nonzero()), int(B_t.count_nonzero())
+    pairs = [(a, b_t.t()) for a, b_t in zip(A.split(adapter.rank), B_t.split(adapter.rank), strict=True)]
     return LayerSparsity(
         name=name,
         rank=int(live.sum()),
-        max_rank=adapter.rank,
+        max_rank=adapter.lora_A.shape[0],
         density_A=nonzero_A / A.numel(),
-        density_B=nonzero_B / B.numel(),
-        density_BA=float(product_density(A, B)),
-        density_BA_bound=1 - float(product_sparsity_bound(A, B)),
+        density_B=nonzero_B / B_t.numel(),
+        density_BA=sum(float(product_density(a, b)) for a, b in pairs) / len(pairs),
+        density_BA_bound=1 - sum(float(product_sparsity_bound(a, b)) for a, b in pairs) / len(pairs),
         remaining_parameters=nonzero_A + nonzero_B,
-        adapted_parameters=adapter.weight.numel(),
+        adapted_parameters=adapter.copies * adapter.out_features * adapter.in_features,
     )
 
 

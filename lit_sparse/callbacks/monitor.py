@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.imports import RequirementCache
 
+from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
 from lit_sparse.errors import UsageError
 
@@ -43,7 +43,7 @@ class SparsityMonitor(Callback):
             raise UsageError(f"every_n_steps must be at least 1, or None for the Trainer's own; got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self._logged_at = 0
-        self._adapters: list[LowRankLinear] = []
+        self._adapters: list[LowRankAdapter] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters by type."""

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.layers import Layer, make_adapter
+from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError
+
+InitWeights = Literal["lora", "pissa"]
+GateInit = Literal["gaussian", "ones"]
+Overrides = dict[str, dict[str, int | float]]
 
 
 @dataclass(frozen=True)
@@ -67,14 +76,22 @@ class SparseMethod:
 
     Args:
         target_modules: ``"all-linear"``: every linear layer but the task head; a list of whole trailing name
-            parts such as ``["query", "value"]``; or one regular expression over full names.
+            parts such as ``["query", "value"]``; or one regular expression over full names. Convolutions and embeddings
+            are adapted when they are named.
         rank: Ranks r of every adapter; methods that prune ranks only ever remove from these.
-        alpha: Numerator of the scale alpha / rank of the adapter's output.
+        alpha: Numerator of the scale alpha / rank of the adapter's output; None: equal to rank, scale 1.
         dropout: Probability of zeroing an entry of the adapter's input in training.
         layers: Numbers of the transformer blocks to adapt; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
+        use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output (Kalajdzievski 2023,
+            arXiv:2312.03732, Thm. 3.2).
+        init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
+            frozen weight, which is changed for that (:meth:`~lit_sparse.LowRankAdapter.start_from_principal`).
+        gate_init: ``gaussian``: N(0, 1); ``ones``. For methods with gates.
+        overrides: Other settings for some layers: a trailing name part or a regular expression, to the arguments that
+            are otherwise there, among :attr:`overridable`. The first that matches a layer holds for it.
 
     Raises:
         UsageError: If an argument is outside its range or ``target_modules`` is empty.
@@ -83,24 +100,34 @@ class SparseMethod:
     gated: ClassVar[bool] = False
     """Whether the adapters of this method have gates."""
 
+    overridable: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+    """Arguments that ``overrides`` may set for some layers."""
+
     def __init__(
         self,
         target_modules: str | list[str],
         rank: int,
-        alpha: float,
-        dropout: float,
-        layers: list[int] | None,
-        exclude_modules: str | list[str] | None,
-        train_head: bool | list[str],
+        alpha: float | None,
+        dropout: float = 0.0,
+        layers: list[int] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        train_head: bool | list[str] = True,
+        use_rslora: bool = False,
+        init_weights: InitWeights = "lora",
+        gate_init: GateInit = "gaussian",
+        overrides: Overrides | None = None,
     ) -> None:
         if not target_modules:
             raise UsageError(f"target_modules is {target_modules!r}: name at least one layer, or give 'all-linear'.")
-        if rank < 1:
-            raise UsageError(f"rank must be at least 1; got {rank}.")
-        if not alpha > 0:
-            raise UsageError(f"alpha must be positive, or the adapter would do nothing; got {alpha}.")
+        _require_rank_and_alpha(rank, alpha)
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be in [0, 1); got {dropout}.")
+        if init_weights not in ("lora", "pissa"):
+            raise UsageError(f"init_weights must be 'lora' or 'pissa'; got {init_weights!r}.")
+        if gate_init not in ("gaussian", "ones"):
+            raise UsageError(f"gate_init must be 'gaussian' or 'ones'; got {gate_init!r}.")
+        if init_weights == "pissa" and self.gated and gate_init != "ones":
+            raise UsageError("init_weights 'pissa' takes the weight's own ranks as they are: set gate_init to 'ones'.")
         self.target_modules = target_modules
         self.rank = rank
         self.alpha = alpha
@@ -108,29 +135,75 @@ class SparseMethod:
         self.layers = layers
         self.exclude_modules = exclude_modules
         self.train_head = train_head
+        self.use_rslora = use_rslora
+        self.init_weights: InitWeights = init_weights
+        self.gate_init: GateInit = gate_init
+        self.overrides = overrides
+        for pattern, values in (overrides or {}).items():
+            unknown = [name for name in values if name not in self.overridable or getattr(self, name, 0) is None]
+            if unknown or not values:
+                raise UsageError(
+                    f"overrides of {pattern!r} set {unknown or 'nothing'}; what {type(self).__name__} can set for some "
+                    f"layers is {list(self.overridable)}, each where the argument itself is in use."
+                )
+            _require_rank_and_alpha(values.get("rank", rank), values.get("alpha", alpha))
 
-    def adapt(self, base: FrozenLinear) -> LowRankLinear:
-        """Wrap one frozen layer."""
-        return LowRankLinear(base, self.rank, self.scale * self.rank, self.dropout, self.gated)
+    def settings(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """What ``overrides`` sets for each layer.
+
+        Args:
+            names: Full names of all layers that are adapted.
+
+        Raises:
+            UsageError: If a pattern matches none of them.
+        """
+        patterns = self.overrides or {}
+        idle = [p for p in patterns if not any(_names_layer(p, name) for name in names)]
+        if idle:
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise UsageError(f"overrides {idle} match none of the {len(names)} adapted layers, which end in {leaves}.")
+        return {name: next((dict(v) for p, v in patterns.items() if _names_layer(p, name)), {}) for name in names}
+
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
+        """Wrap one frozen layer.
+
+        Args:
+            layer: The layer.
+            overrides: Arguments that are otherwise for this layer.
+        """
+        rank = int(overrides.get("rank", self.rank))
+        adapter = make_adapter(layer, rank, self._scale(overrides), self.dropout, self.gated)
+        adapter.overrides = overrides
+        if adapter.gate is not None and self.gate_init == "ones":
+            nn.init.ones_(adapter.gate)
+        if self.init_weights == "pissa":
+            adapter.start_from_principal()
+        return adapter
 
     @property
     def scale(self) -> float:
-        """What the product BA is multiplied by: alpha / rank."""
-        return self.alpha / self.rank
+        """What the product BA is multiplied by where nothing is overridden: alpha / rank, or alpha / √rank."""
+        return self._scale({})
 
-    def parameter_groups(self, adapters: Sequence[LowRankLinear]) -> list[dict[str, Any]]:  # noqa: ARG002
+    def _scale(self, overrides: Mapping[str, float]) -> float:
+        rank = overrides.get("rank", self.rank)
+        alpha = overrides.get("alpha", self.alpha)
+        return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def parameter_groups(self, adapters: Sequence[LowRankAdapter]) -> list[dict[str, Any]]:  # noqa: ARG002
         """Optimizer groups of the parameters that need options of their own; the rest is trained as usual."""
         return []
 
-    def mismatch(self, adapter: LowRankLinear) -> str | None:
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
         if (adapter.gate is not None) != self.gated:
             return f"{'no gate' if self.gated else 'a gate'}"
-        if adapter.rank > self.rank or abs(adapter.scale - self.scale) > 1e-9 * self.scale:
-            return f"rank {adapter.rank} and scale {adapter.scale:g}, not {self.rank} and {self.scale:g}"
+        rank, scale = adapter.overrides.get("rank", self.rank), self._scale(adapter.overrides)
+        if adapter.rank > rank or abs(adapter.scale - scale) > 1e-9 * scale:
+            return f"rank {adapter.rank} and scale {adapter.scale:g}, not {rank:g} and {scale:g}"
         return None
 
-    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:  # noqa: ARG002
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:  # noqa: ARG002
         """Called once, before the first step: raise for what cannot work.
 
         Returns:
@@ -138,7 +211,7 @@ class SparseMethod:
         """
         return []
 
-    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> Any:  # noqa: ARG002
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:  # noqa: ARG002
         """Called when gradients are final, but not clipped, and weights are those that produced them.
 
         Returns:
@@ -147,10 +220,10 @@ class SparseMethod:
         """
         return None
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """Called after the optimizer changed the weights: zero what is to be zero, in place."""
 
-    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:  # noqa: ARG002
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:  # noqa: ARG002
         """At the end of a run: a sentence that says that nothing was pruned and what to change, or None."""
         return None
 
@@ -161,3 +234,17 @@ class SparseMethod:
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.init_args().items())
         return f"{type(self).__name__}({arguments})"
+
+
+def _require_rank_and_alpha(rank: float, alpha: float | None) -> None:
+    if rank < 1 or rank != int(rank):
+        raise UsageError(f"rank must be at least 1; got {rank}.")
+    if alpha is not None and not alpha > 0:
+        raise UsageError(f"alpha must be positive, or the adapter would do nothing; got {alpha}.")
+
+
+def _names_layer(pattern: str, name: str) -> bool:
+    try:
+        return matches_tail(name, pattern) or re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UsageError(f"overrides {pattern!r} is not a valid regular expression: {error}.") from error

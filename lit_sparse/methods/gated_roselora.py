@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
-from lit_sparse.methods.base import Run, SparseMethod, Step
-from lit_sparse.methods.roselora import SensitivityMasks
-from lit_sparse.methods.sora import Metric, Operator, ProximalGates
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.layers import Layer
+from lit_sparse.methods.base import GateInit, Overrides, Run, SparseMethod, Step
+from lit_sparse.methods.roselora import SensitivityMasks, require_density
+from lit_sparse.methods.sora import Metric, Operator, ProximalGates, require_strengths
 
 
 class GatedRoseLoRA(SparseMethod):
@@ -44,6 +46,11 @@ class GatedRoseLoRA(SparseMethod):
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
+        use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output.
+        gate_init: ``gaussian``: N(0, 1), as released. ``ones``: at the start the adapter is LoRA's, exactly.
+        overrides: Other settings for some layers: trailing name parts or a regular expression, to rank, alpha,
+            threshold or sparsity_weight, and density, such as
+            ``{"attention.output.dense": {"rank": 16}}``. The first pattern that matches a layer holds for it.
 
     Raises:
         UsageError: As :class:`~lit_sparse.SoRA` and :class:`~lit_sparse.RoseLoRA`.
@@ -53,6 +60,7 @@ class GatedRoseLoRA(SparseMethod):
     """
 
     gated = True
+    overridable = (*SparseMethod.overridable, "threshold", "sparsity_weight", "density")
 
     def __init__(
         self,
@@ -75,11 +83,28 @@ class GatedRoseLoRA(SparseMethod):
         layers: list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
+        use_rslora: bool = False,
+        gate_init: GateInit = "gaussian",
+        overrides: Overrides | None = None,
     ) -> None:
-        resolved = rank if alpha is None else alpha
-        super().__init__(target_modules, rank, resolved, dropout, layers, exclude_modules, train_head)
+        # Before super(), which looks whether what is overridden is in use.
         self.threshold = threshold
         self.sparsity_weight = sparsity_weight
+        super().__init__(
+            target_modules,
+            rank,
+            alpha,
+            dropout,
+            layers,
+            exclude_modules,
+            train_head,
+            use_rslora,
+            gate_init=gate_init,
+            overrides=overrides,
+        )
+        for values in (overrides or {}).values():
+            require_density(values.get("density", density))
+            require_strengths({k: v for k, v in values.items() if k in ("threshold", "sparsity_weight")})
         self.l1_weight = l1_weight
         self.operator = operator
         self.metric = metric
@@ -93,32 +118,32 @@ class GatedRoseLoRA(SparseMethod):
         self._gates = ProximalGates(threshold, sparsity_weight, l1_weight, operator, metric, gate_lr, freeze_zero_after)
         self._masks = SensitivityMasks(density, begin, end, beta, clamp)
 
-    def adapt(self, base: FrozenLinear) -> LowRankLinear:
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in a gated adapter with sensitivities."""
-        return self._masks.adopt(self._gates.adopt(super().adapt(base)))
+        return self._masks.adopt(self._gates.adopt(super().adapt(layer, overrides)))
 
-    def parameter_groups(self, adapters: Sequence[LowRankLinear]) -> list[dict[str, Any]]:
+    def parameter_groups(self, adapters: Sequence[LowRankAdapter]) -> list[dict[str, Any]]:
         """The gates, without weight decay and with their own learning rate."""
         return self._gates.parameter_groups(adapters)
 
-    def mismatch(self, adapter: LowRankLinear) -> str | None:
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
         return super().mismatch(adapter) or self._gates.mismatch(adapter) or self._masks.mismatch(adapter)
 
-    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """The checks and warnings of both."""
         return self._gates.check(adapters, run) + self._masks.check(adapters, run)
 
-    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> list[Tensor]:  # noqa: ARG002
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:  # noqa: ARG002
         """The gates' penalty, and the sensitivities of this step."""
         self._gates.before_step(adapters)
         return self._masks.before_step(adapters)
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """The proximal step on the gates, then average, mask and clamp A and B."""
         self._gates.after_step(adapters, step)
         self._masks.after_step(adapters, step, observed)
 
-    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """Whether gates or masks pruned nothing."""
         return self._gates.shortfall(adapters) or self._masks.shortfall(adapters)

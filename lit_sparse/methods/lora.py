@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.base import InitWeights, Overrides, SparseMethod
 
 
 class LoRA(SparseMethod):
@@ -18,6 +18,13 @@ class LoRA(SparseMethod):
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
+        use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output.
+        init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
+            frozen weight (Meng et al. 2024, arXiv:2404.02948), which is changed for that: only the rest of it stays
+            frozen.
+        overrides: Other settings for some layers: trailing name parts or a regular expression, to rank and alpha,
+            such as
+            ``{"attention.output.dense": {"rank": 16}}``. The first pattern that matches a layer holds for it.
 
     Raises:
         UsageError: If an argument is outside its range or ``target_modules`` is empty.
@@ -35,5 +42,19 @@ class LoRA(SparseMethod):
         layers: list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
+        use_rslora: bool = False,
+        init_weights: InitWeights = "lora",
+        overrides: Overrides | None = None,
     ) -> None:
-        super().__init__(target_modules, rank, alpha, dropout, layers, exclude_modules, train_head)
+        super().__init__(
+            target_modules,
+            rank,
+            alpha,
+            dropout,
+            layers,
+            exclude_modules,
+            train_head,
+            use_rslora,
+            init_weights,
+            overrides=overrides,
+        )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.layers import Layer
 from lit_sparse.errors import UsageError
 from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
 from lit_sparse.functional.schedules import resolve_step
-from lit_sparse.methods.base import Run, SparseMethod, Step
+from lit_sparse.methods.base import Overrides, Run, SparseMethod, Step
 
 BROAD_CHANGE = 0.1
 """Share of W0's entries that BA may touch before the method is no longer a local change, and says so."""
@@ -25,10 +27,7 @@ class SensitivityMasks:
     """
 
     def __init__(self, density: float, begin: int | float, end: int | float, beta: float, clamp: float | None) -> None:
-        if not 0 < density <= 1:
-            raise UsageError(
-                f"density is the share of each row of A and column of B to keep, in (0, 1]; got {density}."
-            )
+        require_density(density)
         if not 0 <= beta < 1:
             raise UsageError(f"beta is the memory of the sensitivity average, in [0, 1); got {beta}.")
         if clamp is not None and not clamp > 0:
@@ -41,17 +40,17 @@ class SensitivityMasks:
             resolve_step(value, 1)  # raises for what is neither a share of the run nor a number of steps
         self.density, self.begin, self.end, self.beta, self.clamp = density, begin, end, beta, clamp
 
-    def adopt(self, adapter: LowRankLinear) -> LowRankLinear:
+    def adopt(self, adapter: LowRankAdapter) -> LowRankAdapter:
         """Give a new adapter its average sensitivities: rank-major as A and Bᵀ are, starting at zero."""
         adapter.register_buffer("sensitivity_A", torch.zeros_like(adapter.lora_A, requires_grad=False))
         adapter.register_buffer("sensitivity_B_t", torch.zeros_like(adapter.lora_B_t, requires_grad=False))
         return adapter
 
-    def mismatch(self, adapter: LowRankLinear) -> str | None:
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` lacks what these masks need, or None."""
         return None if hasattr(adapter, "sensitivity_A") else "no sensitivities"
 
-    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the schedule against the run, and warn when BA will not be a local change."""
         if run.total is None and (isinstance(self.begin, float) or isinstance(self.end, float)):
             raise UsageError(
@@ -59,43 +58,52 @@ class SensitivityMasks:
                 "Trainer's max_epochs or max_steps, or give begin and end as whole numbers of steps."
             )
         self.density_at(0, run.total)  # raises when begin lies after end
-        rank = max(adapter.rank for adapter in adapters)
-        touched = 1 - (1 - self.density**2) ** rank
-        if self.density == 1 or touched <= BROAD_CHANGE:
+        settings = {(self._density(adapter), adapter.rank) for adapter in adapters}
+        touched, density, rank = max((1 - (1 - d**2) ** r, d, r) for d, r in settings)
+        if density == 1 or touched <= BROAD_CHANGE:
             return []
         return [
-            f"density {self.density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of "
+            f"density {density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of "
             "each weight, which is no local change. Lower density or rank if locality matters."
         ]
 
-    def density_at(self, step: int, total: int | None) -> float:
-        """τ⁽ᵗ⁾: the share kept after ``step`` of ``total`` optimizer steps."""
+    def density_at(self, step: int, total: int | None, density: float | None = None) -> float:
+        """τ⁽ᵗ⁾: the share kept after ``step`` of ``total`` optimizer steps, where ``density`` is the final one."""
         # A run without an end has begin and end as step numbers (check() saw to it): total is not used.
-        return cubic_density(step, 1 if total is None else total, self.density, self.begin, self.end)
+        final = self.density if density is None else density
+        return cubic_density(step, 1 if total is None else total, final, self.begin, self.end)
 
-    def before_step(self, adapters: Sequence[LowRankLinear]) -> list[Tensor]:
+    def before_step(self, adapters: Sequence[LowRankAdapter]) -> list[Tensor]:
         """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3)."""
         weights = _matrices(adapters)
         # A layer that the loss did not reach has no gradient, and its weights no influence.
         gradients = [torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for w in weights]
         return sensitivities(weights, gradients)
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: list[Tensor]) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: list[Tensor]) -> None:
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
         averages = _averages(adapters)
         if step.index == 1:
             torch._foreach_copy_(averages, observed)  # the average starts at the first value, as released
         else:
             update_moving_average_(averages, observed, self.beta)
-        weights = [weight.detach() for weight in _matrices(adapters)]
-        density = self.density_at(step.index, step.total)
-        if density < 1:
-            keep_top_share_(weights, averages, density)
+        by_density: dict[float, list[LowRankAdapter]] = {}
+        for adapter in adapters:
+            by_density.setdefault(self._density(adapter), []).append(adapter)
+        for final, alike in by_density.items():
+            density = self.density_at(step.index, step.total, final)
+            if density < 1:
+                keep_top_share_([weight.detach() for weight in _matrices(alike)], _averages(alike), density)
         if self.clamp is not None:
+            weights = [weight.detach() for weight in _matrices(adapters)]
             torch._foreach_clamp_min_(weights, -self.clamp)
             torch._foreach_clamp_max_(weights, self.clamp)
 
-    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+    def _density(self, adapter: LowRankAdapter) -> float:
+        """τ of one layer."""
+        return adapter.overrides.get("density", self.density)
+
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that ended before anything was masked."""
         if self.density == 1 or any(bool((w == 0).any()) for w in _matrices(adapters)):
             return None
@@ -131,6 +139,10 @@ class RoseLoRA(SparseMethod):
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
+        use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output.
+        overrides: Other settings for some layers: trailing name parts or a regular expression, to rank, alpha and
+            density, such as
+            ``{"attention.output.dense": {"rank": 16}}``. The first pattern that matches a layer holds for it.
 
     Raises:
         UsageError: If an argument is outside its range, ``begin`` lies after ``end``, or they are shares of a
@@ -139,6 +151,8 @@ class RoseLoRA(SparseMethod):
     Source:
         Wang et al. 2024 (arXiv:2406.10777), Eqs. (3), (4), (6), (8).
     """
+
+    overridable = (*SparseMethod.overridable, "density")
 
     def __init__(
         self,
@@ -154,9 +168,22 @@ class RoseLoRA(SparseMethod):
         layers: list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
+        use_rslora: bool = False,
+        overrides: Overrides | None = None,
     ) -> None:
-        resolved = rank if alpha is None else alpha
-        super().__init__(target_modules, rank, resolved, dropout, layers, exclude_modules, train_head)
+        super().__init__(
+            target_modules,
+            rank,
+            alpha,
+            dropout,
+            layers,
+            exclude_modules,
+            train_head,
+            use_rslora,
+            overrides=overrides,
+        )
+        for values in (overrides or {}).values():
+            require_density(values.get("density", density))
         self.density = density
         self.begin = begin
         self.end = end
@@ -164,27 +191,27 @@ class RoseLoRA(SparseMethod):
         self.clamp = clamp
         self._masks = SensitivityMasks(density, begin, end, beta, clamp)
 
-    def adapt(self, base: FrozenLinear) -> LowRankLinear:
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in an adapter with sensitivities."""
-        return self._masks.adopt(super().adapt(base))
+        return self._masks.adopt(super().adapt(layer, overrides))
 
-    def mismatch(self, adapter: LowRankLinear) -> str | None:
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
         return super().mismatch(adapter) or self._masks.mismatch(adapter)
 
-    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the schedule against the run, and warn when BA will not be a local change."""
         return self._masks.check(adapters, run)
 
-    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> list[Tensor]:  # noqa: ARG002
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:  # noqa: ARG002
         """The sensitivities of this step."""
         return self._masks.before_step(adapters)
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """Average, mask, clamp."""
         self._masks.after_step(adapters, step, observed)
 
-    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """Whether the run ended before anything was masked."""
         return self._masks.shortfall(adapters)
 
@@ -209,10 +236,16 @@ def keep_top_share_(weights: Sequence[Tensor], scores: Sequence[Tensor], density
         torch._foreach_mul_(chosen, list(parts))
 
 
-def _matrices(adapters: Sequence[LowRankLinear]) -> list[nn.Parameter]:
+def _matrices(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
     return [matrix for adapter in adapters for matrix in (adapter.lora_A, adapter.lora_B_t)]
 
 
-def _averages(adapters: Sequence[LowRankLinear]) -> list[Tensor]:
+def _averages(adapters: Sequence[LowRankAdapter]) -> list[Tensor]:
     names = ("sensitivity_A", "sensitivity_B_t")
     return [adapter.get_buffer(name) for adapter in adapters for name in names]
+
+
+def require_density(density: float) -> None:
+    """Raise a UsageError unless ``density`` is a share of entries."""
+    if not 0 < density <= 1:
+        raise UsageError(f"density is the share of each row of A and column of B to keep, in (0, 1]; got {density}.")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.layers import Layer
 from lit_sparse.errors import UsageError
 from lit_sparse.functional import (
     optimizer_metric_threshold,
     released_threshold_,
     soft_threshold_,
 )
-from lit_sparse.methods.base import Run, SparseMethod, Step
+from lit_sparse.methods.base import GateInit, InitWeights, Overrides, Run, SparseMethod, Step
 
 Operator = Literal["soft", "released"]
 Metric = Literal["euclidean", "optimizer"]
@@ -42,13 +44,7 @@ class ProximalGates:
             raise UsageError(
                 f"Give exactly one of threshold (ξ, constant) and sparsity_weight (λ, threshold lr · λ); got {given}."
             )
-        for name, value in (
-            ("threshold", threshold),
-            ("sparsity_weight", sparsity_weight),
-            ("l1_weight", l1_weight),
-        ):
-            if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"{name} must be a finite number of at least 0; got {value}.")
+        require_strengths({"threshold": threshold, "sparsity_weight": sparsity_weight, "l1_weight": l1_weight})
         if operator not in ("soft", "released"):
             raise UsageError(f"operator must be 'soft' or 'released'; got {operator!r}.")
         if metric not in ("euclidean", "optimizer"):
@@ -63,27 +59,27 @@ class ProximalGates:
         self.operator, self.metric = operator, metric
         self.gate_lr, self.freeze_zero_after = gate_lr, freeze_zero_after
 
-    def adopt(self, adapter: LowRankLinear) -> LowRankLinear:
+    def adopt(self, adapter: LowRankAdapter) -> LowRankAdapter:
         """Give a new adapter the buffer that :attr:`freeze_zero_after` needs."""
         if self.freeze_zero_after is not None:
-            steps = torch.zeros(adapter.rank, dtype=torch.int32, device=adapter.lora_A.device)
+            steps = torch.zeros(adapter.lora_A.shape[0], dtype=torch.int32, device=adapter.lora_A.device)
             adapter.register_buffer("steps_at_zero", steps)
         return adapter
 
-    def parameter_groups(self, adapters: Sequence[LowRankLinear]) -> list[dict[str, Any]]:
+    def parameter_groups(self, adapters: Sequence[LowRankAdapter]) -> list[dict[str, Any]]:
         """One group of all gates: no weight decay, which is a second pull towards zero in other units."""
         group: dict[str, Any] = {"params": _gates(adapters), "weight_decay": 0.0}
         if self.gate_lr is not None:
             group["lr"] = self.gate_lr
         return [group]
 
-    def mismatch(self, adapter: LowRankLinear) -> str | None:
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` lacks what these gates need, or None."""
         if self.freeze_zero_after is not None and not hasattr(adapter, "steps_at_zero"):
             return "no count of steps at zero, which freeze_zero_after needs"
         return None
 
-    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the optimizer, and warn of thresholds that can zero no gate or must zero all."""
         gates = _gates(adapters)
         if self.metric == "optimizer":
@@ -92,10 +88,12 @@ class ProximalGates:
             return []
         warnings = self._compare_groups(gates, run.optimizer)
         if run.total is not None and self.metric == "euclidean":  # else the thresholds depend on gradients to come
-            warnings += self._foretell(gates, run.learning_rates)
+            for strength in sorted({self._strength(adapter) for adapter in adapters}):
+                alike = _gates([adapter for adapter in adapters if self._strength(adapter) == strength])
+                warnings += self._foretell(alike, strength, run.learning_rates)
         return warnings
 
-    def before_step(self, adapters: Sequence[LowRankLinear]) -> None:
+    def before_step(self, adapters: Sequence[LowRankAdapter]) -> None:
         """Add the subgradient of ``l1_weight · mean|g|`` to the gates' gradients."""
         if not self.l1_weight:
             return
@@ -106,38 +104,45 @@ class ProximalGates:
             signs = torch._foreach_sign([gate.detach() for gate, _ in trained])
             torch._foreach_add_([grad for _, grad in trained], signs, alpha=self.l1_weight / entries)
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> None:
         """The proximal step, with the learning rate that the optimizer step used."""
         operate_ = soft_threshold_ if self.operator == "soft" else released_threshold_
-        by_group: dict[int, list[nn.Parameter]] = {}
-        for gate in _gates(adapters):
-            if gate in step.group_of:  # a gate frozen by the user is in no optimizer
-                by_group.setdefault(step.group_of[gate], []).append(gate)
-        for gates in by_group.values():
-            operate_(gates, self._threshold(gates, step))
+        alike: dict[tuple[int, float], list[nn.Parameter]] = {}
+        for adapter in adapters:
+            gate = adapter.gate
+            if gate is not None and gate in step.group_of:  # a gate frozen by the user is in no optimizer
+                alike.setdefault((step.group_of[gate], self._strength(adapter)), []).append(gate)
+        for (_, strength), gates in alike.items():
+            operate_(gates, self._threshold(gates, strength, step))
         if self.freeze_zero_after is not None:
             _hold_at_zero(adapters, self.freeze_zero_after)
 
-    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that zeroed no gate."""
         gates = [gate.detach() for gate in _gates(adapters)]
         if any(bool((gate == 0).any()) for gate in gates):
             return None
         smallest = min(float(gate.abs().min()) for gate in gates)
-        knob = "threshold" if self.threshold is not None else "sparsity_weight"
         return (
             f"No gate became zero: all {sum(g.numel() for g in gates)} ranks remain, the smallest |gate| is "
-            f"{smallest:.2g}. Raise {knob}, or train longer."
+            f"{smallest:.2g}. Raise {self._knob}, or train longer."
         )
 
-    def _threshold(self, gates: list[nn.Parameter], step: Step) -> float | Tensor | list[Tensor]:
-        if self.sparsity_weight is None:
-            assert self.threshold is not None  # noqa: S101  # the constructor took exactly one
-            return self.threshold
+    @property
+    def _knob(self) -> str:
+        return "threshold" if self.threshold is not None else "sparsity_weight"
+
+    def _strength(self, adapter: LowRankAdapter) -> float:
+        """ξ or λ of one layer."""
+        return adapter.overrides.get(self._knob, getattr(self, self._knob))
+
+    def _threshold(self, gates: list[nn.Parameter], strength: float, step: Step) -> float | Tensor | list[Tensor]:
+        if self.threshold is not None:
+            return strength
         group = step.group(gates[0])
         if self.metric == "euclidean":
-            return group["lr"] * self.sparsity_weight  # type: ignore[no-any-return]
-        return [_metric_threshold(gate, self.sparsity_weight, group, step.optimizer) for gate in gates]
+            return group["lr"] * strength  # type: ignore[no-any-return]
+        return [_metric_threshold(gate, strength, group, step.optimizer) for gate in gates]
 
     def _compare_groups(self, gates: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
         """An optimizer built without :meth:`parameter_groups` knows nothing of ``gate_lr``, and may decay gates."""
@@ -158,7 +163,7 @@ class ProximalGates:
         return []
 
     def _foretell(
-        self, gates: list[nn.Parameter], learning_rates: Callable[[nn.Parameter], Sequence[float]]
+        self, gates: list[nn.Parameter], strength: float, learning_rates: Callable[[nn.Parameter], Sequence[float]]
     ) -> list[str]:
         """Follow two extreme gates through the run: one at 1 that is only pulled, one that Adam only pushes.
 
@@ -167,8 +172,7 @@ class ProximalGates:
         step, ends at 0.
         """
         rates = learning_rates(gates[0])
-        knob = "threshold" if self.threshold is not None else "sparsity_weight"
-        strength = getattr(self, knob)
+        knob = self._knob
         pulls = [strength if knob == "threshold" else lr * strength for lr in rates]
         largest = float(torch.cat([gate.detach().flatten() for gate in gates]).abs().max())
         for lr, pull in zip(rates, pulls, strict=True):
@@ -219,6 +223,14 @@ class SoRA(SparseMethod):
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
+        use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output.
+        init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
+            frozen weight (Meng et al. 2024, arXiv:2404.02948), which is changed for that: only the rest of it stays
+            frozen. A rank whose gate reaches zero is then lost to the model; gate_init must be ``ones``.
+        gate_init: ``gaussian``: N(0, 1), as released. ``ones``: at the start the adapter is LoRA's, exactly.
+        overrides: Other settings for some layers: trailing name parts or a regular expression, to rank, alpha, and
+            threshold or sparsity_weight, such as
+            ``{"attention.output.dense": {"rank": 16}}``. The first pattern that matches a layer holds for it.
 
     Raises:
         UsageError: If an argument is outside its range, both or neither of ``threshold`` and
@@ -230,6 +242,7 @@ class SoRA(SparseMethod):
     """
 
     gated = True
+    overridable = (*SparseMethod.overridable, "threshold", "sparsity_weight")
 
     def __init__(
         self,
@@ -247,10 +260,29 @@ class SoRA(SparseMethod):
         layers: list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
+        use_rslora: bool = False,
+        init_weights: InitWeights = "lora",
+        gate_init: GateInit = "gaussian",
+        overrides: Overrides | None = None,
     ) -> None:
-        super().__init__(target_modules, rank, alpha, dropout, layers, exclude_modules, train_head)
+        # Before super(), which looks whether what is overridden is in use.
         self.threshold = threshold
         self.sparsity_weight = sparsity_weight
+        super().__init__(
+            target_modules,
+            rank,
+            alpha,
+            dropout,
+            layers,
+            exclude_modules,
+            train_head,
+            use_rslora,
+            init_weights,
+            gate_init,
+            overrides,
+        )
+        for values in (overrides or {}).values():
+            require_strengths({k: v for k, v in values.items() if k in ("threshold", "sparsity_weight")})
         self.l1_weight = l1_weight
         self.operator = operator
         self.metric = metric
@@ -258,36 +290,43 @@ class SoRA(SparseMethod):
         self.freeze_zero_after = freeze_zero_after
         self._gates = ProximalGates(threshold, sparsity_weight, l1_weight, operator, metric, gate_lr, freeze_zero_after)
 
-    def adapt(self, base: FrozenLinear) -> LowRankLinear:
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in a gated adapter."""
-        return self._gates.adopt(super().adapt(base))
+        return self._gates.adopt(super().adapt(layer, overrides))
 
-    def parameter_groups(self, adapters: Sequence[LowRankLinear]) -> list[dict[str, Any]]:
+    def parameter_groups(self, adapters: Sequence[LowRankAdapter]) -> list[dict[str, Any]]:
         """The gates, without weight decay and with their own learning rate."""
         return self._gates.parameter_groups(adapters)
 
-    def mismatch(self, adapter: LowRankLinear) -> str | None:
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
         return super().mismatch(adapter) or self._gates.mismatch(adapter)
 
-    def check(self, adapters: Sequence[LowRankLinear], run: Run) -> list[str]:
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the optimizer, and warn of thresholds that can zero no gate or must zero all."""
         return self._gates.check(adapters, run)
 
-    def before_step(self, adapters: Sequence[LowRankLinear], step: Step) -> None:  # noqa: ARG002
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> None:  # noqa: ARG002
         """Add the penalty's subgradient."""
         self._gates.before_step(adapters)
 
-    def after_step(self, adapters: Sequence[LowRankLinear], step: Step, observed: Any) -> None:  # noqa: ARG002
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:  # noqa: ARG002
         """The proximal step."""
         self._gates.after_step(adapters, step)
 
-    def shortfall(self, adapters: Sequence[LowRankLinear]) -> str | None:
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """Whether no gate became zero."""
         return self._gates.shortfall(adapters)
 
 
-def _gates(adapters: Sequence[LowRankLinear]) -> list[nn.Parameter]:
+def require_strengths(values: Mapping[str, float | None]) -> None:
+    """Raise a UsageError unless all that are given are finite and not negative."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < float("inf"):
+            raise UsageError(f"{name} must be a finite number of at least 0; got {value}.")
+
+
+def _gates(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
     return [adapter.gate for adapter in adapters if adapter.gate is not None]
 
 
@@ -309,7 +348,7 @@ def _require_adam(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _hold_at_zero(adapters: Sequence[LowRankLinear], patience: int) -> None:
+def _hold_at_zero(adapters: Sequence[LowRankAdapter], patience: int) -> None:
     counted = [(a.gate, a.get_buffer("steps_at_zero")) for a in adapters if a.gate is not None]
     gates = [gate.detach() for gate, _ in counted]
     counts = [count for _, count in counted]

@@ -20,7 +20,7 @@ from lit_sparse.methods.lora import LoRA
 from lit_sparse.methods.roselora import RoseLoRA
 from lit_sparse.methods.sora import SoRA
 
-IN, OUT, RANK, ALPHA = 5, 4, 3, 7.0
+IN, OUT, RANK, SCALE = 5, 4, 3, 7 / 3
 KINDS = ["linear", "linear without bias", "conv1d"]
 SHAPES = [(IN,), (6, IN), (2, 3, IN), (2, 1, 3, IN), (0, IN), (2, 0, IN), (1, IN)]
 
@@ -38,7 +38,7 @@ def frozen(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def trained(kind: str, gated: bool = False, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> LowRankLinear:
     """An adapter whose parameters are as far from their start as training would take them."""
-    adapter = LowRankLinear(frozen(kind, dtype), RANK, ALPHA, dropout, gated)
+    adapter = LowRankLinear(frozen(kind, dtype), RANK, SCALE, dropout, gated)
     with torch.no_grad():
         for parameter in (adapter.lora_A, adapter.lora_B_t, adapter.gate):
             if parameter is not None:
@@ -47,11 +47,11 @@ def trained(kind: str, gated: bool = False, dtype: torch.dtype = torch.float64, 
 
 
 def naive(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Tensor | None) -> Tensor:
-    """base(x) + alpha/rank · (x Aᵀ ∘ g) Bᵀ, nothing folded, nothing in place."""
+    """base(x) + scale · (x Aᵀ ∘ g) Bᵀ, nothing folded, nothing in place."""
     weight = base.weight.t() if isinstance(base, nn.Linear) else base.weight
     frozen_output = x @ weight if base.bias is None else x @ weight + base.bias
     hidden = x @ A.t()
-    return frozen_output + ALPHA / RANK * (hidden if g is None else hidden * g) @ B.t()
+    return frozen_output + SCALE * (hidden if g is None else hidden * g) @ B.t()
 
 
 def naive_of(adapter: LowRankLinear, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_training_starts_exactly_at_the_frozen_output(kind, gated, dtype, shape)
     base = frozen(kind, dtype)
     x = torch.randn(shape, dtype=dtype)
     expected = base(x)
-    assert torch.equal(LowRankLinear(base, RANK, ALPHA, gated=gated)(x), expected)
+    assert torch.equal(LowRankLinear(base, RANK, SCALE, gated=gated)(x), expected)
 
 
 def test_the_parameters_start_as_the_papers_say():
@@ -133,7 +133,7 @@ def test_the_parameters_start_as_the_papers_say():
 
 
 def test_only_the_adapter_is_trainable():
-    adapter = LowRankLinear(nn.Linear(IN, OUT), RANK, ALPHA, gated=True)
+    adapter = LowRankLinear(nn.Linear(IN, OUT), RANK, SCALE, gated=True)
     assert {n for n, p in adapter.named_parameters() if p.requires_grad} == {"lora_A", "lora_B_t", "gate"}
     assert adapter.lora_A.shape == (RANK, IN)
     assert adapter.lora_B.shape == (OUT, RANK)
@@ -263,7 +263,7 @@ def test_a_model_moves_to_another_device_and_dtype_at_once():
 def test_parameters_are_born_where_the_base_is():
     with torch.device("meta"):
         base = nn.Linear(IN, OUT)
-    assert all(p.is_meta for p in LowRankLinear(base, RANK, ALPHA, gated=True).parameters())
+    assert all(p.is_meta for p in LowRankLinear(base, RANK, SCALE, gated=True).parameters())
 
 
 @every_kind
@@ -366,7 +366,7 @@ def test_a_state_dict_survives_a_file(kind, gated):
     optional = {"gate"} if gated else set()
     bias = set() if kind == "linear without bias" else {"base.bias"}
     assert set(state) == {"lora_A", "lora_B_t", "base.weight"} | optional | bias
-    other = LowRankLinear(frozen(kind), RANK, ALPHA, gated=gated)
+    other = LowRankLinear(frozen(kind), RANK, SCALE, gated=gated)
     other.load_state_dict(state)
     x = torch.randn(3, IN, dtype=torch.float64)
     assert torch.equal(other(x), adapter(x))
@@ -419,20 +419,20 @@ def test_switched_off_it_is_the_base():
 
 
 def test_only_linear_layers_can_be_adapted():
-    with pytest.raises(UsageError, match=r"Only nn.Linear and Conv1D can be adapted; got Embedding\."):
-        LowRankLinear(nn.Embedding(3, 3), RANK, ALPHA)
+    with pytest.raises(UsageError, match=r"LowRankLinear adapts nn.Linear and Conv1D; got Embedding\."):
+        LowRankLinear(nn.Embedding(3, 3), RANK, SCALE)
 
 
 @pytest.mark.parametrize("rank", [0, -3])
 def test_rank_must_be_positive(rank):
     with pytest.raises(UsageError, match=f"rank must be at least 1; got {rank}"):
-        LowRankLinear(nn.Linear(IN, OUT), rank, ALPHA)
+        LowRankLinear(nn.Linear(IN, OUT), rank, SCALE)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan])
 def test_dropout_must_be_a_probability_below_one(dropout):
     with pytest.raises(UsageError, match=rf"dropout must be in \[0, 1\); got {dropout}"):
-        LowRankLinear(nn.Linear(IN, OUT), RANK, ALPHA, dropout)
+        LowRankLinear(nn.Linear(IN, OUT), RANK, SCALE, dropout)
 
 
 def slow_support(A: Tensor, B: Tensor, live: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ BLOCK = [
 ]
 BODY = [f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in BLOCK] + ["bert.pooler.dense"]
 
+ENDS = (
+    "embeddings end in ['position_embeddings', 'token_type_embeddings', 'word_embeddings'], linear layers end in "
+    "['classifier', 'dense', 'key', 'query', 'value']"
+)
+
 
 def chosen(model, target_modules, *arguments, head=("classifier",)):
     layers = select_layers(model, target_modules, *arguments, head=head)
@@ -85,7 +90,7 @@ def test_all_linear_of_a_plain_module_is_every_linear_layer():
         (["bert.pooler.dense", "dense"], [n for n in BODY if n.endswith("dense")]),  # twice meant, once chosen
         (r".*\.(query|key)", [n for n in BODY if n.endswith(("query", "key"))]),
         (r"bert\.encoder\.layer\.0\..*", [n for n in BODY if ".layer.0." in n]),
-        (r".*", BODY),
+        (r".*embeddings", [f"bert.embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")]),
     ],
     ids=str,
 )
@@ -106,8 +111,8 @@ def test_a_part_is_matched_whole():
 @pytest.mark.parametrize("pattern", ["quer", "put.dense", "uery", ".query", "query.", ""])
 def test_a_piece_of_a_part_matches_nothing(pattern):
     message = (
-        f"target_modules {pattern!r} matches no linear layer of BertForSequenceClassification, whose linear layers end "
-        "in ['classifier', 'dense', 'key', 'query', 'value']. Give whole trailing parts of a name"
+        f"target_modules {pattern!r} matches no linear layer of BertForSequenceClassification, whose {ENDS}. "
+        "Give whole trailing parts of a name"
     )
     with pytest.raises(UsageError, match=re.escape(message)):
         select_layers(BERT, ["value", pattern])
@@ -161,7 +166,8 @@ def test_excluding_the_head_or_nothing_is_allowed():
 def test_excluding_everything_is_an_error():
     message = (
         "No layer of BertForSequenceClassification is left to adapt after target_modules=['query'], layers=None and "
-        "exclude_modules='.*attention.*'. Its linear layers end in ['classifier', 'dense', 'key', 'query', 'value']."
+        "exclude_modules='.*attention.*'. "
+        f"Its {ENDS}."
     )
     with pytest.raises(UsageError, match=re.escape(message)):
         select_layers(BERT, ["query"], exclude_modules=".*attention.*")
@@ -190,7 +196,7 @@ def test_a_target_within_the_trained_head_is_refused():
 def test_a_target_that_is_not_linear_is_refused():
     message = (
         "target_modules 'LayerNorm' matches modules of BertForSequenceClassification of type ['LayerNorm'], not linear "
-        "layers. Its linear layers end in ['classifier', 'dense', 'key', 'query', 'value']."
+        f"layers. Its {ENDS}."
     )
     with pytest.raises(UsageError, match=re.escape(message)):
         select_layers(BERT, ["LayerNorm"])
@@ -198,11 +204,15 @@ def test_a_target_that_is_not_linear_is_refused():
         select_layers(BERT, r".*layer\.\d")
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(nn.Conv2d(1, 1, 1)), nn.Linear(2, 2)], ids=["Sequential", "Linear"])
-def test_a_model_without_a_linear_layer_in_it_is_refused(model):
-    message = rf"{type(model).__name__} has no linear layer \(nn.Linear or Conv1D\) that could be adapted"
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Conv1d(1, 1, 1)), nn.Linear(2, 2)], ids=["Sequential", "Linear"])
+def test_a_model_without_a_layer_in_it_is_refused(model):
+    with pytest.raises(UsageError, match=f"{type(model).__name__} has no layer in it that could be adapted"):
         select_layers(model, "all-linear")
+
+
+def test_all_linear_of_a_model_of_convolutions_names_what_there_is():
+    with pytest.raises(UsageError, match=r"No layer of Sequential is left .* Its convolutions end in \['0'\]\."):
+        select_layers(nn.Sequential(nn.Conv2d(1, 1, 1)), "all-linear")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +226,7 @@ def test_a_model_without_a_linear_layer_in_it_is_refused(model):
     ids=["list", "expression", "the model itself", "fused"],
 )
 def test_a_layer_that_is_not_always_called_is_refused_by_name(model, target_modules, name, parent):
-    with pytest.raises(UsageError, match=rf"matches '{name}' of .*, whose weight its parent {parent} "):
+    with pytest.raises(UsageError, match=rf"matches '{name}' of .*, which the class {parent} computes "):
         select_layers(model, target_modules)
 
 

@@ -1,0 +1,217 @@
+"""What all adapters share: A, B and gate, rank-major, and how they change a frozen weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.quantized import is_quantized
+from lit_sparse.errors import UsageError
+
+
+class LowRankAdapter(nn.Module):
+    """Adds ``scale · B diag(gate) A`` to a frozen weight, seen as a matrix of shape ``(out_features, in_features)``.
+
+    B is stored rank-major, as :attr:`lora_B_t` of shape ``(rank, out_features)``: every rank is then one
+    contiguous row in A and in B, which makes the thin matrix products and the per-rank updates fast, and lets methods
+    treat every kind of layer alike. :attr:`lora_B` is the same memory in the orientation of the papers and of PEFT.
+
+    The parameters are float32 when the frozen weight is float16, bfloat16 or quantized, and stay so under
+    ``module.half()``, ``module.to(dtype)`` and Lightning's true half precision: updates of size lr · 1 vanish in 8
+    bits of mantissa. They are rounded to the dtype of the frozen layer's output where they are used, as autocast does.
+
+    A sub-class for a kind of layer says what the matrix is, and how inputs pass through it.
+
+    Args:
+        weight: The frozen weight, for dtype and device.
+        in_features: Columns of the matrix.
+        out_features: Rows of the matrix.
+        rank: Number of ranks r, at least 1.
+        scale: What B diag(gate) A is multiplied by.
+        dropout: Probability of zeroing an entry of the input before A, while training, in [0, 1).
+        gated: Whether each rank has a gate.
+        copies: Number of matrices in the weight, each with its own ranks (experts); their ranks follow each other in
+            the rows of A, Bᵀ and gate.
+
+    Raises:
+        UsageError: If ``rank`` < 1 or ``dropout`` is outside [0, 1).
+
+    Source:
+        Hu et al. 2021 (arXiv:2106.09685) for A and B; Ding et al. 2023 (arXiv:2311.11696) for the gate.
+    """
+
+    lora_A: nn.Parameter
+    lora_B_t: nn.Parameter
+    gate: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        gated: bool = False,
+        copies: int = 1,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise UsageError(f"rank must be at least 1; got {rank}.")
+        if not 0 <= dropout < 1:
+            raise UsageError(f"dropout must be in [0, 1); got {dropout}.")
+        self.in_features, self.out_features = in_features, out_features
+        self.copies = copies
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.enabled = True
+        self.overrides: Mapping[str, float] = {}
+        """What the method sets otherwise for this layer than for the rest, by argument."""
+
+        def new(*shape: int) -> nn.Parameter:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
+
+        self.lora_A = new(copies * rank, in_features)
+        self.lora_B_t = new(copies * rank, out_features)
+        self.register_parameter("gate", new(copies * rank) if gated else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform (a = √5), B zero, so that training starts at the frozen model; gate ~ N(0, 1)."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B_t)
+        if self.gate is not None:
+            nn.init.normal_(self.gate)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen layer."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; backbones such as T5 ask a layer for ``weight.dtype``."""
+        return self.layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.layer.bias  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """Number of ranks held (by each copy), zero gates included."""
+        return self.lora_A.shape[0] // self.copies
+
+    @property
+    def lora_B(self) -> Tensor:
+        """B of shape ``(out_features, rank)``: a view of :attr:`lora_B_t`, so writing to it in place works."""
+        return self.lora_B_t.t()
+
+    def scaled_lora_B_t(self) -> Tensor:
+        """``scale · gate ∘ Bᵀ``, shape ``(rank, out_features)``."""
+        if self.gate is None:
+            return self.lora_B_t * self.scale
+        return self.lora_B_t * (self.gate * self.scale).unsqueeze(1)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """What merging would add to the frozen weight, in that weight's own orientation and shape."""
+        return self._as_weight(self._delta_matrix())
+
+    @torch.no_grad()
+    def start_from_principal(self) -> None:
+        """Take the largest singular values out of the frozen weight and into A and B, with equal shares: PiSSA.
+
+        What is left in the frozen weight is the rest, so that the layer computes what it did; gates must be 1.
+
+        Raises:
+            UsageError: If the weight is quantized, or has fewer singular values than there are ranks.
+
+        Source:
+            Meng et al. 2024 (arXiv:2404.02948), Eqs. (2)–(4).
+        """
+        if is_quantized(self.layer):
+            raise UsageError("PiSSA starts from the frozen weight's singular vectors; this one is quantized.")
+        matrices = self._as_matrix(self.weight).reshape(self.copies, self.out_features, self.in_features)
+        if self.rank > min(matrices.shape[1:]):
+            raise UsageError(
+                f"PiSSA with rank {self.rank} needs as many singular values; a weight of shape "
+                f"{tuple(self.weight.shape)} has {min(matrices.shape[1:])}. Lower rank."
+            )
+        left, values, right = torch.linalg.svd(matrices.to(self.lora_A.dtype), full_matrices=False)
+        roots = values[:, : self.rank].sqrt().unsqueeze(2)
+        self.lora_A.copy_((roots * right[:, : self.rank]).flatten(0, 1))
+        self.lora_B_t.copy_((roots * left.mT[:, : self.rank] / self.scale).flatten(0, 1))
+        self.weight.copy_(self.weight.to(self.lora_A.dtype) - self.delta_weight())
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        gated = ", gated" if self.gate is not None else ""
+        copies = f", copies={self.copies}" if self.copies > 1 else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{copies}{gated}"
+
+    def _delta_matrix(self) -> Tensor:
+        return self.scaled_lora_B_t().t() @ self.lora_A
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``(out_features, in_features)``."""
+        return weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`_as_matrix`."""
+        return matrix
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankAdapter:
+        # Every .to(), .half() and .cuda() of nn.Module comes through here.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(moved.device) if narrowed else moved
+
+        applied: Any = super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        return applied  # type: ignore[no-any-return]
+
+
+class LowRankLayer(LowRankAdapter):
+    """An adapter that stands in the model in the place of the layer it adapts, which it holds as :attr:`base`.
+
+    Args:
+        base: Frozen layer with a ``weight``.
+        in_features: Columns of the matrix.
+        out_features: Rows of the matrix.
+        rank: Number of ranks r, at least 1.
+        scale: What B diag(gate) A is multiplied by.
+        dropout: Probability of zeroing an entry of the input before A, while training, in [0, 1).
+        gated: Whether each rank has a gate.
+    """
+
+    base: nn.Module
+
+    def __init__(
+        self,
+        base: nn.Module,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        super().__init__(weight, in_features, out_features, rank, scale, dropout, gated)
+        self.base = base.requires_grad_(False)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen layer."""
+        return self.base

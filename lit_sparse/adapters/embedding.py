@@ -1,0 +1,46 @@
+"""The adapter of an embedding."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_sparse.adapters.base import LowRankLayer
+
+
+class LowRankEmbedding(LowRankLayer):
+    """A frozen embedding plus a low-rank one: ``y = base(ids) + scale · B (gate ∘ A[:, ids])``.
+
+    As in PEFT, A is ``(rank, num_embeddings)`` and B ``(embedding_dim, rank)``: the weight is the transpose of the
+    matrix. There is no dropout, since the input is token ids.
+
+    Args:
+        base: Frozen embedding.
+        rank: Number of ranks r, at least 1.
+        scale: What B diag(gate) A is multiplied by.
+        gated: Whether each rank has a gate.
+    """
+
+    base: nn.Embedding
+
+    def __init__(self, base: nn.Embedding, rank: int, scale: float, gated: bool = False) -> None:
+        super().__init__(base, base.num_embeddings, base.embedding_dim, rank, scale, 0.0, gated)
+
+    @property
+    def bias(self) -> None:
+        """An embedding has none."""
+        return None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids ``(...)`` to ``(..., embedding_dim)``."""
+        y = self.base(ids)
+        if not self.enabled:
+            return y  # type: ignore[no-any-return]
+        hidden = F.embedding(ids, self.lora_A.t())
+        return y + (hidden @ self.scaled_lora_B_t()).to(y.dtype)  # type: ignore[no-any-return]
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.t()

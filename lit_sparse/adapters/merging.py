@@ -1,0 +1,51 @@
+"""Fold adapters into the frozen weights, and give the plain model back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
+from lit_sparse.adapters.injection import adapters_in, replace_modules
+from lit_sparse.errors import UsageError
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Add every adapter's product to its frozen weight, and put the plain layers back, in place.
+
+    The sum is formed in the adapters' precision, float32 or better, and rounded once to the weight's. Entries of a
+    weight that the adapter does not reach (outside the support of BA) stay bit for bit what they were. Parameters stay
+    frozen as injection left them.
+
+    Args:
+        model: Model with adapters.
+
+    Returns:
+        ``model``, of the classes that it had before injection.
+
+    Raises:
+        UsageError: If there is no adapter in ``model``, or an adapter is switched off.
+    """
+    adapters = dict(adapters_in(model))
+    if not adapters:
+        raise UsageError(f"{type(model).__name__} holds no adapter to merge. Inject a method first.")
+    off = [name for name, adapter in adapters.items() if not adapter.enabled]
+    if off:
+        raise UsageError(
+            f"{len(off)} adapters are switched off, the first at {off[0]!r}: switch them on to merge them."
+        )
+    for adapter in adapters.values():
+        _fold(adapter)
+    wrappers = [m for m in model.modules() if isinstance(m, AdaptedExperts)]
+    singles = [a for a in adapters.values() if not isinstance(a, LowRankExperts)]
+    replace_modules(model, {**{a: a.layer for a in singles}, **{w: w.base for w in wrappers}})
+    return model
+
+
+def _fold(adapter: LowRankAdapter) -> None:
+    weight, delta = adapter.weight, adapter.delta_weight()
+    merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+    # Not a plain sum: it would turn a frozen -0.0 into +0.0.
+    weight.copy_(torch.where(delta != 0, merged, weight))
