@@ -14,12 +14,15 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_sparse
 from lit_sparse.errors import TrainingError, UsageError
+from lit_sparse.inspection import describe
 from lit_sparse.modules.base import SparseModule
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours.
@@ -27,7 +30,7 @@ DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any Ligh
 Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1"""
 
 # A word that is not ours goes to the lightning command of another package, if there is one.
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "inspect")
 
 
 # Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
@@ -59,12 +62,68 @@ class SparseParser(LightningArgumentParser):
         _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
 
+_NO_RUN = Namespace(
+    accelerator="cpu",
+    strategy="auto",
+    devices=1,
+    num_nodes=1,
+    precision=None,
+    plugins=None,
+    logger=False,
+    callbacks=None,
+    profiler=None,
+    enable_checkpointing=False,
+)
+
+
+class SparseTrainer(Trainer):
+    """Lightning's Trainer with a command more."""
+
+    def inspect(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,  # noqa: ARG002
+    ) -> None:
+        """List the layers that would be adapted, with parameter counts, without loading weights or training.
+
+        Args:
+            model: A module that holds adapters after ``configure_model``.
+            datamodule: Its data, read only if the module takes the number of labels from it.
+            ckpt_path: Not for this command; here because the configurations that ``fit`` writes have it.
+            weights_only: The same.
+        """
+        if ckpt_path is not None:
+            raise UsageError("inspect looks at what a configuration would adapt, not at a checkpoint: omit ckpt_path.")
+        self.strategy.connect(model)
+        model.trainer = self
+        if datamodule is not None:
+            self.datamodule = datamodule
+            datamodule.trainer = self
+            if getattr(model, "num_labels", 0) is None:
+                datamodule.prepare_data()
+                datamodule.setup("fit")
+        with torch.device("meta"):
+            model.configure_model()
+        backbone = model.model if isinstance(model, SparseModule) else None
+        sys.stdout.write(describe(backbone or model) + "\n")
+
+
 class SparseCLI(LightningCLI):
     """LightningCLI for the modules of this package and for any other by ``class_path``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, but for ``inspect``."""
+        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
         """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand == "inspect":
+            # Nothing runs, so that what a cluster has is not needed, and nothing is logged.
+            config.trainer.update(_NO_RUN)
         _require_checkpoint(config.get("ckpt_path"))
         class_path = config.model.get("class_path", "")
         given = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
@@ -108,6 +167,7 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         SparseCLI(
+            trainer_class=SparseTrainer,
             args=None if args is None else list(args),
             parser_class=SparseParser,
             parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},

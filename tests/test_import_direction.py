@@ -17,7 +17,7 @@ LEVELS = [
     {"callbacks"},
     {"quickstart"},
     {"modules", "data"},
-    {"plotting"},
+    {"plotting", "inspection"},
     {"__init__"},  # offers the public names of all of the above
     {"cli"},
     {"__main__"},

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import ExpertWeight, expert_weights
 from lit_sparse.adapters.head import output_embeddings, pretrained_bodies
 from lit_sparse.adapters.layers import Layer
@@ -36,6 +37,10 @@ class Candidate:
     refusal: str | None
     passed_over: str | None
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The layer's own."""
+        return [self.layer.weight] if isinstance(self.layer, ExpertWeight) else list(self.layer.parameters())
+
 
 def survey(model: nn.Module, head: Collection[str] = ()) -> dict[str, Candidate]:
     """Look at every layer of a kind that can be adapted: linear, experts, convolution, embedding.
@@ -45,7 +50,7 @@ def survey(model: nn.Module, head: Collection[str] = ()) -> dict[str, Candidate]
         head: Names of the head modules that are trained whole.
 
     Returns:
-        Full name to candidate, in the order of ``model.named_modules()``.
+        Full name to candidate, in the order of ``model.named_modules()``; without layers that are adapted already.
     """
     inside = [name for name, _ in pretrained_bodies(model)]
     # T5's body is the whole model, its output embeddings included.
@@ -126,6 +131,14 @@ def matches_tail(name: str, pattern: str) -> bool:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    adapted = {(id(m.layer), id(m.weight)) for m in model.modules() if isinstance(m, LowRankAdapter)}
+    for name, layer in _all_layers(model):
+        module = layer.module if isinstance(layer, ExpertWeight) else layer
+        if (id(module), id(layer.weight)) not in adapted:
+            yield name.replace(".base.", ".") if isinstance(layer, ExpertWeight) else name, layer
+
+
+def _all_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     for name, module in model.named_modules():
         if name and isinstance(module, FrozenLinear | nn.Conv2d | nn.Embedding):
             yield name, module

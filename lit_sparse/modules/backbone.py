@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
@@ -22,6 +23,8 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
             configuration names as its architecture.
         arguments: Passed on to ``from_pretrained``. ``trust_remote_code`` is off unless given here.
 
+    Under ``with torch.device("meta")`` the model is built from its configuration, without weights and memory for them.
+
     Returns:
         The model in training mode: ``from_pretrained`` returns evaluation mode, the Trainer keeps what it
         finds, and dropout would stay off.
@@ -34,7 +37,10 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
     arguments = {"dtype": "float32", **arguments}
     try:
         loader = auto_class if auto_class is not None else _architecture(folder, arguments)
-        model = loader.from_pretrained(folder, **arguments)
+        if torch.get_default_device().type == "meta":
+            model = _without_weights(loader, folder, arguments)
+        else:
+            model = loader.from_pretrained(folder, **arguments)
     except UsageError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -57,6 +63,13 @@ def _require_folder(name: str, folder: str) -> None:
             f"The backbone folder {name!r} {state}. Give a folder written by save_pretrained, or a hub id such as "
             "'microsoft/deberta-v3-base'."
         )
+
+
+def _without_weights(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
+    # Some arguments are the configuration's; those of loading, such as ignore_mismatched_sizes, have nothing to do.
+    config, _ = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **arguments)
+    build = loader.from_config if hasattr(loader, "from_config") else loader
+    return build(config)
 
 
 def _architecture(folder: str, arguments: dict[str, Any]) -> Any:
