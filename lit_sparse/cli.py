@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -62,18 +61,18 @@ class SparseParser(LightningArgumentParser):
         _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
 
-_NO_RUN = Namespace(
-    accelerator="cpu",
-    strategy="auto",
-    devices=1,
-    num_nodes=1,
-    precision=None,
-    plugins=None,
-    logger=False,
-    callbacks=None,
-    profiler=None,
-    enable_checkpointing=False,
-)
+_NO_RUN = {
+    "accelerator": "cpu",
+    "strategy": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "precision": None,
+    "plugins": None,
+    "logger": False,
+    "callbacks": None,
+    "profiler": None,
+    "enable_checkpointing": False,
+}
 
 
 class SparseTrainer(Trainer):
@@ -123,7 +122,7 @@ class SparseCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand == "inspect":
             # Nothing runs, so that what a cluster has is not needed, and nothing is logged.
-            config.trainer.update(_NO_RUN)
+            vars(config.trainer).update(_NO_RUN)
         _require_checkpoint(config.get("ckpt_path"))
         class_path = config.model.get("class_path", "")
         given = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]

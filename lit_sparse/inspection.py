@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.selection import survey
+from lit_sparse.adapters.selection import left_out
 from lit_sparse.errors import UsageError
 
 
@@ -50,12 +50,7 @@ def describe(model: nn.Module) -> str:
     whole = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     adapted = _grouped((name, _adapter(adapter), _count(adapter)) for name, adapter in adapters.items())
     trained = _grouped((name.rpartition(".")[0] or name, "trained whole", count) for name, count in whole)
-    left = _grouped(
-        (name, reason, 0)
-        for name, candidate in survey(model).items()
-        if not any(p.requires_grad for p in candidate.parameters())
-        for reason in [candidate.refusal or candidate.passed_over or "is not named by target_modules"]
-    )
+    left = _grouped((name, reason, 0) for name, reason in left_out(model).items())
     in_adapters = sum(part.parameters for part in adapted)
     in_head = sum(count for _, count in whole)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

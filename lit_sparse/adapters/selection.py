@@ -73,6 +73,37 @@ def survey(model: nn.Module, head: Collection[str] = ()) -> dict[str, Candidate]
     return candidates
 
 
+def left_out(model: nn.Module) -> dict[str, str]:
+    """Why the weights that an injection left frozen are not adapted.
+
+    Args:
+        model: Model after injection.
+
+    Returns:
+        Full name of a layer, or of a parameter of at least two dimensions in a module of another kind, to the reason.
+    """
+    reasons = {}
+    seen: set[int] = set()
+    for name, candidate in survey(model).items():
+        seen.update(id(p) for p in candidate.parameters())
+        if not any(p.requires_grad for p in candidate.parameters()):
+            reasons[name] = candidate.refusal or candidate.passed_over or "is not named by target_modules"
+    for module in model.modules():
+        if isinstance(module, LowRankAdapter):
+            seen.update(id(p) for p in module.layer.parameters())
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if (
+                parameter is not None
+                and parameter.ndim > 1
+                and id(parameter) not in seen
+                and not parameter.requires_grad
+            ):
+                seen.add(id(parameter))
+                reasons[f"{name}.{own}".lstrip(".")] = f"belongs to {type(module).__name__}, which has no adapter"
+    return reasons
+
+
 def select_layers(
     model: nn.Module,
     target_modules: str | Sequence[str],
