@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.quantized import is_quantized
 from lit_sparse.errors import UsageError
 
 
@@ -128,22 +127,13 @@ class LowRankAdapter(nn.Module):
     def start_from_principal(self) -> None:
         """Take the largest singular values out of the frozen weight and into A and B, with equal shares: PiSSA.
 
-        What is left in the frozen weight is the rest, so that the layer computes what it did; gates must be 1.
-
-        Raises:
-            UsageError: If the weight is quantized, or has fewer singular values than there are ranks.
+        What is left in the frozen weight is the rest, so that the layer computes what it did; gates must be 1, and the
+        weight must have as many singular values as there are ranks.
 
         Source:
             Meng et al. 2024 (arXiv:2404.02948), Eqs. (2)–(4).
         """
-        if is_quantized(self.layer):
-            raise UsageError("PiSSA starts from the frozen weight's singular vectors; this one is quantized.")
         matrices = self._as_matrix(self.weight).reshape(self.copies, self.out_features, self.in_features)
-        if self.rank > min(matrices.shape[1:]):
-            raise UsageError(
-                f"PiSSA with rank {self.rank} needs as many singular values; a weight of shape "
-                f"{tuple(self.weight.shape)} has {min(matrices.shape[1:])}. Lower rank."
-            )
         left, values, right = torch.linalg.svd(matrices.to(self.lora_A.dtype), full_matrices=False)
         roots = values[:, : self.rank].sqrt().unsqueeze(2)
         self.lora_A.copy_((roots * right[:, : self.rank]).flatten(0, 1))
@@ -215,3 +205,10 @@ class LowRankLayer(LowRankAdapter):
     def layer(self) -> nn.Module:
         """The frozen layer."""
         return self.base
+
+    def __getattr__(self, name: str) -> Any:
+        # What a backbone asks of the layer itself: num_embeddings, padding_idx, kernel_size.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
