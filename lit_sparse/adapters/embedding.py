@@ -12,7 +12,8 @@ class LowRankEmbedding(LowRankLayer):
     """A frozen embedding plus a low-rank one: ``y = base(ids) + scale · B (gate ∘ A[:, ids])``.
 
     As in PEFT, A is ``(rank, num_embeddings)`` and B ``(embedding_dim, rank)``: the weight is the transpose of the
-    matrix. There is no dropout, since the input is token ids.
+    matrix. There is no dropout, since the input is token ids. What ``base`` gives for its ``padding_idx`` is not
+    changed: that column of A starts at zero and has no gradient, as that row of ``base`` had none.
 
     Args:
         base: Frozen embedding.
@@ -25,6 +26,8 @@ class LowRankEmbedding(LowRankLayer):
 
     def __init__(self, base: nn.Embedding, rank: int, scale: float, gated: bool = False) -> None:
         super().__init__(base, base.num_embeddings, base.embedding_dim, rank, scale, 0.0, gated)
+        if base.padding_idx is not None:
+            nn.init.zeros_(self.lora_A[:, base.padding_idx])
 
     @property
     def bias(self) -> None:
@@ -36,7 +39,7 @@ class LowRankEmbedding(LowRankLayer):
         y = self.base(ids)
         if not self.enabled:
             return y  # type: ignore[no-any-return]
-        hidden = F.embedding(ids, self.lora_A.t())
+        hidden = F.embedding(ids, self.lora_A.t(), self.base.padding_idx)
         return y + (hidden @ self.scaled_lora_B_t()).to(y.dtype)  # type: ignore[no-any-return]
 
     def _as_matrix(self, weight: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ class AdaptedExperts(nn.Module):
         token = order // top_k_index.shape[1]
         sizes = chosen.bincount(minlength=experts).tolist()  # the one host sync
         parts = hidden_states[token].split(sizes)
-        rows = torch.cat([self._expert(i, part) for i, part in enumerate(parts) if part.shape[0]])
+        outputs = [self._expert(i, part) for i, part in enumerate(parts) if part.shape[0]]
+        rows = torch.cat(outputs or [self._expert(0, parts[0])])  # torch.cat needs one, tokens or not
         weighted = rows * top_k_weights.flatten()[order].unsqueeze(1)
         return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
 
