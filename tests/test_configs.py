@@ -68,6 +68,9 @@ def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning"])
     config = yaml.safe_load(path.read_text())
     backbone = config["model"]["init_args"]["backbone"]
+    quantization = config["model"]["init_args"].get("backbone_args", {}).get("quantization_config")
+    if quantization is not None and importlib.util.find_spec(quantization["quant_method"]) is None:
+        pytest.skip(f"the {quantization['quant_method']} extra is not installed")
     build = next(build for part, build in TINY.items() if part in backbone)
     options = {
         "model.init_args.backbone": build(tmp_path / "backbone"),

@@ -11,6 +11,7 @@ from torch import nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.head import keep_head_precision, task_head
+from lit_sparse.adapters.quantized import require_trainable_around
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
 
@@ -33,7 +34,8 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
 
     Raises:
         UsageError: If the model holds adapters already, a target matches nothing or something that cannot be
-            adapted, or a module named in ``train_head`` does not exist.
+            adapted, a module named in ``train_head`` does not exist or is quantized, or no gradient passes through a
+            quantized layer.
     """
     present = [name for name, _ in adapters_in(model)]
     if present:
@@ -43,8 +45,9 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
         )
     head = _trained_head(model, method.train_head)
     chosen = select_layers(model, method.target_modules, method.layers, method.exclude_modules, head)
-    settings = method.settings(list(chosen))
+    settings = method.settings(chosen)
     model.requires_grad_(False)
+    require_trainable_around(model, head)
     adapters = {name: method.adapt(layer, settings[name]) for name, layer in chosen.items()}
     replace_modules(model, _replacements(adapters))
     for name in head:

@@ -9,6 +9,8 @@ from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.linear import FrozenLinear, LowRankLinear
+from lit_sparse.adapters.quantized import is_quantized
+from lit_sparse.errors import UsageError
 
 Layer = FrozenLinear | nn.Conv2d | nn.Embedding | ExpertWeight
 """What can be adapted."""
@@ -23,3 +25,16 @@ def make_adapter(layer: Layer, rank: int, scale: float, dropout: float, gated: b
     if isinstance(layer, nn.Embedding):
         return LowRankEmbedding(layer, rank, scale, gated)
     return LowRankLinear(layer, rank, scale, dropout, gated)
+
+
+def require_principal(name: str, layer: Layer, rank: int) -> None:
+    """Raise a UsageError unless the weight of ``layer`` has ``rank`` singular values that an adapter can take over."""
+    weight = layer.weight
+    if not isinstance(layer, ExpertWeight) and is_quantized(layer):
+        raise UsageError(f"PiSSA starts from the singular vectors of the frozen weight; that of {name!r} is quantized.")
+    present = min(weight.shape[1:] if isinstance(layer, ExpertWeight) else weight.flatten(1).shape)
+    if rank > present:
+        raise UsageError(
+            f"PiSSA with rank {rank} needs as many singular values; the weight of {name!r}, of shape "
+            f"{tuple(weight.shape)}, has {present}. Lower rank, or set another for this layer in overrides."
+        )

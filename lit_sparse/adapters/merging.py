@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
+from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
+from lit_sparse.adapters.experts import AdaptedExperts
 from lit_sparse.adapters.injection import adapters_in, replace_modules
+from lit_sparse.adapters.quantized import dequantized, forget_quantization
 from lit_sparse.errors import UsageError
 
 
@@ -19,6 +20,10 @@ def merge(model: nn.Module) -> nn.Module:
     weight that the adapter does not reach (outside the support of BA) stay bit for bit what they were. Parameters stay
     frozen as injection left them.
 
+    Layers that are quantized, adapted or not, are unpacked first, into the dtype of the model's other frozen weights:
+    the sum has entries that the few bits of a packed weight could not tell apart. The model then takes the memory of
+    one that was never quantized, and says so in its configuration.
+
     Args:
         model: Model with adapters.
 
@@ -26,7 +31,8 @@ def merge(model: nn.Module) -> nn.Module:
         ``model``, of the classes that it had before injection.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, or an adapter is switched off.
+        UsageError: If there is no adapter in ``model``, an adapter is switched off, or a layer is quantized by
+            something else than torchao or bitsandbytes. ``model`` is then what it was.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
@@ -36,11 +42,16 @@ def merge(model: nn.Module) -> nn.Module:
         raise UsageError(
             f"{len(off)} adapters are switched off, the first at {off[0]!r}: switch them on to merge them."
         )
+    plain = dequantized(model)
+    replacements: dict[nn.Module, nn.Module] = {}
     for adapter in adapters.values():
+        if isinstance(adapter, LowRankLayer):
+            adapter.base = plain.pop(adapter.base, adapter.base)
+            replacements[adapter] = adapter.base
         _fold(adapter)
-    wrappers = [m for m in model.modules() if isinstance(m, AdaptedExperts)]
-    singles = [a for a in adapters.values() if not isinstance(a, LowRankExperts)]
-    replace_modules(model, {**{a: a.layer for a in singles}, **{w: w.base for w in wrappers}})
+    replacements |= {module: module.base for module in model.modules() if isinstance(module, AdaptedExperts)}
+    replace_modules(model, {**replacements, **plain})
+    forget_quantization(model)
     return model
 
 

@@ -1,11 +1,158 @@
-"""Frozen layers whose weight is stored in fewer bits, by torchao or bitsandbytes."""
+"""Frozen layers whose weight is stored in fewer bits, by torchao or bitsandbytes: find, check and unpack them."""
 
 from __future__ import annotations
 
+import copy
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.errors import UsageError
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the weight of ``layer`` is packed: a tensor of a class of its own, or of integers."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    # By the layer too: a new head that transformers made a bitsandbytes layer of has a plain weight, and cannot run.
+    packed = type(weight.data) not in (Tensor, DTensor) or not weight.is_floating_point()
+    return packed or _is_bitsandbytes(layer)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Iterate over ``(name, layer)`` of the quantized linear layers and embeddings of ``model``, under every name."""
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, nn.Linear | nn.Embedding) and is_quantized(layer):
+            yield name, layer
+
+
+def require_trainable_around(model: nn.Module, head: Collection[str]) -> None:
+    """See that adapters and head can be trained on a model with quantized layers.
+
+    On processors with AVX512-BF16, bitsandbytes repacks a 4-bit weight at the first evaluation, for good: no gradient
+    passes after that, and what the weight was is lost. That is switched off, in every layer.
+
+    Args:
+        model: The backbone, frozen; nothing is done to one without quantized layers.
+        head: Names of the modules that are to be trained whole.
+
+    Raises:
+        UsageError: If a part of the head is quantized, or no gradient passes through a quantized layer.
+    """
+    dtype = _unpacked_dtype(model)
+    for name, layer in quantized_layers(model):
+        if any(name == part or name.startswith(f"{part}.") for part in head):
+            raise UsageError(
+                f"{name!r} of {type(model).__name__} is to be trained, but it is quantized. Name it in the "
+                "quantization_config's modules_to_not_convert (for bitsandbytes llm_int8_skip_modules), or set "
+                "train_head to what can be trained."
+            )
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        if _is_repacked(layer) or (isinstance(layer, nn.Linear) and not _passes_gradient(layer, dtype)):
+            raise UsageError(
+                f"No gradient passes through the quantized layer {name!r} of {type(model).__name__}, so that nothing "
+                "below it would learn. Quantize weights only (torchao's Int8WeightOnlyConfig, not "
+                "Int8DynamicActivation…), and inject before the model is run in evaluation."
+            )
+
+
+@torch.no_grad()
+def dequantized(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Plain layers with the weights that the quantized ones of ``model`` compute with.
+
+    In training, and with weight-only quantization always, a quantized layer computes with exactly this weight and
+    rounds differently only. In evaluation bitsandbytes' 8-bit layers round their input to 8 bits as well.
+
+    Args:
+        model: Left as it is.
+
+    Returns:
+        Quantized layer to plain one, frozen, in the dtype of the parameters of ``model`` that are not quantized.
+
+    Raises:
+        UsageError: If a layer is quantized by something else than torchao or bitsandbytes.
+    """
+    dtype = _unpacked_dtype(model)
+    return {layer: _plain(name, layer, dtype) for name, layer in quantized_layers(model)}
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Take out of every Hugging Face model in ``model`` the record that it is quantized, once it is so no more."""
+    for module in list(model.modules()):
+        quantizer: Any = getattr(module, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(module)
+
+
+def _is_repacked(layer: Any) -> bool:
+    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _passes_gradient(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    x = torch.ones(1, layer.in_features, dtype=dtype, device=layer.weight.device, requires_grad=True)
+    with torch.enable_grad():
+        y = layer(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
+    return gradient is not None and bool(gradient.any())
+
+
+def _plain(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
+    weight = nn.Parameter(_unpacked(name, layer).to(dtype), requires_grad=False)
+    if _is_bitsandbytes(layer):
+        with torch.device("meta"):
+            if getattr(layer, "source_cls", None) is Conv1D:  # transformers packs its transpose
+                linear: nn.Linear | Conv1D = Conv1D(layer.out_features, layer.in_features)
+                weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+            else:
+                linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        linear.weight = weight
+        if layer.bias is not None:  # in the input's dtype, to which bitsandbytes rounds it in place
+            linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        return linear.train(layer.training)
+    plain: nn.Module = copy.copy(layer)  # of the layer's own class, with its own bias
+    plain._parameters = {**layer._parameters, "weight": weight}
+    vars(plain).pop("extra_repr", None)  # torchao's, which shows the packed weight
+    return plain
+
+
+def _unpacked(name: str, layer: Any) -> Tensor:
     weight = layer.weight
-    return isinstance(weight, Tensor) and (type(weight.data) is not Tensor or not weight.is_floating_point())
+    if _is_torchao(weight):
+        return weight.dequantize()  # type: ignore[no-any-return]
+    if _is_bitsandbytes(layer):
+        functional = sys.modules["bitsandbytes"].functional
+        if weight.is_floating_point():  # llm_int8_has_fp16_weight: packed anew at every step
+            return weight.data  # type: ignore[no-any-return]
+        if getattr(weight, "quant_state", None) is not None:
+            return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        # The first forward moves the scales from the weight to the layer.
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    raise UsageError(
+        f"{name!r} is quantized as {type(weight).__name__} of {weight.dtype}, which lit_sparse cannot unpack: it can "
+        "those of torchao and bitsandbytes. Keep the adapters beside the quantized model."
+    )
+
+
+def _unpacked_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype of the first frozen parameter that is not packed, of the embeddings as a rule."""
+    packed = {id(layer.weight) for _, layer in quantized_layers(model)}
+    frozen = (p for p in model.parameters() if p.is_floating_point() and not p.requires_grad and id(p) not in packed)
+    return next((p.dtype for p in frozen), torch.float32)
+
+
+def _is_torchao(weight: object) -> bool:
+    torchao: Any = sys.modules.get("torchao.utils")  # not imported: without it nothing can be of its classes
+    return torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
+
+
+def _is_bitsandbytes(layer: nn.Module) -> bool:
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)

@@ -70,7 +70,7 @@ def _reads_below(
                 yield from _reads_below(part, inner)
         return
     if isinstance(node, ast.Attribute):
-        if node.attr in _HARMLESS and isinstance(node.value, ast.Attribute):
+        if node.attr in _HARMLESS and _path(node.value):
             return  # of a weight, or of something that is none
         path = _path(node.value) if node.attr == "weight" and isinstance(node.ctx, ast.Load) else None
         if path:

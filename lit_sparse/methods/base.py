@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.layers import Layer, make_adapter
+from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError
 
@@ -148,21 +148,26 @@ class SparseMethod:
                 )
             _require_rank_and_alpha(values.get("rank", rank), values.get("alpha", alpha))
 
-    def settings(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        """What ``overrides`` sets for each layer.
+    def settings(self, layers: Mapping[str, Layer]) -> dict[str, dict[str, float]]:
+        """What ``overrides`` sets for each layer; changes none.
 
         Args:
-            names: Full names of all layers that are adapted.
+            layers: Full name to layer of all that are adapted.
 
         Raises:
-            UsageError: If a pattern matches none of them.
+            UsageError: If a pattern matches none of them, or PiSSA cannot start from the weight of one: it is quantized
+                or has fewer singular values than there are ranks.
         """
         patterns = self.overrides or {}
-        idle = [p for p in patterns if not any(_names_layer(p, name) for name in names)]
+        idle = [p for p in patterns if not any(_names_layer(p, name) for name in layers)]
         if idle:
-            leaves = sorted({name.rpartition(".")[2] for name in names})
-            raise UsageError(f"overrides {idle} match none of the {len(names)} adapted layers, which end in {leaves}.")
-        return {name: next((dict(v) for p, v in patterns.items() if _names_layer(p, name)), {}) for name in names}
+            leaves = sorted({name.rpartition(".")[2] for name in layers})
+            raise UsageError(f"overrides {idle} match none of the {len(layers)} adapted layers, which end in {leaves}.")
+        found = {name: next((dict(v) for p, v in patterns.items() if _names_layer(p, name)), {}) for name in layers}
+        if self.init_weights == "pissa":
+            for name, layer in layers.items():
+                require_principal(name, layer, int(found[name].get("rank", self.rank)))
+        return found
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer.
@@ -237,8 +242,10 @@ class SparseMethod:
 
 
 def _require_rank_and_alpha(rank: float, alpha: float | None) -> None:
-    if rank < 1 or rank != int(rank):
+    if not rank >= 1:
         raise UsageError(f"rank must be at least 1; got {rank}.")
+    if rank % 1:
+        raise UsageError(f"rank must be a whole number; got {rank}.")
     if alpha is not None and not alpha > 0:
         raise UsageError(f"alpha must be positive, or the adapter would do nothing; got {alpha}.")
 

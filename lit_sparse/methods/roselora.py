@@ -59,8 +59,10 @@ class SensitivityMasks:
             )
         self.density_at(0, run.total)  # raises when begin lies after end
         settings = {(self._density(adapter), adapter.rank) for adapter in adapters}
-        touched, density, rank = max((1 - (1 - d**2) ** r, d, r) for d, r in settings)
-        if density == 1 or touched <= BROAD_CHANGE:
+        # Who keeps everything wants no local change.
+        sparse = [(1 - (1 - d**2) ** r, d, r) for d, r in settings if d < 1]
+        touched, density, rank = max(sparse, default=(0.0, 1.0, 0))
+        if touched <= BROAD_CHANGE:
             return []
         return [
             f"density {density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of "
@@ -105,7 +107,8 @@ class SensitivityMasks:
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that ended before anything was masked."""
-        if self.density == 1 or any(bool((w == 0).any()) for w in _matrices(adapters)):
+        sparse = [adapter for adapter in adapters if self._density(adapter) < 1]
+        if not sparse or any(bool((w == 0).any()) for w in _matrices(sparse)):
             return None
         return (
             f"No entry of A or B was zeroed: the run ended before the schedule began (begin={self.begin}, "

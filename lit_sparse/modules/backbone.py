@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.base import get_keys_to_not_convert
 
+from lit_sparse.adapters.head import task_head
+from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.quickstart import resolve
+
+# Way to quantize -> the packages it needs, which the extra of the same name brings.
+_PACKAGES = {"torchao": ("torchao",), "bitsandbytes": ("bitsandbytes", "accelerate")}
 
 
 def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedModel:
@@ -22,6 +34,9 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
         auto_class: Auto class of the task, such as ``AutoModelForCausalLM``; None: the class that the model's own
             configuration names as its architecture.
         arguments: Passed on to ``from_pretrained``. ``trust_remote_code`` is off unless given here.
+            ``quantization_config`` may be plain values, as in a YAML: ``{load_in_4bit: true}`` and so on for
+            bitsandbytes, ``{quant_method: torchao, quant_type: Int8WeightOnlyConfig}``, or what transformers
+            writes into a configuration. The task head is never quantized.
 
     Under ``with torch.device("meta")`` the model is built from its configuration, without weights and memory for them.
 
@@ -30,20 +45,25 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
         finds, and dropout would stay off.
 
     Raises:
-        UsageError: If the model cannot be found or does not fit the task.
+        UsageError: If the model cannot be found, does not fit the task, or cannot be quantized as asked.
     """
     folder = resolve(name)
     _require_folder(name, folder)
     arguments = {"dtype": "float32", **arguments}
+    for flag in ("load_in_8bit", "load_in_4bit"):
+        if flag in arguments:
+            raise UsageError(f"Since transformers 5, {flag} stands inside of quantization_config: {{{flag}: true}}.")
     try:
         loader = auto_class if auto_class is not None else _architecture(folder, arguments)
         if torch.get_default_device().type == "meta":
             model = _without_weights(loader, folder, arguments)
         else:
+            if "quantization_config" in arguments:
+                arguments["quantization_config"] = _quantization(loader, folder, arguments)
             model = loader.from_pretrained(folder, **arguments)
     except UsageError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
             reason = (
@@ -51,6 +71,8 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
                 "{ignore_mismatched_sizes: true} for a new head."
             )
         raise UsageError(f"The backbone {name!r} cannot be loaded: {reason}") from error
+    if "quantization_config" in arguments:
+        _require_quantized(model, arguments["quantization_config"])
     return model.train()  # type: ignore[no-any-return]
 
 
@@ -82,3 +104,62 @@ def _architecture(folder: str, arguments: dict[str, Any]) -> Any:
         f"The configuration of {folder!r} names the architectures {config.architectures}, none of which transformers "
         "has. Build the model yourself and pass it as backbone."
     )
+
+
+def _quantization(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
+    """The configuration object, with the task head among what is not quantized."""
+    given = arguments["quantization_config"]
+    config = _parsed(given) if isinstance(given, Mapping) else copy.deepcopy(given)
+    skip = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+    if hasattr(config, skip):
+        with torch.device("meta"):
+            empty = _without_weights(loader, folder, {k: v for k, v in arguments.items() if k != "quantization_config"})
+        # transformers leaves its own choice out once anything is named, and packs a head that comes with the weights.
+        named = getattr(config, skip)
+        setattr(config, skip, [*(get_keys_to_not_convert(empty) if named is None else named), *task_head(empty)])
+    return config
+
+
+def _parsed(given: Mapping[str, Any]) -> Any:
+    bits = given.get("load_in_8bit") or given.get("load_in_4bit")
+    method = "bitsandbytes" if bits else given.get("quant_method")
+    for package in _PACKAGES.get(str(method), ()):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"Quantization by {method} needs the package {package}, which is not installed: run pip install "
+                f'"lit-sparse[{method}]"'
+            )
+    settings = dict(given)
+    if method == "torchao":
+        settings["quant_type"] = _torchao_type(given.get("quant_type"))
+    config = AutoQuantizationConfig.from_dict(settings)
+    known = [*inspect.signature(type(config)).parameters, "quant_method"]
+    # Those with an underscore are transformers' own, written into the configuration of a quantized model.
+    unknown = [name for name in given if name not in known and not name.startswith("_")]
+    if unknown:
+        raise UsageError(f"quantization_config has no {unknown} for {method}; it knows {sorted(known)}.")
+    return config
+
+
+def _torchao_type(given: Any) -> Any:
+    from torchao import quantization
+    from torchao.core.config import AOBaseConfig, config_to_dict
+
+    if isinstance(given, Mapping) and list(given) == ["default"]:
+        return given
+    kind = getattr(quantization, given, None) if isinstance(given, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, AOBaseConfig)):
+        known = sorted(name for name in dir(quantization) if name.endswith("WeightOnlyConfig"))
+        raise UsageError(
+            f"torchao's quant_type is the name of a configuration class, such as {known}, or with arguments "
+            f"{{default: {{_type: name, _version: 2, _data: arguments}}}}; got {given!r}."
+        )
+    return {"default": config_to_dict(kind())}
+
+
+def _require_quantized(model: nn.Module, config: Any) -> None:
+    if config.quant_method in _PACKAGES and not any(quantized_layers(model)):
+        raise UsageError(
+            f"quantization_config quantized no layer of {type(model).__name__}. torchao packs nn.Linear only, not "
+            "GPT-2's Conv1D, which bitsandbytes can; else look at what is named as not to be converted."
+        )

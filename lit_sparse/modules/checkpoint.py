@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
 
 KEY = "lit_sparse"
@@ -19,9 +20,12 @@ _SAMPLES = 4
 _ROUNDING = 2.0**-6
 
 
-def frozen_parameters(module: nn.Module) -> set[str]:
-    """Names of the parameters that are not trained, under every name they have."""
-    return {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+def frozen_entries(module: nn.Module) -> set[str]:
+    """Names in the state of ``module`` of all that is not trained: frozen parameters, and how they are packed."""
+    names = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for name, layer in quantized_layers(module):
+        names.update(f"{name}.{entry}" for entry in layer.state_dict())
+    return names
 
 
 def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
         if sample.shape != saved["backbone_sample"].shape:
             raise UsageError(
                 f"The checkpoint belongs to the backbone {saved['backbone']!r}, which has another structure than "
-                f"{backbone!r}. Adapters only work on the weights they were trained on."
+                f"{backbone!r} or is quantized otherwise. Adapters only work on the weights they were trained on."
             )
         if not torch.allclose(sample, saved["backbone_sample"], rtol=_ROUNDING, atol=1e-6):
             raise UsageError(
@@ -90,8 +94,13 @@ def _difference(saved: dict[str, int], own: dict[str, int]) -> str:
 
 
 def _sample(model: nn.Module) -> Tensor | None:
-    """A few values of every frozen parameter, float32 of shape (parameters, samples); None on the meta device."""
-    frozen = [p.detach() for p in model.parameters() if not p.requires_grad and p.is_floating_point() and p.numel()]
+    """A few values of frozen parameters, float32 of shape (parameters, samples); None on the meta device.
+
+    Of all but those that are packed: these were made of the same weights as the rest.
+    """
+    packed = {id(layer.weight) for _, layer in quantized_layers(model)}
+    plain = (p for p in model.parameters() if p.is_floating_point() and p.numel() and id(p) not in packed)
+    frozen = [p.detach() for p in plain if not p.requires_grad]
     if any(p.is_meta for p in frozen) or not frozen:
         return None
     places = [[p.numel() * i // _SAMPLES for i in range(_SAMPLES)] for p in frozen]
