@@ -1,0 +1,198 @@
+"""Let a method act around every optimizer step, in whatever loop the steps are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric import is_wrapped
+from lightning.fabric.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import Run, SparseMethod, Step
+
+_NOTHING = object()
+
+
+class SparseSteps:
+    """Let ``method`` act on the adapters of a model in a training loop of your own, in Fabric or plain PyTorch.
+
+    Under the Trainer :class:`~lit_sparse.Sparsify` does this for you. Make one after ``fabric.setup`` and call
+    :meth:`observe` before every optimizer step; the rest happens right after it, through a hook on the optimizer::
+
+        steps = ls.SparseSteps(method, model, optimizer, total_steps=len(batches))
+        for batch in batches:
+            fabric.backward(model(**batch).loss)
+            steps.observe()
+            fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.finish()
+
+    It has ``state_dict`` and ``load_state_dict``, so that ``fabric.save`` and ``fabric.load`` take it as they take
+    model and optimizer; everything else a method remembers lies in the buffers of the adapters. A step that a
+    gradient scaler skips counts for nothing.
+
+    Args:
+        method: The method whose adapters were injected into the model.
+        model: Model with the adapters; wrapped by Fabric or not.
+        optimizer: The optimizer of all trained adapter parameters; wrapped by Fabric or not.
+        total_steps: Optimizer steps of the whole run, fewer than batches when gradients accumulate; None for a run
+            without end.
+        lr_scheduler: The scheduler that is stepped after every optimizer step, if any. Warnings of settings that
+            cannot work then follow its learning rates, which only a ``LambdaLR`` can foretell.
+        steps_taken: Optimizer steps that were taken before, when a run goes on.
+
+    Raises:
+        UsageError: If ``total_steps`` < 1, the model holds no adapters or those of another method, the optimizer
+            lacks an adapter parameter, or the method cannot work in such a run.
+    """
+
+    def __init__(
+        self,
+        method: SparseMethod,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_steps: int | None,
+        lr_scheduler: LRScheduler | None = None,
+        steps_taken: int = 0,
+    ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise UsageError(
+                f"total_steps counts the optimizer steps of the run, at least 1; got {total_steps}. Give None for a "
+                "run without end."
+            )
+        adapters = adapters_of(method, model)
+        self.method = method
+        self.optimizer = holder([_unwrapped(optimizer)], adapters)
+        self.steps_taken = steps_taken
+        self._adapters = list(adapters.values())
+        self._total = total_steps
+        self._lr_scheduler = lr_scheduler
+        self._group_of = {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        self._observed: Any = _NOTHING
+        run = Run(steps_taken, total_steps, self.optimizer, self._learning_rates)
+        for warning in method.check(self._adapters, run):
+            rank_zero_warn(warning)
+        # Not a step_pre_hook for observing: gradients may be clipped by then, or not be there before the closure.
+        self._hook = self.optimizer.register_step_post_hook(self._after_step)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Call once before every optimizer step, when gradients are complete, unscaled and not yet clipped."""
+        self._observed = self.method.before_step(self._adapters, self._step(self.optimizer))
+
+    def finish(self) -> None:
+        """Call at the end of training: stop following the optimizer, and warn when nothing was ever pruned."""
+        self.release()
+        shortfall = self.method.shortfall(self._adapters)
+        if shortfall is not None:
+            rank_zero_warn(shortfall)
+
+    def release(self) -> None:
+        """Stop following the optimizer."""
+        self._hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps taken."""
+        return {"steps_taken": self.steps_taken}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on counting where the checkpoint was."""
+        self.steps_taken = state_dict["steps_taken"]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        # A fused optimizer is stepped by the gradient scaler even when it skips, and told so by this attribute;
+        # reading it waits for the GPU, as the scaler does itself for other optimizers.
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):
+            return
+        if self._observed is _NOTHING:
+            raise UsageError(
+                f"{type(optimizer).__name__} was stepped, but gradients were not observed. In a loop of your own, call "
+                "observe() before every step. Under the Trainer it was stepped behind Lightning's back: with manual "
+                "optimization, step what self.optimizers() returns; run tuners before training, not within."
+            )
+        step = self._step(optimizer)
+        observed, self._observed = self._observed, _NOTHING
+        self.steps_taken = step.index
+        self.method.after_step(self._adapters, step, observed)
+
+    def _step(self, optimizer: Optimizer) -> Step:
+        return Step(self.steps_taken + 1, self._total, optimizer, self._group_of)
+
+    def _learning_rates(self, parameter: nn.Parameter) -> list[float]:
+        """The lr of ``parameter`` at every step: exact for a LambdaLR stepped with the optimizer, else constant."""
+        if self._total is None:
+            raise RuntimeError("The run has no end.")
+        index = self._group_of[parameter]
+        if isinstance(self._lr_scheduler, LambdaLR):
+            base, factor = self._lr_scheduler.base_lrs[index], self._lr_scheduler.lr_lambdas[index]
+            return [float(base * factor(step)) for step in range(self._total)]
+        group = self.optimizer.param_groups[index]
+        return [float(group.get("initial_lr", group["lr"]))] * self._total
+
+
+def adapters_of(method: SparseMethod, model: nn.Module) -> dict[str, LowRankAdapter]:
+    """The adapters of a model by name, found by type.
+
+    Raises:
+        UsageError: If there are none, or those of another method.
+    """
+    bare = _unwrapped(model)
+    adapters = dict(adapters_in(bare))
+    if not adapters:
+        raise UsageError(
+            f"Sparsify found no adapter in {type(bare).__name__}. Call lit_sparse.inject(model, method) on "
+            "the backbone, in a LightningModule in __init__ or configure_model."
+        )
+    for name, adapter in adapters.items():
+        found = method.mismatch(adapter)
+        if found is not None:
+            raise UsageError(
+                f"The adapter at {name!r} has {found}: it is not one of {method!r}. Train with the method that was "
+                "given to inject."
+            )
+    return adapters
+
+
+def holder(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapter]) -> Optimizer:
+    """The one optimizer that holds every trained parameter of the adapters.
+
+    Raises:
+        UsageError: If there are several, or one that lacks some.
+    """
+    trained = {
+        parameter: f"{name}.{own}"
+        for name, adapter in adapters.items()
+        for own, parameter in adapter.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    holders = [o for o in optimizers if any(p in trained for group in o.param_groups for p in group["params"])]
+    if len(holders) > 1:
+        raise UsageError(
+            f"{len(holders)} optimizers hold adapter parameters. Put gates, A and B into one optimizer; groups of it "
+            "may have their own learning rates."
+        )
+    held = {p for o in holders for group in o.param_groups for p in group["params"]}
+    missing = [name for parameter, name in trained.items() if parameter not in held]
+    if missing:
+        raise UsageError(
+            f"No optimizer holds {len(missing)} of {len(trained)} adapter parameters, the first is {missing[0]!r}. In "
+            "configure_optimizers, give the optimizer every parameter with requires_grad, after inject."
+        )
+    return holders[0]
+
+
+def _unwrapped(wrapped: Any) -> Any:
+    """What Fabric wrapped: only the optimizer within fires hooks, only the module within has the user's names."""
+    if not is_wrapped(wrapped):
+        return wrapped
+    return wrapped.module if isinstance(wrapped, nn.Module) else wrapped.optimizer
