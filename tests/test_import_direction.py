@@ -14,10 +14,11 @@ LEVELS = [
     {"functional"},
     {"adapters"},
     {"methods"},
+    {"interchange"},
     {"callbacks"},
     {"quickstart"},
     {"modules", "data"},
-    {"plotting", "inspection"},
+    {"plotting", "inspection", "bank"},
     {"__init__"},  # offers the public names of all of the above
     {"cli"},
     {"__main__"},

@@ -18,6 +18,7 @@ from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.errors import UsageError
+from lit_sparse.interchange.peft_folder import load_peft
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import load_backbone
@@ -44,6 +45,8 @@ class SparseModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Compile the model by ``torch.compile``.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+        start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
+            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
 
     Raises:
         UsageError: If an argument is outside its range, or the backbone cannot be loaded.
@@ -64,6 +67,7 @@ class SparseModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup < 1:
@@ -83,6 +87,7 @@ class SparseModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.backbone_args = backbone_args or {}
+        self.start_from = start_from
         self._sparsify = _OwnSparsify(method)
         self._keep_hyperparameters()
 
@@ -91,11 +96,14 @@ class SparseModule(LightningModule):
         return load_backbone(self.backbone, self.auto_class, **self.backbone_args)
 
     def configure_model(self) -> None:
-        """Load the backbone and inject the method, once."""
+        """Load the backbone, inject the method and start from ``start_from``, once."""
         if self.model is not None:
             return
         model = self._built[0].train() if self._built else self.load_model()
         inject(model, self.method)
+        if self.start_from is not None:
+            load_peft(model, self.start_from)
+            self.hparams.update(start_from=None)  # a checkpoint is past its start: it loads without the folder
         if self.gradient_checkpointing:
             _checkpoint_activations(model)
         if self.compile_model:
@@ -144,7 +152,7 @@ class SparseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
-        frozen = frozenset(checkpoints.frozen_parameters(self))
+        frozen = frozenset(checkpoints.frozen_entries(self))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint[checkpoints.KEY] = checkpoints.describe(self, self.backbone, _portable_method(self.method))
 
@@ -166,7 +174,7 @@ class SparseModule(LightningModule):
             UsageError: If ``strict`` and the keys do not match.
         """
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        frozen = checkpoints.frozen_parameters(self)
+        frozen = checkpoints.frozen_entries(self)
         missing = [key for key in keys.missing_keys if key not in frozen]
         if strict and (missing or keys.unexpected_keys):
             raise UsageError(

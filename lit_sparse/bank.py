@@ -1,0 +1,268 @@
+"""Several adapters on one frozen backbone, switched by name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.peft_folder import install, read_peft
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules import checkpoint as checkpoints
+
+_MODEL = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where an adapter differs from the plain model.
+
+    Args:
+        holder: The dictionary of a module that holds its children, parameters, buffers or attributes.
+        key: The name in it.
+        plain: What the plain model has there.
+        own: What the adapter puts there.
+    """
+
+    holder: dict[str, Any]
+    key: str
+    plain: Any
+    own: Any
+
+
+class AdapterBank:
+    """Holds adapters of several runs for one backbone, and puts one of them at a time into it, for inference.
+
+    The adapters may differ in layers, ranks and methods, and each brings its own task head, also for another number of
+    labels (then without letting the model compute a loss, which goes by its own number). All share the frozen weights:
+    a bank costs the memory of one backbone and of each adapter's A, B, sensitivities and head. Switching puts modules
+    in the places of others and copies nothing. The model is then what :func:`~lit_sparse.inject` makes of it, at its
+    speed; statistics and :func:`~lit_sparse.disable_adapters` see the adapter in use. :func:`~lit_sparse.merge` changes
+    the shared weights: it is the end of the bank.
+
+    Put the model into its dtype before the first adapter comes; its device and training mode may change at any time.
+
+    Args:
+        model: The backbone as its runs started from it, without adapters. It is changed in place, and frozen.
+
+    Raises:
+        UsageError: If ``model`` holds adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(True for _ in adapters_in(model)):
+            raise UsageError(f"{type(model).__name__} holds adapters already. Give the bank the plain backbone.")
+        self.model = model.requires_grad_(False)
+        self.in_use: str | None = None
+        """Name of the adapter in use, None for the plain backbone."""
+        self._places: dict[str, list[_Place]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters, in the order in which they came."""
+        return list(self._places)
+
+    def add(self, name: str, source: str | os.PathLike[str]) -> None:
+        """Load an adapter, without changing which is in use.
+
+        Args:
+            name: How it will be called.
+            source: Folder of a LoRA in PEFT's format, or checkpoint file of a :class:`~lit_sparse.SparseModule`.
+
+        Raises:
+            UsageError: If the name is taken, or the source cannot be read or does not fit the backbone.
+        """
+        if name in self._places:
+            raise UsageError(f"The bank has an adapter {name!r} already. Remove it, or give another name.")
+        path = Path(source)
+        if not path.exists():
+            raise UsageError(f"{str(path)!r} does not exist. Give a folder in PEFT's format, or a checkpoint file.")
+        with self.using(None):
+            before = list(_everything(self.model))
+            try:
+                (_load_folder if path.is_dir() else _load_checkpoint)(self.model, path)
+                self.model.requires_grad_(False)
+                places = [_Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
+            finally:
+                for holder, key, plain in before:
+                    holder[key] = plain
+        self._places[name] = places
+
+    def use(self, name: str | None) -> None:
+        """Put an adapter and its head into the model, in the place of the one in use.
+
+        Args:
+            name: Of the adapter; None for the plain backbone with its own head.
+
+        Raises:
+            UsageError: If there is no such adapter, or the one in use is no longer in the model.
+        """
+        if name is not None:
+            self._require(name)
+        if self.in_use is not None:
+            places = self._places[self.in_use]
+            if any(isinstance(place.own, nn.Module) and place.holder[place.key] is not place.own for place in places):
+                raise UsageError(
+                    f"The model was changed while {self.in_use!r} was in use. If it was merged, the weights that the "
+                    "adapters share are others now: load the backbone again, and make a new bank."
+                )
+            for place in places:
+                _put(place, place.plain)
+        self.in_use = name
+        for place in self._places[name] if name is not None else ():
+            _put(place, place.own)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[nn.Module]:
+        """Within the context, ``name`` is in use; after it, what was before.
+
+        Args:
+            name: As for :meth:`use`.
+
+        Yields:
+            The model.
+        """
+        before = self.in_use
+        self.use(name)
+        try:
+            yield self.model
+        finally:
+            self.use(before)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; if it is in use, the model is the plain backbone after that.
+
+        Args:
+            name: Of the adapter.
+
+        Raises:
+            UsageError: If there is no such adapter.
+        """
+        self._require(name)
+        if name == self.in_use:
+            self.use(None)
+        del self._places[name]
+
+    def _require(self, name: str) -> None:
+        if name not in self._places:
+            raise UsageError(f"The bank has no adapter {name!r}; it has {self.names}.")
+
+
+def _everything(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Every place of the model in which an adapter may stand, or something of its head."""
+    for module in list(model.modules()):
+        for holder in (module._modules, module._parameters, module._buffers):
+            for key, value in list(holder.items()):
+                yield holder, key, value
+        if isinstance(module, nn.Linear):
+            yield vars(module), "out_features", module.out_features
+
+
+def _put(place: _Place, new: Any) -> None:
+    """Replace what stands there; the newcomer may have missed that the model moved or changed its mode."""
+    old = place.holder[place.key]
+    if isinstance(new, nn.Module):
+        new.train(old.training)
+        device = next(old.parameters()).device
+        if any(p.device != device for p in new.parameters()):
+            new.to(device)
+    elif isinstance(new, Tensor):
+        new.data = new.data.to(old.device)
+    place.holder[place.key] = new
+
+
+def _load_folder(model: nn.Module, path: Path) -> None:
+    lora = read_peft(path)
+    heads = tuple(f"{name}." for name in lora.heads(model))
+    _make_room(model, {name: tensor for name, tensor in lora.whole.items() if name.startswith(heads)}, path)
+    install(model, lora)
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if checkpoints.KEY not in checkpoint:
+        raise UsageError(f"{str(path)!r} was not written by a lit_sparse module: it names no method and backbone.")
+    weights: dict[str, Tensor] = checkpoint["state_dict"]
+    outside = [name for name in weights if not name.startswith(_MODEL)]
+    if outside:
+        raise UsageError(f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: a bank cannot use them.")
+    saved = checkpoint[checkpoints.KEY]["method"]
+    method = _method(saved)
+    if method.init_weights == "pissa":
+        raise UsageError(f"{str(path)!r} was trained with init_weights 'pissa', which changed the shared weights.")
+    _make_room(model, {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}, path)
+    inject(model, method)
+    holder = nn.ModuleDict({_MODEL[:-1]: model})
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    checkpoints.require_fit(holder, name, saved, checkpoint)
+    keys = holder.load_state_dict(weights, strict=False)
+    missing = set(keys.missing_keys) - checkpoints.frozen_entries(holder)
+    if missing or keys.unexpected_keys:
+        raise UsageError(
+            f"The weights in {str(path)!r} do not fit {name!r}: missing {sorted(missing)[:3]}, unknown "
+            f"{keys.unexpected_keys[:3]}."
+        )
+
+
+def _method(saved: Mapping[str, Any]) -> SparseMethod:
+    """The method that a checkpoint names, of the classes known here: a file must not choose what is imported."""
+    path: str = saved["class_path"]
+    module, _, name = path.rpartition(".")
+    if module.startswith("lit_sparse."):
+        importlib.import_module(module)
+    # By the name alone: a class defined in a script has another module when the script is imported.
+    found = [kind for kind in _subclasses(SparseMethod) if kind.__qualname__ == name]
+    exact = [kind for kind in found if kind.__module__ == module]
+    if len(exact or found) != 1:
+        raise UsageError(
+            f"The checkpoint was trained with {path}, and {len(found)} classes of this name are known. Import the one "
+            "that is meant first."
+        )
+    kind = (exact or found)[0]
+    return kind(**saved["init_args"])
+
+
+def _subclasses(kind: type[SparseMethod]) -> Iterator[type[SparseMethod]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put new tensors in the places of those that an adapter brings values for, so that the plain ones keep theirs."""
+    plain: dict[str, Tensor] = dict(
+        chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+    everything = list(_everything(model))
+    for name, tensor in tensors.items():
+        if name not in plain:
+            continue  # of an adapter that is yet to come
+        old = plain[name]
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if tensor.shape != old.shape:
+            if not isinstance(owner, nn.Linear) or tensor.shape[1:] != old.shape[1:]:
+                raise UsageError(
+                    f"{str(path)!r} has {name!r} of shape {tuple(tensor.shape)}, the backbone {tuple(old.shape)}; only "
+                    "the number of a linear layer's outputs may differ."
+                )
+            owner.out_features = tensor.shape[0]
+        new: Tensor = torch.zeros(tensor.shape, dtype=old.dtype, device=old.device)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new)
+        for holder, key, value in everything:
+            if value is old:  # under every name, if it is shared
+                holder[key] = new
