@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
@@ -19,6 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
 )
 
 MAX_LENGTH = 64  # positions of the tiny encoder
@@ -176,6 +185,93 @@ def save_tiny_gpt2(folder: str | Path, **config: Any) -> str:
         "eos_token_id": tokenizer.eos_token_id,
     }
     return _save(GPT2LMHeadModel, GPT2Config(**{**settings, **config}), folder)
+
+
+def save_tiny_t5(folder: str | Path, **config: Any) -> str:
+    """A two-layer T5 of width 32 with tied embeddings; its tokenizer spells with ``▁`` and adds ``</s>``."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0), *((c, -9.0) for c in CHARACTERS)]
+    pieces += [(f"▁{word}", -4.0) for word in WORDS]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    wrapped.save_pretrained(folder)
+    settings = {
+        "vocab_size": len(wrapped),
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    return _save(T5ForConditionalGeneration, T5Config(**{**settings, **config}), folder)
+
+
+def save_tiny_bart(folder: str | Path, **config: Any) -> str:
+    """A two-layer BART of width 32, whose decoder starts with ``</s>``; its tokenizer puts texts in ``<s> </s>``."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        save_tiny_causal_tokenizer(folder, add_bos=True, pad_token="<pad>")
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B </s>",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")],
+    )
+    tokenizer.save_pretrained(folder)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 128,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "decoder_start_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+    }
+    return _save(BartForConditionalGeneration, BartConfig(**{**settings, **config}), folder)
+
+
+def save_tiny_vit(folder: str | Path, **processor: Any) -> str:
+    """A two-layer ViT for images of 16 pixels; ``processor`` overrides any field of its image processor."""
+    build_tiny(ViTForImageClassification).save_pretrained(folder)
+    ViTImageProcessorPil(**{"size": {"height": 16, "width": 16}, **processor}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_wav2vec2(folder: str | Path, **extractor: Any) -> str:
+    """A two-layer Wav2Vec2 that hears 16 kHz; ``extractor`` overrides any field of its feature extractor."""
+    config = Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=(32, 32, 32),
+        conv_kernel=(10, 8, 4),
+        conv_stride=(5, 4, 4),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        classifier_proj_size=32,
+        mask_time_prob=0.0,  # sounds of the tests are shorter than the spans that it hides
+    )
+    Wav2Vec2FeatureExtractor(**extractor).save_pretrained(folder)
+    return _save(Wav2Vec2ForSequenceClassification, config, folder)
 
 
 def _save(model_class: type[PreTrainedModel], config: Any, folder: str | Path) -> str:

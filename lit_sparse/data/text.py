@@ -2,30 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from datasets import Dataset
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import DataCollatorWithPadding
 
 from lit_sparse._version import __version__
+from lit_sparse.data.rows import Collator as Collator
+from lit_sparse.data.rows import RowData
 from lit_sparse.data.sampling import LengthGroupedSampler
-from lit_sparse.data.sources import Reader, open_source, require_columns
+from lit_sparse.data.sources import Reader, require_columns
 from lit_sparse.data.tokenizers import identify_tokenizer, load_tokenizer
-from lit_sparse.errors import UsageError
 
 Rows = dict[str, list[Any]]  # a batch of rows, column by column
-Collator = Callable[[list[dict[str, Any]]], Any]
-
-_CARVING_SEED = 0  # not the argument `seed`: runs that differ in it share one validation set
 
 
-class TextData(LightningDataModule):
+class TextData(RowData):
     """Reads rows, tokenises them once and serves padded batches; the base of the text data modules.
 
     Tokenised rows lie in the cache of ``datasets``, keyed by what they are made of (rows, tokenizer,
@@ -58,14 +53,6 @@ class TextData(LightningDataModule):
         seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 
-    num_labels: int | None = None
-    label_names: list[str] | None = None
-    regression: bool = False
-    metrics: tuple[str, ...] = ()
-
-    _validation_splits: tuple[str, ...] = ("validation",)
-    _test_splits: tuple[str, ...] = ("test",)
-
     def __init__(
         self,
         path: str | None = None,
@@ -81,25 +68,20 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.path = path
-        self.name = name
-        self.revision = revision
-        self.data_files = data_files
-        self.validation_fraction = validation_fraction
+        super().__init__(
+            path=path,
+            name=name,
+            revision=revision,
+            data_files=data_files,
+            validation_fraction=validation_fraction,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.length_grouped = length_grouped
-        self.num_workers = num_workers
-        self.seed = seed
-        self._prepared: dict[str, list[Dataset]] = {}
-
-    @property
-    def validation_names(self) -> tuple[str, ...]:
-        """One name per validation data loader; "" where there is a single one."""
-        return tuple(split.removeprefix("validation").removeprefix("_") for split in self._validation_splits)
 
     @property
     def pad_token_id(self) -> int:
@@ -109,41 +91,6 @@ class TextData(LightningDataModule):
     def decode(self, tokens: Tensor) -> list[str]:
         """The texts of rows of token ids, without special tokens. After setup."""
         return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def prepare_data(self) -> None:
-        """Read and tokenise what the Trainer's stage needs (without a Trainer: fit), in one process."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        self._prepare("fit" if stage is None else stage.value)
-
-    def setup(self, stage: str) -> None:
-        """Map the tokenised rows of ``stage`` (fit, validate, test or predict) into memory."""
-        self._prepared.update(self._prepare(stage))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, sharded over the processes of the Trainer."""
-        (rows,) = self._prepared["train"]
-        shard: dict[str, Any] = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None:  # the property is None in a single process
-            shard = self.trainer.distributed_sampler_kwargs or shard
-        # Lightning leaves both samplers alone but for telling them the epoch: they are DistributedSamplers.
-        sampler: DistributedSampler[Any]
-        if self.length_grouped:
-            sampler = LengthGroupedSampler(list(rows["length"]), self.batch_size, **shard, seed=self.seed)
-        else:
-            sampler = DistributedSampler(rows, **shard, seed=self.seed)
-        return self._loader(rows, "train", sampler)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Validation batches in the order of the file; a list where there are several validation sets."""
-        return self._loaders("validation")
-
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Test batches in the order of the file."""
-        return self._loaders("test")
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Batches without labels, in the order of the file."""
-        return self._loaders("predict")
 
     # What a subclass says about its rows.
 
@@ -182,66 +129,16 @@ class TextData(LightningDataModule):
             for role, splits in wanted.items()
         }
 
-    def _readers(self) -> dict[str, Reader]:
-        """How to read each split that the source has."""
-        return open_source(self.path, self.name, self.revision, self.data_files, self._split_names())
-
-    def _split_names(self) -> tuple[str, ...]:
-        return ("train", *self._validation_splits, *self._test_splits, "predict")
-
-    def _wanted(self, stage: str, readers: dict[str, Reader]) -> dict[str, Sequence[str]]:
-        """Role → the splits that play it in the stage, all of which the source has."""
-        self._check_fraction(readers)
-        tests_only = "predict" not in readers and all(split in readers for split in self._test_splits)
-        splits: dict[str, Sequence[str]] = {
-            "train": ("train",),
-            "validation": self._validation_splits if self.validation_fraction is None else ("train",),
-            "test": self._test_splits,
-            "predict": self._test_splits if tests_only else ("predict",),
-        }
-        roles = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
-        for role in roles:
-            missing = [split for split in splits[role] if split not in readers]
-            if missing:
-                can_carve = role == "validation" and "train" in readers
-                raise UsageError(
-                    f"The stage {stage!r} needs the split {', '.join(map(repr, missing))}, but "
-                    f"{self.path or 'data_files'} only has {', '.join(map(repr, readers))}: give a file for it"
-                    f"{', or validation_fraction to hold rows out of the training split' if can_carve else ''}."
-                )
-        return {role: splits[role] for role in roles}
-
-    def _check_fraction(self, readers: dict[str, Reader]) -> None:
-        fraction = self.validation_fraction
-        if fraction is None:
-            return
-        if not 0 < fraction < 1:
-            raise UsageError(f"validation_fraction is a share of 'train' in (0, 1); got {fraction}.")
-        present = [split for split in self._validation_splits if split in readers]
-        if present:
-            raise UsageError(
-                f"validation_fraction={fraction} is for a source without validation split, but this one "
-                f"has {', '.join(map(repr, present))}: leave out one of the two."
-            )
-
     def _load_tokenizer(self) -> None:
         self._tokenizer = load_tokenizer(self.tokenizer or self._backbone())
         self._tokenizer_hash = identify_tokenizer(self._tokenizer)
         self._token_limit = min(self.max_length, self._tokenizer.model_max_length)
 
     def _backbone(self) -> str:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        backbone = getattr(module, "backbone", None)
-        if not isinstance(backbone, str):
-            raise UsageError(
-                "No tokenizer is given, and there is no LightningModule with a backbone whose tokenizer could "
-                "be used: give tokenizer, a hub id or a folder."
-            )
-        return backbone
+        return self._backbone_of("tokenizer")
 
     def _tokenise(self, rows: Dataset, split: str, role: str) -> Dataset:
-        if len(rows) == 0:
-            raise UsageError(f"The split {split!r} of {self.path or 'data_files'} is empty: give it some rows.")
+        self._require_rows(rows, split)
         labelled = self._is_labelled(rows, role)
         require_columns(rows, split, self._columns(labelled))
         made_of = [
@@ -263,31 +160,10 @@ class TextData(LightningDataModule):
             desc=f"Tokenising {split}",
         )
 
-    def _carve(self, rows: Dataset, role: str) -> Dataset:
-        """The part of ``rows`` that plays ``role`` when the validation split is held out of 'train'."""
-        # Rows are cut apart after they were tokenised, so that errors number them as in the file.
-        if self.validation_fraction is None or role not in ("train", "validation"):
-            return rows
-        try:
-            parts = rows.train_test_split(self.validation_fraction, seed=_CARVING_SEED)
-        except ValueError as error:
-            raise UsageError(
-                f"validation_fraction={self.validation_fraction} of the {len(rows)} rows of 'train' leaves nothing "
-                f"on one side: give more rows or a validation file."
-            ) from error
-        return parts["train" if role == "train" else "test"]
-
-    def _loaders(self, role: str) -> DataLoader[Any] | list[DataLoader[Any]]:
-        loaders = [self._loader(rows, role) for rows in self._prepared[role]]
-        return loaders[0] if len(loaders) == 1 else loaders
+    def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> DistributedSampler[Any]:
+        if self.length_grouped:
+            return LengthGroupedSampler(list(rows["length"]), self.batch_size, **shard, seed=self.seed)
+        return super()._train_sampler(rows, shard)
 
     def _loader(self, rows: Dataset, role: str, sampler: DistributedSampler[Any] | None = None) -> DataLoader[Any]:
-        return DataLoader(
-            rows.remove_columns("length"),
-            batch_size=self.batch_size if role == "train" else self.eval_batch_size or self.batch_size,
-            sampler=sampler,
-            collate_fn=self._collator(role),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return super()._loader(rows.remove_columns("length"), role, sampler)

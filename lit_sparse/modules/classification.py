@@ -37,6 +37,8 @@ class Classification(SparseModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Compile the model by ``torch.compile``.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+        start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
+            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
 
     Raises:
         UsageError: If an argument is outside its range, the backbone cannot be loaded, or the number of labels
@@ -56,9 +58,10 @@ class Classification(SparseModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(
-            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args
+            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args, start_from
         )
         if num_labels is not None and num_labels < 1:
             raise UsageError(f"num_labels must be at least 1; got {num_labels}.")
@@ -70,12 +73,7 @@ class Classification(SparseModule):
 
     def load_model(self) -> nn.Module:
         """Load the backbone with a new head of ``num_labels`` outputs, unless it has one of that size."""
-        # A head of another task, such as MNLI's three classes for RTE, gives way to a new one.
-        labels: dict[str, Any] = {"num_labels": self._known_num_labels(), "ignore_mismatched_sizes": True}
-        if self.label_names is not None:
-            labels["id2label"] = dict(enumerate(self.label_names))
-            labels["label2id"] = {name: number for number, name in enumerate(self.label_names)}
-        self.backbone_args = {**labels, **self.backbone_args}
+        self.backbone_args = {**self._head_arguments(), **self.backbone_args}
         return super().load_model()
 
     def configure_model(self) -> None:
@@ -158,6 +156,15 @@ class Classification(SparseModule):
             self.label_names = getattr(data, "label_names", None)
         if self.metrics is None:
             self.metrics = list(getattr(data, "metrics", ())) or None
+
+    def _head_arguments(self) -> dict[str, Any]:
+        """What ``from_pretrained`` must know to make the head."""
+        # A head of another task, such as MNLI's three classes for RTE, gives way to a new one.
+        labels: dict[str, Any] = {"num_labels": self._known_num_labels(), "ignore_mismatched_sizes": True}
+        if self.label_names is not None:
+            labels["id2label"] = dict(enumerate(self.label_names))
+            labels["label2id"] = {name: number for number, name in enumerate(self.label_names)}
+        return labels
 
     def _known_num_labels(self) -> int:
         if self.num_labels is not None:

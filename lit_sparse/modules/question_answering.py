@@ -1,0 +1,218 @@
+"""Answer questions by a span of a given text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.functional.text import squad
+from torchmetrics.utilities import dim_zero_cat
+from transformers import AutoModelForQuestionAnswering
+
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules.base import SparseModule
+from lit_sparse.modules.optimization import LrSchedule
+
+
+class QuestionAnswering(SparseModule):
+    """Find the span of a context that answers a question.
+
+    The answer to a question is the span, over all windows of its context, whose first token has the highest start
+    logit together with the end logit of its last, among spans of at most ``max_answer_length`` tokens.
+    :class:`~lit_sparse.QuestionAnsweringData` says what the batches hold, and keeps the windows of a question in
+    one batch. Evaluation logs
+
+    - ``val_loss``: the model's loss, mean over all windows;
+    - ``val_exact_match`` and ``val_f1``: SQuAD's figures, as shares in [0, 1] where SQuAD prints percentages.
+      Each is of the reference answer that fits best; a question without reference answers wants the empty one.
+
+    Args:
+        backbone: Hub id or folder of the pretrained model, or a model that is already built.
+        method: How to adapt it.
+        max_answer_length: Longest answer, in tokens. 30 is the value of BERT's SQuAD script.
+        null_threshold: Answer nothing where the logits of the CLS token exceed those of the best span by more than
+            this, in nats. None: 0 if the data has unanswerable questions, and else always give an answer.
+        optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
+            decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
+        lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
+        warmup: Share of the run in which the learning rate rises linearly, in [0, 1).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        compile: Compile the model by ``torch.compile``.
+        backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+
+    Raises:
+        UsageError: If an argument is outside its range, or the backbone cannot be loaded.
+    """
+
+    auto_class = AutoModelForQuestionAnswering
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        method: SparseMethod,
+        max_answer_length: int = 30,
+        null_threshold: float | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_schedule: LrSchedule = "linear",
+        warmup: float = 0.06,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args
+        )
+        if max_answer_length < 1:
+            raise UsageError(f"max_answer_length must be at least 1; got {max_answer_length}.")
+        self.max_answer_length = max_answer_length
+        self.null_threshold = null_threshold
+
+    def configure_model(self) -> None:
+        """Ask the data whether there are unanswerable questions, load, inject, and make the metrics."""
+        if self.model is not None:
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        if self.null_threshold is None and getattr(data, "unanswerable", False):
+            self.null_threshold = 0.0
+        # In the checkpoint, so that it answers alike without a data module.
+        self.hparams.update(null_threshold=self.null_threshold)
+        super().configure_model()
+        self._scores = SquadScores()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self._scores.reset()  # before an epoch: what is reset in validate's inference mode, fit could not update
+
+    def on_test_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        self._scores.reset()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Update the metrics by one batch of questions."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Update the metrics by one batch of questions."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation set."""
+        self.log_dict({f"val_{name}": value for name, value in self._scores.compute().items()}, prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test set."""
+        self.log_dict({f"test_{name}": value for name, value in self._scores.compute().items()}, prog_bar=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
+        """The ``id`` and the ``answer`` of each question, empty where there is none."""
+        _require_questions(batch)
+        return {"id": batch["id"], "answer": self._answers(batch, self(**_inputs(batch)))}
+
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        _require_questions(batch)
+        if "answers" not in batch:
+            raise UsageError(f"The {stage} rows have no answers, so nothing can be measured. Use predict for them.")
+        output = self(**_inputs(batch))
+        windows = len(batch["question"])
+        self.log(f"{stage}_loss", output.loss, on_epoch=True, sync_dist=True, batch_size=windows)
+        self._scores.update(batch["row"], self._answers(batch, output), batch["answers"])
+
+    def _answers(self, batch: dict[str, Any], output: Any) -> list[str]:
+        start, end, offsets = output.start_logits.float(), output.end_logits.float(), batch["offsets"]
+        scores, first, last = best_spans(start, end, offsets[..., 0] >= 0, self.max_answer_length)
+        window = torch.arange(len(scores), device=scores.device)
+        begins, ends = offsets[window, first, 0], offsets[window, last, 1]
+        nulls = (start + end)[window, batch["null_positions"]]
+        answers = []
+        for number, context in enumerate(batch["context"]):
+            own = (batch["question"] == number).nonzero()[:, 0]
+            best = own[scores[own].argmax()]
+            # No window may hold the answer: the window that denies it least speaks for the question.
+            absent = self.null_threshold is not None and nulls[own].min() - scores[best] > self.null_threshold
+            answers.append("" if absent else context[begins[best] : ends[best]].strip())
+        return answers
+
+
+class SquadScores(Metric):
+    """Exact match and F1 of SQuAD over a whole set, each question counted once.
+
+    Answers are compared without case, punctuation, articles and surplus spaces. Scores of all processes are gathered
+    with the numbers of their questions, so that those which a distributed sampler repeats do not count twice.
+
+    Source:
+        Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1, and the scripts evaluate-v1.1 and evaluate-v2.0, of
+        which the latter gives unanswerable questions the empty string as their one right answer.
+    """
+
+    full_state_update = False
+    rows: list[Tensor]
+    scores: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
+        self.add_state("scores", [], dist_reduce_fx="cat")
+
+    def update(self, rows: Tensor, predicted: list[str], answers: list[list[str]]) -> None:
+        """Score some questions.
+
+        Args:
+            rows: Numbers of the questions in their set, shape (questions,).
+            predicted: An answer for each.
+            answers: The right answers of each; none if the question has no answer.
+        """
+        for guess, right in zip(predicted, answers, strict=True):
+            score = squad(
+                {"id": "0", "prediction_text": guess},
+                {"id": "0", "answers": {"text": right or [""], "answer_start": []}},
+            )
+            self.scores.append(torch.stack([score["exact_match"], score["f1"]])[None].to(rows.device) / 100)
+        self.rows.append(rows)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``exact_match`` and ``f1``, in [0, 1]."""
+        scores = dim_zero_cat(self.scores)
+        numbers = dim_zero_cat(self.rows).tolist()
+        once = list({number: place for place, number in enumerate(numbers)}.values())
+        exact_match, f1 = scores[once].mean(0)
+        return {"exact_match": exact_match, "f1": f1}
+
+
+def best_spans(start: Tensor, end: Tensor, allowed: Tensor, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The span of each window with the highest sum of a start and an end logit.
+
+    Args:
+        start: Logits of the first token, shape (windows, tokens).
+        end: Logits of the last token, of the same shape.
+        allowed: Whether a token may begin or end a span, of the same shape.
+        max_length: Tokens of the longest span.
+
+    Returns:
+        The sum of the two logits, the first and the last token of each window's best span, shape (windows,). The
+        sum is -inf where no token is allowed.
+    """
+    length = min(max_length, start.shape[1])
+    start, end = (logits.masked_fill(~allowed, -torch.inf) for logits in (start, end))
+    # Only ends that are near enough, not the whole square of starts and ends: shape (windows, tokens, length).
+    ends = nn.functional.pad(end, (0, length - 1), value=-torch.inf).unfold(1, length, 1)
+    scores, places = (start[..., None] + ends).flatten(1).max(1)
+    first = places // length
+    return scores, first, first + places % length
+
+
+def _require_questions(batch: dict[str, Any]) -> None:
+    missing = {"question", "offsets", "null_positions", "row", "id", "context"} - set(batch)
+    if missing:
+        raise UsageError(
+            f"QuestionAnswering reads answers from batches such as those of QuestionAnsweringData; this one lacks "
+            f"{sorted(missing)}."
+        )
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    apart = ("question", "offsets", "null_positions", "row", "id", "context", "answers")
+    return {k: v for k, v in batch.items() if k not in apart}
