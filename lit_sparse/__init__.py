@@ -10,57 +10,95 @@ from lit_sparse._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lit_sparse import functional as functional
+    from lit_sparse.adapters.base import LowRankAdapter as LowRankAdapter
     from lit_sparse.adapters.injection import adapters_in as adapters_in
     from lit_sparse.adapters.injection import disable_adapters as disable_adapters
     from lit_sparse.adapters.injection import inject as inject
     from lit_sparse.adapters.linear import LowRankLinear as LowRankLinear
+    from lit_sparse.adapters.merging import merge as merge
+    from lit_sparse.bank import AdapterBank as AdapterBank
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
     from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
+    from lit_sparse.data.audio import AudioData as AudioData
     from lit_sparse.data.glue import GLUE as GLUE
+    from lit_sparse.data.images import ImageData as ImageData
     from lit_sparse.data.instructions import InstructionData as InstructionData
+    from lit_sparse.data.masked_language_modeling import MaskedLMData as MaskedLMData
+    from lit_sparse.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+    from lit_sparse.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
     from lit_sparse.data.reviews import QuickstartReviews as QuickstartReviews
+    from lit_sparse.data.seq2seq import Seq2SeqData as Seq2SeqData
     from lit_sparse.data.text_classification import TextClassificationData as TextClassificationData
+    from lit_sparse.data.token_classification import TokenClassificationData as TokenClassificationData
     from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
+    from lit_sparse.interchange.peft_folder import load_peft as load_peft
     from lit_sparse.methods.base import SparseMethod as SparseMethod
     from lit_sparse.methods.base import Step as Step
     from lit_sparse.methods.gated_roselora import GatedRoseLoRA as GatedRoseLoRA
     from lit_sparse.methods.lora import LoRA as LoRA
     from lit_sparse.methods.roselora import RoseLoRA as RoseLoRA
     from lit_sparse.methods.sora import SoRA as SoRA
+    from lit_sparse.methods.stepping import SparseSteps as SparseSteps
     from lit_sparse.modules.base import SparseModule as SparseModule
     from lit_sparse.modules.classification import SequenceClassification as SequenceClassification
     from lit_sparse.modules.language_modeling import CausalLM as CausalLM
+    from lit_sparse.modules.masked_language_modeling import MaskedLM as MaskedLM
+    from lit_sparse.modules.media_classification import AudioClassification as AudioClassification
+    from lit_sparse.modules.media_classification import ImageClassification as ImageClassification
+    from lit_sparse.modules.multiple_choice import MultipleChoice as MultipleChoice
     from lit_sparse.modules.optimization import parameter_groups as parameter_groups
+    from lit_sparse.modules.question_answering import QuestionAnswering as QuestionAnswering
+    from lit_sparse.modules.seq2seq import Seq2SeqLM as Seq2SeqLM
+    from lit_sparse.modules.token_classification import TokenClassification as TokenClassification
     from lit_sparse.plotting import plot_ranks as plot_ranks
 
 _HOME = {
+    "LowRankAdapter": "adapters.base",
     "adapters_in": "adapters.injection",
     "disable_adapters": "adapters.injection",
     "inject": "adapters.injection",
     "LowRankLinear": "adapters.linear",
+    "merge": "adapters.merging",
+    "AdapterBank": "bank",
     "FiniteLoss": "callbacks.finite_loss",
     "SparsityMonitor": "callbacks.monitor",
     "PredictionWriter": "callbacks.predictions",
     "Sparsify": "callbacks.sparsify",
+    "AudioData": "data.audio",
     "GLUE": "data.glue",
+    "ImageData": "data.images",
     "InstructionData": "data.instructions",
+    "MaskedLMData": "data.masked_language_modeling",
+    "MultipleChoiceData": "data.multiple_choice",
+    "QuestionAnsweringData": "data.question_answering",
     "QuickstartReviews": "data.reviews",
+    "Seq2SeqData": "data.seq2seq",
     "TextClassificationData": "data.text_classification",
+    "TokenClassificationData": "data.token_classification",
     "TrainingError": "errors",
     "UsageError": "errors",
+    "load_peft": "interchange.peft_folder",
     "SparseMethod": "methods.base",
     "Step": "methods.base",
     "GatedRoseLoRA": "methods.gated_roselora",
     "LoRA": "methods.lora",
     "RoseLoRA": "methods.roselora",
     "SoRA": "methods.sora",
+    "SparseSteps": "methods.stepping",
     "SparseModule": "modules.base",
     "SequenceClassification": "modules.classification",
     "CausalLM": "modules.language_modeling",
+    "MaskedLM": "modules.masked_language_modeling",
+    "AudioClassification": "modules.media_classification",
+    "ImageClassification": "modules.media_classification",
+    "MultipleChoice": "modules.multiple_choice",
     "parameter_groups": "modules.optimization",
+    "QuestionAnswering": "modules.question_answering",
+    "Seq2SeqLM": "modules.seq2seq",
+    "TokenClassification": "modules.token_classification",
     "plot_ranks": "plotting",
 }
 

@@ -108,7 +108,9 @@ def test_the_three_entries_are_the_same_program(config, monkeypatch, capsys):
     helps, versions = {}, {}
     for name, command in ENTRIES.items():
         done = start([*command, "--help"])
-        assert (done.returncode, done.stderr) == (0, "")
+        # transformers imports torchao where it is installed, which says what of it cannot be used here.
+        own = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+        assert (done.returncode, own) == (0, [])
         assert done.stdout.startswith(f"usage: {name} [")
         helps[name] = " ".join(done.stdout.removeprefix(f"usage: {name}").split())  # lines break elsewhere
         argument = "lit_sparse/__main__.py" if name.startswith("python") else command[0]
@@ -266,7 +268,10 @@ def test_without_another_program_an_unknown_word_is_refused(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["lightning", "login"])
     with pytest.raises(SystemExit, match="2"):
         lightning_main()
-    assert "invalid choice: 'login' (choose from 'fit', 'validate', 'test', 'predict')" in capsys.readouterr().err
+    assert (
+        "invalid choice: 'login' (choose from 'fit', 'validate', 'test', 'predict', 'inspect')"
+        in capsys.readouterr().err
+    )
 
 
 # Configurations.
