@@ -92,9 +92,9 @@ class AdapterBank:
             before = list(_everything(self.model))
             try:
                 (_load_folder if path.is_dir() else _load_checkpoint)(self.model, path)
-                self.model.requires_grad_(False)
                 places = [_Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
             finally:
+                self.model.requires_grad_(False)
                 for holder, key, plain in before:
                     holder[key] = plain
         self._places[name] = places

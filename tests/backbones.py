@@ -265,6 +265,7 @@ def save_tiny_wav2vec2(folder: str | Path, **extractor: Any) -> str:
         conv_dim=(32, 32, 32),
         conv_kernel=(10, 8, 4),
         conv_stride=(5, 4, 4),
+        feat_extract_norm="layer",  # the other one, over time, makes of a sound what its batch is padded to
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
         classifier_proj_size=32,

@@ -65,7 +65,8 @@ def keep_head_precision(head: nn.Module) -> None:
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
         head.float()
-        head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        if _cast_inputs not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
 def _cast_inputs(

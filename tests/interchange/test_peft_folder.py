@@ -449,7 +449,7 @@ def test_fit_goes_on_sparsely_from_a_dense_lora(name, project):
     (resumed,) = Trainer(**quiet).validate(again, data, ckpt_path="kept/last.ckpt", verbose=False)
     (plain,) = Trainer(**quiet).validate(trained, data, verbose=False)
     assert resumed == plain
-    assert resumed["val_loss"] < loss
+    assert resumed["val_accuracy"] == 1  # what the dense LoRA had learned is not lost with its ranks and entries
 
 
 def test_inspect_needs_no_weights(project, capsys):
