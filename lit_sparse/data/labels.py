@@ -28,7 +28,9 @@ class Classes:
         )
 
 
-def learn_classes(readers: dict[str, Reader], column: str, names: list[str] | None, source: str) -> Classes:
+def learn_classes(
+    readers: dict[str, Reader], column: str, names: list[str] | None, source: str, hint: str = ""
+) -> Classes:
     """Find out which classes there are.
 
     Args:
@@ -37,20 +39,21 @@ def learn_classes(readers: dict[str, Reader], column: str, names: list[str] | No
         names: Names of the classes in the order of their numbers; None takes those that the column itself names,
             otherwise the sorted distinct values of the training split.
         source: Where the rows are, for errors.
+        hint: What else than classes the column may be meant to hold, a sentence for errors.
 
     Raises:
         UsageError: If there are fewer than two classes, or no training rows to learn them from.
     """
     names = names or _names_in_features(readers, column)
     if names is None:
-        values = _distinct_values(readers, column, source)
+        values = _distinct_values(readers, column, source, hint)
         names, numbers = [str(value) for value in values], {value: i for i, value in enumerate(values)}
     else:
         numbers = {**{i: i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
     if len(names) < 2 or len(set(names)) < len(names):
         raise UsageError(
             f"Classification needs at least two different labels, but the column {column!r} or labels has {names}: "
-            f"give rows of other classes."
+            f"give rows of other classes.{hint}"
         )
     return Classes(names, numbers)
 
@@ -66,7 +69,7 @@ def _names_in_features(readers: dict[str, Reader], column: str) -> list[str] | N
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def _distinct_values(readers: dict[str, Reader], column: str, source: str) -> list[Any]:
+def _distinct_values(readers: dict[str, Reader], column: str, source: str, hint: str) -> list[Any]:
     """Sorted labels of the training split; where one is missing, the lookup will name the row."""
     if "train" not in readers:
         raise UsageError(
@@ -80,6 +83,6 @@ def _distinct_values(readers: dict[str, Reader], column: str, source: str) -> li
     if fractions:
         raise UsageError(
             f"The column {column!r} of the split 'train' holds numbers such as {fractions[0]}, which are no classes: "
-            f"name the column of the classes in label."
+            f"name the column of the classes in label.{hint}"
         )
     return sorted(int(value) if isinstance(value, float) else value for value in values)

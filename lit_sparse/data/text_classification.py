@@ -3,15 +3,15 @@
 import math
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
-from lit_sparse.data.sources import Reader, require_columns, require_text
+from lit_sparse.data.labels import HIDDEN, Classes, has_labels, learn_classes
+from lit_sparse.data.sources import Reader, require_text
 from lit_sparse.data.text import Rows, TextData
 from lit_sparse.errors import UsageError
 
 _CLASS_METRICS = ("accuracy", "f1", "matthews")
 _REGRESSION_METRICS = ("pearson", "spearman")
-_HIDDEN = -1  # what benchmarks write where they keep the labels of a test split to themselves
 
 
 class TextClassificationData(TextData):
@@ -95,7 +95,7 @@ class TextClassificationData(TextData):
         self.labels = labels
         self.regression = regression
         self.metrics = tuple(metrics or ())
-        self._ids: dict[Any, int] = {}  # what may stand in the label column -> class id
+        self._classes = Classes([], {})
 
     def _columns(self, labelled: bool) -> list[str]:
         texts = [self.text] if self.text_pair is None else [self.text, self.text_pair]
@@ -107,13 +107,13 @@ class TextClassificationData(TextData):
             self.text_pair,
             self.label,
             self.regression,
-            [[str(k), v] for k, v in self._ids.items()],
+            [[str(k), v] for k, v in self._classes.numbers.items()],
         ]
 
     def _is_labelled(self, rows: Dataset, role: str) -> bool:
-        if role != "test" or self.label not in rows.column_names or _HIDDEN in self._ids:
+        if role != "test" or HIDDEN in self._classes.numbers:
             return role != "predict"
-        return bool(rows.unique(self.label) != [_HIDDEN])
+        return has_labels(rows, self.label)
 
     def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
         texts = [
@@ -123,9 +123,13 @@ class TextClassificationData(TextData):
         encoded = dict(self._tokenizer(*texts, truncation=True, max_length=self._token_limit))
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         if labelled:
-            to_number = self._target if self.regression else self._class_id
+            to_number = self._target if self.regression else self._class_of
             encoded["labels"] = [to_number(value, split, n) for value, n in zip(rows[self.label], numbers, strict=True)]
         return encoded
+
+    def _class_of(self, value: Any, split: str, number: int) -> int:
+        origin = f"Row {number} (counted from 0) of the split {split!r}"
+        return self._classes.number_of(value, self.label, origin)
 
     def _target(self, value: object, split: str, number: int) -> float:
         if isinstance(value, (int, float)) and math.isfinite(value):
@@ -133,15 +137,6 @@ class TextClassificationData(TextData):
         raise UsageError(
             f"Row {number} (counted from 0) of the split {split!r} has the label {value!r} in the column "
             f"{self.label!r}, but regression needs a finite number: mend or remove the row."
-        )
-
-    def _class_id(self, value: Any, split: str, number: int) -> int:
-        if value in self._ids:
-            return self._ids[value]
-        raise UsageError(
-            f"Row {number} (counted from 0) of the split {split!r} has the label {value!r} in the column "
-            f"{self.label!r}, which is none of the labels {list(self._ids)}: mend the row, or give all names "
-            f"in labels."
         )
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:
@@ -153,39 +148,6 @@ class TextClassificationData(TextData):
         if self.regression:
             self.num_labels = 1
             return
-        names = self.labels or self._names_in_features(readers)
-        if names is None:
-            values = self._distinct_values(readers)
-            names = [str(value) for value in values]
-            self._ids = {value: i for i, value in enumerate(values)}
-        else:
-            self._ids = {**{i: i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise UsageError(
-                f"Classification needs at least two different labels, but the column {self.label!r} or labels has "
-                f"{names}: give rows of other classes, or regression: true for numbers."
-            )
-        self.label_names, self.num_labels = names, len(names)
-
-    def _names_in_features(self, readers: dict[str, Reader]) -> list[str] | None:
-        split = "train" if "train" in readers else next(iter(readers))
-        feature = readers[split]().features.get(self.label)
-        return list(feature.names) if isinstance(feature, ClassLabel) else None
-
-    def _distinct_values(self, readers: dict[str, Reader]) -> list[Any]:
-        """Sorted labels of the training split; where one is missing, encoding will name the row."""
-        if "train" not in readers:
-            raise UsageError(
-                f"{self.path or 'data_files'} has no training split to learn the labels from: give their names "
-                f"in labels, in the order that the model was trained with."
-            )
-        rows = readers["train"]()
-        require_columns(rows, "train", [self.label])
-        values = [value for value in rows.unique(self.label) if value is not None and value == value]
-        fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
-        if fractions:
-            raise UsageError(
-                f"The column {self.label!r} of the split 'train' holds numbers such as {fractions[0]}, which are "
-                f"no classes: set regression to true, or name the column of the classes in label."
-            )
-        return sorted(int(value) if isinstance(value, float) else value for value in values)
+        hint = " For numbers to predict set regression to true."
+        self._classes = learn_classes(readers, self.label, self.labels, self.path or "data_files", hint)
+        self.label_names, self.num_labels = self._classes.names, len(self._classes.names)

@@ -43,6 +43,8 @@ class QuestionAnswering(SparseModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Compile the model by ``torch.compile``.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+        start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
+            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
 
     Raises:
         UsageError: If an argument is outside its range, or the backbone cannot be loaded.
@@ -62,9 +64,10 @@ class QuestionAnswering(SparseModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(
-            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args
+            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args, start_from
         )
         if max_answer_length < 1:
             raise UsageError(f"max_answer_length must be at least 1; got {max_answer_length}.")

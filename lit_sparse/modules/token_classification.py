@@ -52,6 +52,8 @@ class TokenClassification(Classification):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Compile the model by ``torch.compile``.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+        start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
+            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
 
     Raises:
         UsageError: If an argument is outside its range, the backbone cannot be loaded, the number of tags is not
@@ -72,6 +74,7 @@ class TokenClassification(Classification):
         gradient_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -84,6 +87,7 @@ class TokenClassification(Classification):
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
             backbone_args=backbone_args,
+            start_from=start_from,
         )
 
     def configure_model(self) -> None:
