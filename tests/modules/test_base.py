@@ -1,16 +1,25 @@
 """lit_sparse.modules.base: building, training mode, gradients, callbacks."""
 
+import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import save_tiny_bert
 from lightning.pytorch import Callback, LightningModule
+from projects import last_figures, write_config
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import lit_sparse as ls
 from lit_sparse.adapters.linear import LowRankLinear
+from lit_sparse.cli import main
 
 
 def classifier(backbone, method=None, **options):
@@ -129,6 +138,66 @@ def gradients(backbone, batch, checkpointing):
             adapter.register_forward_hook(lambda *_: calls.append(1))
     module.model(**batch).loss.backward()
     return {n: p.grad for n, p in module.named_parameters() if p.requires_grad}, len(calls)
+
+
+SPEECH = """
+import lightning as L
+import torch
+
+
+class Speech(L.LightningDataModule):
+    \"\"\"Spectrograms that are loud in the lower or the upper bands, each with one of two words.\"\"\"
+
+    def rows(self, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for number in range(count):
+            upper = number % 2
+            features = 0.1 * torch.randn(8, 16, generator=generator)
+            features[4 * upper : 4 * upper + 4] += 1
+            made.append({"input_features": features, "labels": torch.tensor([7 + 4 * upper, 2])})
+        return torch.utils.data.DataLoader(made, batch_size=8)
+
+    def train_dataloader(self):
+        return self.rows(64, 0)
+
+    def val_dataloader(self):
+        return self.rows(32, 1)
+"""
+
+
+def test_a_user_teaches_a_speech_model_with_rows_of_their_own_by_the_command_line(tmp_path, monkeypatch):
+    """Whisper has no module of its own: what computes its loss is trained by SparseModule."""
+    sizes = {
+        f"{half}_{part}": size for half in ("encoder", "decoder") for part, size in (("layers", 1), ("ffn_dim", 32))
+    }
+    sizes |= {f"{half}_attention_heads": 2 for half in ("encoder", "decoder")}
+    tokens = {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    spectrogram = {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 8}
+    torch.manual_seed(0)
+    # Of the scale of trained weights, so that the frozen output layer can tell words apart.
+    config = WhisperConfig(d_model=32, init_std=0.3, dropout=0.0, **sizes, **tokens, **spectrogram)
+    WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "whisper")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["lit-sparse"])
+    Path("speech.py").write_text(SPEECH)
+    config = write_config(
+        tmp_path / "config.yaml",
+        {
+            "class_path": "lit_sparse.SparseModule",
+            "init_args": {
+                "backbone": "whisper",
+                "method": {"class_path": "lit_sparse.SoRA", "init_args": {"rank": 4, "sparsity_weight": 0.5}},
+            },
+        },
+        {"class_path": "speech.Speech"},
+        lr=1e-2,
+        max_epochs=10,
+    )
+    main(["fit", "--config", config])
+    # Who knows nothing of the sound guesses the first word, and has the rest: ln 2 over two tokens.
+    assert last_figures()["val_loss"] < 0.5 * math.log(2) / 2
 
 
 def test_gradient_checkpointing_gives_equal_gradients(tiny_bert, loader):

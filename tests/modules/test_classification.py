@@ -7,11 +7,13 @@ import random
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from projects import last_figures, write_config
 from scipy import stats
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 import lit_sparse as ls
+from lit_sparse.cli import main
 
 GOOD, BAD = ["good", "great", "best", "fine", "warm", "funny"], ["bad", "awful", "worst", "dull", "cold", "sad"]
 
@@ -60,6 +62,20 @@ def test_sora_learns_a_separable_task_and_zeroes_gates(tiny_bert, sentiment, tra
     assert 0.1 < zero < 1
     assert run.callback_metrics["sparsity/zero_gates"] == pytest.approx(float(zero), abs=0.1)
     assert run.test(module, sentiment, verbose=False)[0]["test_accuracy"] > 0.95
+
+
+def test_a_user_teaches_sentiments_by_the_command_line(tiny_bert, sentiment, tmp_path, monkeypatch):
+    config = write_config(
+        tmp_path / "config.yaml",
+        {"class_path": "lit_sparse.SequenceClassification", "init_args": {"backbone": tiny_bert}},
+        {"class_path": "lit_sparse.TextClassificationData", "init_args": {"path": sentiment.path}},
+        lr=1e-2,
+        max_epochs=6,
+    )
+    monkeypatch.setattr("sys.argv", ["lit-sparse"])
+    main(["fit", "--config", config])
+    main(["validate", "--config", config, "--ckpt_path", "kept/last.ckpt"])
+    assert last_figures()["val_accuracy"] > 0.9  # each class is half of the rows
 
 
 def test_labels_and_their_names_come_from_the_data(tiny_bert, sentiment, trainer):

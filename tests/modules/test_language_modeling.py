@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from projects import last_figures, read_lines, write_config
 from torch.utils.data import DataLoader
 
 import lit_sparse as ls
+from lit_sparse.cli import main
 
 IGNORED = -100
 
@@ -117,6 +119,44 @@ def test_instructions_are_learned_and_their_prompts_cost_nothing(tiny_llama, tmp
     labelled = [loss for row, _ in token_by_token(module, list(data.val_dataloader())) for loss in row]
     assert run.callback_metrics["val_loss"] == pytest.approx(sum(labelled) / len(labelled), rel=1e-4)
     assert run.callback_metrics["val_loss"] < 0.97 * before["val_loss"]
+
+
+def test_a_user_teaches_a_model_to_answer_by_the_command_line(tiny_llama, tmp_path, monkeypatch):
+    """The answer is one of two, and one word of the prompt says which."""
+    starts = ("the", "a", "this", "that", "who likes the", "it is a", "from the", "what was the")
+    things = ("film", "movie", "story", "plot", "dog", "river")
+    asked = [
+        {"instruction": f"{start} {word} {thing}", "input": "", "output": answer}
+        for start in starts
+        for thing in things
+        for word, answer in (("good", "true"), ("bad", "false"))
+    ]
+    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [asked[number] for number in order]
+    for split, part in {"train": rows[:64], "validation": rows[64:80], "test": rows[64:], "predict": rows[64:]}.items():
+        (tmp_path / f"{split}.json").write_text(json.dumps(part))
+    config = write_config(
+        tmp_path / "config.yaml",
+        {"class_path": "lit_sparse.CausalLM", "init_args": {"backbone": tiny_llama, "max_new_tokens": 6}},
+        {
+            "class_path": "lit_sparse.InstructionData",
+            "init_args": {"path": str(tmp_path), "template": "{instruction} : "},
+        },
+        lr=1e-2,
+        max_epochs=20,
+    )
+    monkeypatch.setattr("sys.argv", ["lit-sparse"])
+    main(["fit", "--config", config])
+    kept = ["--ckpt_path", "kept/last.ckpt"]
+    main(["test", "--config", config, *kept])
+    # Every answer ends with an eos token; half of them are "true".
+    assert last_figures()["test_token_accuracy"] > 0.9
+    writer = ["--trainer.callbacks+=lit_sparse.PredictionWriter", "--trainer.callbacks.output", "answers.jsonl"]
+    main(["predict", "--config", config, *kept, *writer])
+    answers = [row["text"].strip() for row in read_lines("answers.jsonl")]
+    right = [answer == row["output"] for answer, row in zip(answers, rows[64:], strict=True)]
+    assert sum(right) / len(right) > 0.9
+    assert 0.3 < sum(answer == "true" for answer in answers) / len(answers) < 0.7
 
 
 def test_a_batch_without_labelled_tokens_counts_for_nothing(tiny_llama, trainer):
