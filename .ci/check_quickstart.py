@@ -1,4 +1,4 @@
-"""Hold the three quickstart runs to what the README promises of them."""
+"""Hold the quickstart runs to what the README promises of them."""
 
 import csv
 import sys
@@ -13,7 +13,7 @@ def best_accuracy(run: Path) -> float:
 def main() -> None:
     runs = Path(sys.argv[1])
     found = {}
-    for method in ("sora", "roselora", "lora"):
+    for method in ("sora", "int8", "roselora", "lora"):
         run = runs / f"quickstart_{method}" / "version_0"
         with (run / "sparsity.csv").open(newline="") as file:
             layers = list(csv.DictReader(file))
@@ -27,6 +27,7 @@ def main() -> None:
         "SoRA reaches 0.80": sora[0] >= 0.80,
         "SoRA zeroes 30 % of the ranks": sora[1] >= 0.30,
         "SoRA is within 1 point of LoRA": sora[0] >= lora[0] - 0.01,
+        "SoRA on an int8 encoder is within 1 point of SoRA": abs(found["int8"][0] - sora[0]) <= 0.01,
         "RoseLoRA is within 1.5 points of LoRA": rose[0] >= lora[0] - 0.015,
         "RoseLoRA changes at most 5 % of the adapted weights": rose[2] <= 0.05,
     }
