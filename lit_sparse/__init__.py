@@ -11,12 +11,14 @@ from lit_sparse._version import __version__ as __version__
 if TYPE_CHECKING:
     from lit_sparse import functional as functional
     from lit_sparse.adapters.base import LowRankAdapter as LowRankAdapter
+    from lit_sparse.adapters.compaction import compact as compact
     from lit_sparse.adapters.injection import adapters_in as adapters_in
     from lit_sparse.adapters.injection import disable_adapters as disable_adapters
     from lit_sparse.adapters.injection import inject as inject
     from lit_sparse.adapters.linear import LowRankLinear as LowRankLinear
     from lit_sparse.adapters.merging import merge as merge
     from lit_sparse.bank import AdapterBank as AdapterBank
+    from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
     from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
@@ -57,12 +59,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LowRankAdapter": "adapters.base",
+    "compact": "adapters.compaction",
     "adapters_in": "adapters.injection",
     "disable_adapters": "adapters.injection",
     "inject": "adapters.injection",
     "LowRankLinear": "adapters.linear",
     "merge": "adapters.merging",
     "AdapterBank": "bank",
+    "CompactRanks": "callbacks.compaction",
     "FiniteLoss": "callbacks.finite_loss",
     "SparsityMonitor": "callbacks.monitor",
     "PredictionWriter": "callbacks.predictions",

@@ -65,6 +65,8 @@ class LowRankAdapter(nn.Module):
             raise UsageError(f"dropout must be in [0, 1); got {dropout}.")
         self.in_features, self.out_features = in_features, out_features
         self.copies = copies
+        self.max_rank = rank
+        """Number of ranks (of each copy) at the start, before :func:`~lit_sparse.compact` took any out."""
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.enabled = True

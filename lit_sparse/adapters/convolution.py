@@ -30,7 +30,7 @@ class LowRankConv2d(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_channels, height, width)`` as ``base`` does."""
         y = self.base(x)
-        if not self.enabled:
+        if not self.enabled or not self.rank:
             return y  # type: ignore[no-any-return]
         x = self.dropout(x).to(y.dtype)
         lora_B_t = self.scaled_lora_B_t()

@@ -37,7 +37,7 @@ class LowRankEmbedding(LowRankLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids ``(...)`` to ``(..., embedding_dim)``."""
         y = self.base(ids)
-        if not self.enabled:
+        if not self.enabled or not self.rank:
             return y  # type: ignore[no-any-return]
         hidden = F.embedding(ids, self.lora_A.t(), self.base.padding_idx)
         return y + (hidden @ self.scaled_lora_B_t()).to(y.dtype)  # type: ignore[no-any-return]

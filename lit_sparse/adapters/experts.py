@@ -137,6 +137,6 @@ class AdaptedExperts(nn.Module):
         bias = self.base.get_parameter(f"{name}_bias")[expert] if self.base.has_bias else None
         output = F.linear(rows, weight.t() if self.base.is_transposed else weight, bias)
         adapter = self._modules.get(name)
-        if isinstance(adapter, LowRankExperts) and adapter.enabled:
+        if isinstance(adapter, LowRankExperts) and adapter.enabled and adapter.rank:
             output = output + adapter(rows, expert).to(output.dtype)
         return output

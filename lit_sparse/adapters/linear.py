@@ -42,7 +42,7 @@ class LowRankLinear(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        if not self.enabled:
+        if not self.enabled or not self.rank:
             return self.base(x)  # type: ignore[no-any-return]
         rows = x.reshape(-1, self.in_features)
         y = self.base(rows)

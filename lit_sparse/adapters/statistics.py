@@ -20,7 +20,7 @@ class LayerSparsity:
     Args:
         name: Full name of the layer.
         rank: Ranks whose gate is not zero; all of them without gates. Experts' ranks are added up.
-        max_rank: Ranks held.
+        max_rank: Ranks at the start, of which densities of A and B are shares.
         density_A: Share of non-zero entries of A, ranks with zero gate counted as zero.
         density_B: The same of B.
         density_BA: Share of the frozen weight's entries that BA can change (its support).
@@ -55,11 +55,12 @@ def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
     live = torch.cat([live_ranks(adapter) for adapter in adapters])
     nonzero_A = (_nonzero_per_rank([a.lora_A for a in adapters]) * live).sum()
     nonzero_B = (_nonzero_per_rank([a.lora_B_t for a in adapters]) * live).sum()
+    ranks = [adapter.copies * adapter.max_rank for adapter in adapters]  # those that compaction took out included
     return {
         "mean_rank": live.sum() / len(adapters),
-        "zero_gates": 1 - live.float().mean(),
-        "density_A": nonzero_A / sum(a.lora_A.numel() for a in adapters),
-        "density_B": nonzero_B / sum(a.lora_B_t.numel() for a in adapters),
+        "zero_gates": 1 - live.sum() / sum(ranks),
+        "density_A": nonzero_A / sum(r * a.in_features for r, a in zip(ranks, adapters, strict=True)),
+        "density_B": nonzero_B / sum(r * a.out_features for r, a in zip(ranks, adapters, strict=True)),
         "remaining_parameters": nonzero_A + nonzero_B,
     }
 
@@ -81,13 +82,16 @@ def _layer(name: str, adapter: LowRankAdapter) -> LayerSparsity:
     live = live_ranks(adapter)
     A, B_t = adapter.lora_A * live.unsqueeze(1), adapter.lora_B_t * live.unsqueeze(1)
     nonzero_A, nonzero_B = int(A.count_nonzero()), int(B_t.count_nonzero())
-    pairs = [(a, b_t.t()) for a, b_t in zip(A.split(adapter.rank), B_t.split(adapter.rank), strict=True)]
+    A = A.view(adapter.copies, adapter.rank, adapter.in_features)
+    B_t = B_t.view(adapter.copies, adapter.rank, adapter.out_features)
+    pairs = [(a, b_t.t()) for a, b_t in zip(A, B_t, strict=True)]
+    max_rank = adapter.copies * adapter.max_rank
     return LayerSparsity(
         name=name,
         rank=int(live.sum()),
-        max_rank=adapter.lora_A.shape[0],
-        density_A=nonzero_A / A.numel(),
-        density_B=nonzero_B / B_t.numel(),
+        max_rank=max_rank,
+        density_A=nonzero_A / (max_rank * adapter.in_features),
+        density_B=nonzero_B / (max_rank * adapter.out_features),
         density_BA=sum(float(product_density(a, b)) for a, b in pairs) / len(pairs),
         density_BA_bound=1 - sum(float(product_sparsity_bound(a, b)) for a, b in pairs) / len(pairs),
         remaining_parameters=nonzero_A + nonzero_B,

@@ -98,7 +98,7 @@ class ProximalGates:
         if not self.l1_weight:
             return
         gates = _gates(adapters)
-        entries = sum(gate.numel() for gate in gates)
+        entries = sum(a.copies * a.max_rank for a in adapters if a.gate is not None)  # compaction changes no pull
         trained = [(gate, gate.grad) for gate in gates if gate.grad is not None]
         if trained:
             signs = torch._foreach_sign([gate.detach() for gate, _ in trained])
@@ -120,7 +120,7 @@ class ProximalGates:
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that zeroed no gate."""
         gates = [gate.detach() for gate in _gates(adapters)]
-        if any(bool((gate == 0).any()) for gate in gates):
+        if any(a.rank < a.max_rank for a in adapters) or any(bool((gate == 0).any()) for gate in gates):
             return None
         smallest = min(float(gate.abs().min()) for gate in gates)
         return (

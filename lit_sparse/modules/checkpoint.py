@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse._version import __version__
+from lit_sparse.adapters.compaction import shrink
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
@@ -34,13 +35,16 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[st
         "version": __version__,
         "backbone": backbone,
         "method": method,
-        "ranks": {name: adapter.rank for name, adapter in adapters_in(model)},
+        "ranks": {name: adapter.max_rank for name, adapter in adapters_in(model)},
+        "ranks_left": {name: adapter.rank for name, adapter in adapters_in(model)},
         "backbone_sample": _sample(model),
     }
 
 
 def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint belongs to these adapters and to this backbone.
+
+    If it was compacted, the adapters are cut to the ranks that it has left.
 
     Args:
         model: The model that is to be restored, with its adapters.
@@ -63,7 +67,8 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
         raise UsageError(
             f"The checkpoint was trained with {trained_with}, but the method here is {own}. Use the same method."
         )
-    ranks = {name: adapter.rank for name, adapter in adapters_in(model)}
+    adapters = dict(adapters_in(model))
+    ranks = {name: adapter.max_rank for name, adapter in adapters.items()}
     if saved["ranks"] != ranks:
         raise UsageError(
             f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
@@ -81,6 +86,9 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
                 f"The checkpoint belongs to the backbone {saved['backbone']!r}; the frozen weights of {backbone!r} are "
                 "others. Adapters only work on the weights they were trained on."
             )
+    for name, left in saved.get("ranks_left", {}).items():
+        if left < adapters[name].rank:
+            shrink(adapters[name], left)
 
 
 def _difference(saved: dict[str, int], own: dict[str, int]) -> str:

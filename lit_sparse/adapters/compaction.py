@@ -1,0 +1,87 @@
+"""Take ranks whose gate is zero out of adapters, and out of the optimizer that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.errors import UsageError
+
+
+@torch.no_grad()
+def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, int]:
+    """Take every rank whose gate is zero out of A, B, gate and what is remembered of them, in place.
+
+    The function does not change: a rank with gate zero adds zero. Memory and time do. A rank that is taken out cannot
+    come back, as one at zero may. An adapter may be left with rank 0; if all would be, the first keeps one rank, so
+    that there is something to differentiate. Experts of one weight keep equally many ranks, as many as the largest
+    needs.
+
+    Parameters stay the objects that they are, so that optimizers, groups and schedulers go on with them; their
+    gradients are dropped. Not for a model under DDP or FSDP, which lay out buffers for the sizes at the start.
+
+    Args:
+        model: Model with adapters.
+        optimizer: The optimizer of a run that goes on: its state is cut alike.
+
+    Returns:
+        Full layer name to rank that is left.
+
+    Raises:
+        UsageError: If there is no adapter in ``model``.
+    """
+    adapters = dict(adapters_in(model))
+    if not adapters:
+        raise UsageError(f"{type(model).__name__} holds no adapter to compact. Inject a method first.")
+    live = {name: a.gate != 0 for name, a in adapters.items() if a.gate is not None}
+    counts = {name: int(n) for name, n in zip(live, _largest(adapters, live), strict=True)}  # the one host sync
+    if counts and not any(counts.values()) and len(counts) == len(adapters):
+        counts[next(iter(counts))] = 1
+    for name, rank in counts.items():
+        adapter = adapters[name]
+        if rank < adapter.rank:
+            _keep(adapter, _chosen(live[name].view(adapter.copies, -1), rank), optimizer)
+    return {name: adapter.rank for name, adapter in adapters.items()}
+
+
+def shrink(adapter: LowRankAdapter, rank: int) -> None:
+    """Cut a new adapter to ``rank`` ranks, for the values of a compacted one to be loaded into it."""
+    places = torch.arange(adapter.lora_A.shape[0], device=adapter.lora_A.device)
+    _keep(adapter, places.view(adapter.copies, -1)[:, :rank].flatten(), None)
+
+
+def _largest(adapters: Mapping[str, LowRankAdapter], live: Mapping[str, Tensor]) -> list[float]:
+    """Number of live ranks of each adapter; of several copies the largest."""
+    counts = [mask.view(adapters[name].copies, -1).sum(1).max() for name, mask in live.items()]
+    return torch.stack(counts).tolist() if counts else []
+
+
+def _chosen(live: Tensor, rank: int) -> Tensor:
+    """Places of the live ranks of each copy, in their order, filled up with dead ones to ``rank``."""
+    order = live.int().argsort(dim=1, descending=True, stable=True)[:, :rank].sort(dim=1).values
+    return (order + torch.arange(live.shape[0], device=live.device).unsqueeze(1) * live.shape[1]).flatten()
+
+
+def _keep(adapter: LowRankAdapter, places: Tensor, optimizer: Optimizer | None) -> None:
+    """Keep these rows of everything that has a row for each rank."""
+    rows = adapter.lora_A.shape[0]
+    for parameter in list(adapter._parameters.values()):
+        if parameter is not None:
+            _keep_in_state(parameter, places, optimizer)
+            parameter.data = parameter.data[places]
+            parameter.grad = None
+    for name, buffer in list(adapter._buffers.items()):
+        if buffer is not None and buffer.ndim and buffer.shape[0] == rows:
+            adapter._buffers[name] = buffer[places]
+
+
+def _keep_in_state(parameter: nn.Parameter, places: Tensor, optimizer: Optimizer | None) -> None:
+    state = optimizer.state.get(parameter) if optimizer is not None else None
+    for name, value in (state or {}).items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            state[name] = value[places]  # type: ignore[index]
