@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
     from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
+    from lit_sparse.callbacks.resume import ExactResume as ExactResume
+    from lit_sparse.callbacks.resume import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
     from lit_sparse.data.audio import AudioData as AudioData
     from lit_sparse.data.glue import GLUE as GLUE
@@ -70,6 +72,8 @@ _HOME = {
     "FiniteLoss": "callbacks.finite_loss",
     "SparsityMonitor": "callbacks.monitor",
     "PredictionWriter": "callbacks.predictions",
+    "ExactResume": "callbacks.resume",
+    "last_checkpoint": "callbacks.resume",
     "Sparsify": "callbacks.sparsify",
     "AudioData": "data.audio",
     "GLUE": "data.glue",

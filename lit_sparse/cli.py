@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_sparse
+from lit_sparse.callbacks.resume import last_checkpoint, usable
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
 from lit_sparse.modules.base import SparseModule
@@ -123,7 +123,7 @@ class SparseCLI(LightningCLI):
         if self.subcommand == "inspect":
             # Nothing runs, so that what a cluster has is not needed, and nothing is logged.
             vars(config.trainer).update(_NO_RUN)
-        _require_checkpoint(config.get("ckpt_path"))
+        config["ckpt_path"] = _checkpoint(config.get("ckpt_path"))
         class_path = config.model.get("class_path", "")
         given = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
         if given and _is_sparse_module(class_path):
@@ -131,6 +131,16 @@ class SparseCLI(LightningCLI):
                 f"--{given[0]} does not reach {class_path}, which groups its own parameters: set "
                 "model.init_args.optimizer, lr_schedule and warmup instead."
             )
+
+    def before_fit(self) -> None:
+        """Find the checkpoint that ``last`` means: Lightning would take a damaged one, and know no other."""
+        config = self.config_init[self.subcommand]
+        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "dirpath")]
+        if config.get("ckpt_path") == "last" and any(folders):
+            found = [file for file in map(last_checkpoint, filter(None, folders)) if file is not None]
+            # None the first time: a job that is requeued has the same command.
+            newest = max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
+            config["ckpt_path"] = None if newest is None else str(newest)
 
     def instantiate_classes(self) -> None:
         """Make the objects; what their constructors refuse comes out as they said it."""
@@ -198,14 +208,10 @@ def _other_lightning() -> EntryPoint | None:
     return next((entry for entry in found if entry.module != own), None)
 
 
-def _require_checkpoint(path: str | None) -> None:
-    if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen by Lightning, or not on this machine
-        return
-    file = Path(path)
-    if not file.exists():
-        raise UsageError(f"The checkpoint {path!r} does not exist.")
-    if file.is_file() and not zipfile.is_zipfile(file):
-        raise UsageError(f"The file {path!r} is no checkpoint, or only a part of one: use an earlier checkpoint.")
+def _checkpoint(path: str | None) -> str | None:
+    if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen later, or not on this machine
+        return path
+    return str(usable(path))
 
 
 def _is_sparse_module(class_path: str) -> bool:

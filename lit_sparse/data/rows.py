@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
+from lit_sparse.data.sampling import ResumableLoader, RowSampler
 from lit_sparse.data.sources import Reader, open_source
 from lit_sparse.errors import UsageError
 
@@ -68,6 +69,8 @@ class RowData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._prepared: dict[str, list[Dataset]] = {}
+        self._train_loader: DataLoader[Any] | None = None
+        self._place: dict[str, int] | None = None
 
     @property
     def validation_names(self) -> tuple[str, ...]:
@@ -89,7 +92,22 @@ class RowData(LightningDataModule):
         shard: dict[str, Any] = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:  # the property is None in a single process
             shard = self.trainer.distributed_sampler_kwargs or shard
-        return self._loader(rows, "train", self._train_sampler(rows, shard))
+        self._train_loader = loader = self._loader(rows, "train", self._train_sampler(rows, shard))
+        place, self._place = self._place, None
+        if place is not None and isinstance(loader, ResumableLoader):
+            loader.load_state_dict(place)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the epoch the training rows are."""
+        # Lightning asks the loader itself too, but gives it its state back only if nobody asked for the length of the
+        # run before, as schedules do.
+        loader = self._train_loader
+        return {"train_loader": loader.state_dict()} if isinstance(loader, ResumableLoader) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there, with the next training loader."""
+        self._place = state_dict.get("train_loader")
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches in the order of the file; a list where there are several validation sets."""
@@ -113,10 +131,10 @@ class RowData(LightningDataModule):
         """What makes a batch of rows."""
         raise NotImplementedError
 
-    def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> DistributedSampler[Any]:
+    def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> RowSampler:
         """The order of the training rows; ``shard`` says which process of how many this is."""
         # Lightning leaves a DistributedSampler alone but for telling it the epoch.
-        return DistributedSampler(rows, **shard, seed=self.seed)
+        return RowSampler(rows, **shard, seed=self.seed)
 
     # From a source to the rows of a role.
 
@@ -195,8 +213,9 @@ class RowData(LightningDataModule):
         loaders = [self._loader(rows, role) for rows in self._prepared[role]]
         return loaders[0] if len(loaders) == 1 else loaders
 
-    def _loader(self, rows: Dataset, role: str, sampler: DistributedSampler[Any] | None = None) -> DataLoader[Any]:
-        return DataLoader(
+    def _loader(self, rows: Dataset, role: str, sampler: RowSampler | None = None) -> DataLoader[Any]:
+        kind = DataLoader if sampler is None else ResumableLoader
+        return kind(
             rows,
             batch_size=self.batch_size if role == "train" else self.eval_batch_size or self.batch_size,
             sampler=sampler,
@@ -204,4 +223,6 @@ class RowData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # Of its own: what a validation draws here must not be missing in a run that is resumed after it.
+            generator=torch.Generator().manual_seed(self.seed),
         )

@@ -1,14 +1,75 @@
-"""The order of training rows: shuffled, with rows of like length side by side."""
+"""The order of training rows, and a data loader that can go on in the middle of it."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import DistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, DistributedSampler
 
 _BATCHES_SORTED_TOGETHER = 50  # as many as transformers takes: little padding is left, and much shuffling
 
 
-class LengthGroupedSampler(DistributedSampler[int]):
+class RowSampler(DistributedSampler[Any]):
+    """Shuffles rows, in an order that is a function of ``seed`` and the epoch alone.
+
+    Arguments are those of torch's ``DistributedSampler``.
+    """
+
+    first: int = 0
+    """Rows of this process to leave out of the next pass, which was begun before."""
+
+    def __iter__(self) -> Iterator[int]:
+        first, self.first = self.first, 0
+        return iter(self._order()[first:])
+
+    def _order(self) -> list[int]:
+        return list(super().__iter__())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A ``DataLoader`` whose place in the epoch goes into checkpoints of the Trainer, and comes back from them.
+
+    Nothing is read again for that: the sampler, a :class:`RowSampler`, leaves out the rows that were served.
+    """
+
+    _epoch: int = 0  # that of the pass which was begun last; the sampler may have been told the next
+    _served: int = 0
+    _place: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: it begins at the first batch, when the Trainer has told the sampler the epoch.
+        place, self._place = self._place, None
+        self._epoch, self._served = getattr(self.sampler, "epoch", 0), 0
+        if place is not None and isinstance(self.sampler, RowSampler) and self._epoch == place["epoch"]:
+            self._served = place["batches"]
+            self.sampler.first = self._served * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and the batches of it that were served."""
+        return {"epoch": self._epoch, "batches": self._served, **self._division()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the state was taken; an epoch that was over stays over."""
+        division = self._division()
+        if any(state[name] != value for name, value in division.items()):
+            before = {name: state[name] for name in division}
+            rank_zero_warn(
+                f"The checkpoint is of a run with {before}, and this one has {division}: the epoch goes on with about "
+                "as many rows left, but not with the same."
+            )
+        self._place = {"epoch": state["epoch"], "batches": state["batches"]}
+
+    def _division(self) -> dict[str, int]:
+        """How rows are divided into batches."""
+        processes = self.sampler.num_replicas if isinstance(self.sampler, RowSampler) else 1
+        return {"batch_size": self.batch_size or 1, "processes": processes}
+
+
+class LengthGroupedSampler(RowSampler):
     """Shuffles rows, then sorts runs of 50 batches by length, so that batches need little padding.
 
     The order is a function of ``seed`` and the epoch alone. The sampler of the same name in transformers
@@ -36,11 +97,11 @@ class LengthGroupedSampler(DistributedSampler[int]):
         self.lengths = list(lengths)
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[int]:
+    def _order(self) -> list[int]:
         order = self._common_order()
         # Every rank must take equally many steps; the row repeated is the last and seldom a long one.
         order += order[-1:] * (self.total_size - len(order))
-        return iter(order[self.rank :: self.num_replicas])
+        return order[self.rank :: self.num_replicas]
 
     def _common_order(self) -> list[int]:
         """The order of all rows before ranks take their share."""

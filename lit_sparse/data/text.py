@@ -7,13 +7,13 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from lit_sparse._version import __version__
 from lit_sparse.data.rows import Collator as Collator
 from lit_sparse.data.rows import RowData
-from lit_sparse.data.sampling import LengthGroupedSampler
+from lit_sparse.data.sampling import LengthGroupedSampler, RowSampler
 from lit_sparse.data.sources import Reader, require_columns
 from lit_sparse.data.tokenizers import identify_tokenizer, load_tokenizer
 
@@ -160,10 +160,10 @@ class TextData(RowData):
             desc=f"Tokenising {split}",
         )
 
-    def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> DistributedSampler[Any]:
+    def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> RowSampler:
         if self.length_grouped:
             return LengthGroupedSampler(list(rows["length"]), self.batch_size, **shard, seed=self.seed)
         return super()._train_sampler(rows, shard)
 
-    def _loader(self, rows: Dataset, role: str, sampler: DistributedSampler[Any] | None = None) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset, role: str, sampler: RowSampler | None = None) -> DataLoader[Any]:
         return super()._loader(rows.remove_columns("length"), role, sampler)

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
+from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import load_peft
@@ -29,8 +30,8 @@ class SparseModule(LightningModule):
     """Fine-tune any Hugging Face model whose ``forward`` returns a ``.loss``, by a sparse method.
 
     The model is loaded and adapted in ``configure_model``; :attr:`model` is it. The module brings
-    :class:`~lit_sparse.Sparsify`, :class:`~lit_sparse.SparsityMonitor` and :class:`~lit_sparse.FiniteLoss`
-    itself. Its checkpoints hold what is trained, and none of the frozen weights.
+    :class:`~lit_sparse.Sparsify`, :class:`~lit_sparse.SparsityMonitor`, :class:`~lit_sparse.FiniteLoss` and
+    :class:`~lit_sparse.ExactResume` itself. Its checkpoints hold what is trained, and none of the frozen weights.
 
     A sub-class for a task sets :attr:`auto_class` and overrides ``training_step`` and its like.
 
@@ -111,14 +112,15 @@ class SparseModule(LightningModule):
         self.model = model
 
     def configure_callbacks(self) -> list[Callback]:
-        """This module's ``Sparsify``, and the monitor and the loss guard unless the Trainer has its own."""
+        """This module's ``Sparsify``, and the others of its callbacks unless the Trainer has its own."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(c, Sparsify) and not isinstance(c, _OwnSparsify) for c in present):
             raise UsageError(
                 f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take that out of its "
                 "callbacks."
             )
-        wanted = [kind() for kind in (SparsityMonitor, FiniteLoss) if not any(isinstance(c, kind) for c in present)]
+        kinds = (SparsityMonitor, FiniteLoss, ExactResume)
+        wanted = [kind() for kind in kinds if not any(isinstance(c, kind) for c in present)]
         return [self._sparsify, *wanted]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

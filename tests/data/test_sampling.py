@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_sparse.data.sampling import LengthGroupedSampler
+from lit_sparse.data.sampling import LengthGroupedSampler, ResumableLoader, RowSampler
 
 lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=400)
 
@@ -109,3 +110,63 @@ def test_lightning_tells_the_sampler_the_epoch(tmp_path):
     trainer.fit(Recorder(), DataLoader(torch.zeros(16, 32), batch_size=2, sampler=sampler))
     assert trainer.train_dataloader.sampler is sampler
     assert epochs == [0, 1, 2]
+
+
+def resumable(count, batch_size, grouped=False, **options):
+    rows = TensorDataset(torch.arange(count))
+    sampler = LengthGroupedSampler(random_lengths(count), batch_size) if grouped else RowSampler(rows, 1, 0, seed=3)
+    return ResumableLoader(rows, batch_size=batch_size, sampler=sampler, **options)
+
+
+def served(loader, epoch, limit=None):
+    loader.sampler.set_epoch(epoch)
+    return [batch[0].tolist() for batch in itertools.islice(iter(loader), limit)]
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 45), st.integers(0, 3), st.booleans())
+@settings(deadline=None)
+def test_a_loader_goes_on_where_another_was(count, batch_size, taken, epoch, grouped):
+    loader = resumable(count, batch_size, grouped)
+    whole = served(loader, epoch)
+    interrupted = resumable(count, batch_size, grouped)
+    served(interrupted, max(0, epoch - 1))
+    first = served(interrupted, epoch, limit=taken)
+    other = resumable(count, batch_size, grouped)
+    other.load_state_dict(interrupted.state_dict())
+    assert first + served(other, epoch) == whole
+    assert other.state_dict()["batches"] == len(whole) == len(other)
+    assert served(other, epoch + 1) == served(loader, epoch + 1)  # the place was one of that epoch alone
+
+
+def test_a_place_before_the_first_batch_is_the_end_of_the_epoch_before():
+    loader = resumable(10, 3)
+    served(loader, 0)
+    loader.sampler.set_epoch(1)
+    iter(loader)
+    other = resumable(10, 3)
+    other.load_state_dict(loader.state_dict())
+    assert served(other, 1) == served(resumable(10, 3), 1)
+
+
+def test_an_epoch_that_was_over_is_not_gone_on_with():
+    loader = resumable(10, 3)
+    served(loader, 0, limit=2)  # as many as limit_train_batches allows
+    other = resumable(10, 3)
+    other.load_state_dict(loader.state_dict())
+    assert served(other, 1) == served(resumable(10, 3), 1)
+
+
+def test_worker_processes_begin_at_the_place_too():
+    loader = resumable(12, 2)
+    whole = served(loader, 2)
+    served(loader, 2, limit=2)
+    other = resumable(12, 2, num_workers=2)
+    other.load_state_dict(loader.state_dict())
+    assert served(other, 2) == whole[2:]
+
+
+def test_other_batches_than_before_are_pointed_out():
+    loader = resumable(12, 2)
+    served(loader, 0, limit=2)
+    with pytest.warns(UserWarning, match="run with {'batch_size': 2, 'processes': 1}, and this one has .*3"):
+        resumable(12, 3).load_state_dict(loader.state_dict())

@@ -1,0 +1,235 @@
+"""Make a run that was killed end as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, distributed
+
+from lit_sparse.errors import UsageError
+
+RANDOM_STATES = "random_states"
+"""The checkpoint entry with the states of the random number generators of every process."""
+GRADIENTS = "gradients"
+"""The checkpoint entry with gradients that are still accumulating, by name of the parameter."""
+
+
+class ExactResume(Callback):
+    """Keep in checkpoints what a resumed run needs to go on as if it had not been interrupted.
+
+    Checkpoints get the states of the random number generators (torch on CPU and GPU, numpy, Python) of every process,
+    and between two batches of one optimizer step the gradients so far. They are written beside the old file and put in
+    its place whole, so that being killed leaves the one or the other; and before one is read, its checksums are. A
+    damaged file named ``last…`` is passed over for the newest sound checkpoint in its folder, with a warning; any other
+    damaged file is an error.
+
+    With a data loader that knows its place (those of this package, or torchdata's ``StatefulDataLoader``), a run on a
+    CPU is then bit for bit the uninterrupted one, from a checkpoint in the middle of an epoch too. What is random in
+    worker processes is not: they have generators of their own. :class:`~lit_sparse.SparseModule` brings this callback.
+
+    Raises:
+        UsageError: When a checkpoint is read that is damaged.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] | None = None
+        self._gradients: dict[str, Tensor] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Read and write checkpoints by :class:`WholeFiles`, unless the user has a plugin for that."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the states of all processes, each of which comes through here."""
+        checkpoint[RANDOM_STATES] = _of_all_processes(_random_state())
+        if _is_accumulating(trainer):
+            checkpoint[GRADIENTS] = _gradients(pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Keep them until training starts."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._states = checkpoint.get(RANDOM_STATES) if fitting else None
+        self._gradients = checkpoint.get(GRADIENTS, {}) if fitting else {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set them, as the last thing before training goes on."""
+        states, self._states = self._states, None
+        gradients, self._gradients = self._gradients, {}
+        for name, gradient in gradients.items():
+            parameter = pl_module.get_parameter(name)
+            parameter.grad = gradient.to(parameter)
+        if states is None:
+            return
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint was written by {len(states)} processes and is resumed by {trainer.world_size}: what "
+                "is drawn at random, such as dropout, differs from the uninterrupted run."
+            )
+            return
+        _set_random_state(states[trainer.global_rank])
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and reads none that is damaged; what is not on a disk as usual."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write a file beside ``path``, and rename it when it is on the disk."""
+        if storage_options is not None or _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob(f".{file.name}.*.part"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_folder(file.parent)
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read ``path``, or what takes its place."""
+        return super().load_checkpoint(path if _is_remote(path) else usable(path), map_location, weights_only)
+
+
+def usable(path: _PATH) -> Path:
+    """The checkpoint to read where ``path`` is asked for.
+
+    Args:
+        path: A file, or the folder of a sharded checkpoint.
+
+    Returns:
+        ``path``, or the newest sound checkpoint in its folder where it is a damaged file named ``last…``.
+
+    Raises:
+        UsageError: If there is nothing at ``path``, or it is damaged and nothing takes its place.
+    """
+    file = Path(path)
+    if file.is_dir() or (file.is_file() and is_sound(file)):
+        return file
+    other = last_checkpoint(file.parent)
+    if not file.exists():
+        hint = f" The newest in its folder is {str(other)!r}." if other is not None else ""
+        raise UsageError(f"The checkpoint {str(file)!r} does not exist.{hint}")
+    if other is not None and file.name.startswith("last"):
+        rank_zero_warn(f"{file} is damaged, as when a write is cut short; going on from the older {other}.")
+        return other
+    instead = f"the newest sound one is {str(other)!r}" if other is not None else "there is no other in its folder"
+    raise UsageError(f"The file {str(file)!r} is no checkpoint, or a damaged one; {instead}.")
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest sound checkpoint in a folder, to resume from whatever happened: ``trainer.fit(…, ckpt_path=…)``.
+
+    Args:
+        folder: Where a ``ModelCheckpoint`` writes, its ``dirpath``.
+
+    Returns:
+        The file that was written last among those named ``….ckpt`` that are not damaged, None if there is none.
+    """
+    return next((file for file in _newest_first(Path(folder).glob("*.ckpt")) if is_sound(file)), None)
+
+
+def is_sound(file: Path) -> bool:
+    """Whether a checkpoint file is whole, and its contents have the checksums that were written with them."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):  # what a broken header may look like
+        return False
+
+
+def _newest_first(files: Iterable[Path]) -> list[Path]:
+    dated = []
+    for file in files:
+        with suppress(FileNotFoundError):  # removed by a run that is still going on
+            dated.append((file.stat().st_mtime_ns, str(file), file))
+    return [file for _, _, file in sorted(dated, reverse=True)]
+
+
+def _sync_folder(folder: Path) -> None:
+    """See that a rename is on the disk too; where folders cannot be opened, as on Windows, it is up to the system."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_remote(path: _PATH) -> bool:
+    return "://" in str(path)
+
+
+def _is_accumulating(trainer: Trainer) -> bool:
+    """Whether the next batch adds to gradients that are there."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return not batches.is_last_batch and batches.current.ready % trainer.accumulate_grad_batches != 0
+
+
+@torch.no_grad()
+def _gradients(module: LightningModule) -> dict[str, Tensor]:
+    """Those of all trained parameters; with several processes, which have added up their own, the mean of them."""
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    if gradients and distributed.is_available() and distributed.is_initialized():
+        for gradient in gradients.values():
+            distributed.all_reduce(gradient)
+        torch._foreach_div_(list(gradients.values()), distributed.get_world_size())
+    return gradients
+
+
+def _random_state() -> dict[str, Any]:
+    """As plain values and tensors, which ``weights_only`` loading takes."""
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": keys}},
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    inner = state["numpy"]["state"]
+    key = inner["key"].cpu().numpy().astype(np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": key}})
+    random.setstate(state["python"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, state)
+    return states

@@ -1,0 +1,113 @@
+"""lit_sparse.CompactRanks: ranks go while a model trains, and a run that was compacted goes on."""
+
+import functools
+
+import lightning as L
+import pytest
+import torch
+from backbones import save_tiny_bert
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch.utils.data import DataLoader
+
+import lit_sparse as ls
+
+SORA = ls.SoRA(rank=4, sparsity_weight=4.0, gate_lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def rows(count=32):
+    ids = torch.randint(5, 60, (count, 6), generator=torch.Generator().manual_seed(0))
+    return DataLoader([{"input_ids": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(ids)], 4)
+
+
+def trainer(*callbacks, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    keep = {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **keep, "max_epochs": 2, **options})
+
+
+def classifier(bert, method=SORA):
+    optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
+    return ls.SequenceClassification(bert, method, num_labels=2, optimizer=optimizer)
+
+
+class Sizes(L.Callback):
+    """Ranks held after every batch."""
+
+    def __init__(self):
+        self.ranks = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.ranks.append(sum(adapter.rank for _, adapter in ls.adapters_in(pl_module)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ranks_go_at_every_so_many_steps(accumulate, bert):
+    module, sizes = classifier(bert), Sizes()
+    run = trainer(ls.CompactRanks(4), sizes, accumulate_grad_batches=accumulate)
+    run.fit(module, rows())
+    changes = {step + 1 for step in range(1, 16) if sizes.ranks[step] != sizes.ranks[step - 1]}
+    assert changes
+    assert changes <= {4 * accumulate * n for n in range(1, 5)}
+    assert sizes.ranks[0] == 13 * 4
+    assert 0 < sizes.ranks[-1] < 13 * 4
+    for _, adapter in ls.adapters_in(module):
+        state = run.optimizers[0].state
+        assert all(state[p]["exp_avg"].shape == p.shape for p in (adapter.lora_A, adapter.lora_B_t) if p in state)
+    zero = float(run.callback_metrics["sparsity/zero_gates"])
+    live = sum(int((adapter.gate != 0).sum()) for _, adapter in ls.adapters_in(module))
+    assert zero == pytest.approx(1 - live / (13 * 4), abs=1e-6)
+
+
+def test_a_compacted_checkpoint_loads_resumes_and_joins_a_bank(bert, tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    whole = classifier(bert)
+    trainer(ls.CompactRanks(4), keep).fit(whole, rows())
+    file = tmp_path / "step=8.ckpt"
+    saved = torch.load(file, weights_only=True)
+    assert 0 < sum(saved["lit_sparse"]["ranks_left"].values()) < sum(saved["lit_sparse"]["ranks"].values())
+
+    loaded = ls.SequenceClassification.load_from_checkpoint(file)
+    ranks = {name: adapter.rank for name, adapter in ls.adapters_in(loaded)}
+    assert ranks == saved["lit_sparse"]["ranks_left"]
+
+    resumed = classifier(bert)
+    trainer(ls.CompactRanks(4)).fit(resumed, rows(), ckpt_path=file)
+    ends = [{name: p for name, p in module.named_parameters() if p.requires_grad} for module in (whole, resumed)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+    backbone = classifier(bert)
+    backbone.configure_model()
+    bank = ls.AdapterBank(type(backbone.model).from_pretrained(bert))
+    bank.add("compact", file)
+    batch = next(iter(rows()))["input_ids"]
+    with bank.using("compact"), torch.no_grad():
+        found = bank.model.eval()(batch).logits
+        torch.testing.assert_close(found, loaded.model.eval()(batch).logits, rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_of_fewer_ranks_that_was_not_compacted_is_refused(bert, tmp_path):
+    run = trainer(max_epochs=1)
+    run.fit(classifier(bert, ls.SoRA(rank=2, threshold=0.01)), rows())
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(ls.UsageError, match="has rank 2 there and 4 here"):
+        trainer().fit(classifier(bert, ls.SoRA(rank=4, threshold=0.01)), rows(), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_what_cannot_be_compacted_is_refused_before_training(bert, monkeypatch):
+    with pytest.raises(ls.UsageError, match="every_n_steps must be at least 1; got 0"):
+        ls.CompactRanks(0)
+    with pytest.raises(ls.UsageError, match="no adapter has gates"):
+        trainer(ls.CompactRanks(1)).fit(classifier(bert, ls.RoseLoRA(rank=2, density=0.5)), rows())
+    with pytest.raises(ls.UsageError, match="changes the shapes that EMAWeightAveraging averages"):
+        trainer(ls.CompactRanks(1), EMAWeightAveraging()).fit(classifier(bert), rows())
+    module, run = classifier(bert), trainer()
+    module.configure_model()
+    monkeypatch.setattr(type(run), "world_size", 2)
+    with pytest.raises(ls.UsageError, match="works in one process, and there are 2"):
+        ls.CompactRanks(1).on_fit_start(run, module)
