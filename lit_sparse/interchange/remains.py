@@ -110,7 +110,9 @@ def trained_whole(model: nn.Module) -> dict[str, Tensor]:
     Buffers of modules that are trained from end to end, such as the running means of a norm, belong to it.
     """
     own = {id(p) for _, adapter in adapters_in(model) for p in adapter.parameters(recurse=False)}
-    found = {plain_name(model, n): p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    found = {
+        plain_name(model, n): p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in own
+    }
     for name in whole_modules(model):
         module = model.get_submodule(name)
         kept = module.state_dict()
