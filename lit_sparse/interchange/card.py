@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ _LOADING = {
         from peft import PeftModel
         from transformers import {model_class}
 
-        model = {model_class}.from_pretrained("{base_model}")
+        model = {model_class}.from_pretrained("{base_model}"{options})
         model = PeftModel.from_pretrained(model, "path/to/this/folder")
     """,
     "sparse": """
         import lit_sparse as ls
         from transformers import {model_class}
 
-        model = {model_class}.from_pretrained("{base_model}")
+        model = {model_class}.from_pretrained("{base_model}"{options})
         ls.load_adapter(model, "path/to/this/folder")
     """,
     "merged": """
@@ -78,19 +79,20 @@ _WHAT = {
 
 
 def model_card(
-    form: str, model_class: str, name: str | None, provenance: Provenance, ranks: Sequence[RankRow], whole: str
+    form: str, model: nn.Module, name: str | None, provenance: Provenance, ranks: Sequence[RankRow], whole: int
 ) -> str:
     """The text of ``README.md`` in the hub's form.
 
     Args:
         form: ``peft``, ``sparse``, ``delta`` or ``merged``.
-        model_class: Class of the model.
+        model: The model, for its class and number of labels.
         name: What the model says that it was loaded from.
         provenance: Where the export came from.
         ranks: The adapters.
         whole: Number of parameters trained whole.
     """
     base_model = _public_name(provenance.base_model or name)
+    model_class = type(model).__name__
     method = (provenance.method or "adapters").lower()
     front = ModelCardData(
         base_model=base_model,
@@ -106,9 +108,9 @@ def model_card(
         _method(provenance),
         _metrics(provenance.metrics),
         f"## What remains\n\n{remaining:,} parameters in {kept} of {sum(row.max_rank for row in ranks)} ranks, and "
-        f"{whole} trained whole.\n\n| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
+        f"{whole:,} trained whole.\n\n| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
         + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
-        _loading(form, model_class, base_model),
+        _loading(form, model, base_model),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -127,11 +129,18 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     return f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}"
 
 
-def _loading(form: str, model_class: str, base_model: str | None) -> str:
-    code = textwrap.dedent(_LOADING[form]).strip()
-    code = code.format(model_class=model_class, base_model=base_model or "path/to/the/base/model")
-    note = "" if form == "merged" else "The base model must be of the same class, with as many labels.\n\n"
-    return f"## How to load\n\n{note}```python\n{code}\n```\n"
+def _loading(form: str, model: nn.Module, base_model: str | None) -> str:
+    labels = getattr(getattr(model, "config", None), "num_labels", 2)  # two is what transformers assumes
+    code = (
+        textwrap.dedent(_LOADING[form])
+        .strip()
+        .format(
+            model_class=type(model).__name__,
+            base_model=base_model or "path/to/the/base/model",
+            options="" if labels == 2 else f", num_labels={labels}",
+        )
+    )
+    return f"## How to load\n\n```python\n{code}\n```\n"
 
 
 def _public_name(name: str | None) -> str | None:

@@ -140,11 +140,19 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         report = ExportReport(Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance)
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
         _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
-        card = model_card(form.name, type(model).__name__, name, provenance, counts.ranks, str(report.head_parameters))
+        card = model_card(form.name, model, name, provenance, counts.ranks, counts.head)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
         _push(report.folder, terms.push_to_hub)
     return report
+
+
+def require_free(folder: str | os.PathLike[str]) -> None:
+    """Raise a UsageError if there is something at ``folder`` that is no empty folder."""
+    target = Path(folder)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        state = "is not empty" if target.is_dir() else "is a file"
+        raise UsageError(f"{str(folder)!r} {state}: name a new folder, or remove what is there.")
 
 
 @contextmanager
@@ -154,10 +162,8 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UsageError: If there is something at ``folder`` that is no empty folder, or it cannot be made.
     """
+    require_free(folder)
     target = Path(folder)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        state = "is not empty" if target.is_dir() else "is a file"
-        raise UsageError(f"{str(folder)!r} {state}: name a new folder, or remove what is there.")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         # Beside it, so that the move is one step on one disk.

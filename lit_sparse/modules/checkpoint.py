@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +15,9 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+
+Kind = TypeVar("Kind")
 
 KEY = "lit_sparse"
 """The checkpoint entry that says which backbone and adapters it belongs to."""
@@ -37,6 +44,48 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[st
         "ranks": {name: adapter.rank for name, adapter in adapters_in(model)},
         "backbone_sample": _sample(model),
     }
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint file of a module of this library, on the CPU.
+
+    Raises:
+        UsageError: If it cannot be read, or was written by another.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if KEY not in checkpoint:
+        raise UsageError(f"{str(path)!r} was not written by a lit_sparse module: it names no method and backbone.")
+    return checkpoint
+
+
+def saved_method(saved: Mapping[str, Any]) -> SparseMethod:
+    """The method that a checkpoint names by class path and arguments; errors as those of :func:`known_class`."""
+    return known_class(saved["class_path"], SparseMethod)(**saved["init_args"])
+
+
+def known_class(path: str, parent: type[Kind]) -> type[Kind]:
+    """The sub-class of ``parent`` that a checkpoint names, of those known here.
+
+    A file must not choose what is imported: only modules of this library are, others must be already.
+
+    Raises:
+        UsageError: If no class of this name is known, or several are.
+    """
+    module, _, name = path.rpartition(".")
+    if module.startswith("lit_sparse."):
+        importlib.import_module(module)
+    # By the name alone: a class defined in a script has another module when the script is imported.
+    found = [kind for kind in {parent, *_subclasses(parent)} if kind.__qualname__ == name]
+    exact = [kind for kind in found if kind.__module__ == module]
+    if len(exact or found) != 1:
+        raise UsageError(
+            f"The checkpoint was trained with {path}, and {len(found)} classes of this name are known. Import the one "
+            "that is meant first."
+        )
+    return (exact or found)[0]
 
 
 def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpoint: dict[str, Any]) -> None:
@@ -81,6 +130,12 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
                 f"The checkpoint belongs to the backbone {saved['backbone']!r}; the frozen weights of {backbone!r} are "
                 "others. Adapters only work on the weights they were trained on."
             )
+
+
+def _subclasses(kind: type[Kind]) -> Iterator[type[Kind]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _difference(saved: dict[str, int], own: dict[str, int]) -> str:
