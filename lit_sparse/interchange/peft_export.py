@@ -144,8 +144,8 @@ def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B_t: Tenso
 def _config(model: nn.Module, ranks: Mapping[str, int], largest: int, saved: list[str]) -> dict[str, Any]:
     names = list(dict.fromkeys(plain_name(model, name) for name, _ in model.named_modules() if name))
     task, unasked = _task(model)
-    if any(_excluded(name, unasked) for name in ranks):
-        task = None  # PEFT's model for the task would not adapt them
+    if any(_excluded(name, unasked) for name in ranks) or any(n.endswith(unasked) for n in names if n not in saved):
+        task = None  # PEFT's model for the task would not adapt these, or look for those in vain
     _require_saved_exactly(saved, names, ranks)
     pattern = {_pattern_key(name, ranks): rank for name, rank in ranks.items() if rank != largest}
     wrong = {name: rank for name, rank in ranks.items() if of_layer(pattern, name, largest) != rank}

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
@@ -117,24 +120,26 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _tokens(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    embeddings: Any = model.get_input_embeddings()
-    count = getattr(embeddings, "num_embeddings", None)
+    config: Any = model.config.get_text_config()
+    count = getattr(config, "vocab_size", None)
     if count is None:
         return None
-    config = model.config.get_text_config()
     # Far apart, each another one; a pad token would be taken for the end of the row, and BART's needs one eos.
     ids = [i * max(1, count // (_LENGTH + 2)) % count for i in range(1, _LENGTH + 1)]
-    special = {t for t in (config.pad_token_id, config.eos_token_id) if isinstance(t, int)}
+    eos = getattr(config, "eos_token_id", None)
+    special = {t for t in (getattr(config, "pad_token_id", None), eos) if isinstance(t, int)}
     usable = next((i for i in range(count) if i not in special), 0)
     ids = [usable if i in special else i for i in ids]
-    if isinstance(config.eos_token_id, int) and config.eos_token_id < count:
-        ids[-1] = config.eos_token_id
+    if isinstance(eos, int) and eos < count:
+        ids[-1] = eos
     input_ids = torch.tensor([ids])
     if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         input_ids = torch.stack([input_ids, input_ids.flip(1)], 1)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = input_ids
+    if type(model).__name__ in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+        batch |= _pixels(model)  # CLIP and its like compare texts with images
     return batch
 
 
