@@ -20,6 +20,12 @@ from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export
 from lit_sparse.interchange.remains import require_trained
 
+# One of these is in every folder with a tokenizer, image processor, feature extractor or several of them.
+_PROCESSOR_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
@@ -73,8 +79,8 @@ def export_merged(
 def _write(
     model: PreTrainedModel, dtype: torch.dtype, source: str | os.PathLike[str] | None, draft: Path
 ) -> dict[str, Any]:
-    if dtype.itemsize >= 4 and not any(quantized_layers(model)):
-        _cast(model, dtype)  # first, so that the sum is not rounded to half precision on the way
+    if not any(quantized_layers(model)):
+        _cast(model, torch.promote_types(dtype, _frozen_dtype(model)))  # so that the sum is rounded once
     merge(model)
     _cast(model, dtype)
     model.save_pretrained(draft)
@@ -91,11 +97,11 @@ def _read(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> nn.Module:
 
 
 def _save_processor(source: str | os.PathLike[str] | None, draft: Path) -> None:
-    if not source:
-        return
+    if not source or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _PROCESSOR_FILES)):
+        return  # transformers would make a tokenizer without words
     try:
         AutoProcessor.from_pretrained(source).save_pretrained(draft)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file or a missing package makes of it: the model is worth more
         reason = " ".join(str(error).split())
         rank_zero_warn(
             f"No tokenizer or processor is written beside the model: that of {source!r} has none ({reason})."

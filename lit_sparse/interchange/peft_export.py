@@ -258,16 +258,4 @@ def _saved_modules(model: nn.Module) -> list[str]:
                 f"with_head=False, or: {_ELSE}"
             )
         saved.append(owner)
-    _require_untied(model, saved)
     return saved
-
-
-def _require_untied(model: nn.Module, saved: Collection[str]) -> None:
-    heads = tuple(f"{module}." for module in saved)
-    own = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name.startswith(heads)}
-    tied = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own and not n.startswith(heads)]
-    if tied:
-        raise UsageError(
-            f"The head {some(saved)} shares its weights with {some(tied)}, and PEFT would train a copy. Untie them in "
-            f"the backbone (tie_word_embeddings: false), export with_head=False, or: {_ELSE}"
-        )

@@ -340,25 +340,6 @@ def test_a_tied_head_is_saved_under_both_names(tmp_path):
     torch.testing.assert_close(logits(loaded, IDS), logits(model, IDS), rtol=0, atol=1e-10)
 
 
-class Tied(nn.Module):
-    """A head that shares its weight with a module that is trained in part."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.norm, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
-        self.head.weight = self.norm.weight
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)))
-
-
-def test_a_head_tied_to_what_is_frozen_is_refused(tmp_path):
-    model = as_trained(Tied(), ls.LoRA(["body"], rank=2, train_head=["head"]))
-    with pytest.raises(ls.UsageError, match=r"shares its weights with \['norm.weight'\], and PEFT would train a copy"):
-        ls.export_peft(model, tmp_path / "lora", batch={"x": torch.ones(1, 3)})
-    ls.export_peft(model, tmp_path / "lora", with_head=False, batch={"x": torch.ones(1, 3)})
-
-
 def test_a_parameter_beside_an_adapter_is_refused(tmp_path):
     model = as_trained(build_tiny(BertForSequenceClassification), ls.LoRA(["query"], rank=2))
     model.bert.encoder.layer[0].attention.self.query.base.bias.requires_grad_(True)
