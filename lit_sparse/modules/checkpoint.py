@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -54,8 +53,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a file that is no checkpoint makes of it
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
     if KEY not in checkpoint:
         raise UsageError(f"{str(path)!r} was not written by a lit_sparse module: it names no method and backbone.")
     return checkpoint
