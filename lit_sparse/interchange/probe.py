@@ -21,6 +21,7 @@ _LENGTH = 16  # tokens
 _SAMPLES = 16000  # of a sound: a second
 _PIXELS = 224  # where the configuration names no size
 # What another order of the same operations does, relative to the largest output.
+_SMALL = 1e-2  # outputs that cancel out to less are no measure of rounding
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -85,7 +86,7 @@ def default_tolerance(model: nn.Module, outputs: Sequence[Tensor], *dtypes: torc
 
     Args:
         model: For the coarsest dtype of its parameters; quantized layers count as bfloat16.
-        outputs: The tolerance grows with the largest value in them.
+        outputs: The tolerance is a share of the largest value in them.
         dtypes: Others that the model passes through.
     """
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -93,7 +94,7 @@ def default_tolerance(model: nn.Module, outputs: Sequence[Tensor], *dtypes: torc
         own.add(torch.bfloat16)
     finite = [t.double()[t.isfinite()].abs() for t in outputs]
     largest = max((float(t.max()) for t in finite if t.numel()), default=0.0)
-    return max(_TOLERANCES.get(dtype, 1e-1) for dtype in (*own, *dtypes)) * max(1.0, largest)
+    return max(_TOLERANCES.get(dtype, 1e-1) for dtype in (*own, *dtypes)) * max(_SMALL, largest)
 
 
 @contextmanager
