@@ -20,7 +20,7 @@ from lit_sparse.errors import UsageError
 _LENGTH = 16  # tokens
 _SAMPLES = 16000  # of a sound: a second
 _PIXELS = 224  # where the configuration names no size
-_SMALL = 1e-2  # outputs that cancel out to less are no measure of rounding
+_SMALL = 0.1  # outputs that cancel out to less are no measure of rounding
 # What another order of the same operations does, relative to the largest output.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
