@@ -62,6 +62,7 @@ def project(tmp_path_factory):
     config = write_config(folder / "config.yaml", model, data, 0.01, max_epochs=2, callbacks=callbacks, logger=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lit-sparse"])
+        patch.chdir(folder)
         main(["fit", "--config", config])
     return folder
 

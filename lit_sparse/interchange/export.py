@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class _Counts:
-    ranks: list[RankRow] = field(default_factory=list)
-    head: int = 0
+    ranks: list[RankRow]
+    head: int
 
     @property
     def remaining(self) -> int:
@@ -120,22 +120,10 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
     counts = _count(model)
     provenance = terms.provenance or Provenance()
+    name = getattr(model, "name_or_path", None) or None
     with new_folder(folder) as draft:
-        batch = terms.batch if terms.batch is not None else probe_batch(model)
-        expected = outputs_of(model, batch)
-        tolerance = terms.tolerance
-        if tolerance is None:
-            tolerance = default_tolerance(model, expected, *form.dtypes)
-        name = getattr(model, "name_or_path", None) or None
-        entries = {**_entries(form.name, model, name, provenance), **form.write(draft)}
-        _write_metadata(draft, entries)  # reading back needs it
-        difference = difference_of(expected, outputs_of(form.read(draft), batch))
-        if not difference <= tolerance:
-            raise UsageError(
-                f"Read back, the export as {form.name} gives outputs that differ from the live model's by "
-                f"{difference:.3g}, more than the tolerance of {tolerance:.3g}: nothing was written to "
-                f"{str(folder)!r}. Raise tolerance if that is good enough, or write in another dtype or format."
-            )
+        entries = _entries(form.name, model, name, provenance)
+        difference, tolerance = _write_checked(draft, model, form, terms, entries)
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         report = ExportReport(Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance)
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
@@ -193,6 +181,27 @@ def _count(model: nn.Module) -> _Counts:
         remains = remains_of(adapter)
         rows.append(RankRow(name, sum(remains.ranks), adapter.lora_A.shape[0], remains.parameters))
     return _Counts(rows, sum(tensor.numel() for tensor in trained_whole(model).values()))
+
+
+def _write_checked(
+    draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any]
+) -> tuple[float, float]:
+    """Write, read back and compare; the difference and what it may be. ``entries`` gains what the form says."""
+    batch = terms.batch if terms.batch is not None else probe_batch(model)
+    expected = outputs_of(model, batch)
+    tolerance = terms.tolerance
+    if tolerance is None:
+        tolerance = default_tolerance(model, expected, *form.dtypes)
+    entries |= form.write(draft)
+    _write_metadata(draft, entries)  # reading back needs it
+    difference = difference_of(expected, outputs_of(form.read(draft), batch))
+    if not difference <= tolerance:
+        raise UsageError(
+            f"Read back, the export as {form.name} gives outputs that differ from the live model's by "
+            f"{difference:.3g}, more than the tolerance of {tolerance:.3g}: nothing was written. Raise tolerance if "
+            "that is good enough, or write in another dtype or format."
+        )
+    return difference, tolerance
 
 
 def _entries(form: str, model: nn.Module, base_model: str | None, provenance: Provenance) -> dict[str, Any]:
