@@ -38,7 +38,15 @@ if TYPE_CHECKING:
     from lit_sparse.data.token_classification import TokenClassificationData as TokenClassificationData
     from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
+    from lit_sparse.exporting import export_checkpoint as export_checkpoint
+    from lit_sparse.interchange.card import Provenance as Provenance
+    from lit_sparse.interchange.export import ExportReport as ExportReport
+    from lit_sparse.interchange.merged_folder import export_merged as export_merged
+    from lit_sparse.interchange.peft_export import export_peft as export_peft
     from lit_sparse.interchange.peft_folder import load_peft as load_peft
+    from lit_sparse.interchange.sparse_folder import export_delta as export_delta
+    from lit_sparse.interchange.sparse_folder import load_adapter as load_adapter
+    from lit_sparse.interchange.sparse_folder import save_adapter as save_adapter
     from lit_sparse.methods.base import SparseMethod as SparseMethod
     from lit_sparse.methods.base import Step as Step
     from lit_sparse.methods.gated_roselora import GatedRoseLoRA as GatedRoseLoRA
@@ -88,7 +96,15 @@ _HOME = {
     "TokenClassificationData": "data.token_classification",
     "TrainingError": "errors",
     "UsageError": "errors",
+    "export_checkpoint": "exporting",
+    "Provenance": "interchange.card",
+    "ExportReport": "interchange.export",
+    "export_merged": "interchange.merged_folder",
+    "export_peft": "interchange.peft_export",
     "load_peft": "interchange.peft_folder",
+    "export_delta": "interchange.sparse_folder",
+    "load_adapter": "interchange.sparse_folder",
+    "save_adapter": "interchange.sparse_folder",
     "SparseMethod": "methods.base",
     "Step": "methods.base",
     "GatedRoseLoRA": "methods.gated_roselora",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import install, read_peft
-from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 
 _MODEL = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
@@ -190,18 +187,13 @@ def _load_folder(model: nn.Module, path: Path) -> None:
 
 
 def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if checkpoints.KEY not in checkpoint:
-        raise UsageError(f"{str(path)!r} was not written by a lit_sparse module: it names no method and backbone.")
+    checkpoint = checkpoints.read(path)
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     outside = [name for name in weights if not name.startswith(_MODEL)]
     if outside:
         raise UsageError(f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: a bank cannot use them.")
     saved = checkpoint[checkpoints.KEY]["method"]
-    method = _method(saved)
+    method = checkpoints.saved_method(saved)
     if method.init_weights == "pissa":
         raise UsageError(f"{str(path)!r} was trained with init_weights 'pissa', which changed the shared weights.")
     _make_room(model, {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}, path)
@@ -216,30 +208,6 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
             f"The weights in {str(path)!r} do not fit {name!r}: missing {sorted(missing)[:3]}, unknown "
             f"{keys.unexpected_keys[:3]}."
         )
-
-
-def _method(saved: Mapping[str, Any]) -> SparseMethod:
-    """The method that a checkpoint names, of the classes known here: a file must not choose what is imported."""
-    path: str = saved["class_path"]
-    module, _, name = path.rpartition(".")
-    if module.startswith("lit_sparse."):
-        importlib.import_module(module)
-    # By the name alone: a class defined in a script has another module when the script is imported.
-    found = [kind for kind in _subclasses(SparseMethod) if kind.__qualname__ == name]
-    exact = [kind for kind in found if kind.__module__ == module]
-    if len(exact or found) != 1:
-        raise UsageError(
-            f"The checkpoint was trained with {path}, and {len(found)} classes of this name are known. Import the one "
-            "that is meant first."
-        )
-    kind = (exact or found)[0]
-    return kind(**saved["init_args"])
-
-
-def _subclasses(kind: type[SparseMethod]) -> Iterator[type[SparseMethod]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)
 
 
 def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_sparse
+from lit_sparse import exporting
 from lit_sparse.callbacks.resume import last_checkpoint, usable
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
@@ -29,7 +30,7 @@ DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any Ligh
 Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1"""
 
 # A word that is not ours goes to the lightning command of another package, if there is one.
-COMMANDS = ("fit", "validate", "test", "predict", "inspect")
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", *exporting.COMMANDS)
 
 
 # Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
@@ -41,6 +42,9 @@ _NOISE = re.compile(
 
 class SparseParser(LightningArgumentParser):
     """Reports an error in one line, and takes no abbreviations: ``max_epoch`` would pass for ``max_epochs``."""
+
+    options: Sequence[str] = ()
+    """The options of a command that takes no configuration."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
@@ -57,7 +61,7 @@ class SparseParser(LightningArgumentParser):
             super().error(message, ex)
         lines = [line.strip() for line in message.splitlines()]
         unknown = re.search(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)", message)
-        hint = _suggestion(unknown[1]) if unknown else ""
+        hint = _suggestion(unknown[1], self.options) if unknown else ""
         _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
 
@@ -117,6 +121,12 @@ class SparseCLI(LightningCLI):
         """Lightning's, but for ``inspect``."""
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, command in exporting.COMMANDS.items():  # for --help; main runs them without a configuration
+            commands: Any = parser._subcommands_action
+            commands.add_subcommand(name, _export_parser(name), help=_summary(command))
+
     def before_instantiate_classes(self) -> None:
         """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -174,7 +184,11 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, folder)  # as python -m does, so that modules of the user's own are found
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    words = sys.argv[1:] if args is None else list(args)
     try:
+        if words and words[0] in exporting.COMMANDS:
+            _export(words[0], words[1:])
+            return
         SparseCLI(
             trainer_class=SparseTrainer,
             args=None if args is None else list(args),
@@ -201,6 +215,23 @@ def lightning_main() -> None:
     main()
 
 
+def _export(name: str, words: Sequence[str]) -> None:
+    parser = _export_parser(name, prog=f"{_program()} {name}")
+    report = exporting.COMMANDS[name](**parser.parse_args(words).as_dict())
+    sys.stdout.write(f"{report}\n")
+
+
+def _export_parser(name: str, **options: Any) -> SparseParser:
+    command = exporting.COMMANDS[name]
+    parser = SparseParser(description=_summary(command), **options)
+    parser.options = parser.add_function_arguments(command)
+    return parser
+
+
+def _summary(command: object) -> str:
+    return (inspect.getdoc(command) or "").splitlines()[0]
+
+
 def _other_lightning() -> EntryPoint | None:
     """The ``lightning`` program of another installed package, such as lightning_sdk."""
     own = __name__
@@ -220,13 +251,15 @@ def _is_sparse_module(class_path: str) -> bool:
     return isinstance(kind, type) and issubclass(kind, SparseModule)
 
 
-def _suggestion(key: str) -> str:
-    """Arguments of ours, or of the Trainer, that are spelt like the last part of ``key``."""
-    public = [getattr(lit_sparse, name) for name in dir(lit_sparse)]
+def _suggestion(key: str, options: Sequence[str]) -> str:
+    """Options of the command, else arguments of ours or of the Trainer, spelt like the last part of ``key``."""
+    public = [] if options else [getattr(lit_sparse, name) for name in dir(lit_sparse)]
     kinds: list[Any] = [kind for kind in public if isinstance(kind, type) and not issubclass(kind, Exception)]
-    known = {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
+    known = options or {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
     close = difflib.get_close_matches(key.rpartition(".")[2], known)
-    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ". --print_config lists what there is."
+    if close:
+        return f". Did you mean {' or '.join(map(repr, close))}?"
+    return f". --{'help' if options else 'print_config'} lists what there is."
 
 
 def _program() -> str:

@@ -16,6 +16,7 @@ SHOWS = {
     "manual_optimization.py": r"entries kept in each row of A: \[3\]",
     "fabric_loop.py": r"[0-7] of 8 ranks remain",
     "several_adapters.py": r"upper: accuracy (0\.9|1\.0)\d\ninner: accuracy (0\.9|1\.0)",
+    "predict_with_transformers.py": r"transformers: same answers True.*\nPEFT: (same answers True|not installed)",
     "with_lightning_callbacks.py": r"[3-9]\d% of the gates are zero",
 }
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"callbacks"},
     {"quickstart"},
     {"modules", "data"},
-    {"plotting", "inspection", "bank"},
+    {"plotting", "inspection", "bank", "exporting"},
     {"__init__"},  # offers the public names of all of the above
     {"cli"},
     {"__main__"},

@@ -72,6 +72,8 @@ class LowRankAdapter(nn.Module):
         self.enabled = True
         self.overrides: Mapping[str, float] = {}
         """What the method sets otherwise for this layer than for the rest, by argument."""
+        self.took_from_weight = False
+        """Whether A and B began as a part of the frozen weight, which is only the rest since then."""
 
         def new(*shape: int) -> nn.Parameter:
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -141,6 +143,7 @@ class LowRankAdapter(nn.Module):
         self.lora_A.copy_((roots * right[:, : self.rank]).flatten(0, 1))
         self.lora_B_t.copy_((roots * left.mT[:, : self.rank] / self.scale).flatten(0, 1))
         self.weight.copy_(self.weight.to(self.lora_A.dtype) - self.delta_weight())
+        self.took_from_weight = True
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

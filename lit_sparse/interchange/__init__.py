@@ -1,1 +1,1 @@
-"""Reading what other libraries wrote."""
+"""Reading and writing folders that other libraries, and this one, load: adapters, patches, whole models."""

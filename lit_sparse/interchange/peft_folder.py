@@ -26,9 +26,9 @@ from lit_sparse.methods.base import Overrides
 from lit_sparse.methods.lora import LoRA
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
-_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 # Settings that are used here, or that say nothing of what the tensors mean. Any other must be unset: DoRA and its like
 # compute something else with the same tensors, and what PEFT will invent next is not known here.
@@ -114,7 +114,7 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
     """Read a folder of PEFT's; arguments and errors as those of :func:`load_peft`."""
     path = Path(folder)
     config = _read_config(path)
-    named = {name.removeprefix(_PREFIX): tensor for name, tensor in _read_tensors(path).items()}
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in _read_tensors(path).items()}
     factors: dict[str, dict[str, Tensor]] = {}
     whole = {}
     for name, tensor in named.items():
@@ -124,7 +124,7 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
         else:
             factors.setdefault(match[1], {})[match[2] or match[3]] = tensor.flatten(1)
     if not factors:
-        raise UsageError(f"{path / _WEIGHTS} holds no lora_A and lora_B; its tensors are {_some(named)}.")
+        raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {some(named)}.")
     return PeftLoRA(path, config, {name: _pair(path, config, name, own) for name, own in factors.items()}, whole)
 
 
@@ -171,11 +171,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    file = path / _WEIGHTS
+    file = path / WEIGHTS
     if not file.is_file():
         pickled = (path / "adapter_model.bin").is_file()
         raise UsageError(
-            f"{path} has no {_WEIGHTS}"
+            f"{path} has no {WEIGHTS}"
             + (", only a pickle, which may run code when it is read. Save it again with PEFT." if pickled else ".")
         )
     try:
@@ -186,20 +186,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _pair(path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor]) -> LowRankPair:
     if len(factors) < 2:
-        raise UsageError(f"{path / _WEIGHTS} holds lora_{next(iter(factors))} of {name!r} alone.")
+        raise UsageError(f"{path / WEIGHTS} holds lora_{next(iter(factors))} of {name!r} alone.")
     rank = factors["A"].shape[0]
-    stated = _of_layer(config.get("rank_pattern"), name, config["r"])
+    stated = of_layer(config.get("rank_pattern"), name, config["r"])
     if not rank == factors["B"].shape[1] == stated:
         raise UsageError(
             f"In {path} the rank of {name!r} is {rank} by lora_A, {factors['B'].shape[1]} by lora_B, and {stated} by "
             f"{CONFIG}: it is no plain LoRA of one rank. (In a convolution with groups, PEFT's is another function.)"
         )
-    alpha = _of_layer(config.get("alpha_pattern"), name, config["lora_alpha"])
+    alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRankPair(factors["A"], factors["B"], alpha, scale)
 
 
-def _of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+def of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """PEFT's rule: a key is a regular expression for trailing parts of the name, the first that matches holds."""
     keys = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", name))
     key = next(keys, None)
@@ -231,15 +231,15 @@ def _require_layers(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Low
     absent = [name for name in lora.pairs if name not in every]
     if absent:
         raise UsageError(
-            f"{lora.folder} adapts {_some(absent)}, and {type(model).__name__} has no such layers: its own are "
-            f"{_some(every)}. Load the class of model that PEFT was given."
+            f"{lora.folder} adapts {some(absent)}, and {type(model).__name__} has no such layers: its own are "
+            f"{some(every)}. Load the class of model that PEFT was given."
         )
     only_there = [name for name in lora.pairs if name not in adapters]
     only_here = [name for name in adapters if name not in lora.pairs]
     if adapters and (only_there or only_here):
         raise UsageError(
-            f"{lora.folder} and the method adapt other layers. In the folder only: {_some(only_there)}. Here only: "
-            f"{_some(only_here)}. Set target_modules to {_tails(lora.pairs, every)}."
+            f"{lora.folder} and the method adapt other layers. In the folder only: {some(only_there)}. Here only: "
+            f"{some(only_here)}. Set target_modules to {_tails(lora.pairs, every)}."
         )
 
 
@@ -259,9 +259,9 @@ def _method(lora: PeftLoRA, heads: list[str]) -> LoRA:
     for name, pair in lora.pairs.items():
         own = {"rank": pair.lora_A.shape[0], "alpha": pair.alpha}
         if own != {"rank": config["r"], "alpha": config["lora_alpha"]}:
-            overrides[_exactly(name)] = own
+            overrides[exactly(name)] = own
     return LoRA(
-        target_modules="|".join(_exactly(name) for name in lora.pairs),
+        target_modules="|".join(exactly(name) for name in lora.pairs),
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
@@ -271,7 +271,8 @@ def _method(lora: PeftLoRA, heads: list[str]) -> LoRA:
     )
 
 
-def _exactly(name: str) -> str:
+def exactly(name: str) -> str:
+    """A pattern for ``target_modules`` and ``overrides`` that means one layer."""
     # In a group, since the bare name would also be taken for the trailing part of longer ones.
     return f"(?:{re.escape(name)})"
 
@@ -309,7 +310,7 @@ def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
     brought = {name.replace(".base_layer.", ".base."): tensor for name, tensor in lora.whole.items()}
     homeless = [name for name in brought if name not in places]
     if homeless:
-        raise UsageError(f"{lora.folder} holds {_some(homeless)}, for which {type(model).__name__} has no place.")
+        raise UsageError(f"{lora.folder} holds {some(homeless)}, for which {type(model).__name__} has no place.")
     for name, tensor in brought.items():
         here = places[name]
         if here.shape != tensor.shape:
@@ -328,7 +329,7 @@ def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
         places[name].copy_(tensor)
     alone = [n for n, p in parameters.items() if p.requires_grad and id(p) not in own and n not in brought]
     if alone:
-        rank_zero_warn(f"{lora.folder} holds nothing for {_some(alone)}: these start as the backbone has them.")
+        rank_zero_warn(f"{lora.folder} holds nothing for {some(alone)}: these start as the backbone has them.")
 
 
 def _require_untied(model: nn.Module, lora: PeftLoRA, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -342,7 +343,7 @@ def _require_untied(model: nn.Module, lora: PeftLoRA, parameters: Mapping[str, n
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """A list that fits into a message."""
     ordered = sorted(names)
     shown = ", ".join(repr(name) for name in ordered[:6])

@@ -156,7 +156,13 @@ class SparseModule(LightningModule):
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
         frozen = frozenset(checkpoints.frozen_entries(self))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self, self.backbone, _portable_method(self.method))
+        checkpoint[checkpoints.KEY] = {
+            **checkpoints.describe(self, self.backbone, _portable_method(self.method)),
+            # What rebuilds the module without the configuration, beside the hyperparameters.
+            "module": _path_of(type(self)),
+            "built": bool(self._built),
+            "pad_token_id": getattr(getattr(self.model, "config", None), "pad_token_id", None),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other adapters or of another backbone."""

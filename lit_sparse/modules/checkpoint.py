@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,9 @@ from lit_sparse.adapters.compaction import shrink
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+
+Kind = TypeVar("Kind")
 
 KEY = "lit_sparse"
 """The checkpoint entry that says which backbone and adapters it belongs to."""
@@ -39,6 +45,49 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[st
         "ranks_left": {name: adapter.rank for name, adapter in adapters_in(model)},
         "backbone_sample": _sample(model),
     }
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint file of a module of this library, on the CPU.
+
+    Raises:
+        UsageError: If it cannot be read, or was written by another.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is no checkpoint makes of it
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
+    if KEY not in checkpoint:
+        raise UsageError(f"{str(path)!r} was not written by a lit_sparse module: it names no method and backbone.")
+    return checkpoint
+
+
+def saved_method(saved: Mapping[str, Any]) -> SparseMethod:
+    """The method that a checkpoint names by class path and arguments; errors as those of :func:`known_class`."""
+    return known_class(saved["class_path"], SparseMethod)(**saved["init_args"])
+
+
+def known_class(path: str, parent: type[Kind]) -> type[Kind]:
+    """The sub-class of ``parent`` that a checkpoint names, of those known here.
+
+    A file must not choose what is imported: only modules of this library are, others must be already.
+
+    Raises:
+        UsageError: If no class of this name is known, or several are.
+    """
+    module, _, name = path.rpartition(".")
+    if module.startswith("lit_sparse."):
+        importlib.import_module(module)
+    # By the name alone: a class defined in a script has another module when the script is imported.
+    found = [kind for kind in {parent, *_subclasses(parent)} if kind.__qualname__ == name]
+    exact = [kind for kind in found if kind.__module__ == module]
+    if len(exact or found) != 1:
+        raise UsageError(
+            f"The checkpoint was trained with {path}, and {len(found)} classes of this name are known. Import the one "
+            "that is meant first."
+        )
+    return (exact or found)[0]
 
 
 def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpoint: dict[str, Any]) -> None:
@@ -89,6 +138,12 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
     for name, left in saved.get("ranks_left", {}).items():
         if left < adapters[name].rank:
             shrink(adapters[name], left)
+
+
+def _subclasses(kind: type[Kind]) -> Iterator[type[Kind]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _difference(saved: dict[str, int], own: dict[str, int]) -> str:

@@ -1,0 +1,238 @@
+"""Make a model of a checkpoint alone, and export it: what ``lit-sparse export`` and ``lit-sparse merge`` do."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.card import Provenance
+from lit_sparse.interchange.export import ExportReport, require_free
+from lit_sparse.interchange.merged_folder import Dtype, export_merged
+from lit_sparse.interchange.peft_export import Layout, export_peft
+from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
+from lit_sparse.modules import checkpoint as checkpoints
+from lit_sparse.modules.base import SparseModule
+from lit_sparse.quickstart import resolve
+
+Format = Literal["peft", "sparse", "delta", "merged"]
+
+_INSIDE = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
+# Arguments that are of the training alone, or that are given otherwise.
+_NOT_REBUILT = ("backbone", "method", "optimizer", "start_from", "compile", "gradient_checkpointing", "backbone_args")
+
+
+def export_checkpoint(
+    ckpt_path: str,
+    output: str,
+    format: Format = "peft",  # noqa: A002
+    layout: Layout = "ragged",
+    with_head: bool = True,
+    dtype: Dtype | None = None,
+    tolerance: float | None = None,
+    backbone: str | None = None,
+    license: str = "unknown",  # noqa: A002
+    push_to_hub: str | None = None,
+    import_modules: list[str] | None = None,
+    trust_remote_code: bool = False,
+) -> ExportReport:
+    """Export what a run trained, from its checkpoint alone.
+
+    Args:
+        ckpt_path: Checkpoint file of a SparseModule whose backbone was given by name.
+        output: Folder to write; must not exist, or be empty.
+        format: peft: a plain LoRA without the ranks that were removed. sparse: of A and B only what is not zero. delta:
+            the entries of the frozen weights that change, a patch. merged: the whole model, for transformers.
+        layout: For peft. ragged: each layer with its own rank; padded: all with the largest.
+        with_head: For peft: write what was trained whole too.
+        dtype: For merged: dtype of the weights; null: that of the backbone.
+        tolerance: Largest difference of outputs from the live model's that is accepted; null: what rounding may do.
+        backbone: Where the backbone is now, if not where the run had it.
+        license: What the model card says.
+        push_to_hub: Repository on the hub, such as me/my-adapter, to upload the folder to.
+        import_modules: Python modules of yours to import first, with the classes that the checkpoint names.
+        trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
+
+    Returns:
+        Sizes, and the difference that was found when the folder was read back.
+
+    Raises:
+        UsageError: If the checkpoint cannot be read or no model be made of it, an option does not belong to the format,
+            or the export is refused.
+    """
+    _require_options(format, layout, with_head, dtype)
+    require_free(output)  # before the backbone is loaded
+    for name in import_modules or []:
+        _import(name)
+    checkpoint = checkpoints.read(ckpt_path)
+    module = restore(checkpoint, ckpt_path, backbone, trust_remote_code)
+    model: Any = module.model
+    common: dict[str, Any] = {
+        "tolerance": tolerance,
+        "provenance": _provenance(checkpoint, module, license),
+        "push_to_hub": push_to_hub,
+    }
+    if format == "peft":
+        return export_peft(model, output, layout, with_head, **common)
+    if format == "merged":
+        return export_merged(model, output, dtype, resolve(module.backbone), **common)
+    return (save_adapter if format == "sparse" else export_delta)(model, output, **common)
+
+
+def merge_checkpoint(
+    ckpt_path: str,
+    output: str,
+    dtype: Dtype | None = None,
+    tolerance: float | None = None,
+    backbone: str | None = None,
+    license: str = "unknown",  # noqa: A002
+    push_to_hub: str | None = None,
+    import_modules: list[str] | None = None,
+    trust_remote_code: bool = False,
+) -> ExportReport:
+    """Write the whole model of a run, with its adapters merged: export with the format merged.
+
+    Args:
+        ckpt_path: Checkpoint file of a SparseModule whose backbone was given by name.
+        output: Folder to write; must not exist, or be empty.
+        dtype: Of the weights; null: that of the backbone.
+        tolerance: Largest difference of outputs from the live model's that is accepted; null: what rounding may do.
+        backbone: Where the backbone is now, if not where the run had it.
+        license: What the model card says.
+        push_to_hub: Repository on the hub, such as me/my-model, to upload the folder to.
+        import_modules: Python modules of yours to import first, with the classes that the checkpoint names.
+        trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
+
+    Returns:
+        Sizes, and the difference that was found when the folder was read back.
+
+    Raises:
+        UsageError: As :func:`export_checkpoint`.
+    """
+    return export_checkpoint(
+        ckpt_path,
+        output,
+        "merged",
+        dtype=dtype,
+        tolerance=tolerance,
+        backbone=backbone,
+        license=license,
+        push_to_hub=push_to_hub,
+        import_modules=import_modules,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+COMMANDS: dict[str, Callable[..., ExportReport]] = {"export": export_checkpoint, "merge": merge_checkpoint}
+"""Name of a command to what it calls; its options are the arguments."""
+
+
+def restore(
+    checkpoint: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    backbone: str | None = None,
+    trust_remote_code: bool = False,
+) -> SparseModule:
+    """Build the module that wrote a checkpoint, with its backbone, and load what it trained.
+
+    Args:
+        checkpoint: As read.
+        path: Where from, for messages.
+        backbone: Name or folder of the backbone; None: the checkpoint's.
+        trust_remote_code: Whether code that comes with the backbone may run.
+
+    Raises:
+        UsageError: If the backbone was given as a built model or runs code of its own, the module needs what the
+            checkpoint does not hold, or trained something outside the backbone.
+    """
+    saved = checkpoint[checkpoints.KEY]
+    _require_rebuildable(checkpoint, path, trust_remote_code)
+    kind = checkpoints.known_class(saved["module"], SparseModule)
+    hyperparameters: dict[str, Any] = checkpoint["hyper_parameters"]
+    backbone_args = {**(hyperparameters.get("backbone_args") or {})}
+    try:
+        module = kind(
+            backbone=backbone or saved["backbone"],
+            method=checkpoints.saved_method(saved["method"]),
+            backbone_args=backbone_args,
+            **_arguments(kind, hyperparameters),
+        )
+    except TypeError as error:
+        raise UsageError(
+            f"{kind.__name__} cannot be made of {str(path)!r} alone ({error}). Build it in Python, load the "
+            "checkpoint, and call export_peft, save_adapter, export_delta or export_merged with its model."
+        ) from error
+    try:
+        module.configure_model()
+    except UsageError as error:
+        raise UsageError(f"{error} (If the backbone was moved, say where it is by backbone.)") from error
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"])
+    config: Any = getattr(module.model, "config", None)
+    if config is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = saved["pad_token_id"]  # learned from the data
+    return module
+
+
+def _require_options(form: str, layout: str, with_head: bool, dtype: str | None) -> None:
+    if dtype is not None and form != "merged":
+        raise UsageError(f"dtype is for the format merged; {form} keeps the precision of the adapters.")
+    if form != "peft" and (layout != "ragged" or not with_head):
+        raise UsageError(f"layout and with_head are for the format peft; this is {form}.")
+
+
+def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], trust_remote_code: bool) -> None:
+    saved = checkpoint[checkpoints.KEY]
+    if "module" not in saved or "hyper_parameters" not in checkpoint:
+        raise UsageError(
+            f"{str(path)!r} does not say which module wrote it: it is of an earlier version. Resume the run for a step "
+            "to write it anew, or load it in Python and call export_peft or its like."
+        )
+    if saved["built"]:
+        raise UsageError(
+            f"The backbone of {str(path)!r} was given to its run as a model that was already built, which a checkpoint "
+            "does not hold. Build it again in Python, load the checkpoint, and call export_peft, save_adapter, "
+            "export_delta or export_merged with module.model."
+        )
+    outside = [name for name in checkpoint["state_dict"] if not name.startswith(_INSIDE)]
+    if outside:
+        raise UsageError(
+            f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: an export would be without them."
+        )
+    backbone_args = checkpoint["hyper_parameters"].get("backbone_args") or {}
+    if backbone_args.get("trust_remote_code") and not trust_remote_code:
+        raise UsageError(
+            f"{str(path)!r} wants to run code that comes with the backbone {saved['backbone']!r}. If you trust it, set "
+            "trust_remote_code to true."
+        )
+
+
+def _arguments(kind: type[SparseModule], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {
+        name: value
+        for name, value in hyperparameters.items()
+        if name not in _NOT_REBUILT and not name.startswith("_") and (takes_any or name in parameters)
+    }
+
+
+def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_name: str) -> Provenance:
+    metrics: dict[str, float] = {}
+    for state in checkpoint.get("callbacks", {}).values():
+        monitor = state.get("monitor") if isinstance(state, dict) else None
+        for score, name in (("current_score", f"{monitor}"), ("best_model_score", f"{monitor}, best of the run")):
+            if monitor is not None and state.get(score) is not None:
+                metrics[name] = float(state[score])
+    method = module.method
+    return Provenance(module.backbone, type(method).__name__, method.init_args(), metrics, license_name)
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"import_modules names {name!r}, which cannot be imported: {error}.") from error

@@ -1,0 +1,236 @@
+"""Write what was trained into a folder, read it back, and keep it only if it says what the live model says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_sparse._version import __version__
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.card import Provenance, RankRow, model_card
+from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
+from lit_sparse.interchange.remains import remains_of, trained_whole
+
+METADATA = "lit_sparse.json"
+"""The file beside the weights that says what they are and where they came from."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and how well it was read back.
+
+    Args:
+        folder: Where it is.
+        format: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        bytes: Size of its files of weights.
+        remaining_parameters: Entries of A and B that are not zero, in ranks that contribute something.
+        head_parameters: What was trained whole.
+        difference: Largest difference of any output from the live model's, on the batch that was tried.
+        tolerance: What it may be at most.
+    """
+
+    folder: Path
+    format: str
+    bytes: int
+    remaining_parameters: int
+    head_parameters: int
+    difference: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        return (
+            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights, {self.remaining_parameters:,} "
+            f"remaining parameters and {self.head_parameters:,} trained whole. Read back, its outputs differ from the "
+            f"live model's by {self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
+        )
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of export.
+
+    Args:
+        name: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        write: Fills an empty folder; gives back what the metadata shall say beside what all forms say.
+        read: Makes a model of the folder, in memory of its own.
+        dtypes: Those that weights pass through on the way, beside the model's own.
+    """
+
+    name: str
+    write: Callable[[Path], Mapping[str, Any]]
+    read: Callable[[Path], nn.Module]
+    dtypes: tuple[torch.dtype, ...] = ()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all forms of export ask alike.
+
+    Args:
+        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
+        batch: Arguments of the model to compare outputs on; None: made from its configuration.
+        provenance: What the card says.
+        push_to_hub: Repository on the hub to upload to.
+    """
+
+    tolerance: float | None = None
+    batch: Mapping[str, Tensor] | None = None
+    provenance: Provenance | None = None
+    push_to_hub: str | None = None
+
+
+@dataclass(frozen=True)
+class _Counts:
+    ranks: list[RankRow]
+    head: int
+
+    @property
+    def remaining(self) -> int:
+        return sum(row.remaining for row in self.ranks)
+
+
+def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: Terms) -> ExportReport:
+    """Write one form of export, beside the place where it is to be, and move it there once it is right.
+
+    Args:
+        model: Model with adapters.
+        folder: Must not exist, or be empty.
+        form: Which form.
+        terms: What all forms ask alike.
+
+    Raises:
+        UsageError: If the folder is not empty, no outputs can be compared, they differ by more than the tolerance, or
+            the upload fails. Nothing is left behind but, in the last case, the folder.
+    """
+    if terms.tolerance is not None and not terms.tolerance >= 0:
+        raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
+    counts = _count(model)
+    provenance = terms.provenance or Provenance()
+    name = getattr(model, "name_or_path", None) or None
+    with new_folder(folder) as draft:
+        entries = _entries(form.name, model, name, provenance)
+        difference, tolerance = _write_checked(draft, model, form, terms, entries)
+        size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        report = ExportReport(Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance)
+        figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
+        _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
+        card = model_card(form.name, model, name, provenance, counts.ranks, counts.head)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+    if terms.push_to_hub is not None:
+        _push(report.folder, terms.push_to_hub)
+    return report
+
+
+def require_free(folder: str | os.PathLike[str]) -> None:
+    """Raise a UsageError if there is something at ``folder`` that is no empty folder."""
+    target = Path(folder)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        state = "is not empty" if target.is_dir() else "is a file"
+        raise UsageError(f"{str(folder)!r} {state}: name a new folder, or remove what is there.")
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder that becomes ``folder`` when the context ends well, and vanishes when it does not.
+
+    Raises:
+        UsageError: If there is something at ``folder`` that is no empty folder, or it cannot be made.
+    """
+    require_free(folder)
+    target = Path(folder)
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        # Beside it, so that the move is one step on one disk.
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.absolute().name}.", dir=target.absolute().parent))
+    except OSError as error:
+        raise UsageError(f"{str(folder)!r} cannot be made: {error}.") from error
+    try:
+        yield draft
+        draft.chmod(0o777 & ~_umask())  # of a temporary folder only its owner can read
+        if target.exists():
+            target.rmdir()
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors to a safetensors file, each with memory of its own."""
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(own, file, metadata={"format": "pt"})
+
+
+def _count(model: nn.Module) -> _Counts:
+    rows = []
+    for name, adapter in adapters_in(model):
+        remains = remains_of(adapter)
+        rows.append(RankRow(name, sum(remains.ranks), adapter.lora_A.shape[0], remains.parameters))
+    return _Counts(rows, sum(tensor.numel() for tensor in trained_whole(model).values()))
+
+
+def _write_checked(
+    draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any]
+) -> tuple[float, float]:
+    """Write, read back and compare; the difference and what it may be. ``entries`` gains what the form says."""
+    batch = terms.batch if terms.batch is not None else probe_batch(model)
+    expected = outputs_of(model, batch)
+    tolerance = terms.tolerance
+    if tolerance is None:
+        tolerance = default_tolerance(model, expected, *form.dtypes)
+    entries |= form.write(draft)
+    _write_metadata(draft, entries)  # reading back needs it
+    difference = difference_of(expected, outputs_of(form.read(draft), batch))
+    if not difference <= tolerance:
+        raise UsageError(
+            f"Read back, the export as {form.name} gives outputs that differ from the live model's by "
+            f"{difference:.3g}, more than the tolerance of {tolerance:.3g}: nothing was written. Raise tolerance if "
+            "that is good enough, or write in another dtype or format."
+        )
+    return difference, tolerance
+
+
+def _entries(form: str, model: nn.Module, base_model: str | None, provenance: Provenance) -> dict[str, Any]:
+    return {
+        "format": form,
+        "lit_sparse_version": __version__,
+        "model_class": type(model).__name__,
+        "base_model_name_or_path": base_model,
+        **asdict(provenance),
+    }
+
+
+def _write_metadata(draft: Path, entries: Mapping[str, Any]) -> None:
+    (draft / METADATA).write_text(json.dumps(entries, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _push(folder: Path, repository: str) -> None:
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # whatever the network and the hub answer
+        raise UsageError(
+            f"{str(folder)!r} is written, but cannot be uploaded to {repository!r}: {' '.join(str(error).split())} Log "
+            "in with hf auth login, and run hf upload."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # cannot be read without setting it
+    os.umask(mask)
+    return mask

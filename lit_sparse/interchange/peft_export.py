@@ -1,0 +1,261 @@
+"""Write what is left of adapters as the plain LoRA that PEFT and serving engines load."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.convolution import LowRankConv2d
+from lit_sparse.adapters.embedding import LowRankEmbedding
+from lit_sparse.adapters.linear import LowRankLinear
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.card import Provenance
+from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
+from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, WEIGHTS, load_peft, of_layer, some
+from lit_sparse.interchange.remains import (
+    plain_copy,
+    plain_name,
+    remains_of,
+    require_original_weights,
+    require_trained,
+    trained_whole,
+    whole_modules,
+)
+
+Layout = Literal["ragged", "padded"]
+
+# PEFT's name of a task -> transformers' models for it, and the modules that PEFT's model for it saves whole unasked.
+_TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", ("classifier", "score")),
+    ("TOKEN_CLS", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", ("classifier", "score")),
+    ("QUESTION_ANS", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", ("qa_outputs",)),
+    ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ()),
+    ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ()),
+)
+_ELSE = "Use save_adapter (format sparse), export_delta (delta) or export_merged (merged)."
+
+
+def export_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    layout: Layout = "ragged",
+    with_head: bool = True,
+    tolerance: float | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    provenance: Provenance | None = None,
+    push_to_hub: str | None = None,
+) -> ExportReport:
+    """Write the adapters as a plain LoRA in PEFT's format, without the ranks that contribute nothing.
+
+    Every scaling is 1: r and lora_alpha are the largest remaining rank, ``rank_pattern`` and ``alpha_pattern`` name the
+    layers with fewer, and gate and scale are in B. Readers that know one alpha for all layers are right too. Layers
+    without a rank are left out; if all are, one keeps a rank of zeros, since PEFT accepts no empty adapter.
+
+    The folder is read back into a copy of the model, by :func:`~lit_sparse.load_peft`, and kept only if outputs agree.
+
+    Args:
+        model: The Hugging Face model with its adapters; left as it is.
+        folder: To write; must not exist, or be empty.
+        layout: ``ragged``: each layer with its own rank. ``padded``: all with the largest, filled up with zeros, for
+            readers that know one rank only.
+        with_head: Write what was trained whole, as ``modules_to_save``.
+        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
+        batch: Arguments of the model to compare outputs on; None: made from its configuration.
+        provenance: What the card says of method, metrics and license.
+        push_to_hub: Repository on the hub, such as ``me/my-lora``, to upload the folder to.
+
+    Returns:
+        Sizes, and the difference that was found.
+
+    Raises:
+        UsageError: If PEFT cannot express the adapters or the head, the frozen weights were changed by PiSSA, the
+            folder is not empty, or outputs differ by more than the tolerance. Nothing is then left behind.
+    """
+    if layout not in ("ragged", "padded"):
+        raise UsageError(f"layout must be 'ragged' or 'padded'; got {layout!r}.")
+    adapters = require_trained(model)
+    require_original_weights(adapters, "a LoRA")
+    _require_expressible(model, adapters)
+    write = functools.partial(_write, model, adapters, layout, with_head)
+    form = Form("peft", write, functools.partial(_read, model, with_head))
+    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
+
+
+def _read(model: nn.Module, with_head: bool, draft: Path) -> nn.Module:
+    copied = plain_copy(model, forget_head=with_head)
+    load_peft(copied, draft)
+    return copied
+
+
+def _write(
+    model: nn.Module, adapters: Mapping[str, LowRankAdapter], layout: Layout, with_head: bool, draft: Path
+) -> dict[str, Any]:
+    factors = {name: (r.lora_A, r.lora_B_t) for name, r in ((n, remains_of(a)) for n, a in adapters.items())}
+    factors = {name: pair for name, pair in factors.items() if pair[0].shape[0]} or _one_zero_rank(adapters)
+    largest = max(lora_A.shape[0] for lora_A, _ in factors.values())
+    if layout == "padded":
+        factors = {name: (_padded(a, largest), _padded(b_t, largest)) for name, (a, b_t) in factors.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, (lora_A, lora_B_t) in factors.items():
+        tensors |= _tensors(f"{PREFIX}{name}", adapters[name], lora_A, lora_B_t)
+    saved = _saved_modules(model) if with_head else []
+    for module in saved:
+        state = model.get_submodule(module).state_dict()
+        tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in state.items()}
+    save_tensors(tensors, draft / WEIGHTS)
+    config = _config(model, {name: pair[0].shape[0] for name, pair in factors.items()}, largest, saved)
+    (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {"layout": layout, "with_head": with_head}
+
+
+def _one_zero_rank(adapters: Mapping[str, LowRankAdapter]) -> dict[str, tuple[Tensor, Tensor]]:
+    name, adapter = next(iter(adapters.items()))
+    dtype = adapter.lora_A.dtype
+    return {name: (torch.zeros(1, adapter.in_features, dtype=dtype), torch.zeros(1, adapter.out_features, dtype=dtype))}
+
+
+def _padded(matrix: Tensor, rank: int) -> Tensor:
+    return F.pad(matrix, (0, 0, 0, rank - matrix.shape[0]))
+
+
+def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B_t: Tensor) -> dict[str, Tensor]:
+    """The tensors of one layer, as PEFT shapes and names them."""
+    if isinstance(adapter, LowRankEmbedding):
+        return {f"{name}.lora_embedding_A": lora_A, f"{name}.lora_embedding_B": lora_B_t.t()}
+    lora_B = lora_B_t.t()
+    if isinstance(adapter, LowRankConv2d):
+        lora_A = lora_A.view(-1, *adapter.base.weight.shape[1:])
+        lora_B = lora_B[..., None, None]
+    return {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
+
+
+def _config(model: nn.Module, ranks: Mapping[str, int], largest: int, saved: list[str]) -> dict[str, Any]:
+    names = list(dict.fromkeys(plain_name(model, name) for name, _ in model.named_modules() if name))
+    task, unasked = _task(model)
+    if any(_excluded(name, unasked) for name in ranks) or any(n.endswith(unasked) for n in names if n not in saved):
+        task = None  # PEFT's model for the task would not adapt these, or look for those in vain
+    _require_saved_exactly(saved, names, ranks)
+    pattern = {_pattern_key(name, ranks): rank for name, rank in ranks.items() if rank != largest}
+    wrong = {name: rank for name, rank in ranks.items() if of_layer(pattern, name, largest) != rank}
+    if wrong:
+        raise UsageError(f"No rank_pattern of PEFT's tells the layers {some(wrong)} from others. {_ELSE}")
+    frozen = [m for name in ranks if isinstance(m := getattr(model.get_submodule(name), "base", None), nn.Module)]
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in frozen),
+        "init_lora_weights": True,
+        "target_modules": _targets(names, ranks),
+        "modules_to_save": saved or None,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+
+
+def _task(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    kind = type(model).__name__
+    for task, models, unasked in _TASKS:
+        if kind in _flat(getattr(modeling_auto, models).values()):
+            return task, unasked
+    if kind in _flat(modeling_auto.MODEL_MAPPING_NAMES.values()) and model.main_input_name == "input_ids":
+        return "FEATURE_EXTRACTION", ()
+    return None, ()
+
+
+def _flat(names: Iterable[str | Sequence[str]]) -> set[str]:
+    return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+
+
+def _pattern_key(name: str, names: Collection[str]) -> str:
+    """The full name, or where that is the end of another layer's too, a pattern that means the one alone."""
+    others = [other for other in names if other != name and re.match(rf"(.*\.)?({name})$", other)]
+    return f"^{re.escape(name)}" if others else name
+
+
+def _targets(names: Collection[str], ranks: Collection[str]) -> list[str] | str:
+    """The full names, or where PEFT would take one for the end of another layer's, one pattern for all of them."""
+    meant = set(ranks)
+    found = {name for name in names if name in meant or any(name.endswith(f".{target}") for target in meant)}
+    return list(ranks) if found == meant else "|".join(re.escape(name) for name in ranks)
+
+
+def _excluded(name: str, saved: Collection[str]) -> bool:
+    """PEFT's rule: nothing is adapted in a module that is saved whole."""
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+
+
+def _require_saved_exactly(saved: Collection[str], names: Collection[str], ranks: Collection[str]) -> None:
+    # PEFT looks at the end of a name, be it in the middle of a word or not.
+    mistaken = [name for name in names if name not in saved and any(name.endswith(module) for module in saved)]
+    mistaken += [name for name in ranks if _excluded(name, saved)]
+    if mistaken:
+        raise UsageError(
+            f"The head {some(saved)} cannot be written for PEFT, which would take {some(mistaken)} for it. Export "
+            f"with_head=False, or: {_ELSE}"
+        )
+
+
+def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> None:
+    reasons: dict[str, list[str]] = {}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for name, adapter in adapters.items():
+        reason = _inexpressible(adapter)
+        if reason is None and len(names[id(adapter)]) > 1:
+            reason = "stands under several names, of which PEFT would adapt one"
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    if reasons:
+        listed = "; ".join(f"{some(found)} {reason}" for reason, found in reasons.items())
+        raise UsageError(f"PEFT cannot express these adapters: {listed}. {_ELSE}")
+
+
+def _inexpressible(adapter: LowRankAdapter) -> str | None:
+    if isinstance(adapter, LowRankConv2d):
+        base = adapter.base
+        if base.groups > 1:
+            return "is a convolution with groups"
+        return "is a convolution with dilation or other padding than zeros" if _is_unusual(base) else None
+    if isinstance(adapter, LowRankLinear | LowRankEmbedding):
+        return None
+    return "adapts the weights of experts" if adapter.copies > 1 else "is of a kind that PEFT does not know"
+
+
+def _is_unusual(convolution: nn.Conv2d) -> bool:
+    return convolution.dilation != (1, 1) or convolution.padding_mode != "zeros"
+
+
+def _saved_modules(model: nn.Module) -> list[str]:
+    """The modules to save whole: those trained from end to end, and those that hold another trained parameter."""
+    saved = whole_modules(model)
+    for name in trained_whole(model):
+        if any(name.startswith(f"{module}.") for module in saved):
+            continue
+        owner = name.rpartition(".")[0]
+        if not owner or any(isinstance(m, LowRankAdapter) for m in model.get_submodule(owner).modules()):
+            raise UsageError(
+                f"{name!r} is trained beside adapters in one module, and PEFT saves whole modules only. Export "
+                f"with_head=False, or: {_ELSE}"
+            )
+        saved.append(owner)
+    return saved

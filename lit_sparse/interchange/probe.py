@@ -1,0 +1,187 @@
+"""Run a model on a batch made from its configuration, and compare what two models say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.errors import UsageError
+
+_LENGTH = 16  # tokens
+_SAMPLES = 16000  # of a sound: a second
+_PIXELS = 224  # where the configuration names no size
+_SMALL = 0.1  # outputs that cancel out to less are no measure of rounding
+# What another order of the same operations does, relative to the largest output.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def probe_batch(model: nn.Module) -> dict[str, Tensor]:
+    """One row of input, always the same for models of one configuration.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one and passes its arguments on.
+
+    Returns:
+        ``input_ids``, ``pixel_values``, ``input_values`` or ``input_features``, whichever the model reads, and what
+        belongs to them, on the model's device.
+
+    Raises:
+        UsageError: If it is not known how to make input for the model.
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    batch = None if inner is None else _INPUTS.get(inner.main_input_name, _none)(inner)
+    if inner is None or batch is None:
+        raise UsageError(
+            f"No input can be made from the configuration of {type(model).__name__} to compare outputs on: give one as "
+            "batch, a dictionary of the model's arguments."
+        )
+    dtype = next((p.dtype for p in inner.parameters() if p.is_floating_point()), torch.float32)
+    return {k: v.to(inner.device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Every tensor of numbers that the model gives for a batch, in evaluation mode, on the CPU.
+
+    Raises:
+        UsageError: If the model does not run on the batch, or gives no such tensor.
+    """
+    with _evaluating(model):
+        try:
+            output = model(**batch)
+        except Exception as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+            raise UsageError(
+                f"{type(model).__name__} does not run on {shapes} ({' '.join(str(error).split())}), so that outputs "
+                "cannot be compared: give arguments that fit it as batch."
+            ) from error
+    found = [tensor.detach().cpu() for tensor in _tensors(output)]
+    if not found:
+        raise UsageError(f"{type(model).__name__} gives no tensor of numbers to compare, but {type(output).__name__}.")
+    return found
+
+
+def difference_of(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest absolute difference; infinite where shapes differ, nan where a value is none on one side only."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True)]
+    # Masked scores are -inf on both sides.
+    gaps = [torch.where(a == b, 0.0, (a - b).abs()).flatten() for a, b in pairs]
+    return float(torch.cat(gaps).max())
+
+
+def default_tolerance(model: nn.Module, outputs: Sequence[Tensor], *dtypes: torch.dtype) -> float:
+    """What rounding may change in the outputs of a model.
+
+    Args:
+        model: For the coarsest dtype of its parameters; quantized layers count as bfloat16.
+        outputs: The tolerance is a share of the largest value in them.
+        dtypes: Others that the model passes through.
+    """
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if any(quantized_layers(model)):
+        own.add(torch.bfloat16)
+    finite = [t.double()[t.isfinite()].abs() for t in outputs]
+    largest = max((float(t.max()) for t in finite if t.numel()), default=0.0)
+    return max(_TOLERANCES.get(dtype, 1e-1) for dtype in (*own, *dtypes)) * max(_SMALL, largest)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _tokens(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    config: Any = model.config.get_text_config()
+    count = getattr(config, "vocab_size", None)
+    if count is None:
+        return None
+    # Far apart, each another one; a pad token would be taken for the end of the row, and BART's needs one eos.
+    ids = [i * max(1, count // (_LENGTH + 2)) % count for i in range(1, _LENGTH + 1)]
+    eos = getattr(config, "eos_token_id", None)
+    special = {t for t in (getattr(config, "pad_token_id", None), eos) if isinstance(t, int)}
+    usable = next((i for i in range(count) if i not in special), 0)
+    ids = [usable if i in special else i for i in ids]
+    if isinstance(eos, int) and eos < count:
+        ids[-1] = eos
+    input_ids = torch.tensor([ids])
+    if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        input_ids = torch.stack([input_ids, input_ids.flip(1)], 1)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = input_ids
+    if type(model).__name__ in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+        batch |= _pixels(model)  # CLIP and its like compare texts with images
+    return batch
+
+
+def _pixels(model: PreTrainedModel) -> dict[str, Tensor]:
+    config = model.config
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or _PIXELS
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return {"pixel_values": _wave(1, getattr(vision, "num_channels", 3), height, width)}
+
+
+def _samples(model: PreTrainedModel) -> dict[str, Tensor]:
+    config = model.config
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):  # a spectrogram, as the AST reads it
+        return {"input_values": _wave(1, config.max_length, config.num_mel_bins)}
+    return {"input_values": _wave(1, _SAMPLES)}
+
+
+def _features(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    config: Any = model.config
+    if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):  # Whisper's
+        batch = {"input_features": _wave(1, config.num_mel_bins, 2 * config.max_source_positions)}
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is not None and model.get_output_embeddings() is not None:
+            batch["decoder_input_ids"] = torch.tensor([[start, start]])
+        return batch
+    width = getattr(config, "feature_projection_input_dim", None)
+    return None if width is None else {"input_features": _wave(1, _LENGTH, width)}
+
+
+def _none(model: PreTrainedModel) -> None:  # noqa: ARG001
+    return None
+
+
+def _wave(*shape: int) -> Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).mul(0.1).sin().view(shape)
+
+
+_INPUTS: dict[str, Any] = {
+    "input_ids": _tokens,
+    "pixel_values": _pixels,
+    "input_values": _samples,
+    "input_features": _features,
+}

@@ -1,0 +1,162 @@
+"""What a trained model comes to: its adapters folded and without dead ranks, and what was trained whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
+from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
+from lit_sparse.adapters.injection import adapters_in, replace_modules
+from lit_sparse.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Remains:
+    """What is left of one adapter, with scale 1 and without gates.
+
+    Args:
+        lora_A: Shape ``(sum of ranks, in_features)``.
+        lora_B_t: Shape ``(sum of ranks, out_features)``.
+        ranks: How many of the rows belong to each copy; one number for all but experts.
+    """
+
+    lora_A: Tensor
+    lora_B_t: Tensor
+    ranks: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Entries that are not zero."""
+        return int(self.lora_A.count_nonzero() + self.lora_B_t.count_nonzero())
+
+
+@torch.no_grad()
+def remains_of(adapter: LowRankAdapter) -> Remains:
+    """Fold gate and scale into B, and drop the ranks that contribute nothing: a zero gate, row of A or row of Bᵀ.
+
+    Into B alone, so that A is bit for bit what was trained and only one factor is rounded, once: the product is formed
+    in float64.
+
+    Args:
+        adapter: Left as it is.
+
+    Returns:
+        Tensors on the CPU in the adapter's precision, float32 or better.
+    """
+    factor = adapter.scale if adapter.gate is None else (adapter.gate.double() * adapter.scale).unsqueeze(1)
+    lora_B_t = (adapter.lora_B_t.double() * factor).to(adapter.lora_B_t.dtype)
+    live = adapter.lora_A.any(1) & lora_B_t.any(1)
+    ranks = live.view(adapter.copies, adapter.rank).sum(1).tolist()
+    return Remains(adapter.lora_A[live].cpu(), lora_B_t[live].cpu(), tuple(ranks))
+
+
+def require_trained(model: nn.Module) -> dict[str, LowRankAdapter]:
+    """The adapters of a model that can be exported.
+
+    Args:
+        model: As it came out of training.
+
+    Returns:
+        Full name to adapter.
+
+    Raises:
+        UsageError: If it is a LightningModule, holds no adapter or one that is switched off, or all of it is frozen.
+    """
+    kind = type(model).__name__
+    if isinstance(model, LightningModule):
+        raise UsageError(
+            f"{kind} is a LightningModule, whose names no other program knows: give the Hugging Face model in it, as a "
+            "rule module.model."
+        )
+    adapters = dict(adapters_in(model))
+    if not adapters:
+        raise UsageError(f"{kind} holds no adapter to export. Inject a method, or load the checkpoint of a run.")
+    off = [name for name, adapter in adapters.items() if not adapter.enabled]
+    if off:
+        raise UsageError(f"{len(off)} adapters are switched off, the first at {off[0]!r}: switch them on to export.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            f"All of {kind} is frozen, so that nothing tells which head was trained. Export before freeze() or "
+            "requires_grad_(False)."
+        )
+    return adapters
+
+
+def require_original_weights(adapters: dict[str, LowRankAdapter], format_name: str) -> None:
+    """Raise a UsageError if an adapter took something out of its frozen weight: it is none for the original model."""
+    changed = [name for name, adapter in adapters.items() if adapter.took_from_weight]
+    if changed:
+        raise UsageError(
+            f"{len(changed)} adapters started from the singular vectors of the frozen weights (init_weights 'pissa'), "
+            f"the first at {changed[0]!r}: these weights were changed, and {format_name} would be one for the changed "
+            "weights, which nobody else has. Export the whole model as merged."
+        )
+
+
+def weight_name(name: str, adapter: LowRankAdapter) -> str:
+    """Full name, in the plain model, of the weight that the adapter of this name adapts."""
+    return name if isinstance(adapter, LowRankExperts) else f"{name}.weight"
+
+
+def trained_whole(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained beside the adapters, the task head as a rule, under the names of the plain model.
+
+    Buffers of modules that are trained from end to end, such as the running means of a norm, belong to it.
+    """
+    own = {id(p) for _, adapter in adapters_in(model) for p in adapter.parameters(recurse=False)}
+    found = {
+        plain_name(model, n): p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in own
+    }
+    for name in whole_modules(model):
+        module = model.get_submodule(name)
+        kept = module.state_dict()
+        found |= {f"{name}.{n}": b.detach() for n, b in module.named_buffers() if n in kept}
+    return found
+
+
+def whole_modules(model: nn.Module) -> list[str]:
+    """Names of the largest modules all of whose parameters are trained, without adapters in them."""
+    return list(_whole(model, ""))
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter of a model with adapters has in the plain one."""
+    parts: list[str] = []
+    holder: nn.Module | None = model
+    for part in name.split("."):
+        if not (part == "base" and isinstance(holder, LowRankLayer | AdaptedExperts)):
+            parts.append(part)
+        holder = holder._modules.get(part) if holder is not None else None
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def plain_copy(model: nn.Module, forget_head: bool = True) -> nn.Module:
+    """A copy of what the model was before injection, to read an export back into.
+
+    Args:
+        model: Left as it is.
+        forget_head: Set to zero what was trained whole, so that its absence from the export would show.
+    """
+    copied = copy.deepcopy(model)
+    trained = trained_whole(copied)
+    replace_modules(copied, {m: m.base for m in copied.modules() if isinstance(m, LowRankLayer | AdaptedExperts)})
+    for tensor in trained.values() if forget_head else ():
+        tensor.zero_()  # shares its memory with the parameter
+    return copied
+
+
+def _whole(module: nn.Module, prefix: str) -> Iterator[str]:
+    parameters = list(module.parameters())
+    adapted = any(isinstance(m, LowRankAdapter) for m in module.modules())
+    if prefix and parameters and not adapted and all(p.requires_grad for p in parameters):
+        yield prefix
+        return
+    for name, child in module.named_children():
+        yield from _whole(child, f"{prefix}.{name}".lstrip("."))
