@@ -179,7 +179,7 @@ def _count(model: nn.Module) -> _Counts:
     rows = []
     for name, adapter in adapters_in(model):
         remains = remains_of(adapter)
-        rows.append(RankRow(name, sum(remains.ranks), adapter.lora_A.shape[0], remains.parameters))
+        rows.append(RankRow(name, sum(remains.ranks), adapter.copies * adapter.max_rank, remains.parameters))
     return _Counts(rows, sum(tensor.numel() for tensor in trained_whole(model).values()))
 
 
