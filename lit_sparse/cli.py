@@ -23,6 +23,7 @@ import lit_sparse
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.reporting import command
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours.
 
@@ -164,10 +165,14 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, folder)  # as python -m does, so that modules of the user's own are found
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    words = list(sys.argv[1:] if args is None else args)
     try:
+        if words[:1] == ["inspect"] and command.names_a_source(words[1:]):
+            command.run(words[1:], _program())
+            return
         SparseCLI(
             trainer_class=SparseTrainer,
-            args=None if args is None else list(args),
+            args=words,
             parser_class=SparseParser,
             parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
             save_config_kwargs={"overwrite": True},

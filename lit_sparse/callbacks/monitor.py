@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.naming import common_start, places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
 from lit_sparse.errors import UsageError
 
@@ -118,7 +118,7 @@ def read_table(path: Path) -> list[LayerSparsity]:
 
 def _show(layers: list[LayerSparsity]) -> None:
     header = ["layer", "rank", "A", "B", "BA", "bound", "left"]
-    common = _common_start([layer.name for layer in layers])
+    common = common_start([layer.name for layer in layers])
     rows = [
         [
             layer.name[len(common) :],
@@ -155,10 +155,10 @@ def _show(layers: list[LayerSparsity]) -> None:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
         rank_zero_info("\n".join([title, *lines]))
-    rank_zero_info(_summary(layers))
+    rank_zero_info(summary(layers))
 
 
-def _summary(layers: list[LayerSparsity]) -> str:
+def summary(layers: list[LayerSparsity]) -> str:
     held, left = sum(layer.max_rank for layer in layers), sum(layer.rank for layer in layers)
     changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
     share = changed / sum(layer.adapted_parameters for layer in layers)
@@ -167,10 +167,3 @@ def _summary(layers: list[LayerSparsity]) -> str:
         f"{held - left} of {held} ranks are zero ({(held - left) / held:.1%}); {parameters:,} adapter parameters "
         f"remain and change {share:.2%} of the adapted weights."
     )
-
-
-def _common_start(names: list[str]) -> str:
-    """The parts that all names begin with, each with its dot."""
-    parts = [name.split(".")[:-1] for name in names]
-    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
-    return "".join(f"{level[0]}." for level in same)
