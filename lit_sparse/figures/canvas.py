@@ -54,8 +54,9 @@ def pixels(figure: Figure) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    drawn = canvas.buffer_rgba()  # type: ignore[no-untyped-call]
+    return np.asarray(drawn)[..., :3].copy()
 
 
 def inline_svg(figure: Figure, title: str) -> str:

@@ -23,7 +23,7 @@ def gate_figure(gates: list[Tensor]) -> Figure:
     Raises:
         UsageError: If there is no gate, or matplotlib is not installed.
     """
-    figure = new_figure(6.4, 3.2)
+    figure = new_figure(6.4, 4.2)
     values = torch.cat([gate.detach().flatten().float().cpu() for gate in gates]) if gates else torch.empty(0)
     if not values.numel():
         raise UsageError("There are no gates to draw: only SoRA and methods like it have them.")
@@ -34,10 +34,16 @@ def gate_figure(gates: list[Tensor]) -> Figure:
     reach = float(live.abs().max()) if live.numel() else 1.0
     bins = 2 * min(30, max(5, live.numel() // 8)) + 1  # odd, so that zero is the middle of a bin
     width = 2 * reach / bins
+    highest = zeros
     if live.numel():
-        axes.hist(live.tolist(), bins=bins, range=(-reach, reach), color=COLOURS[0], label=f"{live.numel()} not zero")
+        label = f"{live.numel()} not zero"
+        axes.hist(live.tolist(), bins=bins, range=(-reach, reach), color=COLOURS[0], label=label)
+        highest = int(live.histc(bins, -reach, reach).max())
     if zeros:
         axes.bar(0, zeros, width=width, color=COLOURS[1], label=f"{zeros} exactly zero")
+    if zeros > 3 * highest:  # the bar would flatten all others: it is cut off
+        axes.set_ylim(top=2 * highest)
+        axes.annotate(f" {zeros} ↑", (width / 2, 1.9 * highest), va="top", color=COLOURS[1], fontweight="bold")
     axes.set_xlabel("gate")
     axes.set_ylabel("ranks")
     axes.set_title(f"{zeros} of {values.numel()} gates are zero")

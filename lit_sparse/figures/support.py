@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_sparse.figures.canvas import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 _CELLS = 320
@@ -27,22 +28,32 @@ def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
         UsageError: If matplotlib is not installed.
     """
     outputs, inputs = scaled_B_t.shape[1], lora_A.shape[1]
-    height = min(7.0, max(2.0, 5.2 * outputs / inputs))
-    figure = new_figure(6.4, 1.2 + height)
+    shape = min(1.6, max(0.35, outputs / inputs))
+    figure = new_figure(6.4, 1.0 + 3.6 * shape)
     axes = figure.add_subplot()
     sizes, touched = support_cells(lora_A, scaled_B_t, _CELLS)
     drawn = torch.where(touched, sizes, float("nan"))
     extent = (0, inputs, outputs, 0)
     # The largest few entries would leave the rest pale.
     top = float(sizes[touched].quantile(0.99)) if bool(touched.any()) and touched.sum() < 2**24 else float(sizes.max())
+    aspect: Literal["equal", "auto"] = "equal" if shape == outputs / inputs else "auto"
     image = axes.imshow(
-        drawn.numpy(), cmap="viridis_r", vmin=0, vmax=top or 1, extent=extent, aspect="equal", interpolation="nearest"
+        drawn.numpy(), _colours(), aspect=aspect, vmin=0, vmax=top or 1, extent=extent, interpolation="nearest"
     )
     axes.set_xlabel("input")
     axes.set_ylabel("output")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, label="size of the change", shrink=0.8).outline.set_visible(False)
+    figure.colorbar(image, label="size of the change", pad=0.02).outline.set_visible(False)
     return figure
+
+
+def _colours() -> Colormap:
+    """Blues without the palest, so that a small change differs from none, which is white."""
+    import matplotlib as mpl
+    from matplotlib.colors import ListedColormap
+
+    blues = mpl.colormaps["Blues"]
+    return ListedColormap([blues(0.2 + 0.8 * i / 255) for i in range(256)]).with_extremes(bad="white")
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ PAGE = """<!doctype html>
 <style>
 :root {
   color-scheme: light dark;
-  --page: #f5f6f8; --card: #ffffff; --ink: #1c2430; --soft: #5d6878; --line: #dfe3e9; --mark: #2f74b5; --tint: #dbe9f6;
+  --page: #f5f6f8; --card: #ffffff; --ink: #1c2430; --soft: #5d6878; --line: #dfe3e9;
+  --mark: #2f74b5; --tint: #dbe9f6;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #12161c; --card: #1b212a; --ink: #e6eaf0; --soft: #98a3b3; --line: #2f3845; --mark: #6aaae4; --tint: #24405c;
+    --page: #12161c; --card: #1b212a; --ink: #e6eaf0; --soft: #98a3b3; --line: #2f3845;
+    --mark: #6aaae4; --tint: #24405c;
   }
 }
 * { box-sizing: border-box; }
@@ -48,8 +50,11 @@ dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 figure { margin: 0; padding: 1rem; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 .picture { margin-top: .75rem; overflow-x: auto; }
-.picture svg { display: block; margin: 0 auto; width: 100%; height: auto; max-height: 36rem; fill: currentColor; }
-.wide .picture svg { min-width: 34rem; }
+.picture svg {
+  display: block; margin: 0 auto; width: 100%; min-width: var(--least); height: auto; max-height: 36rem;
+  fill: currentColor;
+}
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .25rem 1.5rem; }
 .picture text { font-family: inherit; }
 section { margin-top: .75rem; padding: 1rem; }
 .scroll { margin-top: .6rem; overflow-x: auto; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.naming import common_start
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import inline_svg
+from lit_sparse.figures.curves import curve_figure, panels
 from lit_sparse.reporting.page import PAGE
 from lit_sparse.reporting.pictures import pictures
 from lit_sparse.reporting.run_logs import scores
@@ -32,7 +33,7 @@ _CAPTIONS = {
     "gates": ("Gates", "A rank whose gate is exactly zero adds nothing and is dropped on export."),
     "support": ("Entries of ΔW", "Blank where no rank reaches: merging leaves those weights untouched, bit for bit."),
 }
-_WIDE = ("curves",)
+_WIDE = 9.0  # inches; a wider figure takes a row of the page to itself
 
 
 def write_report(
@@ -43,7 +44,7 @@ def write_report(
 ) -> None:
     """Write a page about adapters where they are stored: key numbers, figures and the table of layers.
 
-    The page is one HTML file, which opens without a network. No backbone is loaded: all is reckoned from A, B and gates.
+    The page is one HTML file, which opens without a network. No backbone is loaded: all is reckoned from A, B and gate.
 
     Args:
         source: A checkpoint file of a :class:`~lit_sparse.SparseModule` or of any LightningModule with adapters, a
@@ -69,7 +70,7 @@ def write_page(adapters: Adapters, drawn: Mapping[str, Figure], output: Path) ->
         "arguments": _arguments(adapters.arguments),
         "tiles": "\n".join(_tiles(adapters)),
         "notes": "\n".join(f'<p class="note">{escape(note)}</p>' for note in notes(adapters)),
-        "figures": "\n".join(_figure(name, figure) for name, figure in drawn.items()),
+        "figures": "\n".join(_figures(adapters, drawn)),
         "table": _table(adapters),
         "version": escape(__version__),
     }
@@ -114,8 +115,8 @@ def _tiles(adapters: Adapters) -> list[str]:
     empty = f"{together.empty_layers} of {layers} layers have none" if together.empty_layers else f"in {layers} layers"
     held = _parameters_at_start(adapters)
     tiles = []
-    for name, score in list(scores(adapters.curves, adapters.step).items())[:2]:
-        tiles.append(_tile(name.replace("_", " "), f"{score:.4g}", "last that was logged" + _until(adapters)))
+    for name, (step, score) in list(scores(adapters.curves, adapters.step).items())[:2]:
+        tiles.append(_tile(name.replace("_", " "), f"{score:.4g}", f"logged at step {step:,}"))
     tiles += [
         _tile("ranks left", f"{together.rank}", f"of {together.max_rank}; {empty}", together.rank / together.max_rank),
         _tile(
@@ -135,10 +136,6 @@ def _tiles(adapters: Adapters) -> list[str]:
 def _parameters_at_start(adapters: Adapters) -> int | None:
     layers = adapters.layers.values()
     return sum(layer.copies * layer.max_rank * (layer.in_features + layer.out_features) for layer in layers) or None
-
-
-def _until(adapters: Adapters) -> str:
-    return f" by step {adapters.step:,}" if adapters.step is not None else ""
 
 
 def _tile(name: str, value: str, words: str, share: float | None = None) -> str:
@@ -163,12 +160,28 @@ def _size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _figure(name: str, figure: Figure) -> str:
+def _figures(adapters: Adapters, drawn: Mapping[str, Figure]) -> Iterator[str]:
+    for name, figure in drawn.items():
+        if name == "curves":  # a picture for each panel, so that they stand below each other on a phone
+            each = {title: curve_figure(own, adapters.step) for title, own in panels(adapters.curves).items()}
+            inner = "".join(_picture(one, title) for title, one in each.items())
+            yield _card(name, f'<div class="panels">{inner}</div>', wide=True)
+        else:
+            yield _card(name, _picture(figure, _CAPTIONS[name][0]), wide=figure.get_figwidth() > _WIDE)
+
+
+def _picture(figure: Figure, title: str) -> str:
+    # Letters stay large enough to be read: a wide figure scrolls on a narrow screen.
+    width = 0.45 * figure.get_figwidth()
+    return f'<div class="picture" style="--least:{width:.2f}in">{inline_svg(figure, title)}</div>'
+
+
+def _card(name: str, inner: str, wide: bool) -> str:
     title, words = _CAPTIONS[name]
-    wide = " class=wide" if name in _WIDE else ""
+    kind = ' class="wide"' if wide else ""
     return (
-        f'<figure{wide} id="{name}"><figcaption><h2>{escape(title)}</h2><p>{escape(words)}</p></figcaption>'
-        f'<div class="picture">{inline_svg(figure, title)}</div></figure>'
+        f'<figure{kind} id="{name}"><figcaption><h2>{escape(title)}</h2><p>{escape(words)}</p></figcaption>'
+        f"{inner}</figure>"
     )
 
 

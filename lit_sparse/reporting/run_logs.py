@@ -46,8 +46,8 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(curve, key=lambda pair: pair[0]) for name, curve in sorted(curves.items())}
 
 
-def scores(curves: Curves, step: int | None) -> dict[str, float]:
-    """The last validation and test figures that were logged up to a step, metrics before losses.
+def scores(curves: Curves, step: int | None) -> dict[str, tuple[int, float]]:
+    """The last validation and test figures that were logged up to a step, each with its step, metrics before losses.
 
     Args:
         curves: What was logged.
@@ -56,7 +56,7 @@ def scores(curves: Curves, step: int | None) -> dict[str, float]:
     found = {}
     for name in sorted(curves, key=lambda name: ("loss" in name, name)):
         if name.startswith(("val", "test")):
-            until = [value for at, value in curves[name] if step is None or at <= step]
+            until = [pair for pair in curves[name] if step is None or pair[0] <= step]
             if until:
                 found[name] = until[-1]
     return found
