@@ -52,7 +52,7 @@ class _ParquetFile:
 
     def _write(self) -> None:
         import pyarrow as pa  # type: ignore[import-untyped]
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet
 
         rows, self._rows = self._rows, []
         try:

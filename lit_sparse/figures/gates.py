@@ -34,16 +34,18 @@ def gate_figure(gates: list[Tensor]) -> Figure:
     reach = float(live.abs().max()) if live.numel() else 1.0
     bins = 2 * min(30, max(5, live.numel() // 8)) + 1  # odd, so that zero is the middle of a bin
     width = 2 * reach / bins
-    highest = zeros
+    near = highest = 0
     if live.numel():
+        counts = live.histc(bins, -reach, reach)
+        near, highest = int(counts[bins // 2]), int(counts.max())
         label = f"{live.numel()} not zero"
         axes.hist(live.tolist(), bins=bins, range=(-reach, reach), color=COLOURS[0], label=label)
-        highest = int(live.histc(bins, -reach, reach).max())
     if zeros:
-        axes.bar(0, zeros, width=width, color=COLOURS[1], label=f"{zeros} exactly zero")
-    if zeros > 3 * highest:  # the bar would flatten all others: it is cut off
-        axes.set_ylim(top=2 * highest)
-        axes.annotate(f" {zeros} ↑", (width / 2, 1.9 * highest), va="top", color=COLOURS[1], fontweight="bold")
+        # On top of those that are nearly zero, which it would hide.
+        axes.bar(0, zeros, width=width, bottom=near, color=COLOURS[1], label=f"{zeros} exactly zero")
+    if highest and near + zeros > 4 * highest:  # the bar would flatten all others: it is cut off
+        axes.set_ylim(top=2.5 * highest)
+        axes.annotate(f" {zeros} ↑", (width / 2, 2.4 * highest), va="top", color=COLOURS[1], fontweight="bold")
     axes.set_xlabel("gate")
     axes.set_ylabel("ranks")
     axes.set_title(f"{zeros} of {values.numel()} gates are zero")

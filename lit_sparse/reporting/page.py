@@ -46,12 +46,12 @@ dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 .value { font-size: 1.65rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .bar { height: .3rem; margin: .15rem 0 .35rem; border-radius: .2rem; background: var(--tint); overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--mark); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: .75rem; }
-figure { margin: 0; padding: 1rem; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
+.figures { display: flex; flex-wrap: wrap; gap: .75rem; }
+figure { flex: 1 1 27rem; margin: 0; padding: 1rem; min-width: min(100%, 20rem); }
+figure.wide { flex-basis: 100%; }
 .picture { margin-top: .75rem; overflow-x: auto; }
 .picture svg {
-  display: block; margin: 0 auto; width: 100%; min-width: var(--least); height: auto; max-height: 36rem;
+  display: block; margin: 0 auto; width: 100%; min-width: var(--least); max-width: var(--most); height: auto;
   fill: currentColor;
 }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .25rem 1.5rem; }

@@ -32,8 +32,7 @@ def pictures(adapters: Adapters, layer: str | None) -> dict[str, Figure]:
     found = {"ranks": rank_figure([figure.sparsity for figure in adapters.figures])}
     norms = {figure.sparsity.name: figure.norm_BA for figure in adapters.figures if figure.norm_BA is not None}
     if norms:
-        title = "Size of the change: Frobenius norm of ΔW"
-        found["change"] = grid_figure(norms, title, "norm of ΔW", max(norms.values()), "{:.2g}")
+        found["change"] = grid_figure(norms, "Frobenius norm of ΔW", "norm", max(norms.values()), "{:.2g}")
     if panels(adapters.curves):
         found["curves"] = curve_figure(adapters.curves, adapters.step)
     if adapters.gates:

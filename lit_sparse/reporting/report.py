@@ -125,7 +125,7 @@ def _tiles(adapters: Adapters) -> list[str]:
             f"of {_short(held)} in A and B at the start" if held else "entries of A and B that are not zero",
             together.remaining_parameters / held if held else None,
         ),
-        _tile("weights changed", f"{together.changed:.1%}", "of the adapted weights, by BA", together.changed),
+        _tile("weights changed", f"{100 * together.changed:.3g} %", "of the adapted weights, by BA", together.changed),
     ]
     if together.bytes is not None:
         left = 4 * together.remaining_parameters
@@ -171,9 +171,10 @@ def _figures(adapters: Adapters, drawn: Mapping[str, Figure]) -> Iterator[str]:
 
 
 def _picture(figure: Figure, title: str) -> str:
-    # Letters stay large enough to be read: a wide figure scrolls on a narrow screen.
-    width = 0.45 * figure.get_figwidth()
-    return f'<div class="picture" style="--least:{width:.2f}in">{inline_svg(figure, title)}</div>'
+    # Letters keep a size at which they can be read: a wide figure scrolls on a narrow screen.
+    width = figure.get_figwidth()
+    sizes = f"--least:{0.45 * width:.2f}in;--most:{1.25 * width:.2f}in"
+    return f'<div class="picture" style="{sizes}">{inline_svg(figure, title)}</div>'
 
 
 def _card(name: str, inner: str, wide: bool) -> str:
