@@ -69,7 +69,7 @@ def inline_svg(figure: Figure, title: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    # Letters as text: they can be searched, and take the page's font. The salt makes ids unique in the page.
+    # Letters as text: they can be searched, and take the page's font. A salt of its own gives the same ids every time.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
@@ -79,4 +79,6 @@ def inline_svg(figure: Figure, title: str) -> str:
     svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = svg.replace("#000000", "currentColor")
+    own = re.sub(r"\W+", "-", title)  # two figures of the page may have a part alike, of the same id
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{own}-", svg)
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" ', svg, count=1)

@@ -81,9 +81,12 @@ def inspect_adapters(
     drawn = pictures(adapters, layer)
     if figures is not None:
         folder = Path(figures)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in drawn.items():
-            save(figure, folder / f"{name}.png")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, figure in drawn.items():
+                save(figure, folder / f"{name}.png")
+        except OSError as error:
+            raise UsageError(f"{figures!r} cannot be written: {error.strerror}.") from error
         sys.stdout.write(f"Wrote {', '.join(f'{name}.png' for name in drawn)} into {folder}.\n")
     if report is not None:
         write_page(adapters, drawn, Path(report))

@@ -215,9 +215,9 @@ def _scale(arguments: Mapping[str, Any], name: str, rank: int) -> tuple[float | 
 def _read_peft(path: Path) -> Adapters:
     lora = read_peft(path)
     layers = {}
-    for name, pair in lora.pairs.items():
-        rank = pair.lora_A.shape[0]
-        B_t = pair.lora_B.t()
+    for name in sorted(lora.pairs, key=_by_numbers):
+        pair = lora.pairs[name]
+        rank, B_t = pair.lora_A.shape[0], pair.lora_B.t()
         layers[name] = StoredLayer(name, pair.lora_A, B_t, None, pair.scale, pair.alpha, 1, rank)
     shown = ("r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "modules_to_save", "task_type")
     return Adapters(
@@ -229,6 +229,11 @@ def _read_peft(path: Path) -> Adapters:
         arguments={key: lora.config[key] for key in shown if lora.config.get(key)},
         backbone=lora.config.get("base_model_name_or_path"),
     )
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Block 10 after block 2: the file has its tensors in the order of letters."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _read_run(path: Path) -> Adapters:

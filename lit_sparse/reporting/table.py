@@ -101,8 +101,9 @@ def text_table(adapters: Adapters) -> str:
         for figure in adapters.figures
     ]
     together = totals(adapters.figures)
-    last = {"left": f"{together.remaining_parameters:,}", "bytes": f"{together.bytes:,}"}
-    ending = ["all layers", f"{together.rank}/{together.max_rank}", *(last.get(c.head, "") for c in columns)]
+    last = {"left": together.remaining_parameters, "bytes": together.bytes}
+    sums = [f"{last[c.head]:,}" if c.head in last else "" for c in columns]
+    ending = ["all layers", f"{together.rank}/{together.max_rank}", *sums]
     lines = [head, *rows, ending]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     written = ["  ".join([line[0].ljust(widths[0]), *_right(line[1:], widths[1:])]).rstrip() for line in lines]
