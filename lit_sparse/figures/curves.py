@@ -63,6 +63,7 @@ def curve_figure(curves: Curves, step: int | None = None) -> Figure:
         _draw(axes, own)
         if step is not None:
             axes.axvline(step, color="#888888", linewidth=0.9, linestyle=":")
+        axes.set_xlim(left=0)
         if title not in ("loss", "metric"):
             axes.set_ylim(bottom=0)
     return figure

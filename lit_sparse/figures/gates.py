@@ -23,7 +23,7 @@ def gate_figure(gates: list[Tensor]) -> Figure:
     Raises:
         UsageError: If there is no gate, or matplotlib is not installed.
     """
-    figure = new_figure(6.4, 4.2)
+    figure = new_figure(5.4, 3.6)
     values = torch.cat([gate.detach().flatten().float().cpu() for gate in gates]) if gates else torch.empty(0)
     if not values.numel():
         raise UsageError("There are no gates to draw: only SoRA and methods like it have them.")

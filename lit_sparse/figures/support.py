@@ -29,7 +29,7 @@ def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
     """
     outputs, inputs = scaled_B_t.shape[1], lora_A.shape[1]
     shape = min(1.6, max(0.35, outputs / inputs))
-    figure = new_figure(6.4, 1.0 + 3.6 * shape)
+    figure = new_figure(5.4, 0.9 + 3.2 * shape)
     axes = figure.add_subplot()
     sizes, touched = support_cells(lora_A, scaled_B_t, _CELLS)
     drawn = torch.where(touched, sizes, float("nan"))
@@ -42,7 +42,7 @@ def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
     )
     axes.set_xlabel("input")
     axes.set_ylabel("output")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=min(10.0, 560 / max(1, len(title))))  # so that a long name fits
     figure.colorbar(image, label="size of the change", pad=0.02).outline.set_visible(False)
     return figure
 

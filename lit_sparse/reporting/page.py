@@ -54,7 +54,8 @@ figure.wide { flex-basis: 100%; }
   display: block; margin: 0 auto; width: 100%; min-width: var(--least); max-width: var(--most); height: auto;
   fill: currentColor;
 }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .25rem 1.5rem; }
+.panels { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; }
+.panels .picture { flex: 1 1 24rem; min-width: 0; }
 .picture text { font-family: inherit; }
 section { margin-top: .75rem; padding: 1rem; }
 .scroll { margin-top: .6rem; overflow-x: auto; }
@@ -77,7 +78,7 @@ footer { margin-top: 1.25rem; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: .5rem; }
   .tile { padding: .6rem .75rem; }
   .value { font-size: 1.35rem; }
-  th:first-child { max-width: 9.5rem; overflow: hidden; text-overflow: ellipsis; direction: rtl; }
+  th:first-child { min-width: 9rem; white-space: normal; overflow-wrap: anywhere; }
 }
 </style>
 </head>

@@ -173,7 +173,7 @@ def _figures(adapters: Adapters, drawn: Mapping[str, Figure]) -> Iterator[str]:
 def _picture(figure: Figure, title: str) -> str:
     # Letters keep a size at which they can be read: a wide figure scrolls on a narrow screen.
     width = figure.get_figwidth()
-    sizes = f"--least:{0.45 * width:.2f}in;--most:{1.25 * width:.2f}in"
+    sizes = f"--least:{0.58 * width:.2f}in;--most:{1.25 * width:.2f}in"
     return f'<div class="picture" style="{sizes}">{inline_svg(figure, title)}</div>'
 
 
