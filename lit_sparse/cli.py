@@ -86,7 +86,9 @@ class SparseTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,  # noqa: ARG002
     ) -> None:
-        """List the layers that would be adapted, with parameter counts, without loading weights or training.
+        """List the layers that a configuration would adapt; given a checkpoint or folder instead, what it holds.
+
+        No weights are loaded and nothing is trained. The latter is :mod:`lit_sparse.reporting.command`.
 
         Args:
             model: A module that holds adapters after ``configure_model``.

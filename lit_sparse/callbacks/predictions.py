@@ -35,9 +35,18 @@ class _ParquetFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] = []
         self._writer: Any = None
 
     def append(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        columns = list(rows[0])
+        self._columns = self._columns or columns
+        if columns != self._columns:  # pyarrow would leave out what the first row does not have
+            raise UsageError(
+                f"{self._path} has the columns {self._columns}, and a prediction has {columns}. Use .jsonl where rows differ."
+            )
         self._rows += rows
         if len(self._rows) >= _GROUP:
             self._write()
@@ -78,7 +87,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Raises:
         UsageError: If ``output`` has another ending or its folder does not exist, ``predict_step`` returns no
-            dictionary, or the values of a column change their type in a Parquet file.
+            dictionary, or columns or their types change in a Parquet file.
     """
 
     def __init__(self, output: str) -> None:

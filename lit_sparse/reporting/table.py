@@ -135,7 +135,7 @@ def notes(adapters: Adapters) -> list[str]:
     if not adapters.layers:
         found.append("Norms, gates and the support of BA are not in the logs: give a checkpoint to see them.")
     elif any(figure.scale is None for figure in adapters.figures):
-        found.append("The scale is not in the file: norms of BA are without it.")
+        found.append("The file names no scale and no experts: norms of BA are without it, and a layer is one matrix.")
     if adapters.arguments.get("init_weights") == "pissa":
         found.append("PiSSA changed the frozen weights at the start, beyond what is counted here.")
     return found

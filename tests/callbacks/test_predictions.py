@@ -84,6 +84,13 @@ def test_a_column_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == [{"n": 0}]  # what was written stays
 
 
+def test_columns_stay_the_same(tmp_path: Path) -> None:
+    module = Rows(lambda n: {"n": n, **({"more": n} if int(n[0]) else {})})
+    writer = ls.PredictionWriter(str(tmp_path / "out.parquet"))
+    with pytest.raises(ls.UsageError, match=r"has the columns \['n'\], and a prediction has \['n', 'more'\]"):
+        quiet(writer).predict(module, DataLoader(torch.arange(4)))
+
+
 def test_errors(tmp_path: Path) -> None:
     for name in ("out.csv", "out", "out.JSONL"):
         with pytest.raises(ls.UsageError, match=rf"output='{name}' must end in .jsonl or .parquet"):

@@ -161,7 +161,7 @@ def test_a_scale_that_is_not_known_is_said(run, capsys):
     torch.save(checkpoint, "own.ckpt")
     main(["inspect", "own.ckpt"])
     text = capsys.readouterr().out
-    assert "The scale is not in the file: norms of BA are without it." in text
+    assert "The file names no scale and no experts: norms of BA are without it" in text
     assert "alpha" not in text.splitlines()[3]
 
 
