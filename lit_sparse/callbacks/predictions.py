@@ -45,7 +45,7 @@ class _ParquetFile:
         self._columns = self._columns or columns
         if columns != self._columns:  # pyarrow would leave out what the first row does not have
             raise UsageError(
-                f"{self._path} has the columns {self._columns}, and a prediction has {columns}. Use .jsonl where rows differ."
+                f"{self._path} has the columns {self._columns}, and a prediction has {columns}. Use .jsonl instead."
             )
         self._rows += rows
         if len(self._rows) >= _GROUP:
