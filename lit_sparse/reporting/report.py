@@ -207,8 +207,9 @@ def _row(figure: LayerFigures, columns: list[Column], common: str) -> str:
     layer = figure.sparsity
     share = layer.rank / layer.max_rank
     cells = "".join(_cell(column, figure) for column in columns)
+    name = escape(layer.name[len(common) :]).replace(".", ".<wbr>")  # a line may break after a part
     return (
-        f'<tr><th scope="row">{escape(layer.name[len(common) :])}</th>'
+        f'<tr><th scope="row">{name}</th>'
         f'<td class="rank" data-value="{layer.rank}" style="--share:{share:.1%}">{layer.rank}/{layer.max_rank}</td>'
         f"{cells}</tr>"
     )

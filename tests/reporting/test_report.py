@@ -13,7 +13,7 @@ from lit_sparse.reporting.report import _short, _size, _title
 from lit_sparse.reporting.run_logs import scores
 from lit_sparse.reporting.sources import read_adapters
 
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
