@@ -167,7 +167,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, folder)  # as python -m does, so that modules of the user's own are found
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    words = list(sys.argv[1:] if args is None else args)
+    words = sys.argv[1:] if args is None else list(args)
     try:
         if words[:1] == ["inspect"] and command.names_a_source(words[1:]):
             command.run(words[1:], _program())

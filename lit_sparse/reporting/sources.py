@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -149,8 +148,9 @@ def _read_checkpoint(path: Path) -> Adapters:
     try:
         # Mapped: of a checkpoint with the whole backbone in it only A, B and gates are read.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a file that is no checkpoint makes of it
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     record = checkpoint.get(KEY, {}) if isinstance(checkpoint, dict) else {}
     layers = _layers_of(weights, record, path) if isinstance(weights, dict) else {}

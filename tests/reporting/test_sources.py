@@ -200,6 +200,8 @@ def test_what_cannot_be_read_is_said(run, tmp_path):
     refused(run.checkpoint.parent, r"holds no adapters: it has \['last.ckpt'\]")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     refused(tmp_path / "text.ckpt", r"text.ckpt' cannot be read as a checkpoint")
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    refused(tmp_path / "empty.ckpt", r"empty.ckpt' cannot be read as a checkpoint")
     torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "plain.ckpt")
     refused(tmp_path / "plain.ckpt", r"plain.ckpt' holds no adapters: no lora_A and lora_B_t")
     torch.save([1], tmp_path / "list.ckpt")
