@@ -27,8 +27,8 @@ def gate_figure(gates: list[Tensor]) -> Figure:
     values = torch.cat([gate.detach().flatten().float().cpu() for gate in gates]) if gates else torch.empty(0)
     if not values.numel():
         raise UsageError("There are no gates to draw: only SoRA and methods like it have them.")
-    live = values[values != 0]
-    zeros = values.numel() - live.numel()
+    live = values[(values != 0) & values.isfinite()]  # a run that diverged still has its picture
+    zeros = int((values == 0).sum())
     axes = figure.add_subplot()
     open_axes(axes)
     reach = float(live.abs().max()) if live.numel() else 1.0

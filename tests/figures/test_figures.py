@@ -62,6 +62,7 @@ def test_a_tall_bar_of_zeros_is_cut_off():
     assert figure.axes[0].get_ylim()[1] < 100
     assert [text.get_text() for text in figure.axes[0].texts] == [" 500 ↑"]
     gate_figure([torch.zeros(4)])  # nothing else to compare with
+    assert gate_figure([torch.tensor([0.0, float("nan"), 1.0])]).axes[0].get_title() == "1 of 3 gates are zero"
 
 
 def test_curves_have_a_panel_for_each_kind():
