@@ -65,7 +65,11 @@ if TYPE_CHECKING:
     from lit_sparse.modules.question_answering import QuestionAnswering as QuestionAnswering
     from lit_sparse.modules.seq2seq import Seq2SeqLM as Seq2SeqLM
     from lit_sparse.modules.token_classification import TokenClassification as TokenClassification
+    from lit_sparse.plotting import plot_curves as plot_curves
+    from lit_sparse.plotting import plot_gates as plot_gates
     from lit_sparse.plotting import plot_ranks as plot_ranks
+    from lit_sparse.plotting import plot_support as plot_support
+    from lit_sparse.reporting.report import write_report as write_report
 
 _HOME = {
     "LowRankAdapter": "adapters.base",
@@ -123,7 +127,11 @@ _HOME = {
     "QuestionAnswering": "modules.question_answering",
     "Seq2SeqLM": "modules.seq2seq",
     "TokenClassification": "modules.token_classification",
+    "plot_curves": "plotting",
+    "plot_gates": "plotting",
     "plot_ranks": "plotting",
+    "plot_support": "plotting",
+    "write_report": "reporting.report",
 }
 
 

@@ -24,6 +24,7 @@ from lit_sparse.callbacks.resume import last_checkpoint, usable
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.reporting import command
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours.
 
@@ -89,7 +90,9 @@ class SparseTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,  # noqa: ARG002
     ) -> None:
-        """List the layers that would be adapted, with parameter counts, without loading weights or training.
+        """List the layers that a configuration would adapt; given a checkpoint or folder instead, what it holds.
+
+        No weights are loaded and nothing is trained. The latter is :mod:`lit_sparse.reporting.command`.
 
         Args:
             model: A module that holds adapters after ``configure_model``.
@@ -123,9 +126,9 @@ class SparseCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for name, command in exporting.COMMANDS.items():  # for --help; main runs them without a configuration
-            commands: Any = parser._subcommands_action
-            commands.add_subcommand(name, _export_parser(name), help=_summary(command))
+        for name, function in exporting.COMMANDS.items():  # for --help; main runs them without a configuration
+            functions: Any = parser._subfunctions_action
+            functions.add_subfunction(name, _export_parser(name), help=_summary(function))
 
     def before_instantiate_classes(self) -> None:
         """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
@@ -189,9 +192,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if words and words[0] in exporting.COMMANDS:
             _export(words[0], words[1:])
             return
+        if words[:1] == ["inspect"] and command.names_a_source(words[1:]):
+            command.run(words[1:], _program())
+            return
         SparseCLI(
             trainer_class=SparseTrainer,
-            args=None if args is None else list(args),
+            args=words,
             parser_class=SparseParser,
             parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
             save_config_kwargs={"overwrite": True},

@@ -1,4 +1,4 @@
-"""Figures from the monitor's table; needs the ``plot`` extra."""
+"""Figures of adapters, in a model or where they are stored; needs the ``plot`` extra."""
 
 from __future__ import annotations
 
@@ -8,61 +8,76 @@ from torch import nn
 
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.callbacks.monitor import read_table
-from lit_sparse.errors import UsageError
+from lit_sparse.figures.canvas import save
+from lit_sparse.figures.curves import curve_figure
+from lit_sparse.figures.gates import gate_figure
+from lit_sparse.figures.grid import rank_figure
+from lit_sparse.reporting.pictures import stored_support
+from lit_sparse.reporting.sources import read_adapters
+from lit_sparse.reporting.stored import LayerFigures
 
 
 def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
     """Draw the rank that is left in every adapted layer: blocks from left to right, kinds of layer downward.
 
     Args:
-        adapters: A model with adapters, or the ``sparsity.csv`` that :class:`~lit_sparse.SparsityMonitor` wrote.
+        adapters: A model with adapters, the ``sparsity.csv`` that :class:`~lit_sparse.SparsityMonitor` wrote, or any
+            source of :func:`~lit_sparse.write_report`.
         output: Picture to write; its ending says the format.
 
     Raises:
         UsageError: If matplotlib is not installed, or there is no adapter to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError('Figures need matplotlib: pip install "lit-sparse[plot]".') from error
-    layers = layer_sparsity(adapters) if isinstance(adapters, nn.Module) else read_table(Path(adapters))
-    if not layers:
-        raise UsageError("There is no adapter to draw: inject a method, or give the sparsity.csv of a run.")
-    places = _places([layer.name for layer in layers])
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    blocks = sorted({block for _, block in places.values()})
-    labels = 0.09 * max(len(kind) for kind in kinds)  # inches
-    figure = Figure(figsize=(1.6 + labels + 0.6 * len(blocks), 1.2 + 0.4 * len(kinds)), layout="constrained")
-    axes = figure.add_subplot()
-    grid = [[float("nan")] * len(blocks) for _ in kinds]
-    for layer in layers:
-        kind, block = places[layer.name]
-        row, column = kinds.index(kind), blocks.index(block)
-        grid[row][column] = layer.rank
-        dark = layer.rank > 0.6 * max(other.max_rank for other in layers)
-        axes.text(column, row, str(layer.rank), ha="center", va="center", color="white" if dark else "black")
-    highest = max(layer.max_rank for layer in layers)
-    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-    axes.set_xticks(range(len(blocks)), [str(block) if block >= 0 else "–" for block in blocks])
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("block")
-    left, held = sum(layer.rank for layer in layers), sum(layer.max_rank for layer in layers)
-    axes.set_title(f"{left} of {held} ranks remain")
-    figure.colorbar(image, label="rank")
-    figure.savefig(output, dpi=150)
+    if isinstance(adapters, nn.Module):
+        layers = layer_sparsity(adapters)
+    elif Path(adapters).suffix == ".csv":
+        layers = read_table(Path(adapters))
+    else:
+        layers = [figure.sparsity for figure in _figures(adapters)]
+    save(rank_figure(layers), output)
 
 
-def _places(names: list[str]) -> dict[str, tuple[str, int]]:
-    """Kind of each layer (its name within its block) and number of the block, -1 outside of blocks."""
-    parts = {name: name.split(".") for name in names}
-    number = {name: next((i for i, part in enumerate(p) if part.isdigit()), None) for name, p in parts.items()}
-    stacks = {".".join(parts[name][:i]) for name, i in number.items() if i is not None}
-    places = {}
-    for name, i in number.items():
-        if i is None:
-            places[name] = (name, -1)
-        else:
-            # An encoder and a decoder both have a block 0: several stacks are told apart by their names.
-            kind = parts[name][i + 1 :] if len(stacks) == 1 else [*parts[name][:i], *parts[name][i + 1 :]]
-            places[name] = (".".join(kind), int(parts[name][i]))
-    return places
+def plot_gates(adapters: nn.Module | str | Path, output: str | Path) -> None:
+    """Draw how the gates are spread, those at exactly zero apart.
+
+    Args:
+        adapters: A model with adapters, or a source of :func:`~lit_sparse.write_report` with A and B in it.
+        output: Picture to write; its ending says the format.
+
+    Raises:
+        UsageError: If matplotlib is not installed, the source cannot be read, or there are no gates.
+    """
+    save(gate_figure(read_adapters(adapters).gates), output)
+
+
+def plot_curves(run: str | Path, output: str | Path, metrics: str | Path | None = None) -> None:
+    """Draw ranks, densities, losses and metrics over the steps of a run.
+
+    Args:
+        run: A source of :func:`~lit_sparse.write_report` with a metrics.csv.
+        output: Picture to write; its ending says the format.
+        metrics: The metrics.csv; None: the one that lies with the source.
+
+    Raises:
+        UsageError: If matplotlib is not installed, the source cannot be read, or nothing of these was logged.
+    """
+    adapters = read_adapters(run, metrics)
+    save(curve_figure(adapters.curves, adapters.step), output)
+
+
+def plot_support(adapters: nn.Module | str | Path, output: str | Path, layer: str | None = None) -> None:
+    """Draw where BA can change a frozen weight, and by how much: a spy plot.
+
+    Args:
+        adapters: A model with adapters, or a source of :func:`~lit_sparse.write_report` with A and B in it.
+        output: Picture to write; its ending says the format.
+        layer: Full name of the layer, or trailing parts of it; None: the one with the largest change.
+
+    Raises:
+        UsageError: If matplotlib is not installed, the source cannot be read, or there is no such layer.
+    """
+    save(stored_support(read_adapters(adapters).layer(layer)), output)
+
+
+def _figures(source: str | Path) -> list[LayerFigures]:
+    return read_adapters(source).figures

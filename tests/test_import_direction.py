@@ -13,11 +13,13 @@ LEVELS = [
     {"errors", "_version"},
     {"functional"},
     {"adapters"},
+    {"figures"},
     {"methods"},
     {"interchange"},
     {"callbacks"},
     {"quickstart"},
     {"modules", "data"},
+    {"reporting"},
     {"plotting", "inspection", "bank", "exporting"},
     {"__init__"},  # offers the public names of all of the above
     {"cli"},

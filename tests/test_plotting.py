@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 from backbones import build_tiny
 from transformers import AlbertForSequenceClassification, BertForSequenceClassification, T5ForConditionalGeneration
 
@@ -90,6 +91,65 @@ def test_a_model_without_adapters_cannot_be_drawn(tmp_path):
     with pytest.raises(UsageError, match=message):
         plot_ranks(tmp_path / "sparsity.csv", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A checkpoint, and the log of its run above it."""
+    module = lit_sparse.SparseModule(build_tiny(BertForSequenceClassification), SoRA(threshold=0.1))
+    module.configure_model()
+    for _, adapter in lit_sparse.adapters_in(module):
+        torch.nn.init.normal_(adapter.lora_B_t)
+        adapter.gate.data[:3] = 0
+    checkpoint = {"state_dict": module.state_dict(), "global_step": 3}
+    module.on_save_checkpoint(checkpoint)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    (tmp_path / "metrics.csv").write_text("step,val_loss,sparsity/mean_rank\n1,2.0,\n1,,7.0\n3,1.0,5.0\n")
+    return module, tmp_path / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("plot", [lit_sparse.plot_ranks, lit_sparse.plot_gates, lit_sparse.plot_support])
+def test_a_model_and_its_checkpoint_give_the_same_picture(plot, run, tmp_path):
+    import numpy as np
+    from matplotlib.image import imread
+
+    module, checkpoint = run
+    plot(module, tmp_path / "model.png")
+    plot(checkpoint, tmp_path / "file.png")
+    pixels = [imread(tmp_path / name) for name in ("model.png", "file.png")]
+    assert np.array_equal(*pixels)
+    assert pixels[0].std() > 0
+
+
+def test_curves_are_those_of_the_run_of_a_checkpoint(run, tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    lit_sparse.plot_curves(run[1], tmp_path / "curves.svg")
+    words = re.findall(r">([^<]+)</text>", (tmp_path / "curves.svg").read_text())
+    assert {"loss", "val_loss", "live ranks per layer", "mean_rank", "optimizer step"} <= set(words)
+    other = tmp_path / "other.csv"
+    other.write_text("step,lr\n1,0.5\n")
+    with pytest.raises(UsageError, match=r"There are no curves to draw among \['lr'\]"):
+        lit_sparse.plot_curves(run[1], tmp_path / "x.png", metrics=other)
+
+
+def test_a_layer_is_drawn_by_its_name(run, tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    lit_sparse.plot_support(run[1], tmp_path / "support.svg", "1.attention.self.value")
+    assert ">model.bert.encoder.layer.1.attention.self.value</text>" in (tmp_path / "support.svg").read_text()
+    with pytest.raises(UsageError, match=r"no layer 'valu' in .*Did you mean 'value'"):
+        lit_sparse.plot_support(run[1], tmp_path / "x.png", "valu")
+
+
+def test_without_gates_there_are_none_to_draw(tmp_path):
+    model = build_tiny(BertForSequenceClassification)
+    inject(model, lit_sparse.LoRA(["query"], rank=2))
+    with pytest.raises(UsageError, match="There are no gates to draw: only SoRA and methods like it have them"):
+        lit_sparse.plot_gates(model, tmp_path / "x.png")
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):

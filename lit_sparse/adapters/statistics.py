@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,42 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.functional import product_density, product_sparsity_bound
+
+
+class Factors(Protocol):
+    """What figures are made of: an adapter in a model, or what a file holds of one."""
+
+    @property
+    def lora_A(self) -> Tensor:
+        """Shape ``(copies · rank, in_features)``."""
+
+    @property
+    def lora_B_t(self) -> Tensor:
+        """Shape ``(copies · rank, out_features)``."""
+
+    @property
+    def gate(self) -> Tensor | None:
+        """Shape ``(copies · rank,)``, None without gates."""
+
+    @property
+    def copies(self) -> int:
+        """Number of matrices, each with its own ranks."""
+
+    @property
+    def rank(self) -> int:
+        """Ranks of each copy."""
+
+    @property
+    def max_rank(self) -> int:
+        """Ranks of each copy at the start."""
+
+    @property
+    def in_features(self) -> int:
+        """Columns of each matrix."""
+
+    @property
+    def out_features(self) -> int:
+        """Rows of each matrix."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +105,19 @@ def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
 @torch.no_grad()
 def layer_sparsity(model: nn.Module) -> list[LayerSparsity]:
     """What is left of every adapter of ``model``, in the model's order; forms BA's support, so not for every step."""
-    return [_layer(name, adapter) for name, adapter in adapters_in(model)]
+    return [sparsity_of_layer(name, adapter) for name, adapter in adapters_in(model)]
 
 
-def live_ranks(adapter: LowRankAdapter) -> Tensor:
+def live_ranks(adapter: Factors) -> Tensor:
     """Which ranks have a non-zero gate, bool of the gate's shape ``(copies · rank,)``; without gates all."""
     if adapter.gate is None:
         return torch.ones(adapter.lora_A.shape[0], dtype=torch.bool, device=adapter.lora_A.device)
     return adapter.gate.detach() != 0
 
 
-def _layer(name: str, adapter: LowRankAdapter) -> LayerSparsity:
+@torch.no_grad()
+def sparsity_of_layer(name: str, adapter: Factors) -> LayerSparsity:
+    """What is left of one adapter."""
     live = live_ranks(adapter)
     A, B_t = adapter.lora_A * live.unsqueeze(1), adapter.lora_B_t * live.unsqueeze(1)
     nonzero_A, nonzero_B = int(A.count_nonzero()), int(B_t.count_nonzero())

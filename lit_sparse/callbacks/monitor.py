@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import csv
-import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.imports import RequirementCache
+from torch import Tensor
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.naming import common_start, places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
 from lit_sparse.errors import UsageError
+from lit_sparse.figures.canvas import pixels
+from lit_sparse.figures.gates import gate_figure
+from lit_sparse.figures.grid import rank_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RICH = RequirementCache("rich")
+_MATPLOTLIB = RequirementCache("matplotlib")
 _PREFIX = "sparsity/"
 
 
@@ -28,8 +38,11 @@ class SparsityMonitor(Callback):
     During training and after each epoch: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
     ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``rank`` and ``density`` (of A
     and B together). After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of
-    RoseLoRA, ``sparsity/density_BA_bound``, averaged over layers. After fit, a table of the layers, and
-    ``sparsity.csv`` with it in the logger's folder.
+    RoseLoRA, ``sparsity/density_BA_bound``, averaged over layers, and the live ranks per layer of each kind of layer,
+    such as ``sparsity/rank/attention.self.query``. After fit, a table of the layers, and ``sparsity.csv`` with it in
+    the logger's folder; and, where matplotlib is installed, pictures of the ranks and of the gates for loggers that
+    take pictures, ``sparsity/ranks`` and ``sparsity/gates``: those with a ``log_image``, as that of Weights & Biases,
+    and those whose ``experiment`` has an ``add_figure``, as that of TensorBoard.
 
     Args:
         every_n_steps: Optimizer steps between two logs; None: the Trainer's ``log_every_n_steps``.
@@ -44,11 +57,16 @@ class SparsityMonitor(Callback):
         self.every_n_steps = every_n_steps
         self._logged_at = 0
         self._adapters: list[LowRankAdapter] = []
+        self._kinds: dict[str, list[int]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters by type."""
         self._logged_at = trainer.global_step
-        self._adapters = [adapter for _, adapter in adapters_in(pl_module)]
+        named = dict(adapters_in(pl_module))
+        self._adapters = list(named.values())
+        self._kinds = {}
+        for index, (kind, _) in enumerate(places(named).values()):
+            self._kinds.setdefault(kind, []).append(index)
         if not self._adapters:
             raise UsageError(f"SparsityMonitor found no adapter in {type(pl_module).__name__}. Call lit_sparse.inject.")
 
@@ -79,6 +97,8 @@ class SparsityMonitor(Callback):
         figures = {k: v.float() for k, v in sparsity_of(self._adapters).items()}
         for key in ("density_BA", "density_BA_bound"):
             figures[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
+        for kind, indices in self._kinds.items():
+            figures[f"rank/{kind}"] = torch.tensor(sum(layers[i].rank for i in indices) / len(indices))
         # Replicated adapters give every process the same figures: nothing is to be reduced.
         pl_module.log_dict({f"{_PREFIX}{k}": v for k, v in figures.items()}, batch_size=1)
 
@@ -92,6 +112,31 @@ class SparsityMonitor(Callback):
         if folder is not None:
             write_table(layers, Path(folder) / "sparsity.csv")
         _show(layers)
+        if _MATPLOTLIB and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _log_pictures(trainer, layers, self._adapters)
+
+
+def _log_pictures(trainer: Trainer, layers: Sequence[LayerSparsity], adapters: Sequence[LowRankAdapter]) -> None:
+    """Give pictures to the loggers that take some."""
+    takers = [taker for taker in map(_picture_taker, trainer.loggers) if taker is not None]
+    if not takers:
+        return
+    drawn = {"ranks": rank_figure(layers)}
+    gates: list[Tensor] = [adapter.gate for adapter in adapters if adapter.gate is not None]
+    if gates:
+        drawn["gates"] = gate_figure(gates)
+    for name, figure in drawn.items():
+        for take in takers:
+            take(f"{_PREFIX}{name}", figure, trainer.global_step)
+
+
+def _picture_taker(logger: Logger) -> Callable[[str, Figure, int], object] | None:
+    """What hands a picture to a logger: name, figure and step; None for a logger that takes none."""
+    log_image = getattr(logger, "log_image", None)
+    if callable(log_image):
+        return lambda name, figure, step: log_image(key=name, images=[pixels(figure)], step=step)
+    add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+    return add_figure if callable(add_figure) else None
 
 
 def write_table(layers: list[LayerSparsity], path: Path) -> None:
@@ -118,7 +163,7 @@ def read_table(path: Path) -> list[LayerSparsity]:
 
 def _show(layers: list[LayerSparsity]) -> None:
     header = ["layer", "rank", "A", "B", "BA", "bound", "left"]
-    common = _common_start([layer.name for layer in layers])
+    common = common_start([layer.name for layer in layers])
     rows = [
         [
             layer.name[len(common) :],
@@ -155,10 +200,11 @@ def _show(layers: list[LayerSparsity]) -> None:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
         rank_zero_info("\n".join([title, *lines]))
-    rank_zero_info(_summary(layers))
+    rank_zero_info(summary(layers))
 
 
-def _summary(layers: list[LayerSparsity]) -> str:
+def summary(layers: Sequence[LayerSparsity]) -> str:
+    """How many ranks are zero, and what remains, in a sentence."""
     held, left = sum(layer.max_rank for layer in layers), sum(layer.rank for layer in layers)
     changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
     share = changed / sum(layer.adapted_parameters for layer in layers)
@@ -167,10 +213,3 @@ def _summary(layers: list[LayerSparsity]) -> str:
         f"{held - left} of {held} ranks are zero ({(held - left) / held:.1%}); {parameters:,} adapter parameters "
         f"remain and change {share:.2%} of the adapted weights."
     )
-
-
-def _common_start(names: list[str]) -> str:
-    """The parts that all names begin with, each with its dot."""
-    parts = [name.split(".")[:-1] for name in names]
-    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
-    return "".join(f"{level[0]}." for level in same)

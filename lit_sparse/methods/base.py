@@ -159,11 +159,11 @@ class SparseMethod:
                 or has fewer singular values than there are ranks.
         """
         patterns = self.overrides or {}
-        idle = [p for p in patterns if not any(_names_layer(p, name) for name in layers)]
+        idle = [p for p in patterns if not any(names_layer(p, name) for name in layers)]
         if idle:
             leaves = sorted({name.rpartition(".")[2] for name in layers})
             raise UsageError(f"overrides {idle} match none of the {len(layers)} adapted layers, which end in {leaves}.")
-        found = {name: next((dict(v) for p, v in patterns.items() if _names_layer(p, name)), {}) for name in layers}
+        found = {name: next((dict(v) for p, v in patterns.items() if names_layer(p, name)), {}) for name in layers}
         if self.init_weights == "pissa":
             for name, layer in layers.items():
                 require_principal(name, layer, int(found[name].get("rank", self.rank)))
@@ -250,7 +250,8 @@ def _require_rank_and_alpha(rank: float, alpha: float | None) -> None:
         raise UsageError(f"alpha must be positive, or the adapter would do nothing; got {alpha}.")
 
 
-def _names_layer(pattern: str, name: str) -> bool:
+def names_layer(pattern: str, name: str) -> bool:
+    """Whether a key of ``overrides`` means the layer of this full name."""
     try:
         return matches_tail(name, pattern) or re.fullmatch(pattern, name) is not None
     except re.error as error:

@@ -3,13 +3,14 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from backbones import save_tiny_bert
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
@@ -27,6 +28,8 @@ FIGURES = {
     "density_BA",
     "density_BA_bound",
 }
+KINDS = ["attention.self.query", "attention.self.key", "attention.self.value"]
+KINDS += ["attention.output.dense", "intermediate.dense", "output.dense"]
 
 
 def rows(count: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -51,7 +54,10 @@ def test_figures_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
         logged = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
     steps = [row for row in logged if "sparsity/mean_rank" in row]
     assert len(steps) == 2 * 8 / 2 + 2  # every other step, and after each epoch
-    assert {key.removeprefix("sparsity/") for row in logged for key in row if "/" in key} == FIGURES
+    assert {key.removeprefix("sparsity/") for row in logged for key in row if "/" in key} == {
+        *FIGURES,
+        *(f"rank/{kind}" for kind in [*KINDS, "pooler.dense"]),
+    }
     ranks = [float(row["sparsity/mean_rank"]) for row in steps]
     assert ranks[0] > ranks[-1]
     adapters = [adapter for _, adapter in ls.adapters_in(module)]
@@ -63,6 +69,92 @@ def test_figures_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
     assert total < held
     assert trainer.progress_bar_metrics["rank"] == pytest.approx(ranks[-1])
     assert trainer.progress_bar_metrics["density"] == pytest.approx(total / held)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_kind_of_layer_has_its_mean_rank_after_each_epoch(tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path, ls.SoRA(rank=4, threshold=0.08))
+    with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["sparsity/density_BA"]]
+    assert len(logged) == 2
+    layers = {layer.name: layer.rank for layer in layer_sparsity(module)}
+    for kind in KINDS:
+        ranks = [layers[f"model.bert.encoder.layer.{block}.{kind}"] for block in (0, 1)]
+        assert float(logged[-1][f"sparsity/rank/{kind}"]) == pytest.approx(sum(ranks) / 2)
+    assert float(logged[-1]["sparsity/rank/pooler.dense"]) == layers["model.bert.pooler.dense"]
+
+
+class Pictures(Logger):
+    """Keeps what it is given; takes images itself, as that of Weights & Biases does."""
+
+    name, version = "pictures", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: dict[str, tuple[Any, Any]] = {}
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any, *others: Any) -> None:
+        pass
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        (self.images[key],) = [(image, step) for image in images]
+
+
+class Figures(Pictures):
+    """Has an experiment that takes figures, as that of TensorBoard does."""
+
+    log_image = None  # type: ignore[assignment]
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(add_figure=self.add_figure)
+
+    def add_figure(self, tag: str, figure: Any, global_step: int) -> None:
+        self.images[tag] = (figure, global_step)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loggers_that_take_pictures_get_them_at_the_end(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    images, figures = Pictures(), Figures()
+    loggers = [CSVLogger(tmp_path), images, figures]
+    module, _ = fit(tmp_path, ls.SoRA(rank=4, threshold=0.08), logger=loggers)
+    assert set(images.images) == set(figures.images) == {"sparsity/ranks", "sparsity/gates"}
+    for image, step in images.images.values():
+        assert step == 16
+        assert image.dtype == "uint8"
+        assert image.ndim == 3
+        assert image.std() > 0
+    figure, step = figures.images["sparsity/ranks"]
+    assert isinstance(figure, Figure)
+    assert step == 16
+    left = sum(layer.rank for layer in layer_sparsity(module))
+    assert figure.axes[0].get_title().startswith(f"{left} of ")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("installed", [True, False])
+def test_no_gates_or_no_matplotlib_is_no_error(tmp_path: Path, installed: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(monitor, "_MATPLOTLIB", installed)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    images = Pictures()
+    fit(tmp_path, ls.LoRA(["query"], rank=2), logger=images)
+    assert set(images.images) == ({"sparsity/ranks"} if installed else set())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    fit(tmp_path, ls.SoRA(["query"], rank=2, threshold=0.1), logger=TensorBoardLogger(tmp_path, name="board"))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.*"))
+    assert b"sparsity/ranks" in written
+    assert b"sparsity/gates" in written
+    assert b"sparsity/rank/attention.self.query" in written
 
 
 @pytest.mark.filterwarnings("ignore")

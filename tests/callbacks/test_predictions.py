@@ -1,16 +1,21 @@
 """PredictionWriter through a real Trainer."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from backbones import save_tiny_bert
+from datasets import load_dataset
+from pyarrow import parquet
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 import lit_sparse as ls
+from lit_sparse.callbacks import predictions
 
 
 def quiet(*callbacks: pl.Callback) -> pl.Trainer:
@@ -40,7 +45,56 @@ def test_several_sets_follow_each_other(tmp_path: Path) -> None:
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
 
 
+class Rows(pl.LightningModule):
+    """Predicts what the batch holds, through ``change``."""
+
+    def __init__(self, change: Callable[[torch.Tensor], dict[str, Any]]) -> None:
+        super().__init__()
+        self.change = change
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+        return self.change(batch)
+
+
+def test_parquet_holds_the_rows_of_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "_GROUP", 6)
+    batches = DataLoader(torch.arange(10), batch_size=4)
+    module = Rows(lambda n: {"label": n, "probabilities": n[:, None] / torch.tensor([2.0, 4.0]), "text": n.tolist()})
+    lines, columns = (ls.PredictionWriter(str(tmp_path / f"out.{ending}")) for ending in ("jsonl", "parquet"))
+    quiet(lines, columns).predict(module, batches)
+    expected = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    file = parquet.ParquetFile(tmp_path / "out.parquet")
+    assert file.read().to_pylist() == expected
+    assert [row["label"] for row in expected] == list(range(10))
+    assert file.num_row_groups == 2  # of eight rows, when six were there, and of two
+    assert load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")[3] == expected[3]
+
+
+def test_parquet_of_no_rows_can_be_read(tmp_path: Path) -> None:
+    writer = ls.PredictionWriter(str(tmp_path / "out.parquet"))
+    quiet(writer).predict(Rows(lambda n: {"n": n[:0]}), DataLoader(torch.arange(4)))
+    assert parquet.read_table(tmp_path / "out.parquet").num_rows == 0
+
+
+def test_a_column_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "_GROUP", 1)
+    module = Rows(lambda n: {"n": n.tolist() if int(n[0]) == 0 else ["words"] * len(n)})
+    with pytest.raises(ls.UsageError, match=r"out.parquet cannot hold the predictions in columns: .*Use .jsonl"):
+        quiet(ls.PredictionWriter(str(tmp_path / "out.parquet"))).predict(module, DataLoader(torch.arange(4)))
+    assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == [{"n": 0}]  # what was written stays
+
+
+def test_columns_stay_the_same(tmp_path: Path) -> None:
+    module = Rows(lambda n: {"n": n, **({"more": n} if int(n[0]) else {})})
+    writer = ls.PredictionWriter(str(tmp_path / "out.parquet"))
+    with pytest.raises(ls.UsageError, match=r"has the columns \['n'\], and a prediction has \['n', 'more'\]"):
+        quiet(writer).predict(module, DataLoader(torch.arange(4)))
+
+
 def test_errors(tmp_path: Path) -> None:
+    for name in ("out.csv", "out", "out.JSONL"):
+        with pytest.raises(ls.UsageError, match=rf"output='{name}' must end in .jsonl or .parquet"):
+            ls.PredictionWriter(name)
     with pytest.raises(ls.UsageError, match=r"folder of output='.*nowhere/out.jsonl' does not exist"):
         ls.PredictionWriter(str(tmp_path / "nowhere" / "out.jsonl"))
 

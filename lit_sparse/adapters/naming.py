@@ -1,0 +1,36 @@
+"""What the names of layers say: which stand at the same place of several blocks, and what all names begin with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+
+def places(names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Kind of each layer (its name within its block) and number of the block, -1 outside of blocks.
+
+    Args:
+        names: Full names; what all of them begin with is left out of the kinds.
+    """
+    full = list(names)
+    common = itertools.takewhile(lambda part: not part.isdigit(), common_start(full).split(".")[:-1])
+    skipped = len(list(common))
+    parts = {name: name.split(".")[skipped:] for name in full}
+    number = {name: next((i for i, part in enumerate(p) if part.isdigit()), None) for name, p in parts.items()}
+    stacks = {".".join(parts[name][:i]) for name, i in number.items() if i is not None}
+    found = {}
+    for name, i in number.items():
+        if i is None:
+            found[name] = (".".join(parts[name]), -1)
+        else:
+            # An encoder and a decoder both have a block 0: several stacks are told apart by their names.
+            kind = parts[name][i + 1 :] if len(stacks) == 1 else [*parts[name][:i], *parts[name][i + 1 :]]
+            found[name] = (".".join(kind), int(parts[name][i]))
+    return found
+
+
+def common_start(names: Iterable[str]) -> str:
+    """The parts that all names begin with, each with its dot."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return "".join(f"{level[0]}." for level in same)
