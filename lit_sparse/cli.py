@@ -127,8 +127,8 @@ class SparseCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         for name, function in exporting.COMMANDS.items():  # for --help; main runs them without a configuration
-            functions: Any = parser._subfunctions_action
-            functions.add_subfunction(name, _export_parser(name), help=_summary(function))
+            commands: Any = parser._subcommands_action
+            commands.add_subcommand(name, _export_parser(name), help=_summary(function))
 
     def before_instantiate_classes(self) -> None:
         """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""

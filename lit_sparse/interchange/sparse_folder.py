@@ -160,6 +160,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     return adapters
 
 
+def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
+    """A and B of every layer in a folder of :func:`save_adapter`, scale and gates folded into B.
+
+    Raises:
+        UsageError: If the folder cannot be read, or holds a patch, of which A and B are not known.
+    """
+    saved = _read_folder(Path(folder))
+    if saved.entries["format"] != "sparse":
+        raise UsageError(f"{str(folder)!r} is a patch of the weights: A and B are not in it. Give the checkpoint.")
+    return {name: _remains(saved, name, entry) for name, entry in saved.entries["layers"].items()}
+
+
 @dataclass(frozen=True)
 class _Saved:
     folder: Path
@@ -312,11 +324,15 @@ def _inject(model: nn.Module, saved: _Saved) -> dict[str, LowRankAdapter]:
     )
     adapters = inject(model, method)
     for name, entry in layers.items():
-        out_features, in_features = entry["shape"]
-        lora_A = _unpacked(saved.tensors, f"{name}.lora_A", in_features)
-        lora_B_t = _unpacked(saved.tensors, f"{name}.lora_B_t", out_features)
-        _fill(saved, name, adapters[name], Remains(lora_A, lora_B_t, tuple(entry["ranks"])))
+        _fill(saved, name, adapters[name], _remains(saved, name, entry))
     return adapters
+
+
+def _remains(saved: _Saved, name: str, entry: Mapping[str, Any]) -> Remains:
+    out_features, in_features = entry["shape"]
+    lora_A = _unpacked(saved.tensors, f"{name}.lora_A", in_features)
+    lora_B_t = _unpacked(saved.tensors, f"{name}.lora_B_t", out_features)
+    return Remains(lora_A, lora_B_t, tuple(entry["ranks"]))
 
 
 def _fill(saved: _Saved, name: str, adapter: LowRankAdapter, remains: Remains) -> None:

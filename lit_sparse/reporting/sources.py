@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
@@ -18,7 +20,9 @@ from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.monitor import read_table
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.curves import Curves
+from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
+from lit_sparse.interchange.sparse_folder import read_factors
 from lit_sparse.methods.base import names_layer
 from lit_sparse.modules.checkpoint import KEY
 from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics
@@ -231,6 +235,30 @@ def _read_peft(path: Path) -> Adapters:
     )
 
 
+def _read_sparse(path: Path) -> Adapters:
+    layers = {}
+    for name, remains in sorted(read_factors(path).items(), key=lambda item: _by_numbers(item[0])):
+        rank, copies = max(remains.ranks), len(remains.ranks)
+        # Experts may have different ranks left; here they have rows of zeros instead.
+        A, B_t = (
+            torch.cat([F.pad(rows, (0, 0, 0, rank - len(rows))) for rows in matrix.split(remains.ranks)])
+            for matrix in (remains.lora_A, remains.lora_B_t)
+        )
+        layers[name] = StoredLayer(name, A, B_t, None, 1.0, float(rank), copies, rank)
+    if not layers:
+        raise UsageError(f"{str(path)!r} holds no adapters: nothing was left of any.")
+    entries = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    return Adapters(
+        name=str(path),
+        kind="a folder of save_adapter",
+        layers=layers,
+        figures=_figures(layers),
+        method=entries.get("method"),
+        arguments=entries.get("arguments") or {},
+        backbone=entries.get("base_model_name_or_path"),
+    )
+
+
 def _by_numbers(name: str) -> list[tuple[int, str]]:
     """Block 10 after block 2: the file has its tensors in the order of letters."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
@@ -276,6 +304,7 @@ def _last_part(class_path: str | None) -> str | None:
 
 SOURCES: tuple[Source, ...] = (
     Source(lambda path: (path / CONFIG).is_file(), _read_peft, "a folder in PEFT's format"),
+    Source(lambda path: (path / METADATA).is_file(), _read_sparse, "a folder of save_adapter"),
     Source(
         lambda path: path.name == TABLE or (path / TABLE).is_file(),
         _read_run,

@@ -129,6 +129,30 @@ def test_a_folder_of_pefts(tmp_path):
         assert (figures.sparsity.rank, figures.alpha, figures.scale) == (rank, 6, 6 / rank)
 
 
+@pytest.mark.parametrize("model_class", [BertForSequenceClassification, MixtralForCausalLM])
+def test_a_folder_of_our_own(model_class, tmp_path):
+    options = {"num_local_experts": 3, "num_key_value_heads": 4} if model_class is MixtralForCausalLM else {}
+    model = build_tiny(model_class, **options)
+    ls.inject(model, ls.SoRA(rank=4, threshold=0.1))
+    generator = torch.Generator().manual_seed(0)
+    for _, adapter in ls.adapters_in(model):
+        nn.init.normal_(adapter.lora_B_t)
+        adapter.gate.data *= torch.rand(adapter.gate.shape, generator=generator) < 0.5
+    ls.save_adapter(model, tmp_path / "sparse", provenance=ls.Provenance(method="SoRA", arguments={"rank": 4}))
+    adapters = read_adapters(tmp_path / "sparse")
+    assert (adapters.kind, adapters.method, adapters.arguments) == ("a folder of save_adapter", "SoRA", {"rank": 4})
+    live = {name: adapter for name, adapter in ls.adapters_in(model) if adapter.gate.any()}
+    found = {figures.sparsity.name: figures for figures in adapters.figures}
+    assert found.keys() == live.keys()
+    for name, adapter in live.items():
+        assert found[name].norm_BA == pytest.approx(float(adapter.delta_weight().norm()), rel=1e-5)
+        kept = int((adapter.gate != 0).sum()) * (adapter.in_features + adapter.out_features)
+        assert found[name].sparsity.remaining_parameters == kept
+    ls.export_delta(model, tmp_path / "delta")
+    with pytest.raises(ls.UsageError, match="is a patch of the weights: A and B are not in it"):
+        read_adapters(tmp_path / "delta")
+
+
 @pytest.mark.parametrize("part", ["", "sparsity.csv"])
 def test_the_logs_of_a_run(run, part):
     adapters = read_adapters(run.logs / part)
