@@ -38,7 +38,21 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
     adapters = dict(adapters_in(model))
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to compact. Inject a method first.")
-    live = {name: a.gate != 0 for name, a in adapters.items() if a.gate is not None}
+    keep_ranks(adapters, {name: a.gate != 0 for name, a in adapters.items() if a.gate is not None}, optimizer)
+    return {name: adapter.rank for name, adapter in adapters.items()}
+
+
+@torch.no_grad()
+def keep_ranks(
+    adapters: Mapping[str, LowRankAdapter], live: Mapping[str, Tensor], optimizer: Optimizer | None = None
+) -> None:
+    """Take all ranks out but those that are live; the rest as :func:`compact`.
+
+    Args:
+        adapters: Of one model, by name.
+        live: For each adapter with gates a mask of their shape; other gates must be zero.
+        optimizer: The optimizer of a run that goes on.
+    """
     counts = {name: int(n) for name, n in zip(live, _largest(adapters, live), strict=True)}  # the one host sync
     if counts and not any(counts.values()) and len(counts) == len(adapters):
         counts[next(iter(counts))] = 1
@@ -46,7 +60,6 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
         adapter = adapters[name]
         if rank < adapter.rank:
             _keep(adapter, _chosen(live[name].view(adapter.copies, -1), rank), optimizer)
-    return {name: adapter.rank for name, adapter in adapters.items()}
 
 
 def shrink(adapter: LowRankAdapter, rank: int) -> None:

@@ -217,7 +217,10 @@ def test_what_cannot_be_read_is_said(run, tmp_path):
         with pytest.raises(ls.UsageError, match=message):
             read_adapters(path)
 
-    refused(tmp_path / "nowhere", r"nowhere' does not exist. Give a folder in PEFT's format or the folder of a run's")
+    refused(
+        tmp_path / "nowhere",
+        r"nowhere' does not exist. Give a folder in PEFT's format or a folder of save_adapter or the folder of a run's",
+    )
     refused(tmp_path, r"holds no adapters: it is empty. Give a folder")
     (tmp_path / "metrics.csv").write_text("step\n")
     refused(tmp_path, r"it has a metrics.csv, but no sparsity.csv, which SparsityMonitor writes when a run ends")
