@@ -197,7 +197,7 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         SparseCLI(
             trainer_class=SparseTrainer,
-            args=words,
+            args=None if args is None else words,
             parser_class=SparseParser,
             parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
             save_config_kwargs={"overwrite": True},
