@@ -9,10 +9,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.adapters.base import LowRankLayer
+from lit_sparse.adapters.fused import autocasts, fused_linear
 from lit_sparse.errors import UsageError
 
 FrozenLinear = nn.Linear | Conv1D
 """Linear layers; GPT-2's Conv1D is one that stores its weight as (in, out)."""
+
+_PLAIN = (nn.Linear, Conv1D)
 
 
 class LowRankLinear(LowRankLayer):
@@ -45,21 +48,49 @@ class LowRankLinear(LowRankLayer):
         if not self.enabled or not self.rank:
             return self.base(x)  # type: ignore[no-any-return]
         rows = x.reshape(-1, self.in_features)
-        y = self.base(rows)
-        hidden = F.linear(self.dropout(rows).to(y.dtype), self.lora_A.to(y.dtype)).to(y.dtype)
         # Gate and scale are folded into B: rank · out_features products instead of tokens · rank.
-        lora_B_t = self.scaled_lora_B_t().to(y.dtype)
-        y = y.addmm_(hidden, lora_B_t) if self._owns_output() else torch.addmm(y, hidden, lora_B_t)
+        if self._can_fuse(rows):
+            y = self._fused(rows)
+        else:
+            y = self.base(rows)
+            hidden = F.linear(self.dropout(rows).to(y.dtype), self.lora_A.to(y.dtype)).to(y.dtype)
+            y = torch.addmm(y, hidden, self.scaled_lora_B_t().to(y.dtype))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _fused(self, rows: Tensor) -> Tensor:
+        weight = self._as_matrix(self.base.weight)
+        bias: Tensor | None = self.base.bias
+        if autocasts(rows) and rows.dtype != torch.float64:
+            # As autocast would, but once for the two products that read the rows.
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        lora_A, lora_B_t = self.lora_A.to(rows.dtype), self.scaled_lora_B_t().to(rows.dtype)
+        dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+        return fused_linear(rows, weight, bias, lora_A, lora_B_t, dropout)
+
+    def _can_fuse(self, rows: Tensor) -> bool:
+        """Whether what ``base`` would do is the product by its weight, and nobody looks on."""
+        base = self.base
+        weight = base.weight
+        casts = autocasts(rows) and torch.float64 not in (rows.dtype, weight.dtype)
+        return (
+            type(base) in _PLAIN
+            and type(weight) in (nn.Parameter, Tensor)  # quantized and sharded weights have classes of their own
+            and not weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and (rows.dtype == weight.dtype or casts)
+            and type(self.dropout) in (nn.Identity, nn.Dropout)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and "forward" not in vars(base)  # replaced on the object, as accelerate does to move weights
+            and not _has_any_global_hook()
+            # A compiler fuses on its own; traces and function transforms take no hand-written backward.
+            and not torch.compiler.is_compiling()
+            and not torch._C._get_tracing_state()
+            and not torch._C._are_functorch_transforms_active()
+        )
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if isinstance(self.base, Conv1D) else weight
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.t() if isinstance(self.base, Conv1D) else matrix
-
-    def _owns_output(self) -> bool:
-        # Hooks, the base's own or global, may keep its output (and backward hooks forbid changing it in place).
-        base = self.base
-        hooked = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks or _has_any_global_hook()
-        return type(base) in (nn.Linear, Conv1D) and not hooked

@@ -1,0 +1,295 @@
+"""lit_sparse.adapters.fused: the same numbers as autograd's own, fewer bytes, and the plain path where it must be."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.adapters.fused import fused_linear
+from lit_sparse.adapters.linear import LowRankLinear
+
+IN, OUT, RANK = 5, 4, 3
+
+every_kind = pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
+
+
+def adapter_of(kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> LowRankLinear:
+    base = Conv1D(OUT, IN) if kind == "conv1d" else nn.Linear(IN, OUT, bias=kind == "linear")
+    adapter = LowRankLinear(base.to(dtype), RANK, 0.7, dropout, gated=True)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    return adapter
+
+
+def fuses(adapter: LowRankLinear, x: Tensor) -> bool:
+    """Whether the hand-written node is in the graph of what ``adapter`` makes of ``x``."""
+    waiting, seen = [adapter(x).grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        seen.append(node.name())
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return "_FusedLinearBackward" in seen
+
+
+def made_plain(adapter: LowRankLinear) -> LowRankLinear:
+    plain = copy.deepcopy(adapter)
+    plain.base.register_forward_pre_hook(lambda module, args: None)
+    return plain
+
+
+def gradients(adapter: LowRankLinear, x: Tensor, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y.square().sum(), [x, *(p for p in adapter.parameters() if p.requires_grad)]))
+
+
+@every_kind
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "float16", "autocast"])
+def test_both_paths_give_the_same_numbers(kind, dropout, precision):
+    dtype = torch.float32 if precision == "autocast" else getattr(torch, precision)
+    fused = adapter_of(kind, dtype, dropout)
+    plain = made_plain(fused)
+    x = torch.randn(2, 7, IN, dtype=dtype, requires_grad=True)
+    found = []
+    for adapter in (fused, plain):
+        assert fuses(adapter, x) == (adapter is fused)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            y = adapter(x)
+        found.append([y, *gradients(adapter, x, y)])
+    narrowest = torch.bfloat16 if precision == "autocast" else dtype
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        size = 16 * torch.finfo(narrowest).eps * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=size)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_first_and_second_derivatives(bias, dropout):
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    b = torch.randn(OUT, dtype=torch.float64) if bias else None
+
+    def call(rows, A, B_t):
+        torch.manual_seed(3)  # the same entries dropped at each call
+        return fused_linear(rows, weight, b, A, B_t, dropout)
+
+    shapes = (6, IN), (RANK, IN), (RANK, OUT)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_only_the_gradients_that_are_wanted_are_made(wanted):
+    shapes = (6, IN), (RANK, IN), (RANK, OUT)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=i == wanted) for i, s in enumerate(shapes)]
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    rows, A, B_t = inputs
+    (fused_linear(rows, weight, None, A, B_t, 0.0)).square().sum().backward()
+    assert [t.grad is not None for t in inputs] == [i == wanted for i in range(3)]
+    (expected,) = torch.autograd.grad((rows @ weight.t() + rows @ A.t() @ B_t).square().sum(), inputs[wanted])
+    torch.testing.assert_close(inputs[wanted].grad, expected)
+
+
+class Kept:
+    """Bytes of distinct storages that a forward pass keeps for the backward pass."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def of(self, adapter: LowRankLinear, x: Tensor) -> int:
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+            y = adapter(x)
+        kept = sum(self.storages.values())
+        del y
+        return kept - sum(p.untyped_storage().nbytes() for p in adapter.parameters() if p.data_ptr() in self.storages)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_kept_for_the_backward_pass(dropout):
+    """The input, the hidden products, the folded B, and a byte per entry that dropout may drop: nothing else."""
+    adapter = LowRankLinear(nn.Linear(64, 48), 4, 1.0, dropout, gated=True)
+    x = torch.randn(128, 64, requires_grad=True)
+    folded = 4 * 48 * 4
+    gate = 4 * 4  # gate · scale
+    assert Kept().of(adapter, x) == 4 * x.numel() + 4 * 128 * 4 + folded + gate + (x.numel() if dropout else 0)
+
+
+def test_the_multiplications_of_a_step_are_counted():
+    """Per layer: the base's two products, and three thin ones each way through A and B."""
+    tokens, r, size = 128, 4, 64
+    adapter = LowRankLinear(nn.Linear(size, size), r, 1.0, gated=True)
+    x = torch.randn(tokens, size, requires_grad=True)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        adapter(x).sum().backward()
+    base, thin = 2 * tokens * size * size, 2 * tokens * size * r
+    assert counter.get_total_flops() == 2 * base + 6 * thin
+
+
+class Doubled(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def _replaced_forward(adapter):
+    forward = adapter.base.forward
+    adapter.base.forward = lambda x: forward(x)
+
+
+def _sub_class(adapter):
+    class Loud(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    adapter.base.__class__ = Loud
+
+
+@pytest.mark.parametrize(
+    ("change", "shift"),
+    {
+        "forward hook": (lambda a: a.base.register_forward_hook(lambda m, args, y: y + 1), 1),
+        "forward pre-hook": (lambda a: a.base.register_forward_pre_hook(lambda m, args: None), 0),
+        "backward hook": (lambda a: a.base.register_full_backward_hook(lambda m, gi, go: None), 0),
+        "backward pre-hook": (lambda a: a.base.register_full_backward_pre_hook(lambda m, go: None), 0),
+        "replaced forward": (_replaced_forward, 0),
+        "sub-class": (_sub_class, 1),
+        "trainable weight": (lambda a: a.base.weight.requires_grad_(), 0),
+        "trainable bias": (lambda a: a.base.bias.requires_grad_(), 0),
+    }.values(),
+    ids=lambda value: None,
+)
+def test_the_plain_path_is_taken_where_the_base_is_more_than_a_product(change, shift):
+    adapter = adapter_of("linear")
+    x = torch.randn(3, IN, dtype=torch.float64)
+    assert fuses(adapter, x)
+    expected = adapter(x).detach() + shift
+    change(adapter)
+    assert not fuses(adapter, x)
+    torch.testing.assert_close(adapter(x), expected)
+
+
+def test_dropout_of_another_kind_is_called():
+    adapter = adapter_of("linear")
+    x = torch.randn(3, IN, dtype=torch.float64)
+    expected = adapter(x) + (adapter(x) - adapter.base(x))
+    adapter.dropout = Doubled()
+    torch.testing.assert_close(adapter(x), expected)
+
+
+def test_a_global_hook_is_heard():
+    adapter, heard = adapter_of("linear"), []
+    handle = register_module_forward_hook(lambda module, args, output: heard.append(module))
+    try:
+        assert not fuses(adapter, torch.randn(3, IN, dtype=torch.float64))
+    finally:
+        handle.remove()
+    assert adapter.base in heard
+
+
+def test_a_trainable_base_gets_its_gradient():
+    adapter = adapter_of("linear")
+    adapter.base.weight.requires_grad_()
+    x = torch.randn(6, IN, dtype=torch.float64)
+    adapter(x).sum().backward()
+    torch.testing.assert_close(adapter.base.weight.grad, torch.ones(6, OUT, dtype=torch.float64).t() @ x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_function_transforms_and_traces_work():
+    adapter = adapter_of("linear")
+    x = torch.randn(6, IN, dtype=torch.float64)
+    values = {n: p.detach() for n, p in adapter.named_parameters()}
+
+    def loss(values, row):
+        return torch.func.functional_call(adapter, values, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    loss(dict(adapter.named_parameters()), x).backward()
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad)
+    traced = torch.jit.trace(adapter, x)
+    torch.testing.assert_close(traced(2 * x), adapter(2 * x))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointing_gives_the_same_gradients(use_reentrant, dropout):
+    adapter = adapter_of("linear", dropout=dropout)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    expected = gradients(adapter, x, adapter(x))
+    torch.manual_seed(5)
+    checkpoint(adapter, x, use_reentrant=use_reentrant).square().sum().backward()
+    found = [x.grad, *(p.grad for p in adapter.parameters() if p.requires_grad)]
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("narrow_forward", [True, False])
+def test_a_backward_pass_inside_autocast_works(narrow_forward):
+    adapter = adapter_of("linear", torch.float32)
+    x = torch.randn(3, IN, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow_forward):
+        y = adapter(x)
+    expected = gradients(adapter, x, adapter(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(adapter, x, y.float())
+    for ours, wanted in zip(found, expected, strict=True):
+        exact = 0.1 if narrow_forward else 1e-5
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=exact * wanted.abs().max().item())
+
+
+def test_float64_stays_float64_under_autocast():
+    adapter = adapter_of("linear")
+    x = torch.randn(3, IN, dtype=torch.float64)
+    expected = adapter(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapter(x), expected)
+
+
+def test_a_layer_that_is_used_twice_gets_both_gradients():
+    adapter = LowRankLinear(nn.Linear(IN, IN, dtype=torch.float64), RANK, 0.7, gated=True)
+    with torch.no_grad():
+        adapter.lora_B_t.normal_()
+    x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
+    W, b, s = adapter.base.weight, adapter.base.bias, 0.7
+    whole = W + s * adapter.lora_B @ torch.diag(adapter.gate) @ adapter.lora_A
+    expected = gradients(adapter, x, (x @ whole.t() + b) @ whole.t() + b)
+    found = gradients(adapter, x, adapter(adapter(x)))
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_shapes_can_be_found_without_numbers():
+    with torch.device("meta"):
+        adapter = LowRankLinear(nn.Linear(IN, OUT), RANK, 0.7, gated=True)
+        y = adapter(torch.empty(3, IN))
+    assert y.shape == (3, OUT)
+    y.sum().backward()
+    assert adapter.gate.grad.is_meta
+
+
+def test_dropout_drops_that_share_in_both_directions():
+    adapter = LowRankLinear(nn.Linear(500, 1, bias=False), 1, 1.0, dropout=0.25)
+    with torch.no_grad():
+        adapter.base.weight.zero_()
+        adapter.lora_A.fill_(1.0)
+        adapter.lora_B_t.fill_(1.0)
+    x = torch.ones(200, 500, requires_grad=True)
+    adapter(x).sum().backward()
+    shares = x.grad.double()
+    assert shares.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    spread = math.sqrt(0.25 * 0.75 / shares.numel())
+    assert (shares == 0).double().mean().item() == pytest.approx(0.25, abs=6 * spread)
