@@ -1,11 +1,12 @@
-"""What a training step costs after compaction, against the same step with all ranks held.
+"""What a training step costs after compaction, against all ranks held, PEFT's LoRA, and no adapters at all.
 
 Run:  python benchmarks/compaction.py [--rank 8 32] [--left 0.3] [--rounds 30] [--threads 1]
 
 MiniLM-L6 with its real weights (extra quickstart), SoRA on every linear layer, batch 32 × 64 tokens, float32, fused
-AdamW. Ranks die unevenly over the layers, as they do in training. Each round takes one step of every variant, in a
-shuffled order; times are CPU times of the process, medians over the rounds, and the ratio is the median of those within
-a round, with its quartiles.
+AdamW; PEFT's LoRA (extra peft) on the same layers, and the floor: the frozen backbone with gradients flowing through it
+to its embeddings. Ranks die unevenly over the layers, as they do in training. Each round takes one step of every
+variant, in a shuffled order; times are CPU times of the process, medians over the rounds, and ratios are medians of
+those within a round, with their quartiles.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import platform
 import random
 import statistics
 import time
+from typing import Any
 
+import peft
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -41,24 +44,58 @@ def kill_gates(model: torch.nn.Module, left: float) -> None:
 class Variant:
     """A model with its optimizer, and a step of it."""
 
-    def __init__(self, model: torch.nn.Module, method: ls.SparseMethod, left: float | None) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, ranks: int = 0) -> None:
+        self.model, self.ranks = model, ranks
+        self.optimizer = self._optimizer([{"params": [p for p in model.parameters() if p.requires_grad]}])
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=1e-4, fused=True)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> float:
+        """CPU seconds of one training step."""
+        start = time.process_time()
+        self.model(**batch).loss.backward()
+        self.update()
+        self.optimizer.zero_grad()
+        return time.process_time() - start
+
+    def update(self) -> None:
+        """What follows the backward pass."""
+        self.optimizer.step()
+
+
+class Sparse(Variant):
+    """Adapters of ours, a share of whose ranks is left."""
+
+    def __init__(self, model: torch.nn.Module, method: ls.SparseMethod, left: float | None = None) -> None:
         ls.inject(model, method)
-        self.optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=1e-4, fused=True)
+        super().__init__(model)
+        self.optimizer = self._optimizer(ls.parameter_groups(model, method))
         self.steps = ls.SparseSteps(method, model, self.optimizer, total_steps=None)
         if left is not None:
             kill_gates(model, left)
             ls.compact(model, self.optimizer)
         self.ranks = sum(adapter.rank for _, adapter in ls.adapters_in(model))
 
-    def step(self, batch: dict[str, torch.Tensor]) -> float:
-        """CPU seconds of one training step."""
-        start = time.process_time()
-        self.model(**batch).loss.backward()
+    def update(self) -> None:
+        """What follows the backward pass."""
         self.steps.observe()
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.process_time() - start
+
+
+def floor(model: torch.nn.Module) -> Variant:
+    """The head trained, nothing else, and gradients made down to the embeddings."""
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    return Variant(model)
+
+
+def peft_lora(model: torch.nn.Module, rank: int) -> Variant:
+    config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(model, config)
+    layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    return Variant(adapted, rank * len(layers))
 
 
 def main() -> None:
@@ -78,8 +115,10 @@ def main() -> None:
         # A threshold of zero: gates are stepped, and none dies in the meantime.
         method = ls.SoRA(rank=rank, alpha=16, threshold=0.0)
         variants = {
-            "all ranks": Variant(copy.deepcopy(plain), method, None),
-            "compacted": Variant(copy.deepcopy(plain), method, options.left),
+            "floor": floor(copy.deepcopy(plain)),
+            "PEFT LoRA": peft_lora(copy.deepcopy(plain), rank),
+            "all ranks": Sparse(copy.deepcopy(plain), method),
+            "compacted": Sparse(copy.deepcopy(plain), method, options.left),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(options.rounds + 3):
@@ -87,11 +126,12 @@ def main() -> None:
                 seconds = variants[name].step(batch)
                 if number >= 3:  # the first ones warm up
                     times[name].append(seconds)
-        ratios = [b / a for a, b in zip(times["all ranks"], times["compacted"], strict=True)]
-        quarter, half, three = statistics.quantiles(ratios, n=4)
         for name, variant in variants.items():
             print(f"r = {rank:3}  {name:10}  {variant.ranks:5} ranks  {1000 * statistics.median(times[name]):8.1f} ms")
-        print(f"r = {rank:3}  ratio {half:.3f} ({quarter:.3f} to {three:.3f})")
+        for name, peer in (("compacted", "all ranks"), ("all ranks", "PEFT LoRA"), ("compacted", "PEFT LoRA")):
+            ratios = [ours / theirs for ours, theirs in zip(times[name], times[peer], strict=True)]
+            quarter, half, three = statistics.quantiles(ratios, n=4)
+            print(f"r = {rank:3}  {name} / {peer}: {half:.3f} ({quarter:.3f} to {three:.3f})")
 
 
 if __name__ == "__main__":

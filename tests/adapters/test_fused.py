@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.adapters.fused import fused_linear
@@ -85,6 +86,20 @@ def test_first_and_second_derivatives(bias, dropout):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
+@pytest.mark.parametrize("rank", [1, 7, 8, 9, 15, 16, 17])
+def test_every_rank_gives_the_formula(rank):
+    """Ranks that are padded to a round width among them."""
+    rows, A, B_t, weight = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((6, IN), (rank, IN), (rank, OUT), (OUT, IN))
+    )
+    inputs = [tensor.requires_grad_() for tensor in (rows, A, B_t)]
+    found, expected = fused_linear(rows, weight, None, A, B_t, 0.0), rows @ weight.t() + rows @ A.t() @ B_t
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected))
+    for gradient, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("wanted", range(3))
 def test_only_the_gradients_that_are_wanted_are_made(wanted):
     shapes = (6, IN), (RANK, IN), (RANK, OUT)
@@ -131,7 +146,7 @@ def test_the_multiplications_of_a_step_are_counted():
     tokens, r, size = 128, 4, 64
     adapter = LowRankLinear(nn.Linear(size, size), r, 1.0, gated=True)
     x = torch.randn(tokens, size, requires_grad=True)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         adapter(x).sum().backward()
     base, thin = 2 * tokens * size * size, 2 * tokens * size * r
     assert counter.get_total_flops() == 2 * base + 6 * thin

@@ -78,13 +78,14 @@ def test_peft_computes_what_the_live_model_does(model_class, inputs, task, layou
     assert torch.equal(logits(model, inputs), expected)  # left as it was
 
 
-@pytest.mark.parametrize("model_class", [BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM])
-def test_peft_agrees_in_float32(model_class, tmp_path):
+@pytest.mark.parametrize(("model_class", "inputs"), [MODELS[n][:2] for n in ("BERT", "GPT-2", "Llama", "T5")])
+def test_peft_agrees_in_float32(model_class, inputs, tmp_path):
     model = as_trained(build_tiny(model_class))
+    expected = logits(model, inputs)
     assert ls.export_peft(model, tmp_path / "lora").difference < 1e-5
     loaded = peft.PeftModel.from_pretrained(build_tiny(model_class), tmp_path / "lora")
-    torch.testing.assert_close(logits(loaded, IDS), logits(model, IDS), rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(loaded.merge_and_unload(), IDS), logits(model, IDS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(loaded.merge_and_unload(), inputs), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_class", [BertForSequenceClassification, GPT2LMHeadModel])
