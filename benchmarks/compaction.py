@@ -44,12 +44,9 @@ def kill_gates(model: torch.nn.Module, left: float) -> None:
 class Variant:
     """A model with its optimizer, and a step of it."""
 
-    def __init__(self, model: torch.nn.Module, ranks: int = 0) -> None:
+    def __init__(self, model: torch.nn.Module, groups: list[dict[str, Any]], ranks: int = 0) -> None:
         self.model, self.ranks = model, ranks
-        self.optimizer = self._optimizer([{"params": [p for p in model.parameters() if p.requires_grad]}])
-
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
         """CPU seconds of one training step."""
@@ -69,8 +66,7 @@ class Sparse(Variant):
 
     def __init__(self, model: torch.nn.Module, method: ls.SparseMethod, left: float | None = None) -> None:
         ls.inject(model, method)
-        super().__init__(model)
-        self.optimizer = self._optimizer(ls.parameter_groups(model, method))
+        super().__init__(model, ls.parameter_groups(model, method))
         self.steps = ls.SparseSteps(method, model, self.optimizer, total_steps=None)
         if left is not None:
             kill_gates(model, left)
@@ -83,19 +79,23 @@ class Sparse(Variant):
         self.optimizer.step()
 
 
+def trainable(model: torch.nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+
 def floor(model: torch.nn.Module) -> Variant:
     """The head trained, nothing else, and gradients made down to the embeddings."""
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    return Variant(model)
+    return Variant(model, trainable(model))
 
 
 def peft_lora(model: torch.nn.Module, rank: int) -> Variant:
     config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
     adapted = peft.get_peft_model(model, config)
     layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    return Variant(adapted, rank * len(layers))
+    return Variant(adapted, trainable(adapted), rank * len(layers))
 
 
 def main() -> None:

@@ -63,11 +63,12 @@ class _FusedLinear(Function):
         wants_rows, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
         twice = torch.is_grad_enabled()
         scale = 1 / (1 - ctx.dropout)
-        grad_hidden = grad_y.mm(B_t.t())
         dropped = rows
         if kept is not None and (wants_A or twice):
             dropped = torch.ops.aten.native_dropout_backward(rows, kept, scale)  # rows ∘ kept · scale
         grad_rows = grad_A = grad_B = None
+        if wants_A or wants_rows:
+            grad_hidden = grad_y.mm(B_t.t())
         if wants_A:
             grad_A = grad_hidden.t().mm(dropped)
         if wants_B:

@@ -15,8 +15,6 @@ from lit_sparse.errors import UsageError
 FrozenLinear = nn.Linear | Conv1D
 """Linear layers; GPT-2's Conv1D is one that stores its weight as (in, out)."""
 
-_PLAIN = (nn.Linear, Conv1D)
-
 
 class LowRankLinear(LowRankLayer):
     """``y = base(x) + scale · B (gate ∘ (A x))``, with ``base`` frozen.
@@ -74,7 +72,7 @@ class LowRankLinear(LowRankLayer):
         weight = base.weight
         casts = autocasts(rows) and torch.float64 not in (rows.dtype, weight.dtype)
         return (
-            type(base) in _PLAIN
+            type(base) in (nn.Linear, Conv1D)  # a sub-class may compute something else
             and type(weight) in (nn.Parameter, Tensor)  # quantized and sharded weights have classes of their own
             and not weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)

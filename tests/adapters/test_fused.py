@@ -170,20 +170,19 @@ def _sub_class(adapter):
     adapter.base.__class__ = Loud
 
 
-@pytest.mark.parametrize(
-    ("change", "shift"),
-    {
-        "forward hook": (lambda a: a.base.register_forward_hook(lambda m, args, y: y + 1), 1),
-        "forward pre-hook": (lambda a: a.base.register_forward_pre_hook(lambda m, args: None), 0),
-        "backward hook": (lambda a: a.base.register_full_backward_hook(lambda m, gi, go: None), 0),
-        "backward pre-hook": (lambda a: a.base.register_full_backward_pre_hook(lambda m, go: None), 0),
-        "replaced forward": (_replaced_forward, 0),
-        "sub-class": (_sub_class, 1),
-        "trainable weight": (lambda a: a.base.weight.requires_grad_(), 0),
-        "trainable bias": (lambda a: a.base.bias.requires_grad_(), 0),
-    }.values(),
-    ids=lambda value: None,
-)
+CHANGES = {
+    "forward hook": (lambda a: a.base.register_forward_hook(lambda m, args, y: y + 1), 1),
+    "forward pre-hook": (lambda a: a.base.register_forward_pre_hook(lambda m, args: None), 0),
+    "backward hook": (lambda a: a.base.register_full_backward_hook(lambda m, gi, go: None), 0),
+    "backward pre-hook": (lambda a: a.base.register_full_backward_pre_hook(lambda m, go: None), 0),
+    "replaced forward": (_replaced_forward, 0),
+    "sub-class": (_sub_class, 1),
+    "trainable weight": (lambda a: a.base.weight.requires_grad_(), 0),
+    "trainable bias": (lambda a: a.base.bias.requires_grad_(), 0),
+}
+
+
+@pytest.mark.parametrize(("change", "shift"), CHANGES.values(), ids=CHANGES)
 def test_the_plain_path_is_taken_where_the_base_is_more_than_a_product(change, shift):
     adapter = adapter_of("linear")
     x = torch.randn(3, IN, dtype=torch.float64)
