@@ -1,12 +1,13 @@
 """What a training step costs after compaction, against all ranks held, PEFT's LoRA, and no adapters at all.
 
-Run:  python benchmarks/compaction.py [--rank 8 32] [--left 0.3] [--rounds 30] [--threads 1]
+Run:  python benchmarks/compaction.py [--rank 8 32] [--left 0.3] [--rounds 30] [--threads 1] [--checkpoint FILE]
 
 MiniLM-L6 with its real weights (extra quickstart), SoRA on every linear layer, batch 32 × 64 tokens, float32, fused
 AdamW; PEFT's LoRA (extra peft) on the same layers, and the floor: the frozen backbone with gradients flowing through it
-to its embeddings. Ranks die unevenly over the layers, as they do in training. Each round takes one step of every
-variant, in a shuffled order; times are CPU times of the process, medians over the rounds, and ratios are medians of
-those within a round, with their quartiles.
+to its embeddings. Ranks die unevenly over the layers, as they do in training; given a checkpoint of the quickstart that
+CompactRanks cut, they are those that it has left. Each round takes one step of every variant, in a shuffled order;
+times are CPU times of the process, medians over the rounds, and ratios are medians of those within a round, with their
+quartiles.
 """
 
 import argparse
@@ -31,8 +32,12 @@ def backbone() -> torch.nn.Module:
 
 
 @torch.no_grad()
-def kill_gates(model: torch.nn.Module, left: float) -> None:
-    """Zero all but a share of the gates, of some layers more than of others."""
+def kill_gates(model: torch.nn.Module, left: float | dict[str, int]) -> None:
+    """Zero all but a share of the gates, of some layers more than of others; or all but so many of each layer."""
+    if isinstance(left, dict):
+        for name, adapter in ls.adapters_in(model):
+            adapter.gate[left[name] :] = 0
+        return
     generator = torch.Generator().manual_seed(0)
     gates = [adapter.gate for _, adapter in ls.adapters_in(model)]
     strength = [torch.rand(g.shape, generator=generator) + 0.6 * torch.rand(1, generator=generator) for g in gates]
@@ -64,7 +69,7 @@ class Variant:
 class Sparse(Variant):
     """Adapters of ours, a share of whose ranks is left."""
 
-    def __init__(self, model: torch.nn.Module, method: ls.SparseMethod, left: float | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, method: ls.SparseMethod, left: Any = None) -> None:
         ls.inject(model, method)
         super().__init__(model, ls.parameter_groups(model, method))
         self.steps = ls.SparseSteps(method, model, self.optimizer, total_steps=None)
@@ -77,6 +82,13 @@ class Sparse(Variant):
         """What follows the backward pass."""
         self.steps.observe()
         self.optimizer.step()
+
+
+def trained_ranks(checkpoint: str) -> tuple[int, dict[str, int]]:
+    """Rank at the start, and ranks left by layer."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["lit_sparse"]
+    left = {name.removeprefix("model."): rank for name, rank in saved["ranks_left"].items()}
+    return max(saved["ranks"].values()), left
 
 
 def trainable(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -104,7 +116,12 @@ def main() -> None:
     parser.add_argument("--left", type=float, default=0.3, help="share of the ranks that is left")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpoint", help="take rank and ranks left from it")
     options = parser.parse_args()
+    left = options.left
+    if options.checkpoint:
+        rank, left = trained_ranks(options.checkpoint)
+        options.rank = [rank]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     ids = torch.randint(1000, 30000, (32, 64))
@@ -118,7 +135,7 @@ def main() -> None:
             "floor": floor(copy.deepcopy(plain)),
             "PEFT LoRA": peft_lora(copy.deepcopy(plain), rank),
             "all ranks": Sparse(copy.deepcopy(plain), method),
-            "compacted": Sparse(copy.deepcopy(plain), method, options.left),
+            "compacted": Sparse(copy.deepcopy(plain), method, left),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(options.rounds + 3):

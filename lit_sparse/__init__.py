@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from lit_sparse.plotting import plot_ranks as plot_ranks
     from lit_sparse.plotting import plot_support as plot_support
     from lit_sparse.reporting.report import write_report as write_report
+    from lit_sparse.strategies.fsdp import SparseFSDPStrategy as SparseFSDPStrategy
+    from lit_sparse.strategies.fsdp2 import SparseFSDP2Strategy as SparseFSDP2Strategy
 
 _HOME = {
     "LowRankAdapter": "adapters.base",
@@ -132,6 +134,8 @@ _HOME = {
     "plot_ranks": "plotting",
     "plot_support": "plotting",
     "write_report": "reporting.report",
+    "SparseFSDPStrategy": "strategies.fsdp",
+    "SparseFSDP2Strategy": "strategies.fsdp2",
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.adapters.frozen import frozen_entries
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import install, read_peft
@@ -202,7 +203,7 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
     name = getattr(model, "name_or_path", "") or type(model).__name__
     checkpoints.require_fit(holder, name, saved, checkpoint)
     keys = holder.load_state_dict(weights, strict=False)
-    missing = set(keys.missing_keys) - checkpoints.frozen_entries(holder)
+    missing = set(keys.missing_keys) - frozen_entries(holder)
     if missing or keys.unexpected_keys:
         raise UsageError(
             f"The weights in {str(path)!r} do not fit {name!r}: missing {sorted(missing)[:3]}, unknown "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -80,6 +81,15 @@ _NO_RUN = {
 }
 
 
+# What these words of the Trainer's mean for a module of ours, which keeps adapters whole in every process.
+_SHARDING: dict[str, tuple[str, dict[str, Any]]] = {
+    "fsdp": ("lit_sparse.SparseFSDPStrategy", {}),
+    "fsdp_cpu_offload": ("lit_sparse.SparseFSDPStrategy", {"cpu_offload": True}),
+    "fsdp2": ("lit_sparse.SparseFSDP2Strategy", {}),
+    "fsdp2_cpu_offload": ("lit_sparse.SparseFSDP2Strategy", {"cpu_offload": True}),
+}
+
+
 class SparseTrainer(Trainer):
     """Lightning's Trainer with a command more."""
 
@@ -138,6 +148,10 @@ class SparseCLI(LightningCLI):
             vars(config.trainer).update(_NO_RUN)
         config["ckpt_path"] = _checkpoint(config.get("ckpt_path"))
         class_path = config.model.get("class_path", "")
+        if config.trainer.strategy in _SHARDING and _is_sparse_module(class_path):
+            kind, arguments = _SHARDING[config.trainer.strategy]
+            init_args: Any = Namespace(**arguments)  # type: ignore[no-untyped-call]
+            config.trainer.strategy = Namespace(class_path=kind, init_args=init_args)  # type: ignore[no-untyped-call]
         given = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
         if given and _is_sparse_module(class_path):
             raise UsageError(

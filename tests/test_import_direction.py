@@ -15,7 +15,7 @@ LEVELS = [
     {"adapters"},
     {"figures"},
     {"methods"},
-    {"interchange"},
+    {"interchange", "strategies"},
     {"callbacks"},
     {"quickstart"},
     {"modules", "data"},

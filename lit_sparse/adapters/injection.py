@@ -11,6 +11,7 @@ from torch import nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.head import keep_head_precision, task_head
+from lit_sparse.adapters.naming import clean_name
 from lit_sparse.adapters.quantized import require_trainable_around
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
@@ -67,10 +68,13 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
-    """Iterate over ``(name, adapter)`` of every adapter in ``model``, each once, found by type."""
+    """Iterate over ``(name, adapter)`` of every adapter in ``model``, each once, found by type.
+
+    Names are the same whatever wraps the parts of the model, such as FSDP.
+    """
     for name, module in model.named_modules():
         if isinstance(module, LowRankAdapter):
-            yield name, module
+            yield clean_name(name), module
 
 
 @contextmanager

@@ -5,6 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that torch puts in for FSDP1 and activation checkpointing, and leaves out of states itself."""
+
+
+def clean_name(name: str) -> str:
+    """The name that a module or parameter has where nothing is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, int]]:
     """Kind of each layer (its name within its block) and number of the block, -1 outside of blocks.

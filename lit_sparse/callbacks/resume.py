@@ -17,9 +17,12 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from lit_sparse.adapters.naming import clean_name
 from lit_sparse.errors import UsageError
+from lit_sparse.strategies.replicas import average_gradients, is_distributed
+from lit_sparse.strategies.sharded import trained_parameters
 
 RANDOM_STATES = "random_states"
 """The checkpoint entry with the states of the random number generators of every process."""
@@ -69,9 +72,9 @@ class ExactResume(Callback):
         """Set them, as the last thing before training goes on."""
         states, self._states = self._states, None
         gradients, self._gradients = self._gradients, {}
+        parameters = {clean_name(name): parameter for name, parameter in pl_module.named_parameters()}
         for name, gradient in gradients.items():
-            parameter = pl_module.get_parameter(name)
-            parameter.grad = gradient.to(parameter)
+            parameters[name].grad = gradient.to(parameters[name])
         if states is None:
             return
         if len(states) != trainer.world_size:
@@ -195,12 +198,11 @@ def _is_accumulating(trainer: Trainer) -> bool:
 @torch.no_grad()
 def _gradients(module: LightningModule) -> dict[str, Tensor]:
     """Those of all trained parameters; with several processes, which have added up their own, the mean of them."""
-    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    if gradients and distributed.is_available() and distributed.is_initialized():
-        for gradient in gradients.values():
-            distributed.all_reduce(gradient)
-        torch._foreach_div_(list(gradients.values()), distributed.get_world_size())
-    return gradients
+    copies = {clean_name(n): nn.Parameter(p.detach()) for n, p in module.named_parameters() if p.requires_grad}
+    for copy, parameter in zip(copies.values(), trained_parameters(module), strict=True):
+        copy.grad = None if parameter.grad is None else parameter.grad.clone()
+    average_gradients(list(copies.values()))
+    return {name: copy.grad for name, copy in copies.items() if copy.grad is not None}
 
 
 def _random_state() -> dict[str, Any]:
@@ -228,7 +230,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return [state]
     states: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(states, state)

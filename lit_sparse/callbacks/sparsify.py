@@ -14,6 +14,7 @@ from lit_sparse.callbacks.averaging import keep_averages_sparse
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder
+from lit_sparse.strategies.support import keep_buffers_local, require_exact
 
 
 class Sparsify(Callback):
@@ -37,7 +38,8 @@ class Sparsify(Callback):
         method: The method whose adapters were injected into the module.
 
     Raises:
-        UsageError: When training starts, if the module holds no adapters, holds those of another method, there are
+        UsageError: At set-up, under a strategy that would not keep adapters equal in all processes, such as DeepSpeed.
+            When training starts, if the module holds no adapters, holds those of another method, there are
             two ``Sparsify`` or a ``StochasticWeightAveraging``, or one optimizer does not hold all trained adapter
             parameters.
     """
@@ -53,15 +55,18 @@ class Sparsify(Callback):
         return self._steps_before if self._steps is None else self._steps.steps_taken
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Refuse a second ``Sparsify``: every step would be pruned twice."""
+        """Refuse a second ``Sparsify``, by which every step would be pruned twice, and what is not exact."""
+        require_exact(trainer.strategy)
         count = sum(isinstance(callback, Sparsify) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if count > 1:
             raise UsageError(f"The Trainer has {count} Sparsify callbacks; each adapter takes one. Remove the others.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that method, optimizer and the other callbacks fit the adapters."""
-        holder(trainer.optimizers, adapters_of(self.method, pl_module))
+        adapters = adapters_of(self.method, pl_module)
+        holder(trainer.optimizers, adapters)
         keep_averages_sparse(trainer.callbacks)  # type: ignore[attr-defined]
+        keep_buffers_local(trainer.strategy.model, adapters.items())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the method check the run, and begin to follow the optimizer's steps."""

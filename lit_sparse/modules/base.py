@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
@@ -90,6 +91,7 @@ class SparseModule(LightningModule):
         self.backbone_args = backbone_args or {}
         self.start_from = start_from
         self._sparsify = _OwnSparsify(method)
+        self._frozen_sample: Tensor | None = None
         self._keep_hyperparameters()
 
     def load_model(self) -> nn.Module:
@@ -110,6 +112,8 @@ class SparseModule(LightningModule):
         if self.compile_model:
             model.compile()
         self.model = model
+        # Now, while it is whole: strategies may shard it.
+        self._frozen_sample = frozen_sample(self)
 
     def configure_callbacks(self) -> list[Callback]:
         """This module's ``Sparsify``, and the others of its callbacks unless the Trainer has its own."""
@@ -154,10 +158,10 @@ class SparseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
-        frozen = frozenset(checkpoints.frozen_entries(self))
+        frozen = frozenset(frozen_entries(self))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint[checkpoints.KEY] = {
-            **checkpoints.describe(self, self.backbone, _portable_method(self.method)),
+            **checkpoints.describe(self, self.backbone, _portable_method(self.method), self._frozen_sample),
             # What rebuilds the module without the configuration, beside the hyperparameters.
             "module": _path_of(type(self)),
             "built": bool(self._built),
@@ -182,7 +186,7 @@ class SparseModule(LightningModule):
             UsageError: If ``strict`` and the keys do not match.
         """
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        frozen = checkpoints.frozen_entries(self)
+        frozen = frozen_entries(self)
         missing = [key for key in keys.missing_keys if key not in frozen]
         if strict and (missing or keys.unexpected_keys):
             raise UsageError(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lit_sparse._version import __version__
 from lit_sparse.adapters.compaction import shrink
+from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 
@@ -22,28 +22,26 @@ Kind = TypeVar("Kind")
 KEY = "lit_sparse"
 """The checkpoint entry that says which backbone and adapters it belongs to."""
 
-_SAMPLES = 4
 # Half-precision copies of one backbone differ by rounding, 2⁻⁸ at most for bfloat16; other weights by far more.
 _ROUNDING = 2.0**-6
 
 
-def frozen_entries(module: nn.Module) -> set[str]:
-    """Names in the state of ``module`` of all that is not trained: frozen parameters, and how they are packed."""
-    names = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    for name, layer in quantized_layers(module):
-        names.update(f"{name}.{entry}" for entry in layer.state_dict())
-    return names
+def describe(model: nn.Module, backbone: str, method: dict[str, Any], sample: Tensor | None) -> dict[str, Any]:
+    """The entry ``checkpoint[KEY]``: plain values and tensors, so that ``weights_only`` loading works.
 
-
-def describe(model: nn.Module, backbone: str, method: dict[str, Any]) -> dict[str, Any]:
-    """The entry ``checkpoint[KEY]``: plain values and tensors, so that ``weights_only`` loading works."""
+    Args:
+        model: The model with its adapters.
+        backbone: Name of its backbone.
+        method: Class path and arguments of its method.
+        sample: The :func:`~lit_sparse.adapters.frozen.frozen_sample` of the model, taken when it was whole.
+    """
     return {
         "version": __version__,
         "backbone": backbone,
         "method": method,
         "ranks": {name: adapter.max_rank for name, adapter in adapters_in(model)},
         "ranks_left": {name: adapter.rank for name, adapter in adapters_in(model)},
-        "backbone_sample": _sample(model),
+        "backbone_sample": sample,
     }
 
 
@@ -123,7 +121,7 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
             f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
             f"trained with {saved['method']['init_args']}; use the same arguments."
         )
-    sample = _sample(model)
+    sample = frozen_sample(model)
     if sample is not None and saved["backbone_sample"] is not None:
         if sample.shape != saved["backbone_sample"].shape:
             raise UsageError(
@@ -154,17 +152,3 @@ def _difference(saved: dict[str, int], own: dict[str, int]) -> str:
             return f"{name!r} has rank {saved[name]} there and {own[name]} here"
     extra = next(name for name in saved if name not in own)
     return f"it has one at {extra!r}, the model has not"
-
-
-def _sample(model: nn.Module) -> Tensor | None:
-    """A few values of frozen parameters, float32 of shape (parameters, samples); None on the meta device.
-
-    Of all but those that are packed: these were made of the same weights as the rest.
-    """
-    packed = {id(layer.weight) for _, layer in quantized_layers(model)}
-    plain = (p for p in model.parameters() if p.is_floating_point() and p.numel() and id(p) not in packed)
-    frozen = [p.detach() for p in plain if not p.requires_grad]
-    if any(p.is_meta for p in frozen) or not frozen:
-        return None
-    places = [[p.numel() * i // _SAMPLES for i in range(_SAMPLES)] for p in frozen]
-    return torch.stack([p.flatten()[where].float().cpu() for p, where in zip(frozen, places, strict=True)])

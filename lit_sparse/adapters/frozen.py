@@ -1,0 +1,32 @@
+"""What of a model is frozen: the names of it in the model's state, and a few of its values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.quantized import quantized_layers
+
+_SAMPLES = 4
+
+
+def frozen_entries(module: nn.Module) -> set[str]:
+    """Names in the state of ``module`` of all that is not trained: frozen parameters, and how they are packed."""
+    names = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for name, layer in quantized_layers(module):
+        names.update(f"{name}.{entry}" for entry in layer.state_dict())
+    return names
+
+
+def frozen_sample(model: nn.Module) -> Tensor | None:
+    """A few values of frozen parameters, float32 of shape (parameters, samples); None on the meta device.
+
+    Of all but those that are packed: these were made of the same weights as the rest.
+    """
+    packed = {id(layer.weight) for _, layer in quantized_layers(model)}
+    plain = (p for p in model.parameters() if p.is_floating_point() and p.numel() and id(p) not in packed)
+    frozen = [p.detach() for p in plain if not p.requires_grad]
+    if any(p.is_meta for p in frozen) or not frozen:
+        return None
+    places = [[p.numel() * i // _SAMPLES for i in range(_SAMPLES)] for p in frozen]
+    return torch.stack([p.flatten()[where].float().cpu() for p, where in zip(frozen, places, strict=True)])

@@ -1,0 +1,1 @@
+"""Sharded backbones with replicated adapters, as strategies of the Trainer."""

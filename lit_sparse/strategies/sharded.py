@@ -1,0 +1,134 @@
+"""What strategies share that shard the frozen backbone and hold everything trained in every process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.naming import clean_name
+from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.errors import UsageError
+from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first, is_distributed
+
+
+class ReplicatedAdapters(ParallelStrategy):
+    """Mix-in of a sharding strategy: what is trained is held whole by every process, and kept equal.
+
+    Adapters are small, and their rows and columns are chosen and zeroed as wholes. FSDP does not synchronize
+    parameters that it is told to leave alone: here they start as those of process 0, and their gradients are averaged
+    in one flat collective before each optimizer step, before they are observed and clipped. Checkpoints are ordinary
+    files of what is trained, written once, which any strategy and any number of processes resumes.
+    """
+
+    # Weights and optimizer are then restored as in a single process, before anything is sharded.
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    optimizer_state = Strategy.optimizer_state
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Take a step whose gradients are averaged between the backward pass and everything that looks at them."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def averaged() -> Any:
+            result = closure()
+            average_gradients(parameters)
+            return result
+
+        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is trained and the buffers, under the names that they have in a single process."""
+        module = self._module()
+        state = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+        for prefix, part in module.named_modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                if name not in part._non_persistent_buffers_set:
+                    state[f"{prefix}.{name}" if prefix else name] = buffer
+        return {clean_name(name): value for name, value in state.items()}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what is trained; frozen weights may be absent.
+
+        Raises:
+            UsageError: If ``strict`` and anything else does not match.
+        """
+        module = self._module()
+        keys = module.load_state_dict(checkpoint["state_dict"], strict=False)
+        missing = [key for key in keys.missing_keys if key not in frozen_entries(module)]
+        if strict and (missing or keys.unexpected_keys):
+            raise UsageError(
+                f"The checkpoint does not fit {type(module).__name__}: {len(missing)} entries are missing "
+                f"{missing[:3]}, {len(keys.unexpected_keys)} are unknown {keys.unexpected_keys[:3]}."
+            )
+
+    def _module(self) -> LightningModule:
+        module = self.lightning_module
+        if module is None:
+            raise RuntimeError("The strategy is not connected to a module.")
+        return module
+
+    def _require_shardable(self, module: nn.Module) -> None:
+        """Check, before anything is sharded, that this can work, and that the processes hold the same weights."""
+        name = type(self).__name__
+        packed = next((layer for layer, _ in quantized_layers(module)), None)
+        if packed is not None:
+            raise UsageError(
+                f"{name} cannot shard quantized weights, such as those of {packed!r}. Use strategy ddp, or a backbone "
+                "in bfloat16."
+            )
+        if not any(True for _ in adapters_in(module)):
+            raise UsageError(
+                f"{name} shards what is frozen around adapters, and {type(module).__name__} holds none. Inject a "
+                "method in __init__ or configure_model, or use the strategy that it is made of."
+            )
+        if is_distributed():
+            digest = _digest(frozen_sample(module))
+            digests: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(digests, digest)
+            if len(set(digests)) > 1:
+                raise UsageError(
+                    "The processes hold different frozen weights: some were drawn at random, each its own. Seed them "
+                    "all alike by seed_everything, or load the backbone from one folder."
+                )
+
+    def _replicate(self, module: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+        """Move what is trained to the device, and let all processes start as process 0."""
+        for parameter in trained:
+            parameter.data = parameter.data.to(self.root_device)
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.to(self.root_device)
+        adapters = [adapter for _, adapter in adapters_in(module)]
+        buffers = [buffer for adapter in adapters for buffer in adapter.buffers(recurse=False)]
+        broadcast_from_first([*(parameter.data for parameter in trained), *buffers])
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Every parameter with ``requires_grad``, once, in the model's order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _digest(sample: Tensor | None) -> str:
+    if sample is None:
+        return ""
+    return hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
