@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
     from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
+    from lit_sparse.callbacks.replicas import VerifyReplicas as VerifyReplicas
+    from lit_sparse.callbacks.requeue import SlurmRequeue as SlurmRequeue
     from lit_sparse.callbacks.resume import ExactResume as ExactResume
     from lit_sparse.callbacks.resume import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
@@ -86,6 +88,8 @@ _HOME = {
     "FiniteLoss": "callbacks.finite_loss",
     "SparsityMonitor": "callbacks.monitor",
     "PredictionWriter": "callbacks.predictions",
+    "VerifyReplicas": "callbacks.replicas",
+    "SlurmRequeue": "callbacks.requeue",
     "ExactResume": "callbacks.resume",
     "last_checkpoint": "callbacks.resume",
     "Sparsify": "callbacks.sparsify",

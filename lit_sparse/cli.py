@@ -162,11 +162,16 @@ class SparseCLI(LightningCLI):
     def before_fit(self) -> None:
         """Find the checkpoint that ``last`` means: Lightning would take a damaged one, and know no other."""
         config = self.config_init[self.subcommand]
-        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "dirpath")]
-        if config.get("ckpt_path") == "last" and any(folders):
-            found = [file for file in map(last_checkpoint, filter(None, folders)) if file is not None]
+        if config.get("ckpt_path") != "last":
+            return
+        folders: list[str] = [getattr(c, "dirpath", None) or "" for c in self.trainer.checkpoint_callbacks]
+        found = [last_checkpoint(folder) for folder in folders if folder]
+        # What SLURM's signal left is often newer.
+        found.append(last_checkpoint(self.trainer.default_root_dir, "hpc_ckpt_*.ckpt"))
+        sound = [file for file in found if file is not None]
+        if any(folders) or sound:
             # None the first time: a job that is requeued has the same command.
-            newest = max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
+            newest = max(sound, key=lambda file: file.stat().st_mtime_ns, default=None)
             config["ckpt_path"] = None if newest is None else str(newest)
 
     def instantiate_classes(self) -> None:

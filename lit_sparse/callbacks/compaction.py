@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -22,15 +23,16 @@ class CompactRanks(Callback):
 
     That is, those whose gate was zero after each of the steps since the last look. A gate that only passes by zero
     comes back, and its rank would be lost; one that stays there has found no use. See :func:`~lit_sparse.compact` for
-    what goes. Steps become cheaper as ranks die, and checkpoints smaller; they resume as any other.
+    what goes. Steps become cheaper as ranks die, and checkpoints smaller; they resume as any other. All processes take
+    out the same ranks, and then average smaller gradients.
 
     Args:
         every_n_steps: Optimizer steps between two looks, each of which waits once for the device; also the steps that a
             gate must have been at zero. A tenth of a short run, or some hundred steps.
 
     Raises:
-        UsageError: If ``every_n_steps`` < 1, or when training starts: if no adapter has gates, there are several
-            processes, whose buffers DDP and FSDP lay out once, or weights are averaged, whose average keeps its shape.
+        UsageError: If ``every_n_steps`` < 1, or when training starts: if no adapter has gates, under DDP, which lays
+            out its buffers once, or if weights are averaged, whose average keeps its shape.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -49,10 +51,11 @@ class CompactRanks(Callback):
                 "CompactRanks takes out ranks whose gate is zero, and no adapter has gates. Use SoRA or GatedRoseLoRA, "
                 "or leave CompactRanks out."
             )
-        if trainer.world_size > 1:
+        if isinstance(trainer.strategy, DDPStrategy):
             raise UsageError(
-                f"CompactRanks works in one process, and there are {trainer.world_size}: DDP and FSDP lay out their "
-                "buffers for the sizes at the start. Compact after training, by lit_sparse.compact."
+                "CompactRanks does not work under DDP, which lays out its buffers for the sizes at the start. Use "
+                "SparseFSDP2Strategy or SparseFSDPStrategy (in the command line fsdp2, fsdp), or compact after "
+                "training, by lit_sparse.compact."
             )
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averaging:

@@ -99,8 +99,9 @@ class SparsityMonitor(Callback):
             figures[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
         for kind, indices in self._kinds.items():
             figures[f"rank/{kind}"] = torch.tensor(sum(layers[i].rank for i in indices) / len(indices))
-        # Replicated adapters give every process the same figures: nothing is to be reduced.
-        pl_module.log_dict({f"{_PREFIX}{k}": v for k, v in figures.items()}, batch_size=1)
+        # All processes have the same figures; Lightning warns of every one that is not averaged nevertheless.
+        values = {f"{_PREFIX}{k}": v.to(pl_module.device) for k, v in figures.items()}
+        pl_module.log_dict(values, batch_size=1, sync_dist=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the table of layers and write it beside the logs."""

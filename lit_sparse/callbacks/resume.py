@@ -146,16 +146,17 @@ def usable(path: _PATH) -> Path:
     raise UsageError(f"The file {str(file)!r} is no checkpoint, or a damaged one; {instead}.")
 
 
-def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+def last_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path | None:
     """The newest sound checkpoint in a folder, to resume from whatever happened: ``trainer.fit(…, ckpt_path=…)``.
 
     Args:
         folder: Where a ``ModelCheckpoint`` writes, its ``dirpath``.
+        pattern: What the names of the files look like.
 
     Returns:
-        The file that was written last among those named ``….ckpt`` that are not damaged, None if there is none.
+        The file that was written last among those of such a name that are not damaged, None if there is none.
     """
-    return next((file for file in _newest_first(Path(folder).glob("*.ckpt")) if is_sound(file)), None)
+    return next((file for file in _newest_first(Path(folder).glob(pattern)) if is_sound(file)), None)
 
 
 def is_sound(file: Path) -> bool:

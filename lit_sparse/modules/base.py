@@ -17,6 +17,7 @@ from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
+from lit_sparse.callbacks.requeue import SlurmRequeue
 from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.errors import UsageError
@@ -31,8 +32,9 @@ class SparseModule(LightningModule):
     """Fine-tune any Hugging Face model whose ``forward`` returns a ``.loss``, by a sparse method.
 
     The model is loaded and adapted in ``configure_model``; :attr:`model` is it. The module brings
-    :class:`~lit_sparse.Sparsify`, :class:`~lit_sparse.SparsityMonitor`, :class:`~lit_sparse.FiniteLoss` and
-    :class:`~lit_sparse.ExactResume` itself. Its checkpoints hold what is trained, and none of the frozen weights.
+    :class:`~lit_sparse.Sparsify`, :class:`~lit_sparse.SparsityMonitor`, :class:`~lit_sparse.FiniteLoss`,
+    :class:`~lit_sparse.ExactResume` and :class:`~lit_sparse.SlurmRequeue` itself. Its checkpoints hold what is trained,
+    and none of the frozen weights.
 
     A sub-class for a task sets :attr:`auto_class` and overrides ``training_step`` and its like.
 
@@ -123,7 +125,7 @@ class SparseModule(LightningModule):
                 f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take that out of its "
                 "callbacks."
             )
-        kinds = (SparsityMonitor, FiniteLoss, ExactResume)
+        kinds = (SparsityMonitor, FiniteLoss, ExactResume, SlurmRequeue)
         wanted = [kind() for kind in kinds if not any(isinstance(c, kind) for c in present)]
         return [self._sparsify, *wanted]
 

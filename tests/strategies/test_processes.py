@@ -1,0 +1,126 @@
+"""Real processes, each strategy: they take the steps of one process with the same global batch, and agree."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+STRATEGIES = ("ddp", "fsdp", "fsdp2")
+METHODS = ("sora", "roselora", "gated")
+State = dict[str, torch.Tensor]
+
+pytestmark = pytest.mark.slow
+
+
+def start(processes: int, runs: list[dict[str, Any]]) -> None:
+    """Train all runs, one after the other, in so many processes of torchrun; 1 is a plain process."""
+    file = Path(f"runs_{processes}_{runs[0]['tag']}.json")
+    file.write_text(json.dumps(runs))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, WORKER, str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def final(tag: str, process: int = 0) -> State:
+    return torch.load(f"{tag}_{process}.pt", weights_only=True)  # type: ignore[no-any-return]
+
+
+def difference(one: State, other: State) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def zeros_differ(one: State, other: State) -> list[str]:
+    return [name for name in one if not torch.equal(one[name] == 0, other[name] == 0)]
+
+
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_every_strategy_equals_one_process(arch: str) -> None:
+    cases = [
+        {"arch": arch, "method": method, "accumulate": accumulate, "tag": f"{method}_{accumulate}"}
+        for method, accumulate in itertools.product(METHODS, (1, 4))
+    ]
+    start(1, [{**case, "strategy": "auto", "tag": f"alone_{case['tag']}"} for case in cases])
+    start(2, [{**c, "strategy": s, "tag": f"{s}_{c['tag']}"} for c in cases for s in STRATEGIES])
+    for case, strategy in itertools.product(cases, STRATEGIES):
+        alone = final(f"alone_{case['tag']}")
+        first, second = (final(f"{strategy}_{case['tag']}", process) for process in (0, 1))
+        assert difference(first, second) == 0, (strategy, case)
+        assert difference(first, alone) <= 1e-6, (strategy, case)
+        assert zeros_differ(first, alone) == [], (strategy, case)
+        pruned = [name for name, value in alone.items() if name.endswith(("gate", "lora_A")) and (value == 0).any()]
+        assert pruned, case
+
+
+def test_four_processes_under_ddp() -> None:
+    case = {"arch": "bert", "method": "gated"}
+    start(1, [{**case, "strategy": "auto", "tag": "alone"}])
+    start(4, [{**case, "strategy": "ddp", "tag": "ddp"}])
+    alone = final("alone")
+    for process in range(4):
+        assert difference(final("ddp", process), final("ddp")) == 0
+    assert difference(final("ddp"), alone) <= 1e-6
+    assert zeros_differ(final("ddp"), alone) == []
+
+
+def test_checkpoints_are_resumed_by_any_strategy_and_number_of_processes() -> None:
+    case = {"arch": "llama", "method": "gated", "steps": 40}
+    saved = {"save_at": 20}
+    names = ("auto", *STRATEGIES)
+
+    def resumed(*by: str) -> list[dict[str, Any]]:
+        pairs = itertools.product(by, names)
+        return [{**case, "strategy": s, "tag": f"{s}_{n}", "resume": f"{n}.ckpt"} for s, n in pairs]
+
+    start(1, [{**case, **saved, "strategy": "auto", "tag": "auto", "save": "auto.ckpt"}])
+    straight = [{**case, **saved, "strategy": s, "tag": s, "save": f"{s}.ckpt"} for s in STRATEGIES]
+    start(2, [*straight, *resumed(*STRATEGIES)])
+    start(1, resumed("auto"))
+    sizes = {Path(f"{name}.ckpt").stat().st_size for name in names}
+    assert max(sizes) - min(sizes) < 20_000  # what is trained, once, and the state of the generators of every process
+    for one, other in itertools.product(names, names):
+        end, expected = final(f"{one}_{other}"), final(other)
+        assert zeros_differ(end, expected) == [], (one, other)
+        assert difference(end, expected) <= (0 if one == other else 1e-6), (one, other)
+
+
+def test_what_processes_send_and_draw() -> None:
+    both = itertools.product(STRATEGIES, ("bert", "llama"))
+    dropped = [{"arch": a, "method": "gated", "dropout": 0.1, "strategy": s, "tag": f"{s}_{a}"} for s, a in both]
+    sent = {"arch": "llama", "method": "gated", "accumulate": 2, "steps": 4}
+    counted = [{**sent, "strategy": s, "tag": f"{s}_sent", "traffic": f"{s}.json"} for s in STRATEGIES]
+    cut = {"arch": "llama", "method": "sora", "steps": 60, "compact_every": 20}
+    compacted = [{**cut, "strategy": s, "tag": f"{s}_cut", "traffic": f"{s}_cut.json"} for s in STRATEGIES[1:]]
+    start(2, [*dropped, *counted, *compacted])
+    for run in (*dropped, *compacted):
+        assert difference(final(run["tag"], 0), final(run["tag"], 1)) == 0, run
+    for strategy in STRATEGIES:
+        check_traffic(strategy, json.loads(Path(f"{strategy}.json").read_text()))
+    for strategy in STRATEGIES[1:]:
+        steps = json.loads(Path(f"{strategy}_cut.json").read_text())["steps"]
+        assert all(len(step["allreduce_"]) == 1 for step in steps)
+        assert steps[-1]["allreduce_"][0] < 0.9 * steps[0]["allreduce_"][0]  # as ranks leave
+
+
+def check_traffic(strategy: str, told: dict[str, Any]) -> None:
+    gradients = 4 * told["trained"]
+    accumulating, stepping = told["steps"][4:6]
+    sent = stepping["allreduce_"]
+    if strategy == "ddp":
+        assert sum(sent) == gradients  # in DDP's own buckets
+        assert len(sent) <= 2
+    else:
+        assert sent == [gradients + 4 * told["tensors"]]  # and a number per tensor: whether it took part
+        assert not any("reduce_scatter" in name for name in stepping)  # frozen weights have no gradients
+    assert "allreduce_" not in accumulating
+    # Sensitivities, as large as the adapters, stay where they are.
+    assert sum(stepping.get("broadcast_", [])) < gradients / 10

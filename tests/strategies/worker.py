@@ -1,0 +1,167 @@
+"""Trains tiny models in as many processes as torchrun starts: ``worker.py RUNS``, a file with a list of runs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import lit_sparse as ls
+from lit_sparse.adapters.naming import clean_name
+from lit_sparse.data.rows import RowData
+from lit_sparse.data.sampling import RowSampler
+
+GLOBAL_BATCH = 8
+METHODS: dict[str, Any] = {
+    "sora": lambda **o: ls.SoRA(rank=4, threshold=0.01, **o),
+    "roselora": lambda **o: ls.RoseLoRA(rank=4, density=0.2, begin=5, end=30, **o),
+    "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
+}
+STRATEGIES: dict[str, Any] = {
+    "ddp": lambda: "ddp",
+    "fsdp": ls.SparseFSDPStrategy,
+    "fsdp2": ls.SparseFSDP2Strategy,
+}
+
+
+class InOrder(RowData):
+    """Deals the rows of each global batch out in turn, whatever the number of processes."""
+
+    def __init__(self, rows: int, batch: int) -> None:
+        super().__init__(batch_size=batch)
+        self.rows = rows
+
+    def _prepare(self, stage: str) -> dict[str, list[Dataset]]:
+        tokens = torch.randint(2, 64, (self.rows, 8), generator=torch.Generator().manual_seed(1))
+        rows = {"input_ids": tokens.tolist(), "labels": (tokens[:, 0] > 32).long().tolist()}
+        return {"train": [Dataset.from_dict(rows)]}
+
+    def _collator(self, role: str) -> Any:
+        return lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> RowSampler:
+        return RowSampler(rows, **shard, shuffle=False)
+
+
+class ForCausalLM(ls.SparseModule):
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return super().training_step({"input_ids": batch["input_ids"], "labels": batch["input_ids"]}, batch_idx)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, step: int, path: str) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what collectives send, by name: calls and bytes of the tensors given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            self.calls.setdefault(func._schema.name.removeprefix("c10d::"), []).append(size)
+        return func(*args, **(kwargs or {}))
+
+
+class CountTraffic(L.Callback):
+    """Writes down, for every step, what is sent from its first batch's start to its last batch's end."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.steps: list[dict[str, list[int]]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.traffic = Traffic()
+        self.traffic.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.traffic.__exit__(None, None, None)
+        self.steps.append(self.traffic.calls)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            tensors = sum(1 for p in module.parameters() if p.requires_grad)
+            Path(self.path).write_text(json.dumps({"trained": trained, "tensors": tensors, "steps": self.steps}))
+
+
+def module_of(arch: str, method: str, dropout: float) -> ls.SparseModule:
+    if arch == "llama":
+        config: Any = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            attention_dropout=dropout,
+        )
+        return ForCausalLM(LlamaForCausalLM(config), METHODS[method](dropout=dropout))
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return ls.SparseModule(BertForSequenceClassification(config), METHODS[method](dropout=dropout))
+
+
+def main(run: dict[str, Any]) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps, accumulate = run.get("steps", 50), run.get("accumulate", 1)
+    L.seed_everything(0)
+    module = module_of(run["arch"], run["method"], run.get("dropout", 0.0))
+    module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
+    callbacks: list[Any] = []
+    if "save" in run:
+        callbacks.append(SaveAt(run["save_at"], run["save"]))
+    if "traffic" in run:
+        callbacks.append(CountTraffic(run["traffic"]))
+    if "compact_every" in run:
+        callbacks.append(ls.CompactRanks(run["compact_every"]))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=STRATEGIES[run["strategy"]]() if processes > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        limit_val_batches=0,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = InOrder(GLOBAL_BATCH * steps, GLOBAL_BATCH // accumulate // processes)
+    trainer.fit(module, datamodule=data, ckpt_path=run.get("resume"))
+    assert trainer.global_step == steps
+    state = {clean_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    state |= {f"{n}.{own}": b for n, a in ls.adapters_in(module) for own, b in a.named_buffers(recurse=False)}
+    torch.save(state, f"{run['tag']}_{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for wanted in json.loads(Path(sys.argv[1]).read_text()):
+        main(wanted)
