@@ -44,7 +44,7 @@ class ExactResume(Callback):
     worker processes is not: they have generators of their own. :class:`~lit_sparse.SparseModule` brings this callback.
 
     Raises:
-        UsageError: When a checkpoint is read that is damaged.
+        UsageError: When a checkpoint is read that is damaged, or processes read different ones.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,17 @@ class ExactResume(Callback):
         self._gradients = checkpoint.get(GRADIENTS, {}) if fitting else {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set them, as the last thing before training goes on."""
+        """Set them, as the last thing before training goes on.
+
+        Raises:
+            UsageError: If the processes would go on from different steps.
+        """
+        steps = _of_all_processes(trainer.global_step)
+        if len(set(steps)) > 1:
+            raise UsageError(
+                f"The processes resumed at different steps, {steps}: they found different checkpoints. Keep them on a "
+                "file system that all nodes see, or name the file in ckpt_path."
+            )
         states, self._states = self._states, None
         gradients, self._gradients = self._gradients, {}
         parameters = {clean_name(name): parameter for name, parameter in pl_module.named_parameters()}
@@ -230,9 +240,9 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _of_all_processes(value: Any) -> list[Any]:
     if not is_distributed():
-        return [state]
-    states: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(states, state)
-    return states
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
