@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import re
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -24,6 +26,11 @@ from lit_sparse.errors import UsageError
 from lit_sparse.strategies.replicas import average_gradients, is_distributed
 from lit_sparse.strategies.sharded import trained_parameters
 
+_log = logging.getLogger(__name__)
+
+_LOST = re.compile(r"gloo.*(read|write) error|connection (reset|closed)|NCCL.*(remote|abort|timeout)", re.I | re.S)
+"""What torch's backends say when a process on the other side is gone."""
+
 RANDOM_STATES = "random_states"
 """The checkpoint entry with the states of the random number generators of every process."""
 GRADIENTS = "gradients"
@@ -41,7 +48,8 @@ class ExactResume(Callback):
 
     With a data loader that knows its place (those of this package, or torchdata's ``StatefulDataLoader``), a run on a
     CPU is then bit for bit the uninterrupted one, from a checkpoint in the middle of an epoch too. What is random in
-    worker processes is not: they have generators of their own. :class:`~lit_sparse.SparseModule` brings this callback.
+    worker processes is not: they have generators of their own. When a process of several is gone, the others say so in
+    plain words before they end. :class:`~lit_sparse.SparseModule` brings this callback.
 
     Raises:
         UsageError: When a checkpoint is read that is damaged, or processes read different ones.
@@ -94,6 +102,16 @@ class ExactResume(Callback):
             )
             return
         _set_random_state(states[trainer.global_rank])
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Say in plain words when a collective fails since another process is gone."""
+        if is_distributed() and isinstance(exception, RuntimeError) and _LOST.search(str(exception)):
+            _log.error(
+                "Process %d of %d was left alone: another one was killed or failed, and its own output says why. Start "
+                "again with ckpt_path 'last' to go on from the last checkpoint.",
+                trainer.global_rank,
+                trainer.world_size,
+            )
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -32,14 +32,14 @@ def require_exact(strategy: Strategy) -> None:
     Raises:
         UsageError: Naming the reason, and the strategy to use instead.
     """
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ReplicatedAdapters):
-        return
-    if isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, DeepSpeedStrategy):  # which is a DDPStrategy too
         raise UsageError(
             "Sparse updates do not work under DeepSpeed: its engine takes the steps on flat float32 copies of its own "
             "(stage 1 and 2 a part of them in each process, stage 3 of the weights too) and overwrites what was zeroed "
             "in the adapters. Use strategy ddp, or fsdp2 to shard the frozen backbone, with cpu_offload if need be."
         )
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ReplicatedAdapters):
+        return
     for kind, instead in REPLACED.items():
         if isinstance(strategy, kind):
             raise UsageError(

@@ -64,7 +64,8 @@ def test_every_strategy_equals_one_process(arch: str) -> None:
 def test_four_processes_under_ddp() -> None:
     case = {"arch": "bert", "method": "gated"}
     start(1, [{**case, "strategy": "auto", "tag": "alone"}])
-    start(4, [{**case, "strategy": "ddp", "tag": "ddp"}])
+    start(4, [{**case, "strategy": "ddp", "tag": "ddp", "logs": "logs"}])
+    assert len(list(Path("logs").rglob("sparsity.csv"))) == 1
     alone = final("alone")
     for process in range(4):
         assert difference(final("ddp", process), final("ddp")) == 0
@@ -94,7 +95,7 @@ def test_checkpoints_are_resumed_by_any_strategy_and_number_of_processes() -> No
 
 
 def test_what_processes_send_and_draw() -> None:
-    both = itertools.product(STRATEGIES, ("bert", "llama"))
+    both = itertools.product(STRATEGIES, ("bert", "llama", "own"))
     dropped = [{"arch": a, "method": "gated", "dropout": 0.1, "strategy": s, "tag": f"{s}_{a}"} for s, a in both]
     sent = {"arch": "llama", "method": "gated", "accumulate": 2, "steps": 4}
     counted = [{**sent, "strategy": s, "tag": f"{s}_sent", "traffic": f"{s}.json"} for s in STRATEGIES]

@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from datasets import Dataset
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.adapters.naming import clean_name
@@ -53,6 +54,27 @@ class InOrder(RowData):
 class ForCausalLM(ls.SparseModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return super().training_step({"input_ids": batch["input_ids"], "labels": batch["input_ids"]}, batch_idx)
+
+
+class OwnModule(L.LightningModule):
+    """A user's module, with a head beside the backbone."""
+
+    def __init__(self, method: ls.SparseMethod, dropout: float) -> None:
+        super().__init__()
+        self.method = method
+        self.encoder = BertModel(bert_config(dropout), add_pooling_layer=False)
+        ls.inject(self.encoder, method)
+        self.head = torch.nn.Linear(32, 2)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [ls.Sparsify(self.method)]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        states = self.encoder(batch["input_ids"]).last_hidden_state
+        return torch.nn.functional.cross_entropy(self.head(states.mean(1)), batch["labels"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(ls.parameter_groups(self, self.method), lr=1e-3)
 
 
 class SaveAt(L.Callback):
@@ -101,7 +123,19 @@ class CountTraffic(L.Callback):
             Path(self.path).write_text(json.dumps({"trained": trained, "tensors": tensors, "steps": self.steps}))
 
 
-def module_of(arch: str, method: str, dropout: float) -> ls.SparseModule:
+def bert_config(dropout: float) -> BertConfig:
+    return BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+
+
+def module_of(arch: str, method: str, dropout: float) -> ls.SparseModule | OwnModule:
     if arch == "llama":
         config: Any = LlamaConfig(
             vocab_size=64,
@@ -114,16 +148,9 @@ def module_of(arch: str, method: str, dropout: float) -> ls.SparseModule:
             attention_dropout=dropout,
         )
         return ForCausalLM(LlamaForCausalLM(config), METHODS[method](dropout=dropout))
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    return ls.SparseModule(BertForSequenceClassification(config), METHODS[method](dropout=dropout))
+    if arch == "own":
+        return OwnModule(METHODS[method](dropout=dropout), dropout)
+    return ls.SparseModule(BertForSequenceClassification(bert_config(dropout)), METHODS[method](dropout=dropout))
 
 
 def main(run: dict[str, Any]) -> None:
@@ -131,7 +158,8 @@ def main(run: dict[str, Any]) -> None:
     steps, accumulate = run.get("steps", 50), run.get("accumulate", 1)
     L.seed_everything(0)
     module = module_of(run["arch"], run["method"], run.get("dropout", 0.0))
-    module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
+    if isinstance(module, ls.SparseModule):
+        module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
     callbacks: list[Any] = []
     if "save" in run:
         callbacks.append(SaveAt(run["save_at"], run["save"]))
@@ -148,7 +176,7 @@ def main(run: dict[str, Any]) -> None:
         gradient_clip_val=0.5,
         limit_val_batches=0,
         callbacks=callbacks,
-        logger=False,
+        logger=CSVLogger(run["logs"]) if "logs" in run else False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,0 +1,113 @@
+"""What keeps processes equal, in two real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lit_sparse as ls
+from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first
+
+SCRIPT = """
+import json
+import lightning as L
+import torch
+from torch import distributed, nn
+from transformers import BertConfig, BertForSequenceClassification
+import lit_sparse as ls
+from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first
+
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+told = {}
+
+# Gradients: in both processes, in the second alone, in none, and of another dtype.
+shapes = [((2, 3), torch.float32), ((4,), torch.float32), ((3,), torch.float32), ((2,), torch.float64)]
+parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
+parameters[0].grad = torch.full((2, 3), float(rank))
+parameters[1].grad = torch.arange(4.0) if rank else None
+parameters[3].grad = torch.tensor([1.0, 2.0 + rank], dtype=torch.float64)
+average_gradients(parameters)
+told["gradients"] = [None if p.grad is None else p.grad.tolist() for p in parameters]
+
+tensors = [torch.full((2,), float(rank)), torch.arange(3) + 10 * rank]
+broadcast_from_first(tensors)
+told["broadcast"] = [tensor.tolist() for tensor in tensors]
+
+
+class Diverge(L.Callback):
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            next(a for name, a in ls.adapters_in(module) if "1.attention.output" in name).lora_A.data[0, 0] += 1e-6
+
+
+def error_of(callbacks, strategy="ddp", seed=0):
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    module = ls.SparseModule(BertForSequenceClassification(config), ls.SoRA(rank=2, threshold=0.01))
+    rows = [{"input_ids": torch.arange(2, 8), "labels": torch.tensor(i % 2)} for i in range(32)]
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=callbacks, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    try:
+        trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
+    except (ls.TrainingError, ls.UsageError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+told["diverged"] = error_of([ls.VerifyReplicas(2), Diverge()])
+told["agreed"] = error_of([ls.VerifyReplicas(2)])
+told["other weights"] = error_of([], ls.SparseFSDP2Strategy(), seed=rank)
+told["no such block"] = error_of([], ls.SparseFSDPStrategy(auto_wrap=["LlamaDecoderLayer"]))
+told["offload"] = error_of([], ls.SparseFSDPStrategy(cpu_offload=True))
+distributed.barrier()
+open(f"told_{rank}.json", "w").write(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("replicas")
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"told_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_are_kept_equal_or_stopped(told: list[dict[str, Any]]) -> None:
+    for process in told:
+        both, second_alone, none, other_dtype = process["gradients"]
+        assert both == [[0.5] * 3] * 2
+        assert second_alone == [0.0, 0.5, 1.0, 1.5]
+        assert none is None
+        assert other_dtype == [1.0, 2.5]
+        assert process["broadcast"] == [[0.0, 0.0], [0, 1, 2]]
+        assert process["agreed"] is None
+        layer = "model.bert.encoder.layer.1.attention.output.dense"
+        found = f"TrainingError: At step 6 process 1 holds another lora_A of '{layer}' than process 0"
+        assert process["diverged"].startswith(found)
+        assert "The processes hold different frozen weights" in process["other weights"]
+        assert "auto_wrap ['LlamaDecoderLayer'] are no classes of" in process["no such block"]
+        assert "cpu_offload keeps shards in host memory" in process["offload"]
+
+
+def test_a_single_process_is_left_alone() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    average_gradients([parameter])
+    broadcast_from_first([parameter])
+    assert parameter.grad.tolist() == [1, 1]
+    with pytest.raises(ls.UsageError, match="every_n_steps must be at least 1; got 0"):
+        ls.VerifyReplicas(0)
