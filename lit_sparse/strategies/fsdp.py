@@ -99,3 +99,7 @@ class _ReplicatedPrecision(FSDPPrecision):
     """Clips by the norm of what this process holds, which is all that is trained."""
 
     clip_grad_by_norm = Precision.clip_grad_by_norm
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Leave weights as they were loaded unless half precision is asked for, as under DDP; FSDP's would widen."""
+        return module if self.precision == "32-true" else super().convert_module(module)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ import lit_sparse as ls
 from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first
 
 SCRIPT = """
+import gc
 import json
+import os
 import lightning as L
 import torch
 from torch import distributed, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 import lit_sparse as ls
 from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first
 
@@ -68,6 +71,42 @@ told["agreed"] = error_of([ls.VerifyReplicas(2)])
 told["other weights"] = error_of([], ls.SparseFSDP2Strategy(), seed=rank)
 told["no such block"] = error_of([], ls.SparseFSDPStrategy(auto_wrap=["LlamaDecoderLayer"]))
 told["offload"] = error_of([], ls.SparseFSDPStrategy(cpu_offload=True))
+
+
+def allocated():
+    "Bytes of this process alone, those not counted that files are mapped to."
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+class Look(L.Callback):
+    def on_fit_start(self, trainer, module):
+        told["held"].append((allocated() - before) / size)
+        # What a block gathers is what it was loaded with.
+        told["dtypes"].append(sorted({str(p.dtype) for p in module.parameters() if not p.requires_grad}))
+
+
+if rank == 0:
+    torch.set_default_dtype(torch.bfloat16)
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8
+    )
+    LlamaForCausalLM(config).save_pretrained("large")
+    torch.set_default_dtype(torch.float32)
+distributed.barrier()
+size = os.path.getsize("large/model.safetensors")
+told["held"], told["dtypes"] = [], []
+for strategy in (ls.SparseFSDPStrategy(), ls.SparseFSDP2Strategy()):
+    before = allocated()
+    module = ls.SparseModule("large", ls.SoRA(rank=1, threshold=0.01), backbone_args={"dtype": "bfloat16"})
+    rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 2
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_steps=0, callbacks=[Look()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(rows))
+    del module, trainer
+    gc.collect()
 distributed.barrier()
 open(f"told_{rank}.json", "w").write(json.dumps(told))
 """
@@ -101,6 +140,14 @@ def test_two_processes_are_kept_equal_or_stopped(told: list[dict[str, Any]]) -> 
         assert "The processes hold different frozen weights" in process["other weights"]
         assert "auto_wrap ['LlamaDecoderLayer'] are no classes of" in process["no such block"]
         assert "cpu_offload keeps shards in host memory" in process["offload"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_process_holds_its_share_of_the_weights_alone(told: list[dict[str, Any]]) -> None:
+    for process in told:
+        assert all(0.2 < share < 0.7 for share in process["held"]), process["held"]
+        assert process["dtypes"] == [["torch.bfloat16"]] * 2
 
 
 def test_a_single_process_is_left_alone() -> None:
