@@ -6,6 +6,7 @@
 #   sbatch --wait …
 #   sudo examples/slurm/local_cluster.sh down FOLDER
 #
+# SLURM_PORT is the first of three ports (16817), for a second cluster beside the first.
 # Everything it writes lies in FOLDER, but for munge's key and socket, which are made where Debian expects them.
 set -euo pipefail
 
@@ -37,13 +38,16 @@ stop
 rm -rf "$folder/state" "$folder/spool" "$folder/run"
 mkdir -p "$folder/state" "$folder/spool" "$folder/run" "$folder/log"
 
-# Munge tells the daemons who is who.
+# Munge tells the daemons who is who. One of it serves all, so that two clusters may not start it at once.
+exec 9> /tmp/lit-sparse-munge.lock
+flock 9
 install -d -o munge -g munge /run/munge /var/log/munge /var/lib/munge
 if [ ! -s /etc/munge/munge.key ]; then
   (umask 077 && head -c 1024 /dev/urandom > /etc/munge/munge.key)
   chown munge:munge /etc/munge/munge.key
 fi
-pgrep -x munged > /dev/null || su -s /bin/sh munge -c "$(command -v munged)"
+pgrep -x munged > /dev/null || su -s /bin/sh munge -c "$(command -v munged)" 9>&-
+flock -u 9
 
 host=$(hostname -s)
 cat > "$SLURM_CONF" << CONF

@@ -101,8 +101,19 @@ def test_what_processes_send_and_draw() -> None:
     counted = [{**sent, "strategy": s, "tag": f"{s}_sent", "traffic": f"{s}.json"} for s in STRATEGIES]
     cut = {"arch": "llama", "method": "sora", "steps": 60, "compact_every": 20}
     compacted = [{**cut, "strategy": s, "tag": f"{s}_cut", "traffic": f"{s}_cut.json"} for s in STRATEGIES[1:]]
-    start(2, [*dropped, *counted, *compacted])
-    for run in (*dropped, *compacted):
+    plain = {"arch": "llama", "method": "gated", "steps": 20}
+    recomputed = [{**plain, "strategy": s, "tag": f"{s}_recomputed", "recompute": True} for s in STRATEGIES]
+    half = [{**plain, "strategy": s, "tag": f"{s}_half", "precision": "bf16-true"} for s in STRATEGIES]
+    others = [
+        {**plain, "strategy": "ddp", "tag": "ddp_plain"},
+        {**plain, "strategy": "fsdp2_offload", "tag": "fsdp2_offload"},
+    ]
+    start(2, [*dropped, *counted, *compacted, *recomputed, *half, *others])
+    for run in (*recomputed, *others):
+        assert difference(final(run["tag"]), final("ddp_plain")) <= 1e-6, run
+    for run in half:
+        assert difference(final(run["tag"]), final("ddp_half")) <= 1e-6, run
+    for run in (*dropped, *compacted, *half):
         assert difference(final(run["tag"], 0), final(run["tag"], 1)) == 0, run
     for strategy in STRATEGIES:
         check_traffic(strategy, json.loads(Path(f"{strategy}.json").read_text()))

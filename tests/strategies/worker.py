@@ -29,6 +29,7 @@ STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",
     "fsdp": ls.SparseFSDPStrategy,
     "fsdp2": ls.SparseFSDP2Strategy,
+    "fsdp2_offload": lambda: ls.SparseFSDP2Strategy(cpu_offload=True),
 }
 
 
@@ -135,7 +136,7 @@ def bert_config(dropout: float) -> BertConfig:
     )
 
 
-def module_of(arch: str, method: str, dropout: float) -> ls.SparseModule | OwnModule:
+def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.SparseModule | OwnModule:
     if arch == "llama":
         config: Any = LlamaConfig(
             vocab_size=64,
@@ -147,7 +148,8 @@ def module_of(arch: str, method: str, dropout: float) -> ls.SparseModule | OwnMo
             max_position_embeddings=64,
             attention_dropout=dropout,
         )
-        return ForCausalLM(LlamaForCausalLM(config), METHODS[method](dropout=dropout))
+        made = METHODS[method](dropout=dropout)
+        return ForCausalLM(LlamaForCausalLM(config), made, gradient_checkpointing=recompute)
     if arch == "own":
         return OwnModule(METHODS[method](dropout=dropout), dropout)
     return ls.SparseModule(BertForSequenceClassification(bert_config(dropout)), METHODS[method](dropout=dropout))
@@ -157,7 +159,7 @@ def main(run: dict[str, Any]) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps, accumulate = run.get("steps", 50), run.get("accumulate", 1)
     L.seed_everything(0)
-    module = module_of(run["arch"], run["method"], run.get("dropout", 0.0))
+    module = module_of(run["arch"], run["method"], run.get("dropout", 0.0), run.get("recompute", False))
     if isinstance(module, ls.SparseModule):
         module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
     callbacks: list[Any] = []
@@ -174,6 +176,7 @@ def main(run: dict[str, Any]) -> None:
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
+        precision=run.get("precision", "32-true"),
         limit_val_batches=0,
         callbacks=callbacks,
         logger=CSVLogger(run["logs"]) if "logs" in run else False,
