@@ -13,22 +13,12 @@ quartiles.
 import argparse
 import copy
 import platform
-import random
 import statistics
-import time
-from typing import Any
 
-import peft
 import torch
-from transformers import AutoModelForSequenceClassification
+from variants import Variant, interleave, make_batch, minilm, peft_lora, ratio, with_floor, with_method, with_peft
 
 import lit_sparse as ls
-from lit_sparse import quickstart
-
-
-def backbone() -> torch.nn.Module:
-    folder = quickstart.resolve("quickstart://all-MiniLM-L6-v2")
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).train()
 
 
 @torch.no_grad()
@@ -46,42 +36,12 @@ def kill_gates(model: torch.nn.Module, left: float | dict[str, int]) -> None:
         gate[values < limit] = 0
 
 
-class Variant:
-    """A model with its optimizer, and a step of it."""
-
-    def __init__(self, model: torch.nn.Module, groups: list[dict[str, Any]], ranks: int = 0) -> None:
-        self.model, self.ranks = model, ranks
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-
-    def step(self, batch: dict[str, torch.Tensor]) -> float:
-        """CPU seconds of one training step."""
-        start = time.process_time()
-        self.model(**batch).loss.backward()
-        self.update()
-        self.optimizer.zero_grad()
-        return time.process_time() - start
-
-    def update(self) -> None:
-        """What follows the backward pass."""
-        self.optimizer.step()
-
-
-class Sparse(Variant):
-    """Adapters of ours, a share of whose ranks is left."""
-
-    def __init__(self, model: torch.nn.Module, method: ls.SparseMethod, left: Any = None) -> None:
-        ls.inject(model, method)
-        super().__init__(model, ls.parameter_groups(model, method))
-        self.steps = ls.SparseSteps(method, model, self.optimizer, total_steps=None)
-        if left is not None:
-            kill_gates(model, left)
-            ls.compact(model, self.optimizer)
-        self.ranks = sum(adapter.rank for _, adapter in ls.adapters_in(model))
-
-    def update(self) -> None:
-        """What follows the backward pass."""
-        self.steps.observe()
-        self.optimizer.step()
+def compacted(model: torch.nn.Module, method: ls.SparseMethod, left: float | dict[str, int]) -> Variant:
+    """Adapters of ours of whose ranks a part is left."""
+    variant = with_method(model, method)
+    kill_gates(model, left)
+    ls.compact(model, variant.optimizer)
+    return variant
 
 
 def trained_ranks(checkpoint: str) -> tuple[int, dict[str, int]]:
@@ -91,23 +51,8 @@ def trained_ranks(checkpoint: str) -> tuple[int, dict[str, int]]:
     return max(saved["ranks"].values()), left
 
 
-def trainable(model: torch.nn.Module) -> list[dict[str, Any]]:
-    return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-
-
-def floor(model: torch.nn.Module) -> Variant:
-    """The head trained, nothing else, and gradients made down to the embeddings."""
-    model.requires_grad_(False)
-    model.classifier.requires_grad_(True)
-    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    return Variant(model, trainable(model))
-
-
-def peft_lora(model: torch.nn.Module, rank: int) -> Variant:
-    config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
-    adapted = peft.get_peft_model(model, config)
-    layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    return Variant(adapted, trainable(adapted), rank * len(layers))
+def ranks(variant: Variant) -> int:
+    return sum(adapter.rank for _, adapter in ls.adapters_in(variant.model))
 
 
 def main() -> None:
@@ -124,30 +69,23 @@ def main() -> None:
         options.rank = [rank]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    ids = torch.randint(1000, 30000, (32, 64))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(32) % 2}
-    plain = backbone()
+    plain = minilm()
     print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} thread(s), {options.rounds} rounds")
     for rank in options.rank:
         # A threshold of zero: gates are stepped, and none dies in the meantime.
         method = ls.SoRA(rank=rank, alpha=16, threshold=0.0)
         variants = {
-            "floor": floor(copy.deepcopy(plain)),
-            "PEFT LoRA": peft_lora(copy.deepcopy(plain), rank),
-            "all ranks": Sparse(copy.deepcopy(plain), method),
-            "compacted": Sparse(copy.deepcopy(plain), method, left),
+            "floor": with_floor(copy.deepcopy(plain)),
+            "PEFT LoRA": with_peft(copy.deepcopy(plain), peft_lora(rank, dropout=0.0)),
+            "all ranks": with_method(copy.deepcopy(plain), method),
+            "compacted": compacted(copy.deepcopy(plain), method, left),
         }
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(options.rounds + 3):
-            for name in random.sample(list(variants), len(variants)):
-                seconds = variants[name].step(batch)
-                if number >= 3:  # the first ones warm up
-                    times[name].append(seconds)
+        seconds = interleave(variants, make_batch(32, 64), options.rounds)
+        times = {name: [step for step, _ in pairs] for name, pairs in seconds.items()}
         for name, variant in variants.items():
-            print(f"r = {rank:3}  {name:10}  {variant.ranks:5} ranks  {1000 * statistics.median(times[name]):8.1f} ms")
+            print(f"r = {rank:3}  {name:10}  {ranks(variant):5} ranks  {1000 * statistics.median(times[name]):8.1f} ms")
         for name, peer in (("compacted", "all ranks"), ("all ranks", "PEFT LoRA"), ("compacted", "PEFT LoRA")):
-            ratios = [ours / theirs for ours, theirs in zip(times[name], times[peer], strict=True)]
-            quarter, half, three = statistics.quantiles(ratios, n=4)
+            half, quarter, three = ratio(times[name], times[peer])
             print(f"r = {rank:3}  {name} / {peer}: {half:.3f} ({quarter:.3f} to {three:.3f})")
 
 

@@ -19,7 +19,7 @@ from backbones import save_tiny_bert
 ROOT = Path(__file__).parent.parent
 CLUSTER = str(ROOT / "examples" / "slurm" / "local_cluster.sh")
 SBATCH = str(ROOT / "configs" / "slurm" / "multi_node.sbatch")
-STEPS, EPOCHS = 450, 25  # of 18 steps: long enough to be interrupted
+STEPS, EPOCHS = 270, 15  # of 18 steps: long enough to be interrupted
 
 # A user's callback, found in the folder that the job was submitted from.
 TELL = """
@@ -80,7 +80,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_config(folder: Path, name: str, dropout: float, batch_size: int) -> str:
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
-    arguments = {"rank": 4, "threshold": 0.002, "density": 0.2, "begin": 0.1, "end": 0.6, "dropout": dropout}
+    arguments = {"rank": 4, "threshold": 0.003, "density": 0.2, "begin": 0.1, "end": 0.6, "dropout": dropout}
     config: dict[str, Any] = {
         "seed_everything": 0,
         "model": {
@@ -98,6 +98,7 @@ def write_config(folder: Path, name: str, dropout: float, batch_size: int) -> st
             "accelerator": "cpu",
             "max_epochs": EPOCHS,
             "check_val_every_n_epoch": EPOCHS,
+            "log_every_n_steps": 10,
             "gradient_clip_val": 1.0,
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -164,7 +165,7 @@ def test_a_job_that_is_pre_empted_ends_as_one_that_is_not(cluster: dict[str, str
     straight = trained(submit(cluster, config, "fsdp2"), cluster)
     job = submit(cluster, config, "fsdp2")
     steps = Path("runs", job)
-    wait_for(lambda: any(csv.stat().st_size > 2000 for csv in steps.rglob("metrics.csv")), "training", job)
+    wait_for(lambda: any(csv.stat().st_size > 0 for csv in steps.rglob("metrics.csv")), "training", job)
     subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)
     wait_for(lambda: any(steps.glob("hpc_ckpt_*.ckpt")), "the checkpoint", job)
     resumed = trained(job, cluster)

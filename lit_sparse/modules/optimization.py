@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
 
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import UsageError
@@ -64,8 +61,15 @@ def lr_scheduler(optimizer: Optimizer, schedule: LrSchedule, warmup: float, tota
             )
         total = 0
     steps = int(total)
-    warm = round(warmup * steps)
+    return LambdaLR(optimizer, partial(_share_of_peak, schedule=schedule, warm=round(warmup * steps), steps=steps))
+
+
+def _share_of_peak(step: int, schedule: LrSchedule, warm: int, steps: int) -> float:
+    # As get_linear_schedule_with_warmup and its like in transformers, whose import takes a second or more: with it come
+    # peft and bitsandbytes, where they are installed.
+    if step < warm:
+        return step / max(1, warm)
     if schedule == "constant":
-        return get_constant_schedule_with_warmup(optimizer, warm)  # type: ignore[no-any-return]
-    build = get_linear_schedule_with_warmup if schedule == "linear" else get_cosine_schedule_with_warmup
-    return build(optimizer, warm, steps)  # type: ignore[no-any-return]
+        return 1.0
+    done = (step - warm) / max(1, steps - warm)
+    return max(0.0, 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -87,13 +87,13 @@ def is_zombie(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in Linux's /proc")
 def test_torchrun_starts_again_and_ends_as_an_undisturbed_run() -> None:
-    project(epochs=20)
+    project(epochs=10)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
     overrides = ["--trainer.strategy", "fsdp2", "--ckpt_path", "last"]
     # As in configs/slurm/torchrun.sbatch, for https://github.com/pytorch/pytorch/issues/135712
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     assert start([*torchrun, "-m", "lit_sparse"], *overrides).wait(timeout=300) == 0, Path("log.txt").read_text()
-    (file,) = Path("kept").glob("*step=320.ckpt")
+    (file,) = Path("kept").glob("*step=160.ckpt")
     straight = torch.load(file, weights_only=True)["state_dict"]
     Path("kept").rename("straight")
     process = start([*torchrun, "-m", "lit_sparse"], *overrides, **own_store)
@@ -101,7 +101,7 @@ def test_torchrun_starts_again_and_ends_as_an_undisturbed_run() -> None:
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=300) == 0, Path("log.txt").read_text()[-3000:]
     assert "Restored all states from the checkpoint at" in Path("log.txt").read_text()
-    (file,) = Path("kept").glob("*step=320.ckpt")
+    (file,) = Path("kept").glob("*step=160.ckpt")
     resumed = torch.load(file, weights_only=True)["state_dict"]
     assert straight.keys() == resumed.keys()
     assert [name for name, value in straight.items() if not torch.equal(value, resumed[name])] == []
