@@ -14,41 +14,61 @@ _WIDTH = 8
 """Ranks are padded with zeros to a multiple of this: in between, a layer costs up to 6 % more (MKL, float32)."""
 
 
-def fused_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B_t: Tensor, dropout: float) -> Tensor:
-    """``rows · weightᵀ + bias + dropout(rows) · Aᵀ · B_t``, with a backward that makes no pass it can spare.
+def fused_linear(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B_t: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """``rows · weightᵀ + bias + dropout(rows) · Aᵀ · (scale · gate ∘ B_t)``, with a backward without a pass to spare.
 
     Autograd alone would add the gradients of the two branches in a pass of its own over rows × in_features, and keep a
     second copy of the rows under dropout. Here products accumulate onto each other, and dropout keeps a byte per entry.
+    Of weight, A, B_t and gate nothing is kept but themselves: what is made of them, such as a weight in the dtype of
+    autocast, is made again. (``F.linear`` keeps that, for every layer: a second backbone in half precision.)
 
     Args:
-        rows: ``(rows, in_features)``.
-        weight: ``(out_features, in_features)``, frozen.
-        bias: ``(out_features,)``, frozen, or None.
-        A: ``(rank, in_features)``.
-        B_t: ``(rank, out_features)``, gate and scale folded in.
+        rows: ``(rows, in_features)``, in the dtype to compute in.
+        weight: ``(out_features, in_features)``, frozen, in the dtype of the rows or a wider one.
+        bias: ``(out_features,)``, frozen, or None; the same.
+        A: ``(rank, in_features)``, the same.
+        B_t: ``(rank, out_features)``, the same.
+        gate: ``(rank,)``, or None for ones.
+        scale: What the product of A and B_t is multiplied by.
         dropout: Probability of zeroing an entry of the rows before A; the others are scaled by 1 / (1 - dropout).
 
     Returns:
-        ``(rows, out_features)``, differentiable (twice too) with respect to rows, A and B_t.
+        ``(rows, out_features)``, differentiable (twice too) with respect to rows, A, B_t and gate.
     """
-    short = -A.shape[0] % _WIDTH
-    if short and A.shape[0] > _WIDTH:
-        A, B_t = F.pad(A, (0, 0, 0, short)), F.pad(B_t, (0, 0, 0, short))
-    return _FusedLinear.apply(rows, weight, bias, A, B_t, dropout)  # type: ignore[no-any-return, no-untyped-call]
+    return _FusedLinear.apply(rows, weight, bias, A, B_t, gate, scale, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FusedLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B_t: Tensor, dropout: float
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B_t: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        dropout: float,
     ) -> Tensor:
+        thin_A, thin_B = _ready(A, rows), _ready(_folded(B_t, gate, scale), rows)
+        wide = weight.to(rows.dtype)
         dropped, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        hidden = dropped.mm(A.t())
-        y = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-        y.addmm_(hidden, B_t)
+        hidden = dropped.mm(thin_A.t())
+        y = rows.mm(wide.t()) if bias is None else torch.addmm(bias.to(rows.dtype), rows, wide.t())
+        y.addmm_(hidden, thin_B)
         # What autograd does not know as an input or output must be made again for a second derivative: see backward.
-        ctx.save_for_backward(rows, weight, A, B_t, hidden, kept)
-        ctx.dropout = dropout
+        ctx.save_for_backward(rows, weight, A, B_t, gate, hidden, kept)
+        ctx.scale, ctx.dropout = scale, dropout
         return y
 
     @staticmethod
@@ -59,26 +79,41 @@ class _FusedLinear(Function):
 
     @staticmethod
     def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, A, B_t, hidden, kept = ctx.saved_tensors
-        wants_rows, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
+        rows, weight, A, B_t, gate, hidden, kept = ctx.saved_tensors
+        wants_rows, _, _, wants_A, wants_B, wants_gate, _, _ = ctx.needs_input_grad
+        thin_A, thin_B = _ready(A, rows), _ready(_folded(B_t, gate, ctx.scale), rows)
         twice = torch.is_grad_enabled()
         scale = 1 / (1 - ctx.dropout)
         dropped = rows
         if kept is not None and (wants_A or twice):
             dropped = torch.ops.aten.native_dropout_backward(rows, kept, scale)  # rows ∘ kept · scale
-        grad_rows = grad_A = grad_B = None
+        grad_rows = grad_A = grad_B = grad_gate = None
         if wants_A or wants_rows:
-            grad_hidden = grad_y.mm(B_t.t())
+            grad_hidden = grad_y.mm(thin_B.t())
         if wants_A:
-            grad_A = grad_hidden.t().mm(dropped)
-        if wants_B:
-            grad_B = (dropped.mm(A.t()) if twice else hidden).t().mm(grad_y)
+            grad_A = grad_hidden.t().mm(dropped)[: A.shape[0]].to(A.dtype)
+        if wants_B or wants_gate:
+            folded = (dropped.mm(thin_A.t()) if twice else hidden).t().mm(grad_y)[: A.shape[0]].to(B_t.dtype)
+            grad_B = _folded(folded, gate, ctx.scale) if wants_B else None
+            grad_gate = (folded * B_t).sum(1) * ctx.scale if wants_gate else None
         if wants_rows and kept is None:
-            grad_rows = grad_y.mm(weight).addmm_(grad_hidden, A)
+            grad_rows = grad_y.mm(weight.to(rows.dtype)).addmm_(grad_hidden, thin_A)
         elif wants_rows:
-            through_A = torch.ops.aten.native_dropout_backward(grad_hidden.mm(A), kept, scale)
-            grad_rows = through_A.addmm_(grad_y, weight)
-        return grad_rows, None, None, grad_A, grad_B, None
+            through_A = torch.ops.aten.native_dropout_backward(grad_hidden.mm(thin_A), kept, scale)
+            grad_rows = through_A.addmm_(grad_y, weight.to(rows.dtype))
+        return grad_rows, None, None, grad_A, grad_B, grad_gate, None, None
+
+
+def _folded(B_t: Tensor, gate: Tensor | None, scale: float) -> Tensor:
+    """``scale · gate ∘ B_t``: rank · out_features products instead of rows · rank."""
+    return B_t * scale if gate is None else B_t * (gate * scale).unsqueeze(1)
+
+
+def _ready(matrix: Tensor, rows: Tensor) -> Tensor:
+    """In the dtype to compute in, with rows of zeros up to a rank for which products are fast."""
+    matrix = matrix.to(rows.dtype)
+    short = -matrix.shape[0] % _WIDTH
+    return F.pad(matrix, (0, 0, 0, short)) if short and matrix.shape[0] > _WIDTH else matrix
 
 
 def autocasts(tensor: Tensor) -> bool:

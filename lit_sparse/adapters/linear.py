@@ -60,11 +60,9 @@ class LowRankLinear(LowRankLayer):
         bias: Tensor | None = self.base.bias
         if autocasts(rows) and rows.dtype != torch.float64:
             # As autocast would, but once for the two products that read the rows.
-            dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        lora_A, lora_B_t = self.lora_A.to(rows.dtype), self.scaled_lora_B_t().to(rows.dtype)
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
-        return fused_linear(rows, weight, bias, lora_A, lora_B_t, dropout)
+        return fused_linear(rows, weight, bias, self.lora_A, self.lora_B_t, self.gate, self.scale, dropout)
 
     def _can_fuse(self, rows: Tensor) -> bool:
         """Whether what ``base`` would do is the product by its weight, and nobody looks on."""

@@ -72,15 +72,16 @@ def test_both_paths_give_the_same_numbers(kind, dropout, precision):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_first_and_second_derivatives(bias, dropout):
+@pytest.mark.parametrize("gated", [True, False])
+def test_first_and_second_derivatives(bias, dropout, gated):
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     b = torch.randn(OUT, dtype=torch.float64) if bias else None
 
-    def call(rows, A, B_t):
+    def call(rows, A, B_t, gate=None):
         torch.manual_seed(3)  # the same entries dropped at each call
-        return fused_linear(rows, weight, b, A, B_t, dropout)
+        return fused_linear(rows, weight, b, A, B_t, gate, 1.5, dropout)
 
-    shapes = (6, IN), (RANK, IN), (RANK, OUT)
+    shapes = [(6, IN), (RANK, IN), (RANK, OUT), (RANK,)][: 4 if gated else 3]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
@@ -89,26 +90,27 @@ def test_first_and_second_derivatives(bias, dropout):
 @pytest.mark.parametrize("rank", [1, 7, 8, 9, 15, 16, 17])
 def test_every_rank_gives_the_formula(rank):
     """Ranks that are padded to a round width among them."""
-    rows, A, B_t, weight = (
-        torch.randn(shape, dtype=torch.float64) for shape in ((6, IN), (rank, IN), (rank, OUT), (OUT, IN))
-    )
-    inputs = [tensor.requires_grad_() for tensor in (rows, A, B_t)]
-    found, expected = fused_linear(rows, weight, None, A, B_t, 0.0), rows @ weight.t() + rows @ A.t() @ B_t
+    shapes = (6, IN), (rank, IN), (rank, OUT), (rank,), (OUT, IN)
+    rows, A, B_t, gate, weight = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    inputs = [tensor.requires_grad_() for tensor in (rows, A, B_t, gate)]
+    found = fused_linear(rows, weight, None, A, B_t, gate, 0.5, 0.0)
+    expected = rows @ weight.t() + 0.5 * (rows @ A.t() * gate) @ B_t
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected))
     for gradient, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("wanted", range(3))
+@pytest.mark.parametrize("wanted", range(4))
 def test_only_the_gradients_that_are_wanted_are_made(wanted):
-    shapes = (6, IN), (RANK, IN), (RANK, OUT)
+    shapes = (6, IN), (RANK, IN), (RANK, OUT), (RANK,)
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=i == wanted) for i, s in enumerate(shapes)]
     weight = torch.randn(OUT, IN, dtype=torch.float64)
-    rows, A, B_t = inputs
-    (fused_linear(rows, weight, None, A, B_t, 0.0)).square().sum().backward()
-    assert [t.grad is not None for t in inputs] == [i == wanted for i in range(3)]
-    (expected,) = torch.autograd.grad((rows @ weight.t() + rows @ A.t() @ B_t).square().sum(), inputs[wanted])
+    rows, A, B_t, gate = inputs
+    fused_linear(rows, weight, None, A, B_t, gate, 2.0, 0.0).square().sum().backward()
+    assert [t.grad is not None for t in inputs] == [i == wanted for i in range(4)]
+    formula = rows @ weight.t() + 2 * (rows @ A.t() * gate) @ B_t
+    (expected,) = torch.autograd.grad(formula.square().sum(), inputs[wanted])
     torch.testing.assert_close(inputs[wanted].grad, expected)
 
 
@@ -131,14 +133,18 @@ class Kept:
         return kept - sum(p.untyped_storage().nbytes() for p in adapter.parameters() if p.data_ptr() in self.storages)
 
 
+@pytest.mark.parametrize("rank", [4, 12])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_what_is_kept_for_the_backward_pass(dropout):
-    """The input, the hidden products, the folded B, and a byte per entry that dropout may drop: nothing else."""
-    adapter = LowRankLinear(nn.Linear(64, 48), 4, 1.0, dropout, gated=True)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_kept_for_the_backward_pass(dropout, rank, autocast):
+    """The input, the hidden products, and a byte per entry that dropout may drop: nothing else."""
+    adapter = LowRankLinear(nn.Linear(64, 48), rank, 1.0, dropout, gated=True)
     x = torch.randn(128, 64, requires_grad=True)
-    folded = 4 * 48 * 4
-    gate = 4 * 4  # gate · scale
-    assert Kept().of(adapter, x) == 4 * x.numel() + 4 * 128 * 4 + folded + gate + (x.numel() if dropout else 0)
+    width = 4 if rank == 4 else 16  # padded to a multiple of 8
+    size = 2 if autocast else 4
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = Kept().of(adapter, x)
+    assert kept == size * x.numel() + size * 128 * width + (x.numel() if dropout else 0)
 
 
 def test_the_multiplications_of_a_step_are_counted():

@@ -1,0 +1,67 @@
+"""What happens around an optimizer step: as many kernels for many layers as for few, and no wait for the device."""
+
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lit_sparse as ls
+
+METHODS = {
+    "SoRA": functools.partial(ls.SoRA, threshold=1e-3, l1_weight=1.0, freeze_zero_after=3),
+    "RoseLoRA": functools.partial(ls.RoseLoRA, density=0.2, begin=0, end=4, clamp=0.1),
+    "GatedRoseLoRA": functools.partial(ls.GatedRoseLoRA, threshold=1e-3, density=0.2, begin=0, end=4),
+}
+VIEWS = {"detach", "view", "split_with_sizes", "unsqueeze", "t", "alias", "expand"}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators, but for those that only look at memory in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_of_a_step(method: ls.SparseMethod, layers: int) -> Counter[str]:
+    """Those between the backward pass and the end of the optimizer step, when the method is in the midst of its run."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
+    ls.inject(model, method)
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=1e-3, fused=True)
+    steps = ls.SparseSteps(method, model, optimizer, total_steps=10)
+    for number in range(3):
+        model(torch.randn(4, 16)).square().sum().backward()
+        kernels = Kernels()
+        with kernels:
+            steps.observe()
+            optimizer.step()
+        optimizer.zero_grad()
+        assert steps.steps_taken == number + 1
+    return kernels.counts
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_kernels_do_not_grow_with_the_layers(method: str) -> None:
+    few, many = (kernels_of_a_step(METHODS[method](rank=2, target_modules=r"\d+"), n) for n in (3, 12))
+    assert few == many
+    assert sum(many.values()) < 40
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_read_back_by_the_host(method: str) -> None:
+    counts = kernels_of_a_step(METHODS[method](rank=2, target_modules=r"\d+"), 3)
+    assert counts
+    # What .item(), bool(), a mask as an index and their like come to: on a GPU each of them waits for it.
+    assert not counts.keys() & {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "unique"}
