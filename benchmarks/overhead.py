@@ -3,7 +3,7 @@
 Run:  python benchmarks/overhead.py [--rank 8] [--rows 32] [--tokens 64] [--rounds 20] [--threads 1]
 
 MiniLM-L6 with its real weights, float32 on the CPU, CPU times, interleaved. Loop: the time between two batches of a fit
-by the Trainer with our module, all its callbacks and a CSV logger, against the same steps in a loop of our own, both with
+by the Trainer with our module, all its callbacks and a CSV logger, against the same steps in a bare loop, both with
 SoRA. Inference: the adapted model, after compaction to 30 % of its ranks, and merged, against the frozen backbone.
 """
 
