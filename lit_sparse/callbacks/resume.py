@@ -24,7 +24,6 @@ from torch import Tensor, distributed, nn
 from lit_sparse.adapters.naming import clean_name
 from lit_sparse.errors import UsageError
 from lit_sparse.strategies.replicas import average_gradients, is_distributed
-from lit_sparse.strategies.sharded import trained_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -227,9 +226,11 @@ def _is_accumulating(trainer: Trainer) -> bool:
 @torch.no_grad()
 def _gradients(module: LightningModule) -> dict[str, Tensor]:
     """Those of all trained parameters; with several processes, which have added up their own, the mean of them."""
-    copies = {clean_name(n): nn.Parameter(p.detach()) for n, p in module.named_parameters() if p.requires_grad}
-    for copy, parameter in zip(copies.values(), trained_parameters(module), strict=True):
-        copy.grad = None if parameter.grad is None else parameter.grad.clone()
+    copies: dict[str, nn.Parameter] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            copy = copies[clean_name(name)] = nn.Parameter(parameter.detach())
+            copy.grad = None if parameter.grad is None else parameter.grad.clone()
     average_gradients(list(copies.values()))
     return {name: copy.grad for name, copy in copies.items() if copy.grad is not None}
 
