@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import platform
 import random
+import shlex
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -57,12 +62,22 @@ def llama(layers: int = 4) -> nn.Module:
     return LlamaForSequenceClassification(config).train()
 
 
-BACKBONES: dict[str, Callable[[], nn.Module]] = {"minilm": minilm, "bert": bert, "llama": llama}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"minilm": minilm, "bert": bert, "llama": llama}
 
 
 def make_batch(rows: int, tokens: int) -> Batch:
     ids = torch.randint(1000, 30000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
+
+
+class Times(NamedTuple):
+    """Seconds of a step."""
+
+    step: float
+    """CPU time."""
+    update: float
+    """Its share after the backward pass: observing, optimizer, thresholds, masks; CPU time."""
+    wall: float
 
 
 class Variant:
@@ -87,9 +102,9 @@ class Variant:
         self.model, self.before, self.after = model, before, after
         self.optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=1e-4, fused=fused)
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """CPU seconds of one training step, and of what follows the backward pass in it."""
-        start = time.process_time()
+    def step(self, batch: Batch) -> Times:
+        """One training step."""
+        wall, start = time.perf_counter(), time.process_time()
         self.model(**batch).loss.backward()
         passed = time.process_time()
         if self.before is not None:
@@ -99,7 +114,7 @@ class Variant:
             self.after()
         end = time.process_time()
         self.optimizer.zero_grad()
-        return time.process_time() - start, end - passed
+        return Times(time.process_time() - start, end - passed, time.perf_counter() - wall)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -263,9 +278,9 @@ def build(backbone: nn.Module, rank: int, dropout: float, names: Sequence[str] |
     return {name: makers[name](copy.deepcopy(backbone)) for name in wanted}
 
 
-def interleave(variants: Mapping[str, Variant], batch: Batch, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of (step, update) by variant: each round has a step of each, in a shuffled order."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+def interleave(variants: Mapping[str, Variant], batch: Batch, rounds: int) -> dict[str, list[Times]]:
+    """Times by variant: each round has a step of each, in a shuffled order."""
+    times: dict[str, list[Times]] = {name: [] for name in variants}
     for number in range(rounds + 3):
         for name in random.sample(list(variants), len(variants)):
             seconds = variants[name].step(batch)
@@ -280,30 +295,25 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return half, quarter, three
 
 
-def saved_bytes(model: nn.Module, batch: Batch) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    del loss
-    return sum(kept.values())
+def peak_memory(variant: Variant, batch: Batch) -> int:
+    """The most bytes that tensors on the CPU take at once in a step, beyond what is held before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        variant.step(batch)
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        trace.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_bytes())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine and commit."""
+    """Command, versions, machine and commit."""
     root = Path(__file__).parents[1]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "lit_sparse": ls.__version__,
         "commit": commit.stdout.strip() or None,
         "torch": torch.__version__,

@@ -42,6 +42,8 @@ class GatedRoseLoRA(SparseMethod):
         end: t_f, from which on ``density`` is kept, in the units of ``begin``.
         beta: Memory of the sensitivity's moving average, in [0, 1).
         clamp: Largest size of an entry of A and B, enforced after every step; None: no bound.
+        update_every: Optimizer steps from one choice of masks to the next; in between the last ones hold, and keep A
+            and B sparse after every step. 1 as in the paper; more saves a part of the update's time.
         layers: Numbers of the transformer blocks to adapt; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
@@ -80,6 +82,7 @@ class GatedRoseLoRA(SparseMethod):
         end: int | float = 0.8,
         beta: float = 0.8,
         clamp: float | None = None,
+        update_every: int = 1,
         layers: list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
@@ -115,8 +118,9 @@ class GatedRoseLoRA(SparseMethod):
         self.end = end
         self.beta = beta
         self.clamp = clamp
+        self.update_every = update_every
         self._gates = ProximalGates(threshold, sparsity_weight, l1_weight, operator, metric, gate_lr, freeze_zero_after)
-        self._masks = SensitivityMasks(density, begin, end, beta, clamp)
+        self._masks = SensitivityMasks(density, begin, end, beta, clamp, update_every)
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in a gated adapter with sensitivities."""

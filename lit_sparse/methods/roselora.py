@@ -26,7 +26,15 @@ class SensitivityMasks:
     The arguments are those of :class:`RoseLoRA`.
     """
 
-    def __init__(self, density: float, begin: int | float, end: int | float, beta: float, clamp: float | None) -> None:
+    def __init__(
+        self,
+        density: float,
+        begin: int | float,
+        end: int | float,
+        beta: float,
+        clamp: float | None,
+        update_every: int,
+    ) -> None:
         require_density(density)
         if not 0 <= beta < 1:
             raise UsageError(f"beta is the memory of the sensitivity average, in [0, 1); got {beta}.")
@@ -34,21 +42,33 @@ class SensitivityMasks:
             raise UsageError(
                 f"clamp bounds the size of entries and must be positive, or None for no bound; got {clamp}."
             )
+        if update_every < 1:
+            raise UsageError(
+                f"update_every counts steps from one choice of masks to the next, >= 1; got {update_every}."
+            )
         if type(begin) is type(end) and begin > end:
             raise UsageError(f"begin must not be after end; got begin={begin} and end={end}.")
         for value in (begin, end):
             resolve_step(value, 1)  # raises for what is neither a share of the run nor a number of steps
         self.density, self.begin, self.end, self.beta, self.clamp = density, begin, end, beta, clamp
+        self.update_every = update_every
 
     def adopt(self, adapter: LowRankAdapter) -> LowRankAdapter:
-        """Give a new adapter its average sensitivities: rank-major as A and Bᵀ are, starting at zero."""
-        adapter.register_buffer("sensitivity_A", torch.zeros_like(adapter.lora_A, requires_grad=False))
-        adapter.register_buffer("sensitivity_B_t", torch.zeros_like(adapter.lora_B_t, requires_grad=False))
+        """Give a new adapter its average sensitivities: rank-major as A and Bᵀ are, starting at zero.
+
+        And, where they hold for several steps, its masks.
+        """
+        for name, weight in (("A", adapter.lora_A), ("B_t", adapter.lora_B_t)):
+            adapter.register_buffer(f"sensitivity_{name}", torch.zeros_like(weight, requires_grad=False))
+            if self.update_every > 1:
+                adapter.register_buffer(f"mask_{name}", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         return adapter
 
     def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` lacks what these masks need, or None."""
-        return None if hasattr(adapter, "sensitivity_A") else "no sensitivities"
+        if not hasattr(adapter, "sensitivity_A"):
+            return "no sensitivities"
+        return None if self.update_every == 1 or hasattr(adapter, "mask_A") else "no masks for update_every > 1"
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the schedule against the run, and warn when BA will not be a local change."""
@@ -84,7 +104,7 @@ class SensitivityMasks:
 
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: list[Tensor]) -> None:
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
-        averages = _averages(adapters)
+        averages = _buffers(adapters, "sensitivity")
         if step.index == 1:
             torch._foreach_copy_(averages, observed)  # the average starts at the first value, as released
         else:
@@ -95,11 +115,24 @@ class SensitivityMasks:
         for final, alike in by_density.items():
             density = self.density_at(step.index, step.total, final)
             if density < 1:
-                keep_top_share_([weight.detach() for weight in _matrices(alike)], _averages(alike), density)
+                self._mask(alike, step, density)
         if self.clamp is not None:
             weights = [weight.detach() for weight in _matrices(adapters)]
             torch._foreach_clamp_min_(weights, -self.clamp)
             torch._foreach_clamp_max_(weights, self.clamp)
+
+    def _mask(self, adapters: Sequence[LowRankAdapter], step: Step, density: float) -> None:
+        """Zero all but the chosen entries; those chosen now, or some steps ago."""
+        weights, averages = [weight.detach() for weight in _matrices(adapters)], _buffers(adapters, "sensitivity")
+        if self.update_every == 1:
+            keep_top_share_(weights, averages, density)
+            return
+        masks = _buffers(adapters, "mask")
+        # The end of a run must find the density that its schedule ends with.
+        if step.index % self.update_every == 0 or step.index == step.total:
+            keep_top_share_(weights, averages, density, masks)
+        else:
+            _keep_(weights, masks)
 
     def _density(self, adapter: LowRankAdapter) -> float:
         """τ of one layer."""
@@ -138,6 +171,8 @@ class RoseLoRA(SparseMethod):
         beta: Memory of the sensitivity's moving average, in [0, 1); 0.8 as released.
         clamp: Largest size of an entry of A and B, enforced after every step; the released editing runs use
             3e-3. None: no bound.
+        update_every: Optimizer steps from one choice of masks to the next; in between the last ones hold, and keep A
+            and B sparse after every step. 1 as in the paper; more saves a part of the update's time.
         layers: Numbers of the transformer blocks to adapt; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
@@ -168,6 +203,7 @@ class RoseLoRA(SparseMethod):
         end: int | float = 0.8,
         beta: float = 0.8,
         clamp: float | None = None,
+        update_every: int = 1,
         layers: list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
@@ -192,7 +228,8 @@ class RoseLoRA(SparseMethod):
         self.end = end
         self.beta = beta
         self.clamp = clamp
-        self._masks = SensitivityMasks(density, begin, end, beta, clamp)
+        self.update_every = update_every
+        self._masks = SensitivityMasks(density, begin, end, beta, clamp, update_every)
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in an adapter with sensitivities."""
@@ -219,7 +256,9 @@ class RoseLoRA(SparseMethod):
         return self._masks.shortfall(adapters)
 
 
-def keep_top_share_(weights: Sequence[Tensor], scores: Sequence[Tensor], density: float) -> None:
+def keep_top_share_(
+    weights: Sequence[Tensor], scores: Sequence[Tensor], density: float, masks: Sequence[Tensor] | None = None
+) -> None:
     """Zero, in every row, all but the ``density`` share with the highest scores.
 
     Rows of equal width are ranked together, whichever layer they come from.
@@ -228,24 +267,40 @@ def keep_top_share_(weights: Sequence[Tensor], scores: Sequence[Tensor], density
         weights: Matrices of shape ``(rank, width)``, changed in place.
         scores: One matrix per weight, of the same shape.
         density: Share to keep of every row, in (0, 1].
+        masks: Boolean matrices of the same shapes, to write the choice into.
     """
-    by_width: dict[int, list[int]] = {}
-    for index, weight in enumerate(weights):
-        by_width.setdefault(weight.shape[1], []).append(index)
-    for indices in by_width.values():
-        chosen = [weights[i] for i in indices]
+    for indices in _by_width(weights):
         mask = top_fraction_mask(torch.cat([scores[i] for i in indices]), density, dim=1)
-        parts = mask.to(chosen[0].dtype).split([weight.shape[0] for weight in chosen])
-        torch._foreach_mul_(chosen, list(parts))
+        _multiply_([weights[i] for i in indices], mask)
+        if masks is not None:
+            torch._foreach_copy_([masks[i] for i in indices], list(mask.split([weights[i].shape[0] for i in indices])))
+
+
+def _keep_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero all entries but those that were chosen before."""
+    for indices in _by_width(weights):
+        _multiply_([weights[i] for i in indices], torch.cat([masks[i] for i in indices]))
+
+
+def _by_width(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Which matrices have equally long rows."""
+    found: dict[int, list[int]] = {}
+    for index, weight in enumerate(weights):
+        found.setdefault(weight.shape[1], []).append(index)
+    return list(found.values())
+
+
+def _multiply_(weights: Sequence[Tensor], mask: Tensor) -> None:
+    parts = mask.to(weights[0].dtype).split([weight.shape[0] for weight in weights])
+    torch._foreach_mul_(list(weights), list(parts))
 
 
 def _matrices(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
     return [matrix for adapter in adapters for matrix in (adapter.lora_A, adapter.lora_B_t)]
 
 
-def _averages(adapters: Sequence[LowRankAdapter]) -> list[Tensor]:
-    names = ("sensitivity_A", "sensitivity_B_t")
-    return [adapter.get_buffer(name) for adapter in adapters for name in names]
+def _buffers(adapters: Sequence[LowRankAdapter], kind: str) -> list[Tensor]:
+    return [adapter.get_buffer(f"{kind}_{name}") for adapter in adapters for name in ("A", "B_t")]
 
 
 def require_density(density: float) -> None:

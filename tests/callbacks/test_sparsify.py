@@ -158,19 +158,21 @@ def test_sora_follows_the_written_out_loop(rule: dict[str, Any], accumulate: int
     assert 0 < zeros < entries, "the setting must zero some gates and keep some, or nothing is compared"
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (4, 1), (1, 5), (4, 4)])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.filterwarnings("ignore:density")
 @pytest.mark.filterwarnings("ignore:.*pulls")
 @pytest.mark.filterwarnings("ignore:No gate became zero")
-def test_roselora_follows_the_written_out_loop(gated: bool, accumulate: int) -> None:
+def test_roselora_follows_the_written_out_loop(gated: bool, accumulate: int, every: int) -> None:
     density, beta, begin, end = 0.3, 0.8, 0.1, 0.7
     arguments: dict[str, Any] = {"rank": RANK, "density": density, "begin": begin, "end": end, "clamp": 0.25}
+    arguments["update_every"] = every
     method = ls.GatedRoseLoRA(threshold=0.03, **arguments) if gated else ls.RoseLoRA(**arguments)
     module = Regression(method)
     loop = PlainLoop(module, accumulate, clip=0.5)
     total = STEPS // accumulate
     average: dict[Tensor, Tensor] = {}
+    scores: dict[Tensor, Tensor] = {}  # by which the masks in force were chosen
     for moment, (step, _) in enumerate(loop.steps()):
         with torch.no_grad():
             if moment % 2 == 0:  # weights that made the gradients, gradients not clipped
@@ -184,12 +186,14 @@ def test_roselora_follows_the_written_out_loop(gated: bool, accumulate: int) -> 
             start, stop = begin * total, end * total
             share = 1 - min(max((step - start) / (stop - start), 0.0), 1.0)
             tau = density + (1 - density) * share**3
-            for A in loop.A:
-                for row, score in zip(A, average[A], strict=True):
-                    zero_all_but_top(row, score, tau)
-            for B in loop.B:
-                for column, score in zip(B.T, average[B].T, strict=True):
-                    zero_all_but_top(column, score, tau)
+            if step % every == 0 or step == total:
+                scores, kept_share = {w: average[w].clone() for w in [*loop.A, *loop.B]}, tau
+            for A in loop.A if scores else ():
+                for row, score in zip(A, scores[A], strict=True):
+                    zero_all_but_top(row, score, kept_share)
+            for B in loop.B if scores else ():
+                for column, score in zip(B.T, scores[B].T, strict=True):
+                    zero_all_but_top(column, score, kept_share)
             for w in [*loop.A, *loop.B]:
                 w.clamp_(-0.25, 0.25)
     fit(module, ls.Sparsify(method), accumulate_grad_batches=accumulate, gradient_clip_val=0.5)

@@ -47,6 +47,16 @@ def test_the_mask_is_the_head_of_a_stable_sort(drawn, fraction):
 
 
 @modest
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, math.nan]) | st.floats(0, 3, width=32), min_size=7, max_size=60),
+    st.floats(0.01, 0.2),
+)
+def test_long_rows_of_which_few_entries_are_kept(row, fraction):
+    scores = torch.tensor([row, row[::-1]])
+    assert torch.equal(top_fraction_mask(scores, fraction, 1), slow_mask(scores, kept_entries(fraction, len(row)), 1))
+
+
+@modest
 @given(scores_with_ties(), fractions)
 def test_every_slice_keeps_equally_many_and_none_below_a_dropped_score(drawn, fraction):
     scores, dim = drawn

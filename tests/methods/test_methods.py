@@ -76,6 +76,7 @@ def test_arguments_of_gates(kind: Any, arguments: dict[str, Any], message: str) 
         ({"density": 1.1}, r"density is the share .*; got 1\.1"),
         ({"beta": 1.0}, r"beta is the memory .* in \[0, 1\); got 1"),
         ({"clamp": 0.0}, "clamp bounds the size of entries and must be positive"),
+        ({"update_every": 0}, "update_every counts steps .*; got 0"),
         ({"begin": 0.9, "end": 0.5}, "begin must not be after end; got begin=0.9 and end=0.5"),
         ({"begin": 9, "end": 5}, "begin must not be after end; got begin=9 and end=5"),
         ({"begin": -1, "end": 5}, "-1"),
@@ -95,6 +96,12 @@ def test_begin_after_end_in_different_units_is_found_when_the_run_is_known() -> 
     method.check([adapter], Run(0, 200, optimizer, lambda p: []))
     with pytest.raises(ls.UsageError, match="begin"):
         method.check([adapter], Run(0, 80, optimizer, lambda p: []))
+
+
+def test_an_adapter_without_masks_does_not_fit_a_method_that_keeps_them() -> None:
+    adapter = ls.RoseLoRA(rank=2).adapt(nn.Linear(8, 8))
+    assert ls.RoseLoRA(rank=2, density=0.1).mismatch(adapter) is None
+    assert ls.RoseLoRA(rank=2, update_every=5).mismatch(adapter) == "no masks for update_every > 1"
 
 
 def test_roselora_has_no_scale_unless_alpha_is_given() -> None:

@@ -14,6 +14,8 @@ import lit_sparse as ls
 METHODS = {
     "SoRA": functools.partial(ls.SoRA, threshold=1e-3, l1_weight=1.0, freeze_zero_after=3),
     "RoseLoRA": functools.partial(ls.RoseLoRA, density=0.2, begin=0, end=4, clamp=0.1),
+    "RoseLoRA, masks chosen": functools.partial(ls.RoseLoRA, density=0.2, begin=0, end=4, update_every=3),
+    "RoseLoRA, masks kept": functools.partial(ls.RoseLoRA, density=0.2, begin=0, end=4, update_every=2),
     "GatedRoseLoRA": functools.partial(ls.GatedRoseLoRA, threshold=1e-3, density=0.2, begin=0, end=4),
 }
 VIEWS = {"detach", "view", "split_with_sizes", "unsqueeze", "t", "alias", "expand"}
@@ -56,6 +58,16 @@ def test_kernels_do_not_grow_with_the_layers(method: str) -> None:
     few, many = (kernels_of_a_step(METHODS[method](rank=2, target_modules=r"\d+"), n) for n in (3, 12))
     assert few == many
     assert sum(many.values()) < 40
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_step_that_keeps_its_masks_selects_nothing() -> None:
+    chosen, kept = (
+        kernels_of_a_step(METHODS[f"RoseLoRA, masks {how}"](rank=2, target_modules=r"\d+"), 3)
+        for how in ("chosen", "kept")
+    )
+    assert chosen["topk"] >= 1
+    assert not kept.keys() & {"topk", "cumsum"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
