@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lit_sparse.data.masked_language_modeling import MaskedLMData as MaskedLMData
     from lit_sparse.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
     from lit_sparse.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
+    from lit_sparse.data.reasoning import ReasoningData as ReasoningData
     from lit_sparse.data.reviews import QuickstartReviews as QuickstartReviews
     from lit_sparse.data.seq2seq import Seq2SeqData as Seq2SeqData
     from lit_sparse.data.text_classification import TextClassificationData as TextClassificationData
@@ -100,6 +101,7 @@ _HOME = {
     "MaskedLMData": "data.masked_language_modeling",
     "MultipleChoiceData": "data.multiple_choice",
     "QuestionAnsweringData": "data.question_answering",
+    "ReasoningData": "data.reasoning",
     "QuickstartReviews": "data.reviews",
     "Seq2SeqData": "data.seq2seq",
     "TextClassificationData": "data.text_classification",

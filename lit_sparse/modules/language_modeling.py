@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -109,12 +109,15 @@ class CausalLM(LanguageModel):
 
     :class:`~lit_sparse.InstructionData` labels the responses only. Evaluation logs, over all labelled tokens of
     the set, ``val_loss`` (nats per token), ``val_perplexity`` = e to that loss, and ``val_token_accuracy``, the
-    share of tokens predicted exactly from those before them.
+    share of tokens predicted exactly from those before them. Where batches hold ``answers``, as those of
+    :class:`~lit_sparse.ReasoningData`, the model goes on from the prompts instead, and the share of right answers is
+    logged: ``test_<set>_accuracy`` for every set, and their mean ``test_accuracy``.
 
     Args:
         backbone: Hub id or folder of the pretrained model, or a model that is already built.
         method: How to adapt it.
-        max_new_tokens: Longest continuation that ``predict`` generates, in tokens.
+        max_new_tokens: Longest continuation that ``predict`` and answers generate, in tokens.
+        num_beams: Beams of the search for answers; 1 is greedy. LLM-Adapters has 4.
         optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
             decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
         lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
@@ -136,6 +139,7 @@ class CausalLM(LanguageModel):
         backbone: str | nn.Module,
         method: SparseMethod,
         max_new_tokens: int = 64,
+        num_beams: int = 1,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
@@ -149,9 +153,86 @@ class CausalLM(LanguageModel):
         )
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+        if num_beams < 1:
+            raise UsageError(f"num_beams must be at least 1; got {num_beams}.")
         self.max_new_tokens = max_new_tokens
+        self.num_beams = num_beams
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
+    def configure_model(self) -> None:
+        """Load, inject, and make the metrics."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        self._answers = nn.ModuleList()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        super().on_validation_epoch_start()
+        self._count_answers("validation", len(self.trainer.num_val_batches))
+
+    def on_test_epoch_start(self) -> None:
+        """Start the metrics anew, one for each test set."""
+        super().on_test_epoch_start()
+        self._count_answers("test", len(self.trainer.num_test_batches))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics by one batch: by its labels, or by answers to its prompts."""
+        if "answers" in batch:
+            self._accuracies[dataloader_idx].update(self.answer(batch, self._set_names[dataloader_idx]))
+        else:
+            super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics by one batch: by its labels, or by answers to its prompts."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def answer(self, batch: dict[str, Any], name: str = "", data: Any = None) -> Tensor:
+        """Go on from the prompts of a batch, greedily or by beams, never by chance, and compare the answers.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask`` padded on the left, and ``answers``, a text for each row.
+            name: The set that the rows are of.
+            data: What decodes and judges: ``decode(tokens)`` and ``is_right(text, answer, name)``; None: the data
+                module of the Trainer.
+
+        Returns:
+            1 for each row that was answered right, else 0.
+        """
+        if self.model is None:
+            raise UsageError("CausalLM has no model yet: call configure_model() first, as the Trainer does.")
+        data = data or self.trainer.datamodule  # type: ignore[attr-defined]
+        prompts = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+        # Sampling switched off must take its settings along, or transformers warns of each of them.
+        by_chance = dict.fromkeys(("temperature", "top_p", "top_k"))
+        tokens: Tensor = self.model.generate(  # type: ignore[operator]
+            **prompts, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **by_chance
+        )
+        texts = data.decode(tokens[:, batch["input_ids"].shape[1] :])
+        right = [data.is_right(text, answer, name) for text, answer in zip(texts, batch["answers"], strict=True)]
+        return torch.tensor(right, dtype=torch.float32, device=tokens.device)
+
+    def _count_answers(self, stage: str, count: int) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), f"{stage}_names", ())
+        self._set_names = tuple(names) if len(names) == count else ("",) * count
+        self._answers = nn.ModuleList(MeanMetric() for _ in range(count)).to(self.device)
+
+    @property
+    def _accuracies(self) -> list[MeanMetric]:
+        return cast(list[MeanMetric], list(self._answers))
+
+    def _log_metrics(self, stage: str) -> None:
+        if self._loss.update_called:
+            super()._log_metrics(stage)
+        found = [
+            (name, m.compute()) for name, m in zip(self._set_names, self._accuracies, strict=True) if m.update_called
+        ]
+        figures = {f"{stage}_{name}_accuracy": value for name, value in found if name}
+        if found:
+            # Every set counts as much as another, however many rows it has.
+            figures[f"{stage}_accuracy"] = torch.stack([value for _, value in found]).mean()
+        self.log_dict(figures, prog_bar=True)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:  # noqa: ARG002
         """Continue each prompt of a batch that is padded on the left: ``tokens``, and ``text`` if the data can decode.
 
         Decoding is the model's own ``generation_config``, greedy unless that says otherwise.

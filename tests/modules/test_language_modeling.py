@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections import ChainMap
 
 import pytest
 import torch
@@ -166,3 +167,64 @@ def test_a_batch_without_labelled_tokens_counts_for_nothing(tiny_llama, trainer)
     empty = {**made[0], "labels": torch.full_like(made[0]["labels"], IGNORED)}
     (found,) = run.validate(module, DataLoader([*made, empty], batch_size=None), verbose=False)
     assert found == pytest.approx(expected)
+
+
+def reasoning_folder(root, asked):
+    """Two sets of unequal size: one asks for true or false, the other for one of two solutions."""
+    words = {"boolq": {"good": "true", "bad": "false"}, "piqa": {"good": "solution1", "bad": "solution2"}}
+    for name, answers in words.items():
+        rows = [
+            {"instruction": f"{name} {text}", "input": "", "output": f"it is {answers[word]}", "answer": answers[word]}
+            for text, word in asked
+        ]
+        (root / name).mkdir(parents=True)
+        (root / name / "train.json").write_text(json.dumps(rows))
+        (root / name / "test.json").write_text(json.dumps(rows[: 8 if name == "boolq" else 24]))
+    return str(root)
+
+
+ASKED = [
+    (f"{start} {word} {thing}", word)
+    for start in ("the", "a", "this", "that", "who likes the", "it is a")
+    for thing in ("film", "movie", "dog", "river")
+    for word in ("good", "bad")
+]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_are_generated_row_by_row_and_sets_count_alike(tiny_llama, tmp_path, trainer, beams):
+    order = torch.randperm(len(ASKED), generator=torch.Generator().manual_seed(0)).tolist()
+    folder = reasoning_folder(tmp_path / "sets", [ASKED[number] for number in order])
+    data = ls.ReasoningData(folder, template="{instruction} : ", batch_size=8, validation_fraction=0.2)
+    module, run = causal_lm(tiny_llama, max_new_tokens=10, num_beams=beams), trainer(max_epochs=20)
+    run.fit(module, data)
+    found = dict(ChainMap(*run.test(module, data, verbose=False)))
+    module.eval()
+    shares = {}
+    for name, loader in zip(data.test_names, data.test_dataloader(), strict=True):
+        right = []
+        for batch in loader:
+            for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["answers"], strict=True):
+                prompt = ids[mask.bool()].unsqueeze(0)
+                tokens = module.model.generate(input_ids=prompt, max_new_tokens=10, num_beams=beams, do_sample=False)
+                text = data.decode(tokens[:, prompt.shape[1] :])[0]
+                right.append(f" {answer}" in text)
+        shares[name] = sum(right) / len(right)
+    assert found == pytest.approx(
+        {
+            "test_boolq_accuracy": shares["boolq"],
+            "test_piqa_accuracy": shares["piqa"],
+            "test_accuracy": sum(shares.values()) / 2,
+        }
+    )
+    assert found["test_accuracy"] > 0.4
+    assert ChainMap(*run.test(module, data, verbose=False)) == found, "nothing is drawn by chance"
+
+
+def test_a_checkpoint_may_be_chosen_by_generated_answers(tiny_llama, tmp_path, trainer):
+    folder = reasoning_folder(tmp_path / "sets", ASKED)
+    data = ls.ReasoningData(folder, template="{instruction} : ", validation_fraction=0.2, validation="answers")
+    module, run = causal_lm(tiny_llama, max_new_tokens=4), trainer(max_epochs=1)
+    run.fit(module, data)
+    assert 0 <= run.callback_metrics["val_accuracy"] <= 1
+    assert "val_loss" not in run.callback_metrics

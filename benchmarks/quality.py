@@ -1,0 +1,324 @@
+"""How good the methods are on GLUE tasks with MiniLM, with equal budgets and an equal search for hyper-parameters.
+
+Run:  python benchmarks/quality.py --data FOLDER [--processes 2] [--tasks …] [--methods …] [--again KEY]
+
+FOLDER holds a folder per task with train.jsonl and validation.jsonl, in the columns of the hub's nyu-mll/glue. Every
+method searches the same two learning rates for every task, on 500 rows held out of the training rows; with the better
+one it is trained by three seeds, and measured once, at the end, on the validation set, which nothing was chosen on.
+Steps, batches, backbone and schedule are the same for all. Each run is a cell of its own: one process after another, or
+several at once, take those that are missing, a run that was killed begins anew, and the rest stays. When none is
+missing, the table and the figures of docs/quality.md are written. --again trains one cell anew and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from variants import peft_adalora, provenance
+
+import lit_sparse as ls
+from lit_sparse import quickstart
+from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.modules.metrics import build_metrics, predictions
+from lit_sparse.modules.optimization import lr_scheduler
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+SEEDS = (0, 1, 2)
+LEARNING_RATES = (1.5e-3, 4e-3)
+BATCH, HELD_OUT, MAX_LENGTH = 16, 500, 64
+
+
+class Task(NamedTuple):
+    """How long a task is trained, and what is reported."""
+
+    steps: int
+    metric: str
+    train_rows: int | None = None
+    validation_rows: int | None = None
+
+
+TASKS = {
+    "cola": Task(500, "matthews"),
+    "mrpc": Task(240, "accuracy"),
+    "rte": Task(240, "accuracy"),
+    "stsb": Task(300, "pearson"),
+    "sst2": Task(400, "accuracy", train_rows=8000),
+    "qnli": Task(240, "accuracy", train_rows=6000, validation_rows=1500),
+}
+
+
+METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
+
+
+def method_of(name: str, steps: int) -> ls.SparseMethod | None:
+    """The method in a run of so many steps; None for AdaLoRA, which is PEFT's."""
+    gates = {"sparsity_weight": 0.6, "gate_lr": 1e-2}
+    masks = {"density": 0.08, "begin": round(0.1 * steps), "end": round(0.5 * steps)}
+    methods = {
+        "LoRA": ls.LoRA(rank=8, alpha=16),
+        "SoRA": ls.SoRA(rank=8, alpha=32, **gates),
+        "RoseLoRA": ls.RoseLoRA(rank=8, alpha=16, **masks),
+        "gated RoseLoRA": ls.GatedRoseLoRA(rank=8, alpha=32, **gates, **masks),
+    }
+    return methods.get(name)
+
+
+class Cell(NamedTuple):
+    """One run."""
+
+    phase: str
+    """``search`` (measured on rows held out of the training rows) or ``final`` (on the validation set)."""
+    task: str
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.phase}/{self.task}/{self.method}/{self.lr:g}/{self.seed}"
+
+
+def run(cell: Cell, data: Path) -> dict[str, Any]:
+    """Train and measure one cell."""
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    torch.manual_seed(cell.seed)
+    task = TASKS[cell.task]
+    with tempfile.TemporaryDirectory() as folder:
+        _write_rows(data / cell.task, Path(folder), task, cell.phase)
+        rows = ls.GLUE(
+            cell.task, folder, tokenizer=_backbone(), max_length=MAX_LENGTH, batch_size=BATCH, seed=cell.seed
+        )
+        rows.prepare_data()
+        rows.setup("fit")
+        count = rows.num_labels or 1
+        model = AutoModelForSequenceClassification.from_pretrained(_backbone(), num_labels=count).train()
+        model, steps = _adapted(model, cell, task)
+        for batch in _batches(rows.train_dataloader(), task.steps):
+            steps(batch)
+        metric = build_metrics([task.metric], count)
+        model.eval()
+        with torch.inference_mode():
+            for batch in rows.val_dataloader():
+                metric.update(predictions(model(**batch).logits, count), batch["labels"])
+    score = 100 * float(metric.compute()[task.metric])
+    return {**cell._asdict(), "score": score, **_left(model), "seconds": time.perf_counter() - start, **provenance()}
+
+
+def _adapted(model: nn.Module, cell: Cell, task: Task) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
+    """The model with adapters, and what takes a step of training with a batch."""
+    method = method_of(cell.method, task.steps)
+    if method is None:
+        config = peft_adalora(model, rank=12, dropout=0.0)
+        config.target_r, config.total_step = 8, task.steps
+        config.tinit, config.tfinal = round(0.1 * task.steps), round(0.5 * task.steps)
+        model = peft.get_peft_model(model, config)
+        groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    else:
+        ls.inject(model, method)
+        groups = ls.parameter_groups(model, method)
+    optimizer = torch.optim.AdamW(groups, lr=cell.lr, weight_decay=0.01, fused=True)
+    schedule = lr_scheduler(optimizer, "linear", 0.06, task.steps)
+    sparse = None
+    if method is not None:
+        sparse = ls.SparseSteps(method, model, optimizer, total_steps=task.steps, lr_scheduler=schedule)
+    taken = 0
+
+    def step(batch: dict[str, Any]) -> None:
+        nonlocal taken
+        model(**batch).loss.backward()
+        if sparse is not None:
+            sparse.observe()
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        taken += 1
+        if sparse is None:
+            model.base_model.update_and_allocate(taken)  # type: ignore[operator, union-attr]
+        schedule.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def _left(model: nn.Module) -> dict[str, Any]:
+    """What the adapters hold at the end: parameters not zero, share of the weights changed, ranks of each layer."""
+    layers = layer_sparsity(model)
+    if layers:
+        changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
+        return {
+            "parameters": sum(layer.remaining_parameters for layer in layers),
+            "changed": changed / sum(layer.adapted_parameters for layer in layers),
+            "ranks": {layer.name: layer.rank for layer in layers},
+        }
+    ranks, parameters = {}, 0
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.adalora.layer.AdaLoraLayer):
+            E, A, B = module.lora_E["default"], module.lora_A["default"], module.lora_B["default"]
+            live = int((E != 0).sum())
+            ranks[name.removeprefix("base_model.model.")] = live
+            parameters += live * (1 + A.shape[1] + B.shape[0])
+    return {"parameters": parameters, "changed": 1.0, "ranks": ranks}
+
+
+def _backbone() -> str:
+    return str(quickstart.resolve("quickstart://all-MiniLM-L6-v2"))
+
+
+def _write_rows(source: Path, folder: Path, task: Task, phase: str) -> None:
+    """The training rows, and those to measure on: the same ones for all methods and seeds."""
+    train = (source / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    train = random.Random(0).sample(train, task.train_rows or len(train))
+    if phase == "search":
+        train, measured = train[HELD_OUT:], train[:HELD_OUT]
+    else:
+        measured = (source / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+        measured = random.Random(0).sample(measured, task.validation_rows or len(measured))
+    (folder / "train.jsonl").write_text("\n".join(train) + "\n", encoding="utf-8")
+    (folder / "validation.jsonl").write_text("\n".join(measured) + "\n", encoding="utf-8")
+
+
+def _batches(loader: Any, count: int) -> Iterator[dict[str, Any]]:
+    taken = epoch = 0
+    while True:
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            yield batch
+            taken += 1
+            if taken == count:
+                return
+        epoch += 1
+
+
+# Which cells there are, and which are missing.
+
+
+def chosen_lr(found: Mapping[str, dict[str, Any]], task: str, method: str) -> float | None:
+    """The learning rate of the search's best score; None before it is complete."""
+    cells = [Cell("search", task, method, lr, 0) for lr in LEARNING_RATES]
+    if any(cell.key not in found for cell in cells):
+        return None
+    return max(cells, key=lambda cell: found[cell.key]["score"]).lr
+
+
+def missing(found: Mapping[str, dict[str, Any]], tasks: list[str], methods: list[str]) -> list[Cell]:
+    """Cells that can be run now."""
+    cells = []
+    for task in tasks:
+        for method in methods:
+            lr = chosen_lr(found, task, method)
+            if lr is None:
+                cells += [Cell("search", task, method, rate, 0) for rate in LEARNING_RATES]
+            else:
+                cells += [Cell("final", task, method, lr, seed) for seed in SEEDS]
+    return [cell for cell in cells if cell.key not in found]
+
+
+class Store:
+    """Results in one file, to which several processes add, and claims of cells that are being run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.claims = file.with_suffix(".claims")
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+        while not self._claim("store"):
+            time.sleep(0.1)
+        try:
+            content = {**self.read(), cell.key: result}
+            beside = self.file.with_suffix(".new")
+            beside.write_text(json.dumps(dict(sorted(content.items())), indent=1) + "\n")
+            beside.replace(self.file)
+        finally:
+            self.release("store")
+
+    def claim(self, cells: list[Cell]) -> Cell | None:
+        """A cell that nobody else runs, if there is one."""
+        return next((cell for cell in cells if self._claim(cell.key)), None)
+
+    def release(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def _claim(self, key: str) -> bool:
+        self.claims.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
+        try:
+            with path.open("x") as file:
+                file.write(str(os.getpid()))
+            return True
+        except FileExistsError:
+            owner = path.read_text() if path.exists() else ""
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                path.unlink(missing_ok=True)  # left by a process that was killed
+            return False
+
+    def _path(self, key: str) -> Path:
+        return self.claims / key.replace("/", "_")
+
+
+def work(store: Store, options: argparse.Namespace) -> None:
+    """Run cells until none is left that nobody runs."""
+    idle = 0
+    while idle < 2:  # a second look takes over what a killed process had claimed
+        found = store.read()
+        cell = store.claim(missing(found, options.tasks, options.methods))
+        if cell is None:
+            idle += 1
+            continue
+        idle = 0
+        try:
+            if cell.key not in store.read():  # else another finished it between our two looks
+                result = run(cell, Path(options.data))
+                store.add(cell, result)
+                print(f"{cell.key}: {result['score']:.2f}, {result['seconds']:.0f} s", flush=True)
+        finally:
+            store.release(cell.key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with a folder for each task")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--again", metavar="KEY", help="train this cell anew and compare")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    store = Store(options.results)
+    if options.again:
+        before = store.read()[options.again]
+        now = run(Cell(*(before[field] for field in Cell._fields)), Path(options.data))
+        print(
+            f"{options.again}: {now['score']:.4f}, {now['parameters']} parameters; before {before['score']:.4f}, "
+            f"{before['parameters']}"
+        )
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(store, copy.copy(options))) for _ in range(options.processes - 1)]
+    for worker in workers:
+        worker.start()
+    work(store, options)
+    for worker in workers:
+        worker.join()
+    left = missing(store.read(), options.tasks, options.methods)
+    print(f"{len(store.read())} cells are there, {len(left)} are missing.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""How the answer to a question is found in text that a model generated, and compared with the right one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class AnswerRule(Protocol):
+    """Finds an answer in a text."""
+
+    def find(self, text: str) -> str | None:
+        """The answer in its plain form, None if there is none."""
+
+    def right(self, text: str, answer: str) -> bool:
+        """Whether the text gives this answer."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words, such as ``answer2`` or ``true``: the first of them that stands in the text.
+
+    Args:
+        words: In lower case; case in the text does not matter.
+
+    Source:
+        Hu et al. 2023 (LLM-Adapters, arXiv:2304.01933), whose commonsense sets ask for such words.
+    """
+
+    words: Sequence[str]
+
+    def find(self, text: str) -> str | None:
+        """The first of the words, whole ones only: in ``untrue`` there is no ``true``."""
+        found = re.search(rf"\b(?:{'|'.join(map(re.escape, self.words))})\b", text.lower())
+        return found[0] if found else None
+
+    def right(self, text: str, answer: str) -> bool:
+        """Whether the first of the words is the answer."""
+        return self.find(text) == answer.strip().lower()
+
+
+@dataclass(frozen=True)
+class Letter:
+    """The letter of an option, A to E.
+
+    Where the text says ``answer is`` or ``answer:``, the letter after the last such words; else the last letter in
+    brackets; else the last that stands alone, for a reasoning names its result at its end. LLM-Adapters takes the first
+    capital A to E anywhere, that of ``A train …`` too.
+
+    Args:
+        letters: Capital letters of the options.
+    """
+
+    letters: str = "ABCDE"
+
+    def find(self, text: str) -> str | None:
+        """The letter, a capital one."""
+        one = f"[{self.letters}]"
+        said = rf"(?i:\banswer(?:\s+is)?\s*:?)\s*(?:option\s*)?\(?({one})\b"
+        for pattern in (said, rf"\(({one})\)", rf"\b({one})\b"):
+            found: list[str] = re.findall(pattern, text)
+            if found:
+                return found[-1]
+        return None
+
+    def right(self, text: str, answer: str) -> bool:
+        """Whether the letter is the answer."""
+        return self.find(text) == answer.strip().upper()
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number: the last one in the text, as LLM-Adapters takes it.
+
+    Commas between thousands are left out; a minus counts where it is no difference, as in ``5-3``.
+
+    Args:
+        tolerance: Largest difference to the right number that is still right; 1e-3 as in LLM-Adapters.
+    """
+
+    tolerance: float = 1e-3
+
+    def find(self, text: str) -> str | None:
+        """The number as it is written, but for commas."""
+        found = re.findall(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?", text)
+        return found[-1].replace(",", "") if found else None
+
+    def right(self, text: str, answer: str) -> bool:
+        """Whether the number is as large as the answer."""
+        found, gold = self.find(text), self.find(answer)
+        return found is not None and gold is not None and abs(float(found) - float(gold)) <= self.tolerance
+
+
+def _numbered(word: str, count: int) -> Choice:
+    return Choice([f"{word}{number}" for number in range(1, count + 1)])
+
+
+RULES: dict[str, AnswerRule] = {
+    "boolq": Choice(["true", "false"]),
+    "piqa": _numbered("solution", 2),
+    "social_i_qa": _numbered("answer", 5),
+    "hellaswag": _numbered("ending", 4),
+    "winogrande": _numbered("option", 2),
+    "ARC-Easy": _numbered("answer", 5),
+    "ARC-Challenge": _numbered("answer", 5),
+    "openbookqa": _numbered("answer", 5),
+    "AQuA": Letter(),
+    "gsm8k": Number(),
+    "mawps": Number(),
+    "SVAMP": Number(),
+    "AddSub": Number(),
+    "MultiArith": Number(),
+    "SingleEq": Number(),
+}
+"""The rule of each set, by the name of its folder in LLM-Adapters."""

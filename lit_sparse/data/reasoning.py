@@ -1,0 +1,185 @@
+"""Questions whose answers a causal language model generates: the commonsense and arithmetic sets of LLM-Adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+from torch import Tensor
+
+from lit_sparse.data.answers import RULES
+from lit_sparse.data.instructions import InstructionData, PadPromptAndResponse
+from lit_sparse.data.sources import Reader, read_files, require_text
+from lit_sparse.data.text import Collator, Rows
+from lit_sparse.errors import UsageError
+
+
+class ReasoningData(InstructionData):
+    """Trains on questions with responses, and tests by the answers that are generated, set by set.
+
+    Rows are those of LLM-Adapters: ``instruction``, ``input``, ``output`` (the response to train on) and ``answer``
+    (the plain answer: ``answer2``, ``true``, ``B``, ``15.0``). Training and validation batches are those of
+    :class:`~lit_sparse.InstructionData`; test batches hold the prompts, padded on the left, and ``answers``. A
+    :class:`~lit_sparse.CausalLM` goes on from the prompts and logs ``test_<set>_accuracy`` for every set, and
+    ``test_accuracy``, the mean over the sets, each of which counts as much as another.
+
+    In what is generated, the answer is found by the rule of the set: the first of the words that the set asks for
+    (``solution1``, ``false`` …), the letter of an option for AQuA, the last number for the other arithmetic sets.
+
+    Args:
+        path: Folder with a folder for each set, named as in LLM-Adapters, that holds ``test.json``, and ``train.json``
+            where there is one to train on. The ending may also be .jsonl, .csv or .parquet.
+        sets: Sets to test on: ``boolq``, ``piqa``, ``social_i_qa``, ``hellaswag``, ``winogrande``, ``ARC-Easy``,
+            ``ARC-Challenge``, ``openbookqa``, ``AQuA``, ``gsm8k``, ``mawps``, ``SVAMP``, ``AddSub``, ``MultiArith``,
+            ``SingleEq``; None: those that ``path`` holds.
+        train_file: File to train on, such as commonsense_170k.json or math_10k.json; None: the ``train.json`` of
+            ``sets``, one after another.
+        validation_fraction: Share of the training rows, in (0, 1), to hold out for validation, the same in every run.
+        validation: ``loss``: by the response's tokens, fast; ``answers``: by generated answers, as in the test, which
+            is what a checkpoint should be chosen by, and slow.
+        template: The prompt, with names of columns in braces; None is the prompt of Stanford Alpaca.
+        tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
+        max_length: Longest row in tokens, prompt, response and eos together; 256 as in LLM-Adapters.
+        batch_size: Training rows per batch and device.
+        eval_batch_size: Rows per batch and device in validation, test and prediction; None: ``batch_size``.
+        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
+        num_workers: Processes that assemble batches; 0 is this one.
+        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
+
+    Raises:
+        UsageError: If ``sets`` names an unknown set, or a file is missing.
+
+    Source:
+        Hu et al. 2023 (LLM-Adapters, arXiv:2304.01933).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        sets: list[str] | None = None,
+        train_file: str | None = None,
+        validation_fraction: float = 0.02,
+        validation: Literal["loss", "answers"] = "loss",
+        template: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 256,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        length_grouped: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path=path,
+            validation_fraction=validation_fraction,
+            template=template,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            length_grouped=length_grouped,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        unknown = [name for name in sets or () if name not in RULES]
+        if unknown or sets == []:
+            raise UsageError(f"sets are some of {', '.join(RULES)}; got {unknown or sets}.")
+        if validation not in ("loss", "answers"):
+            raise UsageError(f"validation must be 'loss' or 'answers'; got {validation!r}.")
+        self.sets = sets
+        self.train_file = train_file
+        self.validation = validation
+        self._folder = Path(path).expanduser()
+        self._test_splits = tuple(sets or self._sets_in_folder())
+
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        """The sets that are tested, in their order."""
+        return self._test_splits
+
+    def is_right(self, text: str, answer: str, name: str) -> bool:
+        """Whether a generated text gives the answer; ``name`` is the set's, or "" for validation rows.
+
+        Validation rows may be of any set: the one whose rule finds something in their answer.
+        """
+        if name:
+            return RULES[name].right(text, answer)
+        rule = next((rule for rule in RULES.values() if rule.find(answer) == answer.strip()), RULES["gsm8k"])
+        return rule.right(text, answer)
+
+    def _sets_in_folder(self) -> list[str]:
+        if not self._folder.is_dir():
+            raise UsageError(f"The path {self.path!r} is no folder: give one that holds a folder for each set.")
+        found = [name for name in RULES if (self._folder / name).is_dir()]
+        if not found:
+            raise UsageError(f"The folder {self.path!r} holds none of the sets {', '.join(RULES)}.")
+        return found
+
+    def _readers(self) -> dict[str, Reader]:
+        tests = {name: partial(read_files, [self._file(name, "test")], name) for name in self._test_splits}
+        if self.train_file is not None:
+            files = [Path(self.train_file).expanduser()]
+            if not files[0].is_file():
+                raise UsageError(f"train_file names a file that does not exist: {self.train_file}.")
+        else:
+            files = [file for name in self._test_splits if (file := self._find(name, "train")) is not None]
+        return {**tests, **({"train": partial(read_files, files, "train")} if files else {})}
+
+    def _file(self, name: str, split: str) -> Path:
+        found = self._find(name, split)
+        if found is None:
+            raise UsageError(f"The set {name!r} has no {split}.json (or .jsonl, .csv, .parquet) in {self.path}.")
+        return found
+
+    def _find(self, name: str, split: str) -> Path | None:
+        places = [self._folder / name / f"{split}{ending}" for ending in (".json", ".jsonl", ".csv", ".parquet")]
+        return next((place for place in places if place.is_file()), None)
+
+    def _is_labelled(self, rows: Dataset, role: str) -> bool:  # noqa: ARG002 - the base looks at rows
+        return not self._is_asked(role) and role != "predict"
+
+    def _is_asked(self, role: str) -> bool:
+        """Whether rows of this role are answered by generated text."""
+        return role == "test" or (role == "validation" and self.validation == "answers")
+
+    def _columns(self, labelled: bool) -> list[str]:
+        return [*super()._columns(labelled), *([] if labelled else ["answer"])]
+
+    def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
+        encoded = super()._encode(rows, numbers, split, labelled)
+        if labelled:
+            return encoded
+        answers = [str(answer) if isinstance(answer, int | float) else answer for answer in rows["answer"]]
+        return {
+            **encoded,
+            # Not "answer": a column keeps the type that it has in the file, where numbers may be none of text.
+            "gold": [
+                require_text(answer, "answer", split, number, blank=False)
+                for answer, number in zip(answers, numbers, strict=True)
+            ],
+        }
+
+    def _collator(self, role: str) -> Collator:
+        pad = int(self._tokenizer.pad_token_id)
+        if self._is_asked(role):
+            return PadPromptsWithAnswers(pad)
+        return PadPromptAndResponse(pad, left=role == "predict")
+
+
+@dataclass(frozen=True)
+class PadPromptsWithAnswers:
+    """Makes a batch of prompts, padded on the left, and of the ``answers`` as text.
+
+    Args:
+        pad_token_id: Token to pad ``input_ids`` with.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor | list[str]]:
+        """Return tensors of shape (rows, longest row), of type long, and a text for each row."""
+        prompts = PadPromptAndResponse(self.pad_token_id, left=True)(rows)
+        return {**prompts, "answers": [row["gold"] for row in rows]}
