@@ -12,7 +12,6 @@ quartiles. "compact" is what taking the ranks out costs once, in CPU time, and a
 """
 
 import argparse
-import copy
 import statistics
 import time
 from typing import Any
@@ -28,6 +27,7 @@ from variants import (
     peft_lora,
     provenance,
     ratio,
+    twin,
     with_floor,
     with_method,
     with_peft,
@@ -101,11 +101,11 @@ def measure(
 ) -> dict[str, Any]:
     # A threshold of zero: gates are stepped, and none dies in the meantime.
     method = ls.SoRA(rank=rank, alpha=16, threshold=0.0)
-    small, once = compacted(copy.deepcopy(plain), method, left, batch)
+    small, once = compacted(twin(plain), method, left, batch)
     variants = {
-        "floor": with_floor(copy.deepcopy(plain)),
-        "PEFT LoRA": with_peft(copy.deepcopy(plain), peft_lora(rank, dropout=0.0)),
-        "all ranks": with_method(copy.deepcopy(plain), method),
+        "floor": with_floor(twin(plain)),
+        "PEFT LoRA": with_peft(twin(plain), peft_lora(rank, dropout=0.0)),
+        "all ranks": with_method(twin(plain), method),
         "compacted": small,
     }
     times = {name: [t.step for t in found] for name, found in interleave(variants, batch, options.rounds).items()}

@@ -9,7 +9,6 @@ it, by torch's sync debug mode; both once, apart from the timing. With --device 
 """
 
 import argparse
-import copy
 import random
 import statistics
 import time
@@ -109,7 +108,7 @@ def peak(variant: Variant, batch: Batch, options: argparse.Namespace) -> float |
 
 def measure(options: argparse.Namespace, plain: nn.Module, rank: int) -> dict[str, dict[str, Any]]:
     batch = {key: value.to(options.device) for key, value in make_batch(options.rows, options.tokens).items()}
-    variants = build(copy.deepcopy(plain), rank, 0.0, NAMES)
+    variants = build(plain, rank, 0.0, NAMES)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(options.rounds + 5):
         for name in random.sample(list(variants), len(variants)):

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from variants import Batch, fill, make_batch, minilm, provenance, ratio, with_method, write_json
+from variants import Batch, fill, make_batch, minilm, provenance, ratio, twin, with_method, write_json
 
 import lit_sparse as ls
 
@@ -70,7 +70,7 @@ class TakeTurns(L.Callback):
 
 def loop(options: argparse.Namespace, batch: Batch, plain: nn.Module) -> dict[str, tuple[float, float, float]]:
     method = ls.SoRA(rank=options.rank, threshold=1e-7)
-    bare = with_method(copy.deepcopy(plain), method)
+    bare = with_method(twin(plain), method)
     turns = TakeTurns(bare, batch)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
@@ -81,7 +81,7 @@ def loop(options: argparse.Namespace, batch: Batch, plain: nn.Module) -> dict[st
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        module = Classifier(copy.deepcopy(plain), ls.SoRA(rank=options.rank, threshold=1e-7))
+        module = Classifier(twin(plain), ls.SoRA(rank=options.rank, threshold=1e-7))
         trainer.fit(module, torch.utils.data.DataLoader(Repeat(batch, options.rounds + 4), batch_size=None))
     share = turns.monitor_seconds / sum(turns.trainer_seconds)
     return {
@@ -92,7 +92,7 @@ def loop(options: argparse.Namespace, batch: Batch, plain: nn.Module) -> dict[st
 
 def inference(options: argparse.Namespace, batch: Batch, plain: nn.Module) -> dict[str, tuple[float, float, float]]:
     def adapted() -> nn.Module:
-        model = copy.deepcopy(plain)
+        model = twin(plain)
         ls.inject(model, ls.SoRA(rank=options.rank, threshold=1e-7))
         fill(adapter.lora_B_t for _, adapter in ls.adapters_in(model))
         return model.eval()
@@ -102,8 +102,8 @@ def inference(options: argparse.Namespace, batch: Batch, plain: nn.Module) -> di
         for _, adapter in ls.adapters_in(small):
             adapter.gate[max(1, int(0.3 * options.rank)) :] = 0
     ls.compact(small)
-    models = {"frozen": copy.deepcopy(plain).eval(), "all ranks": adapted(), "compacted": small}
-    models["merged"] = ls.merge(adapted()).eval()
+    models = {"frozen": twin(plain).eval(), "all ranks": adapted(), "compacted": small}
+    models["merged"] = ls.merge(copy.deepcopy(adapted())).eval()  # its weights change
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for number in range(2 * options.rounds + 3):

@@ -1,12 +1,13 @@
 """What a training step costs with each way to adapt a model, against PEFT's LoRA and against no adapter at all.
 
 Run:  python benchmarks/step_time.py [--backbone minilm|bert|llama] [--rank 8 32] [--dropout 0] [--tokens 64]
-      [--layers 4] [--rows 32] [--rounds 20] [--threads 1] [--variants NAME …] [--json FILE]
+      [--layers 4] [--rows 32] [--rounds 20] [--threads 1] [--variants NAME …] [--keep-freed-memory] [--json FILE]
 
 Every linear layer of the backbone's blocks is adapted, float32 on the CPU. Each round takes one step of every variant,
 in a shuffled order; times are CPU times of the process. A ratio is the median of the ratios within a round. "update" is
 the share of the step that follows the backward pass: observing, optimizer, thresholds and masks. "peak" is the most
-memory that tensors take at once in a step, beyond what the floor's take. --layers is for bert and llama, whose weights
+memory that tensors take at once in a step, beyond what the floor's take. --keep-freed-memory lets the process keep what it freed, as glibc does not: without, a part of what a variant costs is
+pages that it gives back and gets anew. --layers is for bert and llama, whose weights
 are random. Given several --tokens or --layers, the slope of the time over them is printed, on logarithmic scales: 1 is
 linear. The tables of docs/performance.md are made from the files that --json writes, by benchmarks/tables.py.
 """
@@ -17,7 +18,17 @@ from typing import Any
 
 import torch
 from tables import slopes, step_table
-from variants import BACKBONES, build, interleave, make_batch, peak_memory, provenance, ratio, write_json
+from variants import (
+    BACKBONES,
+    build,
+    interleave,
+    keep_freed_memory,
+    make_batch,
+    peak_memory,
+    provenance,
+    ratio,
+    write_json,
+)
 
 
 def measure(options: argparse.Namespace, rank: int, dropout: float, tokens: int, layers: int) -> dict[str, Any]:
@@ -52,12 +63,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+", help="only these, by the names in the table")
+    parser.add_argument("--keep-freed-memory", action="store_true")
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
     if options.layers and options.backbone == "minilm":
         parser.error("minilm has the layers that it has: give --layers with bert or llama")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.keep_freed_memory:
+        keep_freed_memory()
     machine = provenance()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     results: list[dict[str, Any]] = []

@@ -174,7 +174,7 @@ def reasoning_folder(root, asked):
     words = {"boolq": {"good": "true", "bad": "false"}, "piqa": {"good": "solution1", "bad": "solution2"}}
     for name, answers in words.items():
         rows = [
-            {"instruction": f"{name} {text}", "input": "", "output": f"it is {answers[word]}", "answer": answers[word]}
+            {"instruction": f"{name} {text}", "input": "", "output": answers[word], "answer": answers[word]}
             for text, word in asked
         ]
         (root / name).mkdir(parents=True)
@@ -196,7 +196,7 @@ def test_answers_are_generated_row_by_row_and_sets_count_alike(tiny_llama, tmp_p
     order = torch.randperm(len(ASKED), generator=torch.Generator().manual_seed(0)).tolist()
     folder = reasoning_folder(tmp_path / "sets", [ASKED[number] for number in order])
     data = ls.ReasoningData(folder, template="{instruction} : ", batch_size=8, validation_fraction=0.2)
-    module, run = causal_lm(tiny_llama, max_new_tokens=10, num_beams=beams), trainer(max_epochs=20)
+    module, run = causal_lm(tiny_llama, max_new_tokens=12, num_beams=beams), trainer(max_epochs=20)
     run.fit(module, data)
     found = dict(ChainMap(*run.test(module, data, verbose=False)))
     module.eval()
@@ -206,9 +206,9 @@ def test_answers_are_generated_row_by_row_and_sets_count_alike(tiny_llama, tmp_p
         for batch in loader:
             for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["answers"], strict=True):
                 prompt = ids[mask.bool()].unsqueeze(0)
-                tokens = module.model.generate(input_ids=prompt, max_new_tokens=10, num_beams=beams, do_sample=False)
+                tokens = module.model.generate(input_ids=prompt, max_new_tokens=12, num_beams=beams, do_sample=False)
                 text = data.decode(tokens[:, prompt.shape[1] :])[0]
-                right.append(f" {answer}" in text)
+                right.append(answer in text)
         shares[name] = sum(right) / len(right)
     assert found == pytest.approx(
         {
