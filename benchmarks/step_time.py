@@ -3,13 +3,14 @@
 Run:  python benchmarks/step_time.py [--backbone minilm|bert|llama] [--rank 8 32] [--dropout 0] [--tokens 64]
       [--layers 4] [--rows 32] [--rounds 20] [--threads 1] [--variants NAME …] [--keep-freed-memory] [--json FILE]
 
-Every linear layer of the backbone's blocks is adapted, float32 on the CPU. Each round takes one step of every variant,
-in a shuffled order; times are CPU times of the process. A ratio is the median of the ratios within a round. "update" is
-the share of the step that follows the backward pass: observing, optimizer, thresholds and masks. "peak" is the most
-memory that tensors take at once in a step, beyond what the floor's take. --keep-freed-memory lets the process keep what it freed, as glibc does not: without, a part of what a variant costs is
-pages that it gives back and gets anew. --layers is for bert and llama, whose weights
-are random. Given several --tokens or --layers, the slope of the time over them is printed, on logarithmic scales: 1 is
-linear. The tables of docs/performance.md are made from the files that --json writes, by benchmarks/tables.py.
+Every linear layer of the backbone's blocks is adapted, float32 on the CPU, variants with the same frozen weights. A round
+takes a step of every variant, in a shuffled order; times are CPU times of the process. A ratio is the median of the
+ratios within a round. "update" is the share of the step that follows the backward pass: observing, optimizer,
+thresholds and masks. "peak" is the most memory that tensors take at once in a step, beyond what the floor's take.
+--keep-freed-memory lets the process keep what it freed, as glibc does not: without, a part of what a variant costs is
+pages that it gives back and gets anew. --layers is for bert and llama, whose weights are random. Given several
+--tokens or --layers, the slope of the time over them is printed, on logarithmic scales: 1 is linear. The tables of
+docs/performance.md are made from the files that --json writes, by benchmarks/tables.py.
 """
 
 import argparse
