@@ -3,7 +3,7 @@
 Run:  python benchmarks/step_time.py [--backbone minilm|bert|llama] [--rank 8 32] [--dropout 0] [--tokens 64]
       [--layers 4] [--rows 32] [--rounds 20] [--threads 1] [--variants NAME …] [--keep-freed-memory] [--json FILE]
 
-Every linear layer of the backbone's blocks is adapted, float32 on the CPU, variants with the same frozen weights. A round
+Every linear layer of the blocks is adapted, float32 on the CPU, and variants share the frozen weights. A round
 takes a step of every variant, in a shuffled order; times are CPU times of the process. A ratio is the median of the
 ratios within a round. "update" is the share of the step that follows the backward pass: observing, optimizer,
 thresholds and masks. "peak" is the most memory that tensors take at once in a step, beyond what the floor's take.
