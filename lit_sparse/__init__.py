@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lit_sparse.bank import AdapterBank as AdapterBank
     from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
+    from lit_sparse.callbacks.forgetting import ForgettingProbe as ForgettingProbe
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
     from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
     from lit_sparse.callbacks.replicas import VerifyReplicas as VerifyReplicas
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.resume import ExactResume as ExactResume
     from lit_sparse.callbacks.resume import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
+    from lit_sparse.callbacks.stages import ThresholdStages as ThresholdStages
     from lit_sparse.data.audio import AudioData as AudioData
     from lit_sparse.data.glue import GLUE as GLUE
     from lit_sparse.data.images import ImageData as ImageData
@@ -87,6 +89,7 @@ _HOME = {
     "AdapterBank": "bank",
     "CompactRanks": "callbacks.compaction",
     "FiniteLoss": "callbacks.finite_loss",
+    "ForgettingProbe": "callbacks.forgetting",
     "SparsityMonitor": "callbacks.monitor",
     "PredictionWriter": "callbacks.predictions",
     "VerifyReplicas": "callbacks.replicas",
@@ -94,6 +97,7 @@ _HOME = {
     "ExactResume": "callbacks.resume",
     "last_checkpoint": "callbacks.resume",
     "Sparsify": "callbacks.sparsify",
+    "ThresholdStages": "callbacks.stages",
     "AudioData": "data.audio",
     "GLUE": "data.glue",
     "ImageData": "data.images",

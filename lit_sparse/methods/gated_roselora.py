@@ -122,6 +122,11 @@ class GatedRoseLoRA(SparseMethod):
         self._gates = ProximalGates(threshold, sparsity_weight, l1_weight, operator, metric, gate_lr, freeze_zero_after)
         self._masks = SensitivityMasks(density, begin, end, beta, clamp, update_every)
 
+    def set_threshold(self, threshold: float) -> None:
+        """Go on with another ξ, from the next step on, as the stages of a schedule do."""
+        require_strengths({"threshold": threshold})
+        self.threshold = self._gates.threshold = threshold
+
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in a gated adapter with sensitivities."""
         return self._masks.adopt(self._gates.adopt(super().adapt(layer, overrides)))

@@ -290,6 +290,11 @@ class SoRA(SparseMethod):
         self.freeze_zero_after = freeze_zero_after
         self._gates = ProximalGates(threshold, sparsity_weight, l1_weight, operator, metric, gate_lr, freeze_zero_after)
 
+    def set_threshold(self, threshold: float) -> None:
+        """Go on with another ξ, from the next step on, as the stages of a schedule do."""
+        require_strengths({"threshold": threshold})
+        self.threshold = self._gates.threshold = threshold
+
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in a gated adapter."""
         return self._gates.adopt(super().adapt(layer, overrides))

@@ -16,10 +16,12 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
+from lit_sparse.callbacks.measuring import Figures
 from lit_sparse.callbacks.monitor import SparsityMonitor
 from lit_sparse.callbacks.requeue import SlurmRequeue
 from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
+from lit_sparse.callbacks.stages import ThresholdStages
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import load_peft
 from lit_sparse.methods.base import SparseMethod
@@ -133,7 +135,9 @@ class SparseModule(LightningModule):
         """The optimizer over its parameter groups, with a schedule over the whole run."""
         optimizer = self.optimizer(parameter_groups(self, self.method))
         total = self.trainer.estimated_stepping_batches
-        scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total)
+        staged = [c for c in self.trainer.callbacks if isinstance(c, ThresholdStages)]  # type: ignore[attr-defined]
+        stages = staged[0].shares() if staged else (1.0,)
+        scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total, stages)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, **batch: Any) -> Any:
@@ -157,6 +161,16 @@ class SparseModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
         """Log the model's loss as ``test_loss``."""
         self.log("test_loss", self(**batch).loss, sync_dist=True)
+
+    def measure(self, batch: dict[str, Any], data: Any = None) -> Figures:  # noqa: ARG002
+        """What :class:`~lit_sparse.ForgettingProbe` and its like average over a set: name to (sum, count).
+
+        Args:
+            batch: As for ``validation_step``.
+            data: The data module that it is from; None: that of the Trainer.
+        """
+        rows = torch.tensor(float(_rows_of(batch)), device=self.device)
+        return {"loss": (self(**batch).loss.detach() * rows, rows)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
@@ -215,6 +229,10 @@ class SparseModule(LightningModule):
                 "init_args": self.optimizer.keywords,
             }
         self.save_hyperparameters({**self.hparams, **plain})
+
+
+def _rows_of(batch: dict[str, Any]) -> int:
+    return next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
 
 
 class _OwnSparsify(Sparsify):

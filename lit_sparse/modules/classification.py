@@ -9,6 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from lit_sparse.callbacks.measuring import Figures
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
@@ -116,6 +117,16 @@ class Classification(SparseModule):
         found = {"prediction": predictions(logits, self._known_num_labels())}
         if self._known_num_labels() > 1:
             found["probabilities"] = logits.float().softmax(-1)
+        return found
+
+    def measure(self, batch: dict[str, Any], data: Any = None) -> Figures:  # noqa: ARG002
+        """Loss, and with several classes the share of rows that are classified right."""
+        output, labels = self(**batch), batch["labels"]
+        rows = torch.tensor(float(len(labels)), device=self.device)
+        found = {"loss": (output.loss.detach() * rows, rows)}
+        if self._known_num_labels() > 1:
+            right = (predictions(output.logits, self._known_num_labels()) == labels).sum()
+            found["accuracy"] = (right, rows)
         return found
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor], index: int) -> None:

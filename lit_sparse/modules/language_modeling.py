@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
+from lit_sparse.callbacks.measuring import Figures
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
@@ -63,18 +64,22 @@ class LanguageModel(SparseModule):
         """Logits of shape (rows, tokens, vocabulary) and the labels (rows, tokens) that each is to predict."""
         return self(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def measure(self, batch: dict[str, Any], data: Any = None) -> Figures:  # noqa: ARG002
+        """Loss in nats per labelled token, and the share of these that the model finds most likely."""
         logits, labels = self._scored(batch)
         counted = labels != IGNORED
         tokens = counted.sum()
-        divisor = tokens.clamp(min=1)  # a batch without labelled tokens has no mean, and no weight
         # By token, not by batch: the mean of batch means is not the loss of the set.
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         right = ((logits.argmax(-1) == labels) & counted).sum()
-        self._loss.update(losses / divisor, tokens)
-        self._token_accuracy.update(right / divisor, tokens)
+        return {"loss": (losses.detach(), tokens), "token_accuracy": (right, tokens)}
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+        found = LanguageModel.measure(self, batch)
+        for metric, (total, tokens) in zip((self._loss, self._token_accuracy), found.values(), strict=True):
+            metric.update(total / tokens.clamp(min=1), tokens)  # a batch without labelled tokens has no weight
 
     def _figures(self) -> dict[str, Tensor]:
         """The figures of an epoch by name."""
@@ -210,6 +215,13 @@ class CausalLM(LanguageModel):
         texts = data.decode(tokens[:, batch["input_ids"].shape[1] :])
         right = [data.is_right(text, answer, name) for text, answer in zip(texts, batch["answers"], strict=True)]
         return torch.tensor(right, dtype=torch.float32, device=tokens.device)
+
+    def measure(self, batch: dict[str, Any], data: Any = None) -> Figures:
+        """As of any language model; where the batch holds ``answers``, the share of right ones."""
+        if "answers" not in batch:
+            return super().measure(batch, data)
+        right = self.answer(batch, data=data)
+        return {"accuracy": (right.sum(), torch.tensor(float(len(right)), device=right.device))}
 
     def _count_answers(self, stage: str, count: int) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), f"{stage}_names", ())

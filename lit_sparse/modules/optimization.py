@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -41,14 +44,17 @@ def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def lr_scheduler(optimizer: Optimizer, schedule: LrSchedule, warmup: float, total: float) -> LambdaLR:
-    """Warm up linearly over a share of the run, then decay to zero or stay.
+def lr_scheduler(
+    optimizer: Optimizer, schedule: LrSchedule, warmup: float, total: float, stages: Sequence[float] = (1.0,)
+) -> LambdaLR:
+    """Warm up linearly over a share of the run, then decay to zero or stay; in each stage of the run anew.
 
     Args:
         optimizer: Whose learning rates are peak values.
         schedule: ``linear`` or ``cosine`` decay to zero at the end of the run, or ``constant``.
         warmup: Share of the run to warm up, in [0, 1).
         total: Optimizer steps of the run; infinite for a Trainer without end.
+        stages: Shares of the run, which add up to 1.
 
     Raises:
         UsageError: If the run has no end and the schedule needs one.
@@ -60,11 +66,16 @@ def lr_scheduler(optimizer: Optimizer, schedule: LrSchedule, warmup: float, tota
                 "max_epochs or max_steps, or lr_schedule constant and warmup 0."
             )
         total = 0
-    steps = int(total)
-    return LambdaLR(optimizer, partial(_share_of_peak, schedule=schedule, warm=round(warmup * steps), steps=steps))
+    ends = [round(share * int(total)) for share in itertools.accumulate(stages)]
+    return LambdaLR(optimizer, partial(_share_of_peak, schedule=schedule, warmup=warmup, ends=ends))
 
 
-def _share_of_peak(step: int, schedule: LrSchedule, warm: int, steps: int) -> float:
+def _share_of_peak(step: int, schedule: LrSchedule, warmup: float, ends: Sequence[int]) -> float:
+    # A step at the end of the last stage, or after it, belongs to that one.
+    stage = min(bisect.bisect_right(ends, step), len(ends) - 1)
+    start = ends[stage - 1] if stage else 0
+    steps = ends[stage] - start
+    step, warm = step - start, round(warmup * steps)
     # As get_linear_schedule_with_warmup and its like in transformers, whose import takes a second or more: with it come
     # peft and bitsandbytes, where they are installed.
     if step < warm:
