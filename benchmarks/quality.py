@@ -20,7 +20,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,20 +237,20 @@ class Store:
     def read(self) -> dict[str, dict[str, Any]]:
         return json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+    def add(self, key: str, result: dict[str, Any]) -> None:
         while not self._claim("store"):
             time.sleep(0.1)
         try:
-            content = {**self.read(), cell.key: result}
+            content = {**self.read(), key: result}
             beside = self.file.with_suffix(".new")
             beside.write_text(json.dumps(dict(sorted(content.items())), indent=1) + "\n")
             beside.replace(self.file)
         finally:
             self.release("store")
 
-    def claim(self, cells: list[Cell]) -> Cell | None:
-        """A cell that nobody else runs, if there is one."""
-        return next((cell for cell in cells if self._claim(cell.key)), None)
+    def claim(self, keys: Sequence[str]) -> str | None:
+        """The key of a cell that nobody else runs, if there is one."""
+        return next((key for key in keys if self._claim(key)), None)
 
     def release(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -277,18 +277,19 @@ def work(store: Store, options: argparse.Namespace) -> None:
     idle = 0
     while idle < 2:  # a second look takes over what a killed process had claimed
         found = store.read()
-        cell = store.claim(missing(found, options.tasks, options.methods))
-        if cell is None:
+        cells = {cell.key: cell for cell in missing(found, options.tasks, options.methods)}
+        key = store.claim(list(cells))
+        if key is None:
             idle += 1
             continue
         idle = 0
         try:
-            if cell.key not in store.read():  # else another finished it between our two looks
-                result = run(cell, Path(options.data))
-                store.add(cell, result)
-                print(f"{cell.key}: {result['score']:.2f}, {result['seconds']:.0f} s", flush=True)
+            if key not in store.read():  # else another finished it between our two looks
+                result = run(cells[key], Path(options.data))
+                store.add(key, result)
+                print(f"{key}: {result['score']:.2f}, {result['seconds']:.0f} s", flush=True)
         finally:
-            store.release(cell.key)
+            store.release(key)
 
 
 def main() -> None:

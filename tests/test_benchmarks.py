@@ -1,0 +1,41 @@
+"""The benchmarks run, and the tables in the documentation are those of the files that they wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+tables = pytest.importorskip("tables")
+
+
+def test_the_tables_are_those_of_the_results():
+    assert tables.written(tables.PAGE.read_text()) == tables.PAGE.read_text(), "run python benchmarks/tables.py"
+
+
+def test_every_result_has_its_place_in_the_page():
+    page = tables.PAGE.read_text()
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if file.stem.partition("-")[0] in tables.KINDS:
+            assert f"<!-- results/{file.name} -->" in page
+
+
+@pytest.mark.parametrize("backbone", ["bert", "llama"])
+def test_step_time_writes_what_the_tables_read(backbone, tmp_path):
+    pytest.importorskip("peft")
+    file = tmp_path / "step_time-test.json"
+    command = [sys.executable, "benchmarks/step_time.py", "--backbone", backbone, "--layers", "1", "--rank", "2"]
+    size = ["--rows", "1", "--tokens", "2", "4", "8", "--rounds", "2", "--json", str(file)]
+    variants = ["--variants", "floor", "PEFT LoRA", "PEFT AdaLoRA", "SoRA", "RoseLoRA", "RoseLoRA, released"]
+    done = subprocess.run([*command, *size, *variants], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    assert [result["tokens"] for result in content["results"]] == [2, 4, 8]
+    made = tables.of_step_time(content)
+    assert made.count("| SoRA |") == 4  # three tables, and the slope
+    assert made.splitlines()[-1].startswith("| RoseLoRA, released | tokens: 2, 4, 8 |")
+    assert made in done.stdout
