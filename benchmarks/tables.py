@@ -93,7 +93,7 @@ def of_overhead(content: dict[str, Any]) -> str:
     lines = ["| | ratio | quartiles |", "|---|---|---|"]
     for name, (half, low, high) in content["results"].items():
         spread = "" if low == high else f"{low:.3f} to {high:.3f}"
-        lines.append(f"| {name} | {half:.4f} | {spread} |")
+        lines.append(f"| {name} | {half:.3g} | {spread} |")
     return "\n".join(lines)
 
 
