@@ -67,7 +67,7 @@ class SparseModule(LightningModule):
         self,
         backbone: str | nn.Module,
         method: SparseMethod,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,

@@ -145,7 +145,7 @@ class CausalLM(LanguageModel):
         method: SparseMethod,
         max_new_tokens: int = 64,
         num_beams: int = 1,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,

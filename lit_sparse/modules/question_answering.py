@@ -58,7 +58,7 @@ class QuestionAnswering(SparseModule):
         method: SparseMethod,
         max_answer_length: int = 30,
         null_threshold: float | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,

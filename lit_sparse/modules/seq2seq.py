@@ -59,7 +59,7 @@ class Seq2SeqLM(LanguageModel):
         method: SparseMethod,
         max_new_tokens: int = 128,
         generate_in_fit: bool = False,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,

@@ -68,7 +68,7 @@ class TokenClassification(Classification):
         method: SparseMethod,
         num_labels: int | None = None,
         label_names: list[str] | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
