@@ -6,8 +6,8 @@ FOLDER holds a folder per task with train.jsonl and validation.jsonl, in the col
 method searches the same two learning rates for every task, on 500 rows held out of the training rows; with the better
 one it is trained by three seeds, and measured once, at the end, on the validation set, which nothing was chosen on.
 Steps, batches, backbone and schedule are the same for all. Each run is a cell of its own: one process after another, or
-several at once, take those that are missing, a run that was killed begins anew, and the rest stays. When none is
-missing, the table and the figures of docs/quality.md are written. --again trains one cell anew and compares.
+several at once, take those that are missing, a run that was killed begins anew, and the rest stays. --again trains one
+cell anew and compares. The results go to benchmarks/results/quality.json.
 """
 
 from __future__ import annotations

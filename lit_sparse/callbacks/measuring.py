@@ -24,8 +24,8 @@ def measured(module: LightningModule, batches: Iterable[Any], data: Any = None) 
     given.
 
     Args:
-        module: What measures: a module with ``measure(batch, data)``, as those of this library, or any whose output
-            has a ``.loss``, which is averaged by rows.
+        module: What measures: a module with ``measure(batch, data)``, which returns :data:`Figures`, as classifiers and
+            language models of this library; or any whose output has a ``.loss``, which is averaged by rows.
         batches: As its ``validation_step`` takes them.
         data: The data module that they are from.
 
@@ -56,5 +56,6 @@ def measured(module: LightningModule, batches: Iterable[Any], data: Any = None) 
 
 def _loss(module: LightningModule, batch: Any) -> Figures:
     loss = module(**batch).loss
-    rows = torch.tensor(float(next(iter(batch.values())).shape[0]), device=loss.device)
+    count = next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+    rows = torch.tensor(float(count), device=loss.device)
     return {"loss": (loss * rows, rows)}

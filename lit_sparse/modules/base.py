@@ -16,7 +16,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
-from lit_sparse.callbacks.measuring import Figures
 from lit_sparse.callbacks.monitor import SparsityMonitor
 from lit_sparse.callbacks.requeue import SlurmRequeue
 from lit_sparse.callbacks.resume import ExactResume
@@ -162,16 +161,6 @@ class SparseModule(LightningModule):
         """Log the model's loss as ``test_loss``."""
         self.log("test_loss", self(**batch).loss, sync_dist=True)
 
-    def measure(self, batch: dict[str, Any], data: Any = None) -> Figures:  # noqa: ARG002
-        """What :class:`~lit_sparse.ForgettingProbe` and its like average over a set: name to (sum, count).
-
-        Args:
-            batch: As for ``validation_step``.
-            data: The data module that it is from; None: that of the Trainer.
-        """
-        rows = torch.tensor(float(_rows_of(batch)), device=self.device)
-        return {"loss": (self(**batch).loss.detach() * rows, rows)}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
         frozen = frozenset(frozen_entries(self))
@@ -229,10 +218,6 @@ class SparseModule(LightningModule):
                 "init_args": self.optimizer.keywords,
             }
         self.save_hyperparameters({**self.hparams, **plain})
-
-
-def _rows_of(batch: dict[str, Any]) -> int:
-    return next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
 
 
 class _OwnSparsify(Sparsify):
