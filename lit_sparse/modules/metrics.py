@@ -24,8 +24,8 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     """Make the named metrics.
 
     Args:
-        names: ``accuracy``, ``f1`` (of class 1 with two classes, macro average with more), ``matthews``;
-            ``pearson``, ``spearman`` for regression.
+        names: ``accuracy``, ``f1`` (of class 1 with two classes, macro average with more), ``matthews`` (0 where only
+            one class is predicted or true); ``pearson``, ``spearman`` for regression.
         num_labels: Number of classes; 1 for regression.
 
     Raises:
@@ -50,7 +50,18 @@ def _metric(name: str, num_labels: int) -> Metric:
     if name == "f1":
         return BinaryF1Score() if num_labels == 2 else MulticlassF1Score(num_labels, average="macro")
     if name == "matthews":
-        return MulticlassMatthewsCorrCoef(num_labels)
+        return _Matthews(num_labels)
     if name == "pearson":
         return PearsonCorrCoef()
     return SpearmanCorrCoef()
+
+
+class _Matthews(MulticlassMatthewsCorrCoef):
+    """Zero where only one class is predicted or true, as GLUE's own.
+
+    torchmetrics has some other number there with two classes: 0.037 for a model that calls all of CoLA acceptable.
+    """
+
+    def compute(self) -> Tensor:
+        rows, columns = (self.confmat.sum(dim).count_nonzero() for dim in (1, 0))
+        return super().compute() * ((rows > 1) & (columns > 1))

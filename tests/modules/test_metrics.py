@@ -43,6 +43,15 @@ def test_classification_metrics_are_those_of_scikit_learn(count, seed):
     )
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("true", [[0, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("predicted", [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 1, 1]])
+def test_matthews_of_a_single_class_is_zero(count, true, predicted):
+    metrics = build_metrics(["matthews"], count)
+    metrics.update(torch.tensor(predicted), torch.tensor(true))
+    assert float(metrics.compute()["matthews"]) == pytest.approx(sk.matthews_corrcoef(true, predicted), abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_regression_metrics_are_those_of_scipy(seed):
     generator = torch.Generator().manual_seed(seed)
