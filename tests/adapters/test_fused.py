@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.adapters.fused import fused_linear
+from lit_sparse.adapters.fused import _sums_pay, fused_linear
 from lit_sparse.adapters.linear import LowRankLinear
 
 IN, OUT, RANK = 5, 4, 3
@@ -48,14 +48,28 @@ def gradients(adapter: LowRankLinear, x: Tensor, y: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y.square().sum(), [x, *(p for p in adapter.parameters() if p.requires_grad)]))
 
 
+FEW, MANY = 6, 12
+"""Rows for which the product of A and B stays apart from the weight, and for which it is added to it."""
+
+few_and_many = pytest.mark.parametrize("count", [FEW, MANY])
+
+
+def test_there_are_cases_of_few_rows_and_of_many():
+    weight = torch.randn(OUT, IN)
+    assert [_sums_pay(torch.randn(count, IN), weight) for count in (FEW, MANY)] == [False, True]
+    assert not _sums_pay(torch.randn(MANY, IN).bfloat16(), weight.bfloat16())
+    assert not _sums_pay(torch.randn(MANY, IN), weight.bfloat16())
+
+
 @every_kind
+@few_and_many
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "float16", "autocast"])
-def test_both_paths_give_the_same_numbers(kind, dropout, precision):
+def test_both_paths_give_the_same_numbers(kind, dropout, precision, count):
     dtype = torch.float32 if precision == "autocast" else getattr(torch, precision)
     fused = adapter_of(kind, dtype, dropout)
     plain = made_plain(fused)
-    x = torch.randn(2, 7, IN, dtype=dtype, requires_grad=True)
+    x = torch.randn(2, count // 2, IN, dtype=dtype, requires_grad=True)
     found = []
     for adapter in (fused, plain):
         assert fuses(adapter, x) == (adapter is fused)
@@ -70,10 +84,11 @@ def test_both_paths_give_the_same_numbers(kind, dropout, precision):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=size)
 
 
+@few_and_many
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("gated", [True, False])
-def test_first_and_second_derivatives(bias, dropout, gated):
+def test_first_and_second_derivatives(bias, dropout, gated, count):
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     b = torch.randn(OUT, dtype=torch.float64) if bias else None
 
@@ -81,16 +96,17 @@ def test_first_and_second_derivatives(bias, dropout, gated):
         torch.manual_seed(3)  # the same entries dropped at each call
         return fused_linear(rows, weight, b, A, B_t, gate, 1.5, dropout)
 
-    shapes = [(6, IN), (RANK, IN), (RANK, OUT), (RANK,)][: 4 if gated else 3]
+    shapes = [(count, IN), (RANK, IN), (RANK, OUT), (RANK,)][: 4 if gated else 3]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
+@few_and_many
 @pytest.mark.parametrize("rank", [1, 7, 8, 9, 15, 16, 17])
-def test_every_rank_gives_the_formula(rank):
+def test_every_rank_gives_the_formula(rank, count):
     """Ranks that are padded to a round width among them."""
-    shapes = (6, IN), (rank, IN), (rank, OUT), (rank,), (OUT, IN)
+    shapes = (count, IN), (rank, IN), (rank, OUT), (rank,), (OUT, IN)
     rows, A, B_t, gate, weight = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     inputs = [tensor.requires_grad_() for tensor in (rows, A, B_t, gate)]
     found = fused_linear(rows, weight, None, A, B_t, gate, 0.5, 0.0)
@@ -101,9 +117,10 @@ def test_every_rank_gives_the_formula(rank):
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
 
 
+@few_and_many
 @pytest.mark.parametrize("wanted", range(4))
-def test_only_the_gradients_that_are_wanted_are_made(wanted):
-    shapes = (6, IN), (RANK, IN), (RANK, OUT), (RANK,)
+def test_only_the_gradients_that_are_wanted_are_made(wanted, count):
+    shapes = (count, IN), (RANK, IN), (RANK, OUT), (RANK,)
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=i == wanted) for i, s in enumerate(shapes)]
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     rows, A, B_t, gate = inputs
@@ -133,29 +150,52 @@ class Kept:
         return kept - sum(p.untyped_storage().nbytes() for p in adapter.parameters() if p.data_ptr() in self.storages)
 
 
+def test_a_sum_is_as_exact_as_two_products():
+    """Where the adapter changes little, too: rounding of the weight must not swallow it."""
+    rows, weight, A, B_t = (torch.randn(s, dtype=torch.float64) for s in ((512, 48), (40, 48), (4, 48), (4, 40)))
+    for size in (1.0, 1e-3, 1e-5):
+        exact = rows @ weight.t() + size * (rows @ A.t()) @ B_t
+        narrow = [t.float() for t in (rows, weight, A, B_t)]
+        assert _sums_pay(*narrow[:2])
+        summed = fused_linear(*narrow[:2], None, *narrow[2:], None, size, 0.0)
+        apart = torch.cat(
+            [fused_linear(part, narrow[1], None, *narrow[2:], None, size, 0.0) for part in narrow[0].split(8)]
+        )
+        errors = [(y.double() - exact).square().mean().sqrt() for y in (summed, apart)]
+        assert errors[0] < 1.5 * errors[1]
+
+
 @pytest.mark.parametrize("rank", [4, 12])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_is_kept_for_the_backward_pass(dropout, rank, autocast):
-    """The input, the hidden products, and a byte per entry that dropout may drop: nothing else."""
+@pytest.mark.parametrize("count", [64, 128])
+def test_what_is_kept_for_the_backward_pass(dropout, rank, autocast, count):
+    """The input, the hidden products but of many rows, and a byte per entry that dropout may drop: nothing else."""
     adapter = LowRankLinear(nn.Linear(64, 48), rank, 1.0, dropout, gated=True)
-    x = torch.randn(128, 64, requires_grad=True)
+    x = torch.randn(count, 64, requires_grad=True)
     width = 4 if rank == 4 else 16  # padded to a multiple of 8
     size = 2 if autocast else 4
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = Kept().of(adapter, x)
-    assert kept == size * x.numel() + size * 128 * width + (x.numel() if dropout else 0)
+    hidden = 0 if count == 128 and not dropout and not autocast else size * count * width
+    assert kept == size * x.numel() + hidden + (x.numel() if dropout else 0)
 
 
-def test_the_multiplications_of_a_step_are_counted():
-    """Per layer: the base's two products, and three thin ones each way through A and B."""
-    tokens, r, size = 128, 4, 64
-    adapter = LowRankLinear(nn.Linear(size, size), r, 1.0, gated=True)
-    x = torch.randn(tokens, size, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        adapter(x).sum().backward()
-    base, thin = 2 * tokens * size * size, 2 * tokens * size * r
-    assert counter.get_total_flops() == 2 * base + 6 * thin
+@pytest.mark.parametrize("tokens", [100, 512])
+def test_the_multiplications_of_a_step_are_counted(tokens):
+    """The base's two products; of few rows three thin ones each way through A and B, of many two and the sum's two."""
+    r, size = 4, 64
+    rows, A, B_t = (torch.randn(shape, requires_grad=True) for shape in ((tokens, size), (r, size), (r, size)))
+    weight = torch.randn(size, size)
+
+    def products(_, left, right, **__):
+        return 2 * left[0] * left[1] * right[1]
+
+    # In place it is not among the products that torch knows how to count.
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: products}) as counter:
+        fused_linear(rows, weight, None, A, B_t, None, 1.0, 0.0).sum().backward()
+    base, thin, summed = 2 * tokens * size * size, 2 * tokens * size * r, 2 * r * size * size
+    assert counter.get_total_flops() == 2 * base + (6 * thin if tokens == 100 else 4 * thin + 2 * summed)
 
 
 class Doubled(nn.Dropout):
