@@ -6,7 +6,8 @@ MiniLM-L6 (extra quickstart), an encoder of sentences, learns the sentiment of m
 holds stsb/validation.jsonl of GLUE (sentence1, sentence2, label): the probe is Spearman's correlation between the
 cosine of the two mean-pooled embeddings and the label, which no method is trained on. Three learning rates give each
 method several points of task accuracy and probe, for methods are to be compared where their accuracies are equal; three
-seeds for each. Runs that are in the results are not repeated.
+seeds for each. Runs that are in the results are not repeated. They go to benchmarks/results/forgetting.json, and from
+there into docs/quality.md.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ import argparse
 import functools
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import tables
 import torch
-from quality import Store
+from quality import Store, made_by
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.regression import spearman_corrcoef
 from transformers import AutoTokenizer
-from variants import provenance
 
 import lit_sparse as ls
 from lit_sparse import quickstart
@@ -75,7 +75,7 @@ def similarity(module: L.LightningModule, batches: Iterable[Any], _: L.Lightning
         cosines.append(torch.cosine_similarity(first, second))
         labels.append(batch["label"].float())
     module.train(was_training)
-    return {"spearman": 100 * float(spearman_corrcoef(torch.cat(cosines), torch.cat(labels)))}
+    return {"STS-B, Spearman": 100 * float(spearman_corrcoef(torch.cat(cosines), torch.cat(labels)))}
 
 
 def _embedding(module: L.LightningModule, tokens: dict[str, Tensor]) -> Tensor:
@@ -112,12 +112,12 @@ def run(method: str, lr: float, seed: int, options: argparse.Namespace) -> dict[
         "method": method,
         "lr": lr,
         "seed": seed,
-        "accuracy": 100 * float(trainer.callback_metrics["val_accuracy"]),
-        "before": probe.before["spearman"],
-        "after": probe.after["spearman"],
+        "score": 100 * float(trainer.callback_metrics["val_accuracy"]),
+        "before": probe.before,
+        "after": probe.after,
         "changed": changed / sum(layer.adapted_parameters for layer in layers),
         "seconds": time.perf_counter() - start,
-        **provenance(),
+        **made_by(),
     }
 
 
@@ -131,28 +131,9 @@ def work(store: Store, options: argparse.Namespace) -> None:
         try:
             result = run(*cells[key], options)
             store.add(key, result)
-            print(f"{key}: accuracy {result['accuracy']:.2f}, probe {result['after']:.2f}", flush=True)
+            print(f"{key}: accuracy {result['score']:.2f}, probe {result['after']}", flush=True)
         finally:
             store.release(key)
-
-
-def table(found: dict[str, dict[str, Any]]) -> str:
-    lines = ["| | lr | accuracy | probe before | probe after | weights changed |", "|---|---|---|---|---|---|"]
-    for method in METHODS:
-        for lr in LEARNING_RATES:
-            cells = [cell for cell in found.values() if (cell["method"], cell["lr"]) == (method, lr)]
-            if len(cells) < 2:
-                continue
-            spread = {
-                name: f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-                for name in ("accuracy", "before", "after")
-                if (values := [cell[name] for cell in cells])
-            }
-            changed = statistics.mean(cell["changed"] for cell in cells)
-            lines.append(
-                f"| {method} | {lr:g} | {spread['accuracy']} | {spread['before']} | {spread['after']} | {changed:.1%} |"
-            )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -170,7 +151,9 @@ def main() -> None:
     work(store, options)
     for worker in workers:
         worker.join()
-    print(table(store.read()))
+    print(tables.of_forgetting(store.read()))
+    if options.results == RESULTS:
+        tables.write()
 
 
 if __name__ == "__main__":

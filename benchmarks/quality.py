@@ -7,7 +7,8 @@ method searches the same two learning rates for every task, on 500 rows held out
 one it is trained by three seeds, and measured once, at the end, on the validation set, which nothing was chosen on.
 Steps, batches, backbone and schedule are the same for all. Each run is a cell of its own: one process after another, or
 several at once, take those that are missing, a run that was killed begins anew, and the rest stays. --again trains one
-cell anew and compares. The results go to benchmarks/results/quality.json.
+cell anew and compares. The results go to benchmarks/results/quality.json, and from there into docs/quality.md and its
+figures.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import figures
 import peft
+import tables
 import torch
+from tables import METHODS
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 from variants import peft_adalora, provenance
@@ -38,7 +42,7 @@ from lit_sparse.modules.optimization import lr_scheduler
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (1.5e-3, 4e-3)
+LEARNING_RATES = (1e-3, 3e-3)
 BATCH, HELD_OUT, MAX_LENGTH = 16, 500, 64
 
 
@@ -61,13 +65,11 @@ TASKS = {
 }
 
 
-METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
-
-
 def method_of(name: str, steps: int) -> ls.SparseMethod | None:
     """The method in a run of so many steps; None for AdaLoRA, which is PEFT's."""
-    gates = {"sparsity_weight": 0.6, "gate_lr": 1e-2}
-    masks = {"density": 0.08, "begin": round(0.1 * steps), "end": round(0.5 * steps)}
+    # All thresholds of a run together are the same however long it is: about 0.7, of gates that begin near 1.
+    gates = {"sparsity_weight": 0.6, "gate_lr": 2.2 / steps}
+    masks = {"density": 0.1, "begin": round(0.1 * steps), "end": round(0.5 * steps)}
     methods = {
         "LoRA": ls.LoRA(rank=8, alpha=16),
         "SoRA": ls.SoRA(rank=8, alpha=32, **gates),
@@ -116,7 +118,12 @@ def run(cell: Cell, data: Path) -> dict[str, Any]:
             for batch in rows.val_dataloader():
                 metric.update(predictions(model(**batch).logits, count), batch["labels"])
     score = 100 * float(metric.compute()[task.metric])
-    return {**cell._asdict(), "score": score, **_left(model), "seconds": time.perf_counter() - start, **provenance()}
+    return {**cell._asdict(), "score": score, **_left(model), "seconds": time.perf_counter() - start, **made_by()}
+
+
+def made_by() -> dict[str, Any]:
+    """Versions, machine and commit; the command would tell where somebody keeps the data."""
+    return {name: value for name, value in provenance().items() if name != "command"}
 
 
 def _adapted(model: nn.Module, cell: Cell, task: Task) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
@@ -132,7 +139,7 @@ def _adapted(model: nn.Module, cell: Cell, task: Task) -> tuple[nn.Module, Calla
         ls.inject(model, method)
         groups = ls.parameter_groups(model, method)
     optimizer = torch.optim.AdamW(groups, lr=cell.lr, weight_decay=0.01, fused=True)
-    schedule = lr_scheduler(optimizer, "linear", 0.06, task.steps)
+    schedule = lr_scheduler(optimizer, "linear", 0.3, task.steps)
     sparse = None
     if method is not None:
         sparse = ls.SparseSteps(method, model, optimizer, total_steps=task.steps, lr_scheduler=schedule)
@@ -318,7 +325,11 @@ def main() -> None:
     for worker in workers:
         worker.join()
     left = missing(store.read(), options.tasks, options.methods)
-    print(f"{len(store.read())} cells are there, {len(left)} are missing.")
+    print(f"{len(store.read())} cells are there, {len(left)} are missing.\n")
+    print(tables.of_quality(store.read()))
+    if options.results == RESULTS:
+        tables.write()
+        figures.draw_quality(store.read())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the files that the benchmarks wrote.
+"""The tables of docs/performance.md and docs/quality.md, from the files that the benchmarks wrote.
 
 Run:  python benchmarks/tables.py
 
@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_sparse.adapters.naming import places
+
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality")]
+METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 
 
 def step_table(backbone: str, rows: int, result: dict[str, Any]) -> str:
@@ -102,11 +105,125 @@ def of_startup(content: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {name} | {seconds:.2f} |" for name, seconds in content["results"].items())])
 
 
+Cells = dict[str, dict[str, Any]]
+"""Runs of quality.py and forgetting.py, by their keys."""
+
+
+def of_quality(cells: Cells) -> str:
+    """Scores by task, what was promised of them, learning rates, ranks by kind of layer."""
+    final = [cell for cell in cells.values() if cell["phase"] == "final"]
+    by: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in sorted(final, key=lambda c: c["seed"]):
+        by.setdefault((cell["task"], cell["method"]), []).append(cell)
+    methods = [m for m in METHODS if any(method == m for _, method in by)]
+    tasks = sorted({task for task, _ in by if all((task, m) in by for m in methods)})
+    if not tasks:
+        return "No task has a final run of every method."
+    parts = [
+        _scores(by, tasks, methods),
+        "\n".join(f"- {promise}" for promise in _promises(by, tasks, methods)),
+        _grid("Learning rate of the search", tasks, methods, lambda t, m: f"{by[t, m][0]['lr']:g}"),
+        *(_kept(by, tasks, m) for m in methods if m in ("AdaLoRA", "SoRA", "gated RoseLoRA")),
+    ]
+    return "\n\n".join(parts)
+
+
+def _scores(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str], methods: list[str]) -> str:
+    lines = [
+        f"| | {' | '.join(tasks)} | mean | parameters left | weights changed | seconds |",
+        "|---|" + "---|" * (len(tasks) + 4),
+    ]
+    for method in methods:
+        scores = [_spread([cell["score"] for cell in by[task, method]]) for task in tasks]
+        runs = [cell for task in tasks for cell in by[task, method]]
+        parameters, changed, seconds = (
+            statistics.mean(cell[name] for cell in runs) for name in ("parameters", "changed", "seconds")
+        )
+        lines.append(
+            f"| {method} | {' | '.join(scores)} | {_spread(_means(by, tasks, method))} | {parameters:,.0f} | "
+            f"{changed:.1%} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _promises(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str], methods: list[str]) -> list[str]:
+    """What is asked of SoRA and RoseLoRA, and what came of it."""
+    lora = _means(by, tasks, "LoRA")
+
+    def mean(method: str, name: str) -> float:
+        return statistics.mean(cell[name] for task in tasks for cell in by[task, method])
+
+    asked = {
+        "SoRA": (-0.3, "of LoRA's parameters", 0.7, lambda: mean("SoRA", "parameters") / mean("LoRA", "parameters")),
+        "RoseLoRA": (-1.0, "of the adapted weights changed", 0.1, lambda: mean("RoseLoRA", "changed")),
+    }
+    lines = []
+    for method, (points, what, most, size) in asked.items():
+        if method in methods:
+            gaps = [ours - theirs for ours, theirs in zip(_means(by, tasks, method), lora, strict=True)]
+            gap, share = statistics.mean(gaps), size()
+            holds = "holds" if gap >= points and share <= most else "**does not hold**"
+            lines.append(
+                f"{method}: {gap:+.2f} points against LoRA (by seed {', '.join(f'{g:+.2f}' for g in gaps)}) with "
+                f"{share:.1%} {what}; asked were {points:+.1f} and {most:.0%}: {holds}."
+            )
+    return lines
+
+
+def _means(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str], method: str) -> list[float]:
+    """The mean over the tasks, of each seed."""
+    seeds = zip(*([cell["score"] for cell in by[task, method]] for task in tasks), strict=True)
+    return [statistics.mean(scores) for scores in seeds]
+
+
+def _kept(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str], method: str) -> str:
+    """Mean rank that is left, by kind of layer and task."""
+    kinds: dict[str, dict[str, list[int]]] = {}
+    for task in tasks:
+        for cell in by[task, method]:
+            for name, (kind, _) in places(cell["ranks"]).items():
+                kinds.setdefault(kind, {}).setdefault(task, []).append(cell["ranks"][name])
+    title = f"Mean rank left, {method}"
+    return _grid(title, tasks, list(kinds), lambda task, kind: f"{statistics.mean(kinds[kind][task]):.1f}")
+
+
+def _grid(title: str, columns: list[str], rows: list[str], value: Callable[[str, str], str]) -> str:
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {row} | {' | '.join(value(c, row) for c in columns)} |" for row in rows)])
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def of_forgetting(cells: Cells) -> str:
+    """Task score and probes before and after, by method and learning rate."""
+    probes = list(next(iter(cells.values()))["before"])
+    before = {probe: next(iter(cells.values()))["before"][probe] for probe in probes}
+    titles = [f"{probe} (before {before[probe]:.2f})" for probe in probes]
+    lines = [
+        f"| | lr | task | {' | '.join(titles)} | weights changed |",
+        "|---|---|---|" + "---|" * (len(probes) + 1),
+    ]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for cell in cells.values():
+        groups.setdefault((cell["method"], cell["lr"]), []).append(cell)
+    for method, lr in sorted(groups, key=lambda group: (METHODS.index(group[0]), group[1])):
+        runs = groups[method, lr]
+        after = " | ".join(_spread([cell["after"][probe] for cell in runs]) for probe in probes)
+        changed = statistics.mean(cell["changed"] for cell in runs)
+        score = _spread([cell["score"] for cell in runs])
+        lines.append(f"| {method} | {lr:g} | {score} | {after} | {changed:.1%} |")
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
     "overhead": of_overhead,
     "startup": of_startup,
+    "quality": of_quality,
+    "forgetting": of_forgetting,
 }
 
 
@@ -114,8 +231,17 @@ def table(name: str) -> str:
     """What stands in the page for a file of results."""
     content = json.loads((HERE / "results" / f"{name}.json").read_text())
     made = KINDS[name.partition("-")[0]](content)
-    source = ", ".join(f"{key} {content[key]}" for key in ("torch", "peft", "cpu", "threads", "commit"))
-    return f"{made}\n\nCommand: `{content['command']}`; {source}."
+    return f"{made}\n\n{_source(content)}."
+
+
+def _source(content: dict[str, Any]) -> str:
+    """Where a file comes from; those of many runs say it of each, and their commands stand in the page."""
+    if "command" in content:
+        source = ", ".join(f"{key} {content[key]}" for key in ("torch", "peft", "cpu", "threads", "commit"))
+        return f"Command: `{content['command']}`; {source}"
+    keys = ("torch", "peft", "cpu", "commit")
+    found = {key: ", ".join(sorted({str(cell[key]) for cell in content.values()})) for key in keys}
+    return f"{len(content)} runs; {', '.join(f'{key} {values}' for key, values in found.items())}"
 
 
 def written(page: str) -> str:
@@ -124,5 +250,11 @@ def written(page: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", page)
 
 
+def write() -> None:
+    """Write the tables of all pages anew."""
+    for page in PAGES:
+        page.write_text(written(page.read_text()))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
+    write()

@@ -92,7 +92,10 @@ class ForgettingProbe(Callback):
         data = self.data
         data.trainer = trainer  # the tokenizer may be that of the module's backbone
         try:
-            data.prepare_data()
+            # As Lightning does it for the data of a run: files are written by one process, and read by all.
+            if (trainer.local_rank if data.prepare_data_per_node else trainer.global_rank) == 0:
+                data.prepare_data()
+            trainer.strategy.barrier()
             data.setup(self.split)
             loaders = data.val_dataloader() if self.split == "validate" else data.test_dataloader()
             several = loaders if isinstance(loaders, list | tuple) else [loaders]

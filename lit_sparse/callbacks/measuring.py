@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_sparse.errors import UsageError
@@ -17,7 +17,9 @@ Figures = dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def measured(module: LightningModule, batches: Iterable[Any], data: Any = None) -> dict[str, float]:
+def measured(
+    module: LightningModule, batches: Iterable[Any], data: Any = None, shares_of: Trainer | None = None
+) -> dict[str, float]:
     """The figures of a set, without dropout and gradients.
 
     A figure by token brings its exponential too, as ``perplexity``. Every process measures all batches that it is
@@ -28,6 +30,8 @@ def measured(module: LightningModule, batches: Iterable[Any], data: Any = None) 
             language models of this library; or any whose output has a ``.loss``, which is averaged by rows.
         batches: As its ``validation_step`` takes them.
         data: The data module that they are from.
+        shares_of: A Trainer each of whose processes is given its share of the batches: figures are those of all. None:
+            every process is given the same, or there is one.
 
     Raises:
         UsageError: If there is no batch, or nothing in the batches that counts.
@@ -48,6 +52,9 @@ def measured(module: LightningModule, batches: Iterable[Any], data: Any = None) 
             part.training = training
     if not sums or any(not count for _, count in sums.values()):
         raise UsageError(f"There is nothing to measure {type(module).__name__} by: no batches, or none with labels.")
+    if shares_of is not None:
+        add = shares_of.strategy.reduce
+        sums = {name: [add(value, reduce_op="sum") for value in pair] for name, pair in sums.items()}
     figures = {name: float(total / count) for name, (total, count) in sums.items()}
     if "token_accuracy" in figures:
         figures["perplexity"] = math.exp(min(figures["loss"], 700.0))  # e⁷⁰⁰ is the end of floating point

@@ -128,7 +128,8 @@ class ThresholdStages(Callback):
                 f"ThresholdStages monitors {self.monitor!r}, which is not logged; there are "
                 f"{sorted(trainer.callback_metrics)}."
             )
-        value = float(trainer.callback_metrics[self.monitor])
+        # Whether a checkpoint is saved all processes must agree on, though a metric that was not reduced may differ.
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         stage = self._stage(trainer.current_epoch)
         best = self._best
         if best is not None and best["stage"] == stage + 1 and not self._better(value, best[self.monitor]):
@@ -153,7 +154,8 @@ class ThresholdStages(Callback):
             raise UsageError(
                 f"Stage {stage + 1} ended without a validation: set the Trainer's check_val_every_n_epoch."
             )
-        trained = measured(pl_module, trainer.train_dataloader or (), getattr(trainer, "datamodule", None))
+        batches, data = trainer.train_dataloader or (), getattr(trainer, "datamodule", None)
+        trained = measured(pl_module, batches, data, shares_of=trainer)
         self.rows.append({**self._best, **{f"train_{name}": value for name, value in trained.items()}})
         if trainer.is_global_zero:
             self._write()

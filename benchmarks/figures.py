@@ -1,0 +1,65 @@
+"""The figures of docs/quality.md, from the results of quality.py."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tables import METHODS
+
+from lit_sparse.adapters.naming import places
+from lit_sparse.figures.canvas import COLOURS, INK, new_figure, open_axes, save
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def draw_quality(cells: dict[str, dict[str, Any]]) -> None:
+    """Points from LoRA by task, and the ranks that SoRA leaves in every layer by task."""
+    final = [cell for cell in cells.values() if cell["phase"] == "final"]
+    tasks = sorted({cell["task"] for cell in final})
+    if final:
+        save(_scores(final, tasks), DOCS / "quality.png")
+    if sora := [cell for cell in final if cell["method"] == "SoRA"]:
+        save(_ranks(sora, sorted({cell["task"] for cell in sora})), DOCS / "quality_ranks.png")
+
+
+def _scores(cells: list[dict[str, Any]], tasks: list[str]) -> Any:
+    figure = new_figure(8, 3.2)
+    axes = figure.add_subplot()
+    open_axes(axes)
+    lora = {(c["task"], c["seed"]): c["score"] for c in cells if c["method"] == "LoRA"}
+    others = [method for method in METHODS if method != "LoRA"]
+    for i, method in enumerate(others):
+        points = [
+            (tasks.index(c["task"]) + 0.18 * (i - 1.5), c["score"] - lora[c["task"], c["seed"]])
+            for c in cells
+            if c["method"] == method and (c["task"], c["seed"]) in lora
+        ]
+        axes.plot(*zip(*points, strict=True), "o", color=COLOURS[i], ms=4, label=method) if points else None
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_title("Points above LoRA with the same seed", loc="left", fontsize=10)
+    axes.legend(fontsize=8, ncols=4, frameon=False)
+    return figure
+
+
+def _ranks(cells: list[dict[str, Any]], tasks: list[str]) -> Any:
+    spots = places(cells[0]["ranks"])
+    kinds = list(dict.fromkeys(kind for kind, _ in spots.values()))
+    blocks = sorted({block for _, block in spots.values()})
+    figure = new_figure(10, 2.4 * -(-len(tasks) // 3))
+    for place, task in enumerate(tasks):
+        runs = [cell["ranks"] for cell in cells if cell["task"] == task]
+        grid = [[float("nan")] * len(blocks) for _ in kinds]
+        for name, (kind, block) in spots.items():
+            grid[kinds.index(kind)][blocks.index(block)] = statistics.mean(ranks[name] for ranks in runs)
+        axes = figure.add_subplot(-(-len(tasks) // 3), 3, place + 1)
+        image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=8, aspect="auto")
+        axes.set_title(task, fontsize=10)
+        axes.set_xticks(range(len(blocks)), [str(block) if block >= 0 else "–" for block in blocks], fontsize=7)
+        axes.set_yticks(range(len(kinds)), kinds if place % 3 == 0 else [""] * len(kinds), fontsize=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=figure.axes, label="rank left, mean of the seeds").outline.set_visible(False)
+    return figure
