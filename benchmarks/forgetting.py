@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import lightning as L
 import tables
 import torch
-from quality import Store, made_by
+from cells import Found, Store, run_missing
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.regression import spearman_corrcoef
@@ -84,18 +83,17 @@ def _embedding(module: L.LightningModule, tokens: dict[str, Tensor]) -> Tensor:
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def run(method: str, lr: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def run(data: Path, epochs: int, cell: tuple[str, float, int]) -> dict[str, Any]:
+    method, lr, seed = cell
     start = time.perf_counter()
     torch.set_num_threads(1)
     L.seed_everything(seed, verbose=False)
-    probe = ls.ForgettingProbe(
-        SentencePairs(Path(options.data) / "stsb" / "validation.jsonl"), "stsb", measure=similarity
-    )
+    probe = ls.ForgettingProbe(SentencePairs(data / "stsb" / "validation.jsonl"), "stsb", measure=similarity)
     optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.01, fused=True)
     module = ls.SequenceClassification(BACKBONE, METHODS[method], optimizer=optimizer)
     trainer = L.Trainer(
         accelerator="cpu",
-        max_epochs=options.epochs,
+        max_epochs=epochs,
         callbacks=[probe],
         logger=False,
         enable_checkpointing=False,
@@ -117,23 +115,12 @@ def run(method: str, lr: float, seed: int, options: argparse.Namespace) -> dict[
         "after": probe.after,
         "changed": changed / sum(layer.adapted_parameters for layer in layers),
         "seconds": time.perf_counter() - start,
-        **made_by(),
     }
 
 
-def work(store: Store, options: argparse.Namespace) -> None:
+def missing(found: Found) -> dict[str, tuple[str, float, int]]:
     cells = {f"{m}/{lr:g}/{seed}": (m, lr, seed) for seed in SEEDS for m in METHODS for lr in LEARNING_RATES}
-    while True:
-        found = store.read()
-        key = store.claim([key for key in cells if key not in found])
-        if key is None:
-            return
-        try:
-            result = run(*cells[key], options)
-            store.add(key, result)
-            print(f"{key}: accuracy {result['score']:.2f}, probe {result['after']}", flush=True)
-        finally:
-            store.release(key)
+    return {key: cell for key, cell in cells.items() if key not in found}
 
 
 def main() -> None:
@@ -144,13 +131,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     store = Store(options.results)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(store, options)) for _ in range(options.processes - 1)]
-    for worker in workers:
-        worker.start()
-    work(store, options)
-    for worker in workers:
-        worker.join()
+    run_missing(store, missing, functools.partial(run, Path(options.data), options.epochs), options.processes)
     print(tables.of_forgetting(store.read()))
     if options.results == RESULTS:
         tables.write()

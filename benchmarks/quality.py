@@ -3,7 +3,7 @@
 Run:  python benchmarks/quality.py --data FOLDER [--processes 2] [--tasks …] [--methods …] [--again KEY]
 
 FOLDER holds a folder per task with train.jsonl and validation.jsonl, in the columns of the hub's nyu-mll/glue. Every
-method searches the same two learning rates for every task, on 500 rows held out of the training rows; with the better
+method searches the same three learning rates for every task, on 500 rows held out of the training rows; with the better
 one it is trained by three seeds, and measured once, at the end, on the validation set, which nothing was chosen on.
 Steps, batches, backbone and schedule are the same for all. Each run is a cell of its own: one process after another, or
 several at once, take those that are missing, a run that was killed begins anew, and the rest stays. --again trains one
@@ -14,14 +14,11 @@ figures.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import multiprocessing
-import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +26,11 @@ import figures
 import peft
 import tables
 import torch
+from cells import Found, Store, run_missing
 from tables import METHODS
 from torch import nn
 from transformers import AutoModelForSequenceClassification
-from variants import peft_adalora, provenance
+from variants import peft_adalora
 
 import lit_sparse as ls
 from lit_sparse import quickstart
@@ -42,7 +40,7 @@ from lit_sparse.modules.optimization import lr_scheduler
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (1e-3, 3e-3)
+LEARNING_RATES = (5e-4, 1.5e-3, 4e-3)
 BATCH, HELD_OUT, MAX_LENGTH = 16, 500, 64
 
 
@@ -94,7 +92,7 @@ class Cell(NamedTuple):
         return f"{self.phase}/{self.task}/{self.method}/{self.lr:g}/{self.seed}"
 
 
-def run(cell: Cell, data: Path) -> dict[str, Any]:
+def run(data: Path, cell: Cell) -> dict[str, Any]:
     """Train and measure one cell."""
     start = time.perf_counter()
     torch.set_num_threads(1)
@@ -118,12 +116,7 @@ def run(cell: Cell, data: Path) -> dict[str, Any]:
             for batch in rows.val_dataloader():
                 metric.update(predictions(model(**batch).logits, count), batch["labels"])
     score = 100 * float(metric.compute()[task.metric])
-    return {**cell._asdict(), "score": score, **_left(model), "seconds": time.perf_counter() - start, **made_by()}
-
-
-def made_by() -> dict[str, Any]:
-    """Versions, machine and commit; the command would tell where somebody keeps the data."""
-    return {name: value for name, value in provenance().items() if name != "command"}
+    return {**cell._asdict(), "score": score, **_left(model), "seconds": time.perf_counter() - start}
 
 
 def _adapted(model: nn.Module, cell: Cell, task: Task) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
@@ -213,7 +206,7 @@ def _batches(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 # Which cells there are, and which are missing.
 
 
-def chosen_lr(found: Mapping[str, dict[str, Any]], task: str, method: str) -> float | None:
+def chosen_lr(found: Found, task: str, method: str) -> float | None:
     """The learning rate of the search's best score; None before it is complete."""
     cells = [Cell("search", task, method, lr, 0) for lr in LEARNING_RATES]
     if any(cell.key not in found for cell in cells):
@@ -221,8 +214,8 @@ def chosen_lr(found: Mapping[str, dict[str, Any]], task: str, method: str) -> fl
     return max(cells, key=lambda cell: found[cell.key]["score"]).lr
 
 
-def missing(found: Mapping[str, dict[str, Any]], tasks: list[str], methods: list[str]) -> list[Cell]:
-    """Cells that can be run now."""
+def missing(tasks: list[str], methods: list[str], found: Found) -> dict[str, Cell]:
+    """Cells that can be run now, by their keys."""
     cells = []
     for task in tasks:
         for method in methods:
@@ -231,72 +224,7 @@ def missing(found: Mapping[str, dict[str, Any]], tasks: list[str], methods: list
                 cells += [Cell("search", task, method, rate, 0) for rate in LEARNING_RATES]
             else:
                 cells += [Cell("final", task, method, lr, seed) for seed in SEEDS]
-    return [cell for cell in cells if cell.key not in found]
-
-
-class Store:
-    """Results in one file, to which several processes add, and claims of cells that are being run."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.claims = file.with_suffix(".claims")
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def add(self, key: str, result: dict[str, Any]) -> None:
-        while not self._claim("store"):
-            time.sleep(0.1)
-        try:
-            content = {**self.read(), key: result}
-            beside = self.file.with_suffix(".new")
-            beside.write_text(json.dumps(dict(sorted(content.items())), indent=1) + "\n")
-            beside.replace(self.file)
-        finally:
-            self.release("store")
-
-    def claim(self, keys: Sequence[str]) -> str | None:
-        """The key of a cell that nobody else runs, if there is one."""
-        return next((key for key in keys if self._claim(key)), None)
-
-    def release(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
-
-    def _claim(self, key: str) -> bool:
-        self.claims.mkdir(parents=True, exist_ok=True)
-        path = self._path(key)
-        try:
-            with path.open("x") as file:
-                file.write(str(os.getpid()))
-            return True
-        except FileExistsError:
-            owner = path.read_text() if path.exists() else ""
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                path.unlink(missing_ok=True)  # left by a process that was killed
-            return False
-
-    def _path(self, key: str) -> Path:
-        return self.claims / key.replace("/", "_")
-
-
-def work(store: Store, options: argparse.Namespace) -> None:
-    """Run cells until none is left that nobody runs."""
-    idle = 0
-    while idle < 2:  # a second look takes over what a killed process had claimed
-        found = store.read()
-        cells = {cell.key: cell for cell in missing(found, options.tasks, options.methods)}
-        key = store.claim(list(cells))
-        if key is None:
-            idle += 1
-            continue
-        idle = 0
-        try:
-            if key not in store.read():  # else another finished it between our two looks
-                result = run(cells[key], Path(options.data))
-                store.add(key, result)
-                print(f"{key}: {result['score']:.2f}, {result['seconds']:.0f} s", flush=True)
-        finally:
-            store.release(key)
+    return {cell.key: cell for cell in cells if cell.key not in found}
 
 
 def main() -> None:
@@ -311,20 +239,15 @@ def main() -> None:
     store = Store(options.results)
     if options.again:
         before = store.read()[options.again]
-        now = run(Cell(*(before[field] for field in Cell._fields)), Path(options.data))
+        now = run(Path(options.data), Cell(*(before[field] for field in Cell._fields)))
         print(
             f"{options.again}: {now['score']:.4f}, {now['parameters']} parameters; before {before['score']:.4f}, "
             f"{before['parameters']}"
         )
         return
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(store, copy.copy(options))) for _ in range(options.processes - 1)]
-    for worker in workers:
-        worker.start()
-    work(store, options)
-    for worker in workers:
-        worker.join()
-    left = missing(store.read(), options.tasks, options.methods)
+    wanted = partial(missing, options.tasks, options.methods)
+    run_missing(store, wanted, partial(run, Path(options.data)), options.processes)
+    left = wanted(store.read())
     print(f"{len(store.read())} cells are there, {len(left)} are missing.\n")
     print(tables.of_quality(store.read()))
     if options.results == RESULTS:

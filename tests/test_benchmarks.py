@@ -40,3 +40,35 @@ def test_step_time_writes_what_the_tables_read(backbone, tmp_path):
     assert made.count("| SoRA |") == 4  # three tables, and the slope
     assert made.splitlines()[-1].startswith("| RoseLoRA, released | tokens: 2, 4, 8 |")
     assert made in done.stdout
+
+
+def test_cells_are_run_once_and_taken_over_from_the_dead(tmp_path):
+    pytest.importorskip("peft")
+    cells = pytest.importorskip("cells")
+    store, ran = cells.Store(tmp_path / "results.json"), []
+
+    def missing(found):
+        wanted = ["first", "second"] + (["third"] if "second" in found else [])
+        return {key: key for key in wanted if key not in found}
+
+    def run(cell):
+        ran.append(cell)
+        if ran == ["second"]:
+            raise KeyboardInterrupt
+        return {"score": 1.0, "seconds": 0.0, "cell": cell}
+
+    store.claims.mkdir()
+    (store.claims / "first").write_text("999999999")  # no process has such a number
+    with pytest.raises(KeyboardInterrupt):
+        cells.run_missing(store, missing, run, processes=1)
+    (store.claims / "second").write_text("1")  # which lives, and works on it
+    cells.run_missing(store, missing, run, processes=1)
+    assert ran == ["second", "first"]
+    (store.claims / "second").unlink()
+    cells.run_missing(store, missing, run, processes=1)
+    assert ran == ["second", "first", "second", "third"]
+    results = store.read()
+    assert set(results) == {"first", "second", "third"}
+    assert results["first"]["commit"] == results["third"]["commit"]
+    assert "command" not in results["first"]
+    assert not list(store.claims.iterdir())
