@@ -40,7 +40,7 @@ from lit_sparse.modules.optimization import lr_scheduler
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (5e-4, 1.5e-3, 4e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 HELD_OUT, MAX_LENGTH = 500, 64
 
 
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cola": Task(600, "matthews", batch=32),  # with fewer rows nothing learns it, the whole encoder fine-tuned neither
+    "cola": Task(600, "matthews", batch=32),  # of 16, LoRA calls every sentence acceptable
     "mrpc": Task(240, "accuracy"),
     "rte": Task(240, "accuracy"),
     "stsb": Task(300, "pearson"),
