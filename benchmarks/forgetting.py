@@ -40,7 +40,7 @@ LEARNING_RATES = (5e-4, 1.5e-3, 4e-3)
 METHODS = {
     "LoRA": ls.LoRA(rank=8, alpha=16),
     "SoRA": ls.SoRA(rank=8, alpha=32, sparsity_weight=0.6, gate_lr=1e-2),
-    "RoseLoRA": ls.RoseLoRA(rank=8, alpha=16, density=0.08, begin=0.1, end=0.5),
+    "RoseLoRA": ls.RoseLoRA(rank=8, alpha=16, density=0.08, begin=0.1, end=0.5, update_every=10),
 }
 
 
@@ -90,7 +90,7 @@ def run(data: Path, epochs: int, cell: tuple[str, float, int]) -> dict[str, Any]
     L.seed_everything(seed, verbose=False)
     probe = ls.ForgettingProbe(SentencePairs(data / "stsb" / "validation.jsonl"), "stsb", measure=similarity)
     optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.01, fused=True)
-    module = ls.SequenceClassification(BACKBONE, METHODS[method], optimizer=optimizer)
+    module = ls.SequenceClassification(BACKBONE, METHODS[method], optimizer=optimizer, warmup=0.3)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
