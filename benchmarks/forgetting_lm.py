@@ -106,7 +106,7 @@ def _write_problems(source: Path, folder: Path) -> None:
     tested = (source / "test.json").read_text(encoding="utf-8")
     known = {row["instruction"] for row in json.loads(tested)}
     rows = [
-        {"instruction": row["original_text"], "input": "", "output": f"{row['equation']} = {row['ans']:g}"}
+        {"instruction": row["original_text"], "input": "", "output": f"{row['equation']} = {row['ans']}"}
         for row in json.loads((source / "trainset.json").read_text(encoding="utf-8"))
         if row["original_text"] not in known
     ]
@@ -120,6 +120,18 @@ def _write_probe(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     rows = json.loads(source.read_text(encoding="utf-8"))[:PROBED]
     (folder / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def dequantize(gguf: Path, folder: str) -> None:
+    """Write model and tokenizer in the hub's own format, once for all processes."""
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    # transformers does not save what it read from a GGUF file; the same weights in a model of its own it does.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(loaded.config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def missing(found: Found) -> dict[str, tuple[str, float, int]]:
@@ -136,10 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     store = Store(options.results)
     with tempfile.TemporaryDirectory() as model:
-        # Dequantized once, in the hub's own format, for all processes.
-        source = {"gguf_file": options.gguf.name}
-        AutoModelForCausalLM.from_pretrained(options.gguf.parent, **source, dtype="float32").save_pretrained(model)
-        AutoTokenizer.from_pretrained(options.gguf.parent, **source).save_pretrained(model)
+        dequantize(options.gguf, model)
         run_missing(store, missing, functools.partial(run, model, options.data), options.processes)
     print(tables.of_forgetting(store.read()))
     if options.results == RESULTS:

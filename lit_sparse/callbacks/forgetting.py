@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.callbacks.measuring import measured
@@ -89,8 +90,10 @@ class ForgettingProbe(Callback):
         self.before = state_dict["before"]
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        data = self.data
+        data, during = self.data, trainer.state.fn
         data.trainer = trainer  # the tokenizer may be that of the module's backbone
+        # What to prepare a data module may read there: no training rows, which other data need not have.
+        trainer.state.fn = TrainerFn.VALIDATING if self.split == "validate" else TrainerFn.TESTING
         try:
             # As Lightning does it for the data of a run: files are written by one process, and read by all.
             if (trainer.local_rank if data.prepare_data_per_node else trainer.global_rank) == 0:
@@ -101,7 +104,7 @@ class ForgettingProbe(Callback):
             several = loaders if isinstance(loaders, list | tuple) else [loaders]
             return self.measure(pl_module, (batch for loader in several for batch in loader), data)
         finally:
-            data.trainer = None
+            data.trainer, trainer.state.fn = None, during
 
     def _log(self, trainer: Trainer, when: str, figures: dict[str, float]) -> None:
         for logger in trainer.loggers:

@@ -59,6 +59,20 @@ def test_measuring_changes_nothing_of_training(tiny_llama, tmp_path, trainer):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.parametrize(("split", "only"), [("test", "test"), ("validate", "validation")])
+def test_other_data_need_no_training_rows(split, only, tiny_llama, tmp_path, trainer):
+    other = texts(tmp_path / "river", "river")
+    for file in (tmp_path / "river").iterdir():
+        if file.stem != only:
+            file.unlink()
+    probe = ls.ForgettingProbe(other, "river", split)
+    run = trainer(max_epochs=1, callbacks=[probe])
+    run.fit(causal_lm(tiny_llama), texts(tmp_path / "dog", "dog"))
+    assert probe.before["loss"] > 0
+    assert run.state.fn == "fit"
+    assert run.state.finished
+
+
 def test_a_resumed_run_keeps_what_was_measured_before(tiny_llama, tmp_path, trainer):
     data, other = texts(tmp_path / "dog", "dog"), texts(tmp_path / "river", "river")
     probe = ls.ForgettingProbe(other)
