@@ -59,6 +59,16 @@ def _made_by() -> dict[str, Any]:
     return {name: value for name, value in provenance().items() if name != "command"}
 
 
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 class Store:
     """Results in one file, to which several processes add, and claims of cells that are being run."""
 
@@ -96,7 +106,7 @@ class Store:
             return True
         except FileExistsError:
             owner = path.read_text() if path.exists() else ""
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            if owner.isdigit() and not _alive(int(owner)):
                 path.unlink(missing_ok=True)  # left by a process that was killed
             return False
 

@@ -36,7 +36,8 @@ def _scores(cells: list[dict[str, Any]], tasks: list[str]) -> Any:
             for c in cells
             if c["method"] == method and (c["task"], c["seed"]) in lora
         ]
-        axes.plot(*zip(*points, strict=True), "o", color=COLOURS[i], ms=4, label=method) if points else None
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[i], ms=4, label=method)
     axes.axhline(0, color=INK, lw=0.8)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_title("Points above LoRA with the same seed", loc="left", fontsize=10)

@@ -79,7 +79,7 @@ def run(model: str, data: Path, cell: tuple[str, float, int]) -> dict[str, Any]:
             accelerator="cpu",
             max_steps=STEPS,
             limit_val_batches=0,
-            callbacks=[*probes],
+            callbacks=list(probes),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

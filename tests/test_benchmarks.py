@@ -72,3 +72,51 @@ def test_cells_are_run_once_and_taken_over_from_the_dead(tmp_path):
     assert results["first"]["commit"] == results["third"]["commit"]
     assert "command" not in results["first"]
     assert not list(store.claims.iterdir())
+
+
+def final(task, method, seed, score, parameters=100, changed=1.0):
+    return {
+        "phase": "final", "task": task, "method": method, "seed": seed, "score": score, "parameters": parameters,
+        "changed": changed, "lr": 1e-3, "seconds": 10.0, "ranks": {"encoder.layer.0.attention.self.query": 4},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sora", "parameters", "rose", "changed", "outcome"),
+    [
+        (79.8, 70, 79.0, 0.10, ["holds", "holds"]),
+        (79.6, 70, 78.9, 0.10, ["**does not hold**"] * 2),  # too few points
+        (79.8, 71, 79.0, 0.11, ["**does not hold**"] * 2),  # too much is left
+    ],
+)
+def test_the_table_says_what_became_of_the_promises(sora, parameters, rose, changed, outcome):
+    cells = [final(task, "LoRA", seed, 80.0 + off) for task, off in (("cola", -20), ("rte", 20)) for seed in (0, 1)]
+    for task, off in (("cola", -20), ("rte", 20)):
+        for seed, more in ((0, -1), (1, 1)):
+            cells.append(final(task, "SoRA", seed, sora + off + more, parameters))
+            cells.append(final(task, "RoseLoRA", seed, rose + off + more, changed=changed))
+    cells.append(final("mrpc", "LoRA", 0, 99.0))  # a task that the others lack counts for nobody
+    cells.append({**cells[0], "phase": "search", "score": 0.0})
+    made = tables.of_quality({str(i): cell for i, cell in enumerate(cells)})
+    assert "mrpc" not in made
+    assert f"| SoRA | {sora - 20:.2f} ± 1.41 | {sora + 20:.2f} ± 1.41 | {sora:.2f} ± 1.41 | {parameters} |" in made
+    promises = [line for line in made.splitlines() if line.startswith("- ")]
+    assert [line.rpartition(": ")[2] for line in promises] == [f"{word}." for word in outcome]
+    assert f"SoRA: {sora - 80:+.2f} points against LoRA (by seed {sora - 81:+.2f}, {sora - 79:+.2f})" in made
+    assert "| Mean rank left, SoRA | cola | rte |" in made
+
+
+def test_the_table_of_what_was_forgotten_groups_seeds():
+    cells = {
+        f"{method}/{lr}/{seed}": {
+            "method": method, "lr": lr, "seed": seed, "score": 80.0 + seed, "before": {"other": 50.0},
+            "after": {"other": 40.0 - seed}, "changed": 0.04,
+        }
+        for method in ("RoseLoRA", "LoRA") for lr in (4e-3, 5e-4) for seed in (0, 2)
+    }  # fmt: skip
+    lines = tables.of_forgetting(cells).splitlines()
+    assert lines[0] == "| | lr | task | other (before 50.00) | weights changed |"
+    assert lines[2] == "| LoRA | 0.0005 | 81.00 ± 1.41 | 39.00 ± 1.41 | 4.0% |"
+    assert [line.split(" | ")[:2] for line in lines[3:]] == [
+        ["| LoRA", "0.004"], ["| RoseLoRA", "0.0005"], ["| RoseLoRA", "0.004"],
+    ]  # fmt: skip
