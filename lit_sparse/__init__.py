@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from lit_sparse.data.seq2seq import Seq2SeqData as Seq2SeqData
     from lit_sparse.data.text_classification import TextClassificationData as TextClassificationData
     from lit_sparse.data.token_classification import TokenClassificationData as TokenClassificationData
+    from lit_sparse.editing.data import EditingData as EditingData
+    from lit_sparse.editing.editor import Editor as Editor
+    from lit_sparse.editing.training import FineTuning as FineTuning
     from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
     from lit_sparse.exporting import export_checkpoint as export_checkpoint
@@ -110,6 +113,9 @@ _HOME = {
     "Seq2SeqData": "data.seq2seq",
     "TextClassificationData": "data.text_classification",
     "TokenClassificationData": "data.token_classification",
+    "EditingData": "editing.data",
+    "Editor": "editing.editor",
+    "FineTuning": "editing.training",
     "TrainingError": "errors",
     "UsageError": "errors",
     "export_checkpoint": "exporting",

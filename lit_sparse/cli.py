@@ -22,6 +22,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lit_sparse
 from lit_sparse import exporting
 from lit_sparse.callbacks.resume import last_checkpoint, usable
+from lit_sparse.editing import commands
+from lit_sparse.editing.data import EditingData
+from lit_sparse.editing.editor import Editor
+from lit_sparse.editing.measuring import text_table
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
 from lit_sparse.modules.base import SparseModule
@@ -32,7 +36,7 @@ DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any Ligh
 Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1"""
 
 # A word that is not ours goes to the lightning command of another package, if there is one.
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", *exporting.COMMANDS)
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "edit", *exporting.COMMANDS)
 
 
 # Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
@@ -91,7 +95,7 @@ _SHARDING: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class SparseTrainer(Trainer):
-    """Lightning's Trainer with a command more."""
+    """Lightning's Trainer with two commands more."""
 
     def inspect(
         self,
@@ -125,14 +129,28 @@ class SparseTrainer(Trainer):
         backbone = model.model if isinstance(model, SparseModule) else None
         sys.stdout.write(describe(backbone or model) + "\n")
 
+    def edit(self, model: Editor, datamodule: EditingData) -> None:
+        """Edit facts by the requests of a file, and measure each; ``edit apply|list|remove`` for edits that were saved.
+
+        Args:
+            model: What edits.
+            datamodule: The requests.
+        """
+        self.test(model, datamodule, verbose=False)
+        if self.is_global_zero:
+            sys.stdout.write(f"{text_table(model.summary)}\nWrote {model.output}.\n")
+
+
+_EDITING = {"inference_mode": False, "enable_checkpointing": False}
+
 
 class SparseCLI(LightningCLI):
     """LightningCLI for the modules of this package and for any other by ``class_path``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, but for ``inspect``."""
-        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+        """Lightning's, but for ``inspect`` and ``edit``."""
+        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}, "edit": {"model", "datamodule"}}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -146,6 +164,9 @@ class SparseCLI(LightningCLI):
         if self.subcommand == "inspect":
             # Nothing runs, so that what a cluster has is not needed, and nothing is logged.
             vars(config.trainer).update(_NO_RUN)
+        if self.subcommand == "edit":
+            _set_up_editing(config)
+            return
         config["ckpt_path"] = _checkpoint(config.get("ckpt_path"))
         class_path = config.model.get("class_path", "")
         if config.trainer.strategy in _SHARDING and _is_sparse_module(class_path):
@@ -192,6 +213,15 @@ class SparseCLI(LightningCLI):
         return
 
 
+def _set_up_editing(config: Any) -> None:
+    """What the Trainer must be to edit: its test loop, with gradients, into one folder."""
+    vars(config.trainer).update(_EDITING)
+    if config.trainer.logger is None:
+        config.trainer.logger = False
+    if config.trainer.default_root_dir is None:
+        config.trainer.default_root_dir = config.model.get("init_args", {}).get("output")  # for the configuration
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -213,6 +243,9 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         if words[:1] == ["inspect"] and command.names_a_source(words[1:]):
             command.run(words[1:], _program())
+            return
+        if words[:1] == ["edit"] and words[1:2] and words[1] in commands.NAMES:
+            commands.run(words[1:], _program())
             return
         SparseCLI(
             trainer_class=SparseTrainer,

@@ -19,7 +19,7 @@ LEVELS = [
     {"callbacks"},
     {"quickstart"},
     {"modules", "data"},
-    {"reporting"},
+    {"reporting", "editing"},
     {"plotting", "inspection", "bank", "exporting"},
     {"__init__"},  # offers the public names of all of the above
     {"cli"},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.head import keep_head_precision, task_head
 from lit_sparse.adapters.naming import clean_name
@@ -65,6 +65,14 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements and parent is not replacements[child]:
                 setattr(parent, name, replacements[child])
+
+
+def take_out(model: nn.Module) -> None:
+    """Put the frozen layers back where adapters stand, without what these add: the model is what it was before.
+
+    Parameters stay frozen as injection left them.
+    """
+    replace_modules(model, {m: m.base for m in model.modules() if isinstance(m, LowRankLayer | AdaptedExperts)})
 
 
 def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_sparse.data.sources import require_text
 from lit_sparse.data.text import Collator, Rows, TextData
+from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -111,7 +112,7 @@ class InstructionData(TextData):
             self._prompt({column: values[i] for column, values in rows.items()}, split, number)
             for i, number in enumerate(numbers)
         ]
-        heads = self._tokens(prompts)
+        heads = open_ended(self._tokenizer, prompts)
         answers: list[list[int]] = [[]] * len(heads)
         if labelled:
             answers = self._answers(prompts, heads, self._responses(rows, numbers, split))
@@ -136,7 +137,8 @@ class InstructionData(TextData):
 
     def _answers(self, prompts: list[str], heads: list[list[int]], responses: list[str]) -> list[list[int]]:
         """Tokens of the responses, each with eos at its end if there is room for it."""
-        wholes = self._tokens([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        wholes = open_ended(self._tokenizer, texts)
         answers = []
         for head, whole, response in zip(heads, wholes, responses, strict=True):
             answer = whole[len(head) :]
@@ -144,12 +146,6 @@ class InstructionData(TextData):
                 answer = self._tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
             answers.append([*answer, self._eos()][: self._token_limit])
         return answers
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts that something will follow: with the bos, without the eos that a tokenizer may add."""
-        eos = self._tokenizer.eos_token_id
-        many = self._tokenizer(texts, verbose=False)["input_ids"]  # verbose: warns of lengths that are cut later
-        return [ids[:-1] if ids and ids[-1] == eos else ids for ids in many]
 
     def _eos(self) -> int:
         if self._tokenizer.eos_token_id is None:

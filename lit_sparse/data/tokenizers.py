@@ -33,6 +33,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts that something will follow: with the bos, without the eos that a tokenizer may add."""
+    eos = tokenizer.eos_token_id
+    many: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]  # verbose: warns of lengths that are cut later
+    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in many]
+
+
 def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what decides how ``tokenizer`` splits texts; take it before the tokenizer is first used.
 

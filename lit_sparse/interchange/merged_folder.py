@@ -84,7 +84,7 @@ def _write(
     merge(model)
     _cast(model, dtype)
     model.save_pretrained(draft)
-    _save_processor(source, draft)
+    save_processor(source, draft)
     return {"dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -96,7 +96,8 @@ def _read(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> nn.Module:
     return type(model).from_pretrained(draft, dtype=dtype).to(model.device)  # type: ignore[arg-type, no-any-return]
 
 
-def _save_processor(source: str | os.PathLike[str] | None, draft: Path) -> None:
+def save_processor(source: str | os.PathLike[str] | None, draft: Path) -> None:
+    """Write the tokenizer or processor of a model beside another, if it has one; a warning says if it cannot be."""
     if not source or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _PROCESSOR_FILES)):
         return  # transformers would make a tokenizer without words
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
-from lit_sparse.adapters.injection import adapters_in, replace_modules
+from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.errors import UsageError
 
 
@@ -146,7 +146,7 @@ def plain_copy(model: nn.Module, forget_head: bool = True) -> nn.Module:
     """
     copied = copy.deepcopy(model)
     trained = trained_whole(copied)
-    replace_modules(copied, {m: m.base for m in copied.modules() if isinstance(m, LowRankLayer | AdaptedExperts)})
+    take_out(copied)
     for tensor in trained.values() if forget_head else ():
         tensor.zero_()  # shares its memory with the parameter
     return copied

@@ -23,6 +23,7 @@ from lit_sparse.adapters.selection import survey
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import METADATA, ExportReport, Form, Terms, export, save_tensors
+from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
 from lit_sparse.interchange.peft_folder import exactly, some
 from lit_sparse.interchange.remains import (
     Remains,
@@ -199,25 +200,17 @@ def _write_sparse(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draf
 
 
 def _write_delta(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft: Path) -> dict[str, Any]:
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, Any] = {}
-    changed = 0
-    for name, adapter in adapters.items():
-        delta = adapter.delta_weight().flatten()
-        indices = delta.nonzero().flatten()
-        changed += len(indices)
-        if len(indices):
-            weight = weight_name(name, adapter)
-            layers[weight] = {"shape": list(adapter.weight.shape)}
-            tensors[f"{weight}.indices"] = indices.to(_index_dtype(delta.numel()))
-            tensors[f"{weight}.values"] = delta[indices]
+    patch = patch_of(adapters)
+    shapes = {weight_name(name, adapter): list(adapter.weight.shape) for name, adapter in adapters.items()}
+    changed = sum(int(entries.values.count_nonzero()) for entries in patch.values())
     share = changed / sum(adapter.weight.numel() for adapter in adapters.values())
     if share > _LOCAL:
         rank_zero_warn(
             f"The patch changes {share:.0%} of the entries of the adapted weights: it is no local edit, and larger "
             "than the adapters. Use save_adapter (format sparse), or train with a lower density or rank."
         )
-    return {**_with_head(model, tensors, layers, draft), "changed_entries": changed}
+    layers = {name: {"shape": shapes[name]} for name in patch}
+    return {**_with_head(model, tensors_of(patch), layers, draft), "changed_entries": changed}
 
 
 def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any], draft: Path) -> dict[str, Any]:
@@ -230,7 +223,7 @@ def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:
     """A matrix as it is, or its entries that are not zero with their columns, if that is smaller."""
     nonzero = matrix != 0
     count = int(nonzero.sum(1).max())
-    dtype = _index_dtype(matrix.shape[1])
+    dtype = index_dtype(matrix.shape[1])
     if count * (dtype.itemsize + matrix.dtype.itemsize) >= matrix.shape[1] * matrix.dtype.itemsize:
         return {name: matrix}
     # Rows with fewer are filled up with zeros from where they stand.
@@ -243,12 +236,6 @@ def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:
         return tensors[name]
     values, columns = tensors[f"{name}.values"], tensors[f"{name}.indices"].long()
     return torch.zeros(len(values), width, dtype=values.dtype).scatter_(1, columns, values)
-
-
-def _index_dtype(count: int) -> torch.dtype:
-    """The smallest integers that can number ``count`` places from 0 on."""
-    limits = {torch.uint8: 2**8, torch.uint16: 2**16, torch.int32: 2**31}
-    return next((dtype for dtype, limit in limits.items() if count <= limit), torch.int64)
 
 
 def _read_folder(folder: Path) -> _Saved:
@@ -352,12 +339,8 @@ def _fill(saved: _Saved, name: str, adapter: LowRankAdapter, remains: Remains) -
 
 
 def _add_delta(model: nn.Module, saved: _Saved) -> dict[str, LowRankAdapter]:
-    for name in saved.entries["layers"]:
-        weight = model.get_parameter(name)
-        values = saved.tensors[f"{name}.values"].to(weight.device)
-        indices = saved.tensors[f"{name}.indices"].long().to(weight.device)
-        flat = weight.detach().flatten()
-        # In the patch's precision, float32 or better, rounded once: as merge does.
-        flat[indices] = (flat[indices].to(values.dtype) + values).to(flat.dtype)
-        weight.copy_(flat.view_as(weight))
+    stored = {f"{name}.{part}" for name in saved.entries["layers"] for part in ("indices", "values")}
+    patch = patch_from({key: tensor for key, tensor in saved.tensors.items() if key in stored})
+    require_fit(model, patch, str(saved.folder))
+    add(model, patch)
     return {}

@@ -228,6 +228,13 @@ class SparseMethod:
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """Called after the optimizer changed the weights: zero what is to be zero, in place."""
 
+    def settled_after(self, total: int) -> int:  # noqa: ARG002
+        """The optimizer step, of ``total``, after which adapters are as sparse as the schedule makes them.
+
+        A run that stops early, as edits do, stops no earlier.
+        """
+        return 0
+
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:  # noqa: ARG002
         """At the end of a run: a sentence that says that nothing was pruned and what to change, or None."""
         return None

@@ -153,6 +153,10 @@ class GatedRoseLoRA(SparseMethod):
         self._gates.after_step(adapters, step)
         self._masks.after_step(adapters, step, observed)
 
+    def settled_after(self, total: int) -> int:
+        """The first step after which masks have the final density."""
+        return self._masks.settled_after(total)
+
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """Whether gates or masks pruned nothing."""
         return self._gates.shortfall(adapters) or self._masks.shortfall(adapters)

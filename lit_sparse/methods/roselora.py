@@ -138,6 +138,11 @@ class SensitivityMasks:
         """τ of one layer."""
         return adapter.overrides.get("density", self.density)
 
+    def settled_after(self, total: int) -> int:
+        """The first step after which masks have the final density."""
+        steps = range(self.update_every, total + 1, self.update_every)
+        return next((step for step in steps if self.density_at(step, total, 0.5) == 0.5), total)
+
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that ended before anything was masked."""
         sparse = [adapter for adapter in adapters if self._density(adapter) < 1]
@@ -250,6 +255,10 @@ class RoseLoRA(SparseMethod):
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """Average, mask, clamp."""
         self._masks.after_step(adapters, step, observed)
+
+    def settled_after(self, total: int) -> int:
+        """The first step after which masks have the final density."""
+        return self._masks.settled_after(total)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """Whether the run ended before anything was masked."""

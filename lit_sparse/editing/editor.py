@@ -1,0 +1,278 @@
+"""Edit facts one after another under the Trainer, and measure each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.data import EditingData
+from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
+from lit_sparse.editing.measuring import Measurer, Questions, summarize
+from lit_sparse.editing.requests import EditRequest
+from lit_sparse.editing.results import Results, Row
+from lit_sparse.editing.teacher_forcing import collate
+from lit_sparse.editing.training import FineTuning, Training, train
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules.backbone import load_backbone
+
+
+class Editor(LightningModule):
+    """Change what a language model says to a prompt, request by request, and measure what else changed.
+
+    For each request (or group of requests, by ``batch_size`` of :class:`~lit_sparse.EditingData`) a change of the
+    weights is trained on the tokens of the new answer, added to the weights, measured, and taken out again, bit for
+    bit.
+    It is used with a Trainer, as by ``lit-sparse edit --config …``::
+
+        editor = ls.Editor("meta-llama/Llama-2-7b-chat-hf", ls.RoseLoRA(["q_proj", "v_proj"], clamp=3e-3), "runs/zsre")
+        L.Trainer(inference_mode=False).test(editor, ls.EditingData("ZsRE-test-all.json"))
+
+    Training is a loop of its own within the Trainer's test loop, by the methods' own hooks; the Trainer brings device,
+    precision, progress bar, and processes: each takes its share of the requests, and measures what one alone would.
+
+    The folder ``output`` then has ``results.jsonl``, a line for each request; ``summary.json``, means and their
+    standard errors; ``timings.jsonl``; and, with ``save_edits``, a file for each edit. A run that was killed goes on
+    when it is started again.
+
+    Args:
+        backbone: Hub id or folder of a causal language model, or one that is already built.
+        method: What is trained: a method of adapters, or :class:`~lit_sparse.FineTuning`. The steps of its schedule are
+            those of one edit.
+        output: Folder for results and edits.
+        steps: Optimizer steps of an edit at most, each on all its requests; 25 as in the release of RoseLoRA.
+        optimizer: Makes the optimizer of one edit. The release has a learning rate of 5e-4.
+        stop_loss: Loss, in nats per token of the new answer, at which an edit stops once the method's sparsity is
+            final; 0.1 as released. None: all steps are taken.
+        sequential: Keep every edit and make the next on top of it. One process only; edits are saved.
+        retest_every: In sequence, after how many edits all of them are measured again, beside the end; None: at the end
+            only.
+        save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
+        fluency_tokens: Tokens to generate after the prompt, of which fluency is measured; 0: it is not.
+        texts: JSON Lines file with a column ``text``, on whose first 128 tokens each the perplexity is measured after
+            each edit; None: it is not.
+        eval_batch_size: Prompts at a time while measuring.
+        seed: Request ``i`` is edited with the seed ``seed + i``, whatever was edited before.
+        tokenizer: Hub id or folder of the tokenizer; None is that of the backbone.
+        backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
+
+    Raises:
+        UsageError: If an argument is outside its range, the backbone cannot be loaded or is quantized, or the Trainer
+            is one that cannot edit.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        method: SparseMethod | FineTuning,
+        output: str,
+        steps: int = 25,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
+        stop_loss: float | None = 0.1,
+        sequential: bool = False,
+        retest_every: int | None = None,
+        save_edits: bool = False,
+        fluency_tokens: int = 100,
+        texts: str | None = None,
+        eval_batch_size: int = 32,
+        seed: int = 0,
+        tokenizer: str | None = None,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("steps", steps, 1),
+            ("fluency_tokens", fluency_tokens, 0),
+            ("eval_batch_size", eval_batch_size, 1),
+        ):
+            if value < least:
+                raise UsageError(f"{name} must be at least {least}; got {value}.")
+        if stop_loss is not None and not stop_loss > 0:
+            raise UsageError(f"stop_loss must be positive, or None for no early stop; got {stop_loss}.")
+        if retest_every is not None and (retest_every < 1 or not sequential):
+            raise UsageError(
+                f"retest_every counts edits in sequence, at least 1, and needs sequential; got {retest_every} with "
+                f"sequential={sequential}."
+            )
+        if tokenizer is None and isinstance(backbone, nn.Module):
+            raise UsageError(
+                "A backbone that is already built does not say which tokenizer is its own: name tokenizer."
+            )
+        self._backbone = backbone
+        self.method = method
+        self.output = output
+        self.steps = steps
+        self.optimizer = optimizer
+        self.stop_loss = stop_loss
+        self.sequential = sequential
+        self.retest_every = retest_every
+        self.save_edits = save_edits or sequential
+        self.fluency_tokens = fluency_tokens
+        self.texts = texts
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.tokenizer_name = str(tokenizer or backbone)
+        self.backbone_args = backbone_args or {}
+        self.model: Any = None
+        self.summary: dict[str, Any] = {}
+        """Of the last run: ``figures`` (name to ``mean``, ``standard_error``, ``requests``), and what it took."""
+
+    def configure_model(self) -> None:
+        """Load backbone and tokenizer."""
+        if self.model is not None:
+            return
+        given = self._backbone
+        model: Any = given
+        if isinstance(given, str):
+            model = load_backbone(given, AutoModelForCausalLM, **self.backbone_args)
+        if any(True for _ in quantized_layers(model)):
+            raise UsageError("Edits are added to weights, which cannot be done to those of a quantized backbone.")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name)
+
+    def on_test_start(self) -> None:
+        """Open the folder, and go on where an earlier run was."""
+        data = self._data()
+        self._require_able()
+        self._edited = EditedModel(self.model)
+        options = (self.fluency_tokens, self.texts, self.eval_batch_size)
+        self._measurer = Measurer(self.model, self.tokenizer, data.requests, *options)
+        self._results = Results(self.output, self._settings(data), self.global_rank)
+        self._so_far: list[EditRequest] = []
+
+    def test_step(self, batch: Sequence[EditRequest], batch_idx: int) -> None:
+        """Edit some requests at once, unless an earlier run did."""
+        if not all(request.index in self._results.rows for request in batch):
+            self._results.add(self.edit(batch))
+        elif self.sequential:
+            self._edited.add(load_edit(self._edit_file(batch)), str(self._edit_file(batch)))
+        self._so_far += batch
+        if self.retest_every is not None and (batch_idx + 1) % self.retest_every == 0:
+            self._retest()
+
+    def on_test_epoch_end(self) -> None:
+        """Put the rows of all processes together, and log the means."""
+        if self.sequential:
+            self._retest()
+            self._edited.restore()
+        self.trainer.strategy.barrier()
+        summary: dict[str, Any] = {}
+        if self.global_rank == 0:
+            rows = self._results.finish([request.index for request in self._data().requests])
+            summary = {
+                "figures": summarize(rows, self._measurer.names),
+                **{f"mean_{name}": fmean(row[name] for row in rows) for name in ("steps", "changed", "changed_share")},
+                "seconds_per_edit": fmean(row["seconds"] for row in rows),
+                "share_outside_of_steps": 1 - sum(r["step_seconds"] for r in rows) / sum(r["seconds"] for r in rows),
+            }
+            self._results.write_summary(summary)
+        self.summary = self.trainer.strategy.broadcast(summary)
+        self.log_dict({name: figure["mean"] for name, figure in self.summary["figures"].items()}, batch_size=1)
+
+    def edit(self, requests: Sequence[EditRequest]) -> list[Row]:
+        """Train one change for some requests, add it, measure it, and take it out unless edits are in sequence.
+
+        Args:
+            requests: At least one.
+
+        Returns:
+            A row for each request.
+        """
+        questions = Questions(self.tokenizer, requests)
+        with self._edited.as_it_was():
+            before = self._measurer.unedited(questions)
+        start = time.perf_counter()
+        batch = collate(self.tokenizer, [questions.rows[place] for place in questions.edits])
+        torch.manual_seed(self.seed + requests[0].index)
+        how = Training(self.method, self.steps, self.optimizer, self.stop_loss)
+        trained = train(self.model, {key: value.to(self.device) for key, value in batch.items()}, how)
+        edit = Edit(trained.patch, tuple(requests), (), repr(self.method), self._name(), trained.weights)
+        self._edited.add(edit)
+        seconds = time.perf_counter() - start
+        measured = self._measurer.measure(questions, before)
+        if self.save_edits:
+            edit.measured(measured).save(self._edit_file(requests))
+        if not self.sequential:
+            start = time.perf_counter()
+            self._edited.restore()
+            seconds += time.perf_counter() - start
+        common = {"steps": trained.steps, "loss": trained.loss, "changed": edit.changed}
+        common["changed_share"] = edit.changed / trained.weights
+        times = {"seconds": seconds / len(requests), "step_seconds": trained.seconds / len(requests)}
+        return [
+            {"index": r.index, "prompt": r.prompt, "target_new": r.target_new, **common, **figures, **times}
+            for r, figures in zip(requests, measured, strict=True)
+        ]
+
+    def _retest(self) -> None:
+        """Measure all edits so far again, unless an earlier run did."""
+        after = len(self._so_far)
+        if not after or after in self._results.retained():
+            return
+        questions = Questions(self.tokenizer, self._so_far)
+        with self._edited.as_it_was():
+            before = self._measurer.unedited(questions)
+        measured = self._measurer.measure(questions, before, answers_only=True)
+        figures = summarize(measured, self._measurer.names)
+        means = {name: figure["mean"] for name, figure in figures.items()}
+        each = {"index": [r.index for r in self._so_far], "each": [row["edit_success"] for row in measured]}
+        self._results.retain({"after": after, **means, **each})
+
+    def _edit_file(self, requests: Sequence[EditRequest]) -> Path:
+        return self._results.edits / f"{requests[0].index:06d}{SUFFIX}"
+
+    def _name(self) -> str:
+        return self._backbone if isinstance(self._backbone, str) else str(getattr(self.model, "name_or_path", ""))
+
+    def _data(self) -> EditingData:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, EditingData):
+            raise UsageError(f"An Editor needs an EditingData for its requests; got {type(data).__name__}.")
+        return data
+
+    def _require_able(self) -> None:
+        """Refuse a Trainer under which weights cannot be edited, or not in sequence."""
+        if torch.is_inference_mode_enabled():
+            raise UsageError(
+                "Edits are trained, which inference mode forbids: set the Trainer's inference_mode to false."
+            )
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+            raise UsageError(
+                f"Every process edits a whole model, which {type(strategy).__name__} does not give it. Use a single "
+                "device or ddp."
+            )
+        if self.trainer.precision_plugin.precision == "16-mixed":
+            raise UsageError("Edits are trained without a gradient scaler: use bf16-mixed or 32-true, not 16-mixed.")
+        if self.sequential and self.trainer.world_size > 1:
+            raise UsageError("Edits in sequence build upon each other: use one process, devices=1.")
+
+    def _settings(self, data: EditingData) -> dict[str, Any]:
+        """What results depend on."""
+        optimizer = self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+        return {
+            "backbone": self._name(),
+            "tokenizer": self.tokenizer_name,
+            "backbone_args": str(self.backbone_args),
+            "method": repr(self.method),
+            "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+            "path": data.path,
+            "batch_size": data.batch_size,
+            "precision": str(self.trainer.precision),
+            **{
+                name: getattr(self, name)
+                for name in ("steps", "stop_loss", "sequential", "fluency_tokens", "texts", "seed")
+            },
+        }

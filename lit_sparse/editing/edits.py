@@ -1,0 +1,241 @@
+"""Edits: small changes of a model's weights with what they are for, in one file each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_sparse._version import __version__
+from lit_sparse.editing.requests import EditRequest, Probe
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.patches import Entries, Patch, add, patch_from, put, require_fit, standing, tensors_of
+
+SUFFIX = ".safetensors"
+_KEY = "lit_sparse_edit"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of some weights that changes one fact or a few.
+
+    Args:
+        patch: What is added to which entries of the weights.
+        requests: The facts.
+        metrics: What was measured of each request, by name.
+        method: How it was trained.
+        base_model: The model that it was made for.
+    """
+
+    patch: Patch
+    requests: tuple[EditRequest, ...] = ()
+    metrics: tuple[dict[str, float], ...] = ()
+    method: str = ""
+    base_model: str = ""
+    weights: int = 0
+    """Entries of the weights that could have changed."""
+
+    @property
+    def changed(self) -> int:
+        """Entries of the weights that it changes."""
+        return sum(int(entries.values.count_nonzero()) for entries in self.patch.values())
+
+    def measured(self, metrics: Sequence[dict[str, float]]) -> Edit:
+        """The same edit, with what was measured of its requests."""
+        return replace(self, metrics=tuple(metrics))
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write the edit, with its requests and metrics inside, to a safetensors file.
+
+        Written beside it and moved, so that a file that is there is whole.
+        """
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "version": _VERSION,
+            "lit_sparse_version": __version__,
+            "requests": [asdict(request) for request in self.requests],
+            **{name: getattr(self, name) for name in ("metrics", "method", "base_model", "weights")},
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(self.patch).items()}
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, draft, metadata={_KEY: json.dumps(content), "format": "pt"})
+        draft.replace(path)
+
+
+def load_edit(file: str | os.PathLike[str]) -> Edit:
+    """Read what :meth:`Edit.save` wrote.
+
+    Raises:
+        UsageError: If the file cannot be read, or is no edit, or one of another version.
+    """
+    content = read_content(file)
+    with safe_open(file, "pt") as stored:
+        tensors: dict[str, Tensor] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    try:
+        requests = tuple(_request(request) for request in content["requests"])
+        named = {name: content[name] for name in ("method", "base_model", "weights")}
+        return Edit(patch_from(tensors), requests, tuple(content["metrics"]), **named)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{str(file)!r} is no edit that can be read: something is missing or wrong in it ({error!r})."
+        ) from error
+
+
+def read_content(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an edit's file says beside its tensors.
+
+    Raises:
+        UsageError: As :func:`load_edit`.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
+        content = json.loads(metadata.get(_KEY, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"The edit {str(file)!r} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{str(file)!r} is no edit: give a file that lit-sparse edit wrote.")
+    if content.get("version") != _VERSION:
+        raise UsageError(
+            f"{str(file)!r} is of version {content.get('version')} of its format, and {_VERSION} is known here: read "
+            f"it with lit_sparse {content.get('lit_sparse_version')}."
+        )
+    return content
+
+
+class EditedModel:
+    """A model with edits in it, which can be taken out again.
+
+    Edits are added one after another, each sum rounded to the weights' dtype, as they were made; what the entries were
+    before the first of them is kept, so that taking all out gives the model back bit for bit.
+
+    Args:
+        model: The plain model.
+        originals: What the changed entries were before any edit, if the model has some in it.
+    """
+
+    def __init__(self, model: nn.Module, originals: Patch | None = None) -> None:
+        self.model = model
+        self.originals: Patch = originals or {}
+
+    def add(self, edit: Edit, name: str = "The edit") -> int:
+        """Add an edit.
+
+        Args:
+            edit: To add.
+            name: For messages.
+
+        Returns:
+            How many entries it changes that earlier edits changed too.
+
+        Raises:
+            UsageError: If the model has no such weights.
+        """
+        require_fit(self.model, edit.patch, name)
+        conflicts = 0
+        for weight, before in add(self.model, edit.patch).items():
+            known = self.originals.get(weight)
+            self.originals[weight], shared = _extended(known, before)
+            conflicts += shared
+        return conflicts
+
+    def restore(self) -> None:
+        """Take all edits out."""
+        put(self.model, self.originals)
+        self.originals = {}
+
+    def as_it_was(self) -> _AsItWas:
+        """A context in which the model is as it was before any edit."""
+        return _AsItWas(self)
+
+
+class _AsItWas:
+    def __init__(self, edited: EditedModel) -> None:
+        self._edited = edited
+
+    def __enter__(self) -> None:
+        self._now = standing(self._edited.model, self._edited.originals)
+        put(self._edited.model, self._edited.originals)
+
+    def __exit__(self, *_: object) -> None:
+        put(self._edited.model, self._now)
+
+
+def combine(edits: Sequence[Edit]) -> tuple[Edit, int]:
+    """One edit that adds the sum of some.
+
+    Args:
+        edits: At least one, of the same model.
+
+    Returns:
+        The edit, and the number of entries that more than one of them changes: there the facts may disturb each other.
+
+    Raises:
+        UsageError: If there is none, or they were made for different models.
+    """
+    if not edits:
+        raise UsageError("There is no edit to combine.")
+    bases = sorted({edit.base_model for edit in edits})
+    if len(bases) > 1:
+        raise UsageError(f"These edits were made for different models, {bases}: combine those of one.")
+    patch: Patch = {}
+    conflicts = 0
+    for edit in edits:
+        for name, entries in edit.patch.items():
+            patch[name], shared = _summed(patch.get(name), entries)
+            conflicts += shared
+    requests = tuple(request for edit in edits for request in edit.requests)
+    metrics = tuple(found for edit in edits for found in edit.metrics)
+    return Edit(patch, requests, metrics, edits[0].method, bases[0], edits[0].weights), conflicts
+
+
+def _extended(known: Entries | None, more: Entries) -> tuple[Entries, int]:
+    """Entries with those of others that are in new places; and how many are not."""
+    if known is None:
+        return more, 0
+    if known.indices is None:
+        return known, more.count
+    if more.indices is None:
+        values = more.values.clone()
+        values[known.indices] = known.values
+        return Entries(None, values), known.count
+    new = ~torch.isin(more.indices, known.indices)
+    indices = torch.cat([known.indices, more.indices[new]])
+    return Entries(indices, torch.cat([known.values, more.values[new]])), int((~new).sum())
+
+
+def _summed(known: Entries | None, more: Entries) -> tuple[Entries, int]:
+    if known is None:
+        return more, 0
+    if known.indices is None or more.indices is None:
+        whole, other = (known, more) if known.indices is None else (more, known)
+        values = whole.values.clone()
+        if other.indices is None:
+            return Entries(None, values + other.values), whole.count
+        values[other.indices] += other.values
+        return Entries(None, values), other.count
+    indices, places = torch.cat([known.indices, more.indices]).unique(return_inverse=True)
+    values = known.values.new_zeros(len(indices))
+    values.index_add_(0, places, torch.cat([known.values, more.values]))
+    return Entries(indices, values), known.count + more.count - len(indices)
+
+
+def _request(content: dict[str, Any]) -> EditRequest:
+    kinds = {
+        name: {
+            kind: tuple(Probe(probe["prompt"], tuple(probe["answers"])) for probe in probes)
+            for kind, probes in content[name].items()
+        }
+        for name in ("portability", "locality")
+    }
+    return EditRequest(**{**content, **kinds, "rephrases": tuple(content["rephrases"])})

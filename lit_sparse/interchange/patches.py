@@ -1,0 +1,188 @@
+"""Patches: which entries of which weights change, by how much; added to a model, taken back, stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.remains import weight_name
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Some entries of one weight.
+
+    Args:
+        indices: Their places in the flattened weight, of type long, each once; None: all of them, in order.
+        values: What is added there, or stands there; shape ``(count,)``.
+    """
+
+    indices: Tensor | None
+    values: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of entries."""
+        return self.values.numel()
+
+
+Patch = dict[str, Entries]
+"""Full name of a weight, in the plain model, to the entries that change."""
+
+
+@torch.no_grad()
+def patch_of(adapters: Mapping[str, LowRankAdapter]) -> Patch:
+    """What merging would add to the frozen weights, where it is not zero.
+
+    Args:
+        adapters: By full name.
+    """
+    deltas = {weight_name(name, adapter): adapter.delta_weight() for name, adapter in adapters.items()}
+    return patch_of_deltas(deltas)
+
+
+@torch.no_grad()
+def patch_of_deltas(deltas: Mapping[str, Tensor]) -> Patch:
+    """The entries of some tensors that are not zero; tensors that are zero everywhere are left out."""
+    patch: Patch = {}
+    for name, delta in deltas.items():
+        flat = delta.flatten()
+        indices = flat.nonzero().flatten()
+        # Beyond a half, places take more memory than zeros.
+        if 2 * len(indices) > flat.numel():
+            patch[name] = Entries(None, flat)
+        elif len(indices):
+            patch[name] = Entries(indices, flat[indices])
+    return patch
+
+
+@torch.no_grad()
+def add(model: nn.Module, patch: Patch) -> Patch:
+    """Add a patch to the weights of a model, in place, as :func:`~lit_sparse.merge` would.
+
+    The sum is formed in the patch's precision, float32 or better, and rounded once. An entry to which zero is added
+    stays bit for bit what it is.
+
+    Args:
+        model: With weights of the patch's names.
+        patch: To add.
+
+    Returns:
+        What stood there, for :func:`put`.
+    """
+    before: Patch = {}
+    for name, entries in patch.items():
+        weight = model.get_parameter(name)
+        indices, values = _on(weight, entries)
+        flat = weight.detach().flatten()
+        old = flat.clone() if indices is None else flat[indices]
+        new = torch.where(values != 0, (old.to(values.dtype) + values).to(flat.dtype), old)
+        before[name] = Entries(indices, old)
+        _write(weight, flat, indices, new)
+    return before
+
+
+@torch.no_grad()
+def put(model: nn.Module, patch: Patch) -> None:
+    """Write values into the weights of a model as they are, in place: undoes :func:`add` bit for bit.
+
+    Args:
+        model: With weights of these names.
+        patch: Places, and what is to stand there, in the weights' own dtype.
+    """
+    for name, entries in patch.items():
+        weight = model.get_parameter(name)
+        indices, values = _on(weight, entries)
+        _write(weight, weight.detach().flatten(), indices, values)
+
+
+@torch.no_grad()
+def standing(model: nn.Module, patch: Patch) -> Patch:
+    """What stands now in the places of a patch."""
+    found: Patch = {}
+    for name, entries in patch.items():
+        weight = model.get_parameter(name)
+        indices, _ = _on(weight, entries)
+        flat = weight.detach().flatten()
+        found[name] = Entries(indices, flat.clone() if indices is None else flat[indices])
+    return found
+
+
+def tensors_of(patch: Patch) -> dict[str, Tensor]:
+    """A patch as tensors to store: ``<weight>.indices``, as few bytes as can number its places, and ``.values``."""
+    tensors: dict[str, Tensor] = {}
+    for name, entries in patch.items():
+        if entries.indices is not None:
+            last = int(entries.indices.max()) + 1 if entries.count else 0
+            tensors[f"{name}.indices"] = entries.indices.to(index_dtype(last))
+        tensors[f"{name}.values"] = entries.values
+    return tensors
+
+
+def patch_from(tensors: Mapping[str, Tensor]) -> Patch:
+    """The patch that :func:`tensors_of` made these of."""
+    patch: Patch = {}
+    for key, values in tensors.items():
+        name, _, part = key.rpartition(".")
+        if part == "values":
+            indices = tensors.get(f"{name}.indices")
+            patch[name] = Entries(None if indices is None else indices.long(), values)
+    return patch
+
+
+def require_fit(model: nn.Module, patch: Patch, what: str) -> None:
+    """Raise a UsageError unless the model has the patch's weights, each with at least its places.
+
+    Args:
+        model: To patch.
+        patch: To add.
+        what: Where the patch is from, for the message.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    absent = [name for name in patch if name not in weights]
+    if absent:
+        raise UsageError(
+            f"{what} changes {len(absent)} weights that {type(model).__name__} has not, the first is {absent[0]!r}: it "
+            "was made for another model."
+        )
+    for name, entries in patch.items():
+        size = weights[name].numel()
+        fits = entries.count == size if entries.indices is None else _inside(entries, size)
+        if not fits:
+            raise UsageError(
+                f"{what} changes entries of {name!r} that {type(model).__name__} has not (its weight has {size}): it "
+                "was made for a model of another size."
+            )
+
+
+def index_dtype(count: int) -> torch.dtype:
+    """The smallest integers that can number ``count`` places from 0 on."""
+    limits = {torch.uint8: 2**8, torch.uint16: 2**16, torch.int32: 2**31}
+    return next((dtype for dtype, limit in limits.items() if count <= limit), torch.int64)
+
+
+def _inside(entries: Entries, size: int) -> bool:
+    indices = entries.indices
+    if indices is None or indices.shape != entries.values.shape or not len(indices):
+        return False
+    return int(indices.min()) >= 0 and int(indices.max()) < size
+
+
+def _on(weight: Tensor, entries: Entries) -> tuple[Tensor | None, Tensor]:
+    indices = entries.indices
+    return (None if indices is None else indices.to(weight.device)), entries.values.to(weight.device)
+
+
+def _write(weight: Tensor, flat: Tensor, indices: Tensor | None, values: Tensor) -> None:
+    """``flat`` is the flattened weight: a view of it where its memory allows that, else a copy."""
+    if indices is None:
+        flat.copy_(values)
+    else:
+        flat[indices] = values
+    if flat.data_ptr() != weight.data_ptr():
+        weight.copy_(flat.view_as(weight))

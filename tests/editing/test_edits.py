@@ -1,0 +1,318 @@
+"""Changes are trained apart from the model, added, stored, combined and taken back bit for bit."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from backbones import build_tiny, save_tiny_gpt2, save_tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+import lit_sparse as ls
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.edits import Edit, EditedModel, combine, load_edit
+from lit_sparse.editing.requests import EditRequest, Probe
+from lit_sparse.editing.teacher_forcing import collate, encode
+from lit_sparse.editing.training import FineTuning, Training, train
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.patches import Entries, add, patch_of, put
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+ROSELORA = ls.RoseLoRA(["q_proj", "v_proj"], rank=2, density=0.1, begin=1, end=4)
+METHODS = {
+    "roselora": ROSELORA,
+    "lora": ls.LoRA(["q_proj", "v_proj"], rank=2),
+    "sora": ls.SoRA(["q_proj", "v_proj"], rank=2, threshold=1e-3),
+    "gated": ls.GatedRoseLoRA(["q_proj", "v_proj"], rank=2, density=0.1, begin=1, end=4, threshold=1e-3),
+    "fine-tuning": FineTuning(["q_proj", "v_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def model(folder):
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval().requires_grad_(False)
+    with torch.no_grad():
+        found.model.layers[0].self_attn.q_proj.weight[0, :5] = -0.0  # which + 0.0 would turn into 0.0
+    return found
+
+
+@pytest.fixture
+def batch(folder):
+    tokenizer = load_tokenizer(folder)
+    return collate(tokenizer, encode(tokenizer, [("the dog is", "a cat")]))
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone().view(torch.int32) for n, p in model.named_parameters()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def how(method, steps=6, stop_loss=None) -> Training:
+    return Training(method, steps, ADAM, stop_loss)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_change_is_trained_apart_from_the_model(model, batch, method):
+    before, modes = bits(model), [m.training for m in model.modules()]
+    old = model(**batch).loss
+    trained = train(model, batch, how(method))
+    assert same(bits(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not list(adapters_in(model))
+    assert trained.steps == 6
+    assert trained.weights == 2 * (32 * 32 + 16 * 32)
+    add(model, trained.patch)
+    assert model(**batch).loss < old
+
+
+@pytest.mark.parametrize("method", ["roselora", "sora"])
+def test_training_equals_a_loop_with_adapters_by_hand(model, batch, method):
+    method = METHODS[method]
+    torch.manual_seed(3)
+    trained = train(model, batch, how(method))
+    torch.manual_seed(3)
+    other = copy.deepcopy(model)
+    adapters = ls.inject(other, method)
+    optimizer = ADAM(ls.parameter_groups(other, method))
+    steps = ls.SparseSteps(method, other, optimizer, total_steps=6)
+    other.train()
+    for _ in range(6):
+        loss = other(**batch).loss
+        loss.backward()
+        steps.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert trained.loss == loss.item()
+    expected = patch_of(adapters)
+    assert trained.patch.keys() == expected.keys()
+    for name, entries in expected.items():
+        assert torch.equal(trained.patch[name].values, entries.values)
+    add(model, trained.patch)
+    ls.merge(other)
+    assert same(bits(model), bits(other))
+
+
+def test_only_a_few_entries_change_and_those_by_the_paper_s_bound(model, batch):
+    trained = train(model, batch, how(ROSELORA))
+    for entries in trained.patch.values():
+        assert entries.count <= 2 * 3 * 3  # rank · ⌊0.1 · 32⌋², for 32 inputs and 32 or 16 outputs
+    assert sum(entries.count for entries in trained.patch.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("stop_loss", "steps"), [(100.0, {"roselora": 4, "lora": 0}), (None, {"roselora": 6, "lora": 6})]
+)
+def test_training_stops_early_but_not_before_the_masks_are_final(model, batch, stop_loss, steps):
+    for name, expected in steps.items():
+        assert train(model, batch, how(METHODS[name], stop_loss=stop_loss)).steps == expected
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "every", "total", "after"),
+    [(1, 4, 1, 10, 4), (0, 0, 1, 10, 1), (3, 3, 1, 10, 4), (0.1, 0.45, 1, 10, 5), (1, 4, 3, 10, 6), (1, 9, 4, 10, 10)],
+)
+def test_when_masks_are_final(begin, end, every, total, after):
+    method = ls.RoseLoRA(density=0.1, begin=begin, end=end, update_every=every)
+    assert method.settled_after(total) == after
+    assert ls.LoRA().settled_after(total) == 0
+
+
+def test_a_method_that_trains_more_is_refused_and_the_model_left_alone(model, batch):
+    before = bits(model)
+    with pytest.raises(UsageError, match=r"trains \['lm_head.weight'\] too: set train_head to false"):
+        train(model, batch, how(ls.LoRA(["q_proj"], train_head=["lm_head"])))
+    assert same(bits(model), before)
+    assert not list(adapters_in(model))
+
+
+def test_an_error_in_training_leaves_the_model_alone(model, batch):
+    before = bits(model)
+    for method in METHODS.values():
+        with pytest.raises(RuntimeError, match="scalar types"):
+            train(model, {"input_ids": batch["input_ids"].float()}, how(method))
+        assert same(bits(model), before)
+        assert not list(adapters_in(model))
+
+
+def test_fine_tuning_of_gpt2_and_what_it_refuses(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_gpt2(tmp_path)).requires_grad_(False)
+    ids = torch.tensor([[5, 6, 7]])
+    trained = train(model, {"input_ids": ids, "labels": ids}, how(FineTuning(layers=[1])))
+    assert {name.split(".")[2] for name in trained.patch} == {"1"}
+    with pytest.raises(UsageError, match="name at least one layer"):
+        FineTuning([])
+    with pytest.raises(UsageError, match="matches no linear layer"):
+        train(model, {}, how(FineTuning(["nope"])))
+
+
+def test_fine_tuning_of_experts_is_refused():
+    model = build_tiny(MixtralForCausalLM, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(UsageError, match="not those of experts"):
+        train(model, {}, how(FineTuning("all-linear")))
+
+
+# Patches.
+
+
+def tiny(seed: int) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(5, 4, bias=False).requires_grad_(False)
+
+
+entries_of_20 = st.sets(st.integers(0, 19), min_size=1).map(
+    lambda places: Entries(
+        None if len(places) > 10 else torch.tensor(sorted(places)),
+        torch.where(torch.tensor([i in places for i in range(20)]), torch.randn(20), 0.0)
+        if len(places) > 10
+        else torch.randn(len(places)),
+    )
+)
+
+
+@given(st.lists(entries_of_20, min_size=1, max_size=5))
+def test_edits_in_any_places_come_out_again_bit_for_bit(many):
+    model = tiny(0)
+    before = model.weight.clone()
+    edited = EditedModel(model)
+    touched: set[int] = set()
+    expected = before.clone()
+    for entries in many:
+        dense = torch.zeros(20)
+        places = range(20) if entries.indices is None else entries.indices.tolist()
+        dense[list(places)] = entries.values
+        conflicts = edited.add(Edit({"weight": entries}))
+        if entries.indices is not None:
+            assert conflicts == len(touched & set(places))
+        touched |= set(places)
+        expected += dense.view(4, 5)
+    assert torch.equal(model.weight, expected)
+    with edited.as_it_was():
+        assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, expected)
+    edited.restore()
+    assert torch.equal(model.weight, before)
+
+
+@given(st.lists(entries_of_20, min_size=1, max_size=4))
+def test_the_sum_of_edits(many):
+    together, conflicts = combine([Edit({"weight": entries}) for entries in many])
+    one, other = tiny(0), tiny(0)
+    one.weight.zero_()
+    other.weight.zero_()
+    for entries in many:
+        add(one, {"weight": entries})
+    add(other, together.patch)
+    torch.testing.assert_close(one.weight, other.weight)
+    if len(many) == 1:
+        assert conflicts == 0
+
+
+def test_conflicts_are_counted():
+    first = Edit({"weight": Entries(torch.tensor([1, 5, 7]), torch.ones(3))})
+    second = Edit({"weight": Entries(torch.tensor([5, 7, 9]), torch.ones(3))})
+    third = Edit({"bias": Entries(torch.tensor([1]), torch.ones(1))})
+    together, conflicts = combine([first, second, third])
+    assert conflicts == 2
+    assert together.patch["weight"].indices.tolist() == [1, 5, 7, 9]
+    assert together.patch["weight"].values.tolist() == [1, 2, 2, 1]
+    assert together.changed == 5
+    with pytest.raises(UsageError, match="no edit to combine"):
+        combine([])
+    with pytest.raises(UsageError, match=r"different models, \['a', 'b'\]"):
+        combine([Edit({}, base_model="a"), Edit({}, base_model="b")])
+
+
+def test_in_bfloat16_sums_are_rounded_once_and_come_out_again(model, batch):
+    model.to(torch.bfloat16)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    trained = train(model, batch, how(ROSELORA))
+    assert all(entries.values.dtype == torch.float32 for entries in trained.patch.values())
+    undo = add(model, trained.patch)
+    for name, entries in trained.patch.items():
+        flat, old = model.get_parameter(name).flatten(), before[name].flatten()
+        assert torch.equal(flat[entries.indices], (old[entries.indices].float() + entries.values).bfloat16())
+    put(model, undo)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+# Files.
+
+REQUEST = EditRequest(
+    3,
+    "père",
+    "x",
+    "s",
+    ("r",),
+    {"Reasoning": (Probe("p", ("a", "b")),)},
+    {"F": (Probe("q", ("c",)), Probe("r", ("d",)))},
+)
+
+
+@pytest.mark.parametrize("method", ["roselora", "lora", "fine-tuning"])
+def test_an_edit_is_one_file(model, batch, tmp_path, method):
+    trained = train(model, batch, how(METHODS[method]))
+    edit = Edit(trained.patch, (REQUEST,), ({"edit_success": 0.5},), "RoseLoRA()", "tiny", trained.weights)
+    edit.save(tmp_path / "new" / "edit.safetensors")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["edit.safetensors"]
+    back = load_edit(tmp_path / "new" / "edit.safetensors")
+    for name in ("requests", "metrics", "method", "base_model", "weights", "changed"):
+        assert getattr(back, name) == getattr(edit, name)
+    other = copy.deepcopy(model)
+    add(model, edit.patch)
+    add(other, back.patch)
+    assert same(bits(model), bits(other))
+    size = (tmp_path / "new" / "edit.safetensors").stat().st_size
+    if method == "roselora":
+        assert size < 6 * edit.changed + 3000  # four bytes of value, two of place, and names
+
+
+def test_files_that_are_no_edits(tmp_path, model):
+    file = tmp_path / "edit.safetensors"
+    for content in (b"", b"x" * 100):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_edit(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_edit(tmp_path / "absent")
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(UsageError, match="is no edit: give a file"):
+        load_edit(file)
+    save_file({"a": torch.ones(1)}, file, metadata={"lit_sparse_edit": '{"version": 9, "lit_sparse_version": "7"}'})
+    with pytest.raises(UsageError, match=r"of version 9 .* with lit_sparse 7"):
+        load_edit(file)
+    save_file({"a": torch.ones(1)}, file, metadata={"lit_sparse_edit": '{"version": 1}'})
+    with pytest.raises(UsageError, match=r"missing or wrong in it \(KeyError\('requests'\)\)"):
+        load_edit(file)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ({"nope.weight": Entries(torch.tensor([0]), torch.ones(1))}, "'nope.weight': it was made for another model"),
+        ({"weight": Entries(torch.tensor([20]), torch.ones(1))}, "its weight has 20"),
+        ({"weight": Entries(torch.tensor([-1]), torch.ones(1))}, "its weight has 20"),
+        ({"weight": Entries(torch.tensor([1, 2]), torch.ones(1))}, "its weight has 20"),
+        ({"weight": Entries(None, torch.ones(19))}, "its weight has 20"),
+    ],
+)
+def test_an_edit_of_another_model_is_refused_before_anything_changes(patch, message):
+    model = tiny(0)
+    before = model.weight.clone()
+    with pytest.raises(UsageError, match="The edit changes") as error:
+        EditedModel(model).add(Edit({"weight": Entries(torch.tensor([0]), torch.ones(1)), **patch}))
+    assert message in str(error.value)
+    assert torch.equal(model.weight, before)

@@ -1,0 +1,278 @@
+"""Edit requests are read from the usual files as they are; what is wrong in one is named by record and field."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_sparse.editing.data import EditingData
+from lit_sparse.editing.requests import EditRequest, Probe, read_requests
+from lit_sparse.errors import UsageError
+
+KNOWEDIT = {
+    "subject": "Wang Jipeng",
+    "prompt": "The father of Wang Jipeng is",
+    "target_new": "Wang Chonghua",
+    "ground_truth": ["Wang Yanjun"],
+    "rephrase": "Wang Jipeng's father is",
+    "portability": {
+        "Reasoning": [{"prompt": "The son of Wang Chonghua is", "ground_truth": [["Wang Jipeng", "W. Jipeng"]]}],
+        "Subject_Aliasing": [],
+    },
+    "locality": {
+        "Relation_Specificity": [
+            {"prompt": "The gender of Wang Jipeng is", "ground_truth": [["male", "man"], ["male"]]},
+            {"prompt": ["Wang Jipeng was born in", "The birthplace is"], "ground_truth": "Jinan"},
+        ]
+    },
+}
+MEND = {
+    "subject": "Ramalinaceae",
+    "src": "Which family does Ramalinaceae belong to?",
+    "pred": "Ramalinales",
+    "rephrase": "What family are Ramalinaceae?",
+    "alt": "Lamiinae",
+    "answers": ["Lecanorales"],
+    "loc": "nq question: types of skiing",
+    "loc_ans": "Downhill",
+    "cond": "Ramalinales >> Lamiinae",
+    "portability": {"Recalled Relation": "(a, b, c)", "New Question": "Which order?", "New Answer": "Cerambycidae"},
+}
+COUNTERFACT = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "The mother tongue of {} is",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Danielle Darrieux",
+    },
+    "paraphrase_prompts": ["Danielle Darrieux, a native", "She spoke"],
+    "neighborhood_prompts": ["Jean Gabin, a native", "The native language of Montesquieu is"],
+    "attribute_prompts": [],
+}
+WIKIBIO = {
+    "concept": "john russell reynolds",
+    "text": "This is a Wikipedia passage about john russell reynolds.",
+    "labels": "Reynolds was born in Romsey.",
+    "locality": {"Relation_Specificity": [{"prompt": "His birthplace is", "ground_truth": [["Romsey"]]}]},
+}
+FLAT = {
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "target_new": "English",
+    "subject": "Danielle Darrieux",
+    "rephrase_prompt": "Danielle Darrieux, a native",
+    "locality_prompt": "Jean Gabin, a native",
+    "locality_ground_truth": "French",
+}
+
+
+def write(folder: Path, records, name="edits.json") -> str:
+    file = folder / name
+    text = "\n".join(map(json.dumps, records)) if name.endswith(".jsonl") else json.dumps(records)
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["edits.json", "edits.jsonl"])
+def test_knowedit(tmp_path, name):
+    (request,) = read_requests(write(tmp_path, [KNOWEDIT], name))
+    assert request == EditRequest(
+        index=0,
+        prompt="The father of Wang Jipeng is",
+        target_new="Wang Chonghua",
+        subject="Wang Jipeng",
+        rephrases=("Wang Jipeng's father is",),
+        portability={"Reasoning": (Probe("The son of Wang Chonghua is", ("Wang Jipeng", "W. Jipeng")),)},
+        locality={
+            "Relation_Specificity": (
+                Probe("The gender of Wang Jipeng is", ("male", "man")),
+                Probe("Wang Jipeng was born in", ("Jinan",)),
+                Probe("The birthplace is", ("Jinan",)),
+            )
+        },
+    )
+
+
+def test_zsre_of_mend(tmp_path):
+    (request,) = read_requests(write(tmp_path, [MEND]))
+    assert request == EditRequest(
+        0,
+        "Which family does Ramalinaceae belong to?",
+        "Lamiinae",
+        "Ramalinaceae",
+        ("What family are Ramalinaceae?",),
+        {"Reasoning": (Probe("Which order?", ("Cerambycidae",)),)},
+        {"Neighborhood": (Probe("nq question: types of skiing", ("Downhill",)),)},
+    )
+
+
+def test_zsre_without_a_new_answer_is_left_out_with_a_warning(tmp_path):
+    file = write(tmp_path, [MEND, {**MEND, "alt": ""}, MEND])
+    with pytest.warns(UserWarning, match="1 records have an empty new answer"):
+        assert [request.index for request in read_requests(file)] == [0, 2]
+
+
+def test_counterfact(tmp_path):
+    (request,) = read_requests(write(tmp_path, [COUNTERFACT]))
+    assert request == EditRequest(
+        0,
+        "The mother tongue of Danielle Darrieux is",
+        "English",
+        "Danielle Darrieux",
+        ("Danielle Darrieux, a native", "She spoke"),
+        {},
+        {
+            "Neighborhood": (
+                Probe("Jean Gabin, a native", ("French",)),
+                Probe("The native language of Montesquieu is", ("French",)),
+            )
+        },
+    )
+
+
+def test_wikibio_and_flat_files(tmp_path):
+    bio, flat = read_requests(write(tmp_path, [WIKIBIO, FLAT]))
+    assert (bio.prompt, bio.target_new, bio.subject) == (WIKIBIO["text"], WIKIBIO["labels"], WIKIBIO["concept"])
+    assert bio.locality["Relation_Specificity"][0].answers == ("Romsey",)
+    assert flat.rephrases == ("Danielle Darrieux, a native",)
+    assert flat.locality == {"Neighborhood": (Probe("Jean Gabin, a native", ("French",)),)}
+
+
+@pytest.mark.parametrize("missing", ["rephrase", "portability", "locality", "subject", "ground_truth"])
+def test_fields_may_be_missing_or_null(tmp_path, missing):
+    without, null = read_requests(
+        write(tmp_path, [{k: v for k, v in KNOWEDIT.items() if k != missing}, {**KNOWEDIT, missing: None}])
+    )
+    assert (without.index, null.index) == (0, 1)
+    assert vars(without) | {"index": 1} == vars(null)
+
+
+PROBE = {"prompt": "p", "ground_truth": "a"}
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "what"),
+    [
+        ({**KNOWEDIT, "target_new": None}, "target_new", "must be a text; it is None"),
+        ({**KNOWEDIT, "target_new": "  "}, "target_new", "must be a text"),
+        ({**KNOWEDIT, "prompt": 3}, "prompt", "it is 3"),
+        ({"prompt": "p"}, "target_new", "is missing; the record has ['prompt']"),
+        ({"question": "p", "answer": "a"}, "prompt", "no other format is known with the fields ['answer', 'question']"),
+        ({**KNOWEDIT, "rephrase": ["a", ""]}, "rephrase", "must be a text; it is ''"),
+        ({**KNOWEDIT, "portability": [PROBE]}, "portability", "must map kinds to lists"),
+        ({**KNOWEDIT, "portability": {"Reasoning": PROBE}}, "portability.Reasoning", "must be a list of probes"),
+        ({**KNOWEDIT, "locality": {"F": [PROBE, "p"]}}, "locality.F[1]", "must have prompt and ground_truth"),
+        ({**KNOWEDIT, "locality": {"F": [{"prompt": "p"}]}}, "locality.F[0].ground_truth", "it is None"),
+        ({**KNOWEDIT, "locality": {"F": [{**PROBE, "ground_truth": [["a", 1]]}]}}, "locality.F[0].ground_truth", "1"),
+        ({**KNOWEDIT, "locality": {"F": [{**PROBE, "ground_truth": []}]}}, "locality.F[0].ground_truth", "it is []"),
+        ({**KNOWEDIT, "locality": {"F": [{**PROBE, "prompt": []}]}}, "locality.F[0].prompt", "it is []"),
+        ({**MEND, "portability": {"New Question": "q"}}, "portability.ground_truth", "it is None"),
+        ({**MEND, "portability": "q"}, "portability", "must have New Question and New Answer"),
+        ({**COUNTERFACT, "requested_rewrite": "x"}, "requested_rewrite", "must be an object"),
+        ({"requested_rewrite": {"prompt": "{}", "subject": "s"}}, "target_new", "is missing"),
+        (
+            {
+                "requested_rewrite": {"prompt": "{}", "subject": "s", "target_new": {"str": "a"}},
+                "neighborhood_prompts": ["n"],
+            },
+            "target_true",
+            "answer to neighborhood_prompts",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_by_record_and_field(tmp_path, record, field, what):
+    file = write(tmp_path, [KNOWEDIT, record])
+    with pytest.raises(UsageError) as error:
+        read_requests(file)
+    message = str(error.value)
+    assert f"{file}, record 1 (counted from 0), field {field!r}: " in message
+    assert what in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[", "are no JSON"),
+        (b"{}", "must be a list of records; it is a dict"),
+        (b"[]", "holds no edit request"),
+        (b"[3]", "record 0 (counted from 0), must be an object; it is 3"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path, content, message):
+    file = tmp_path / "edits.json"
+    file.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read_requests(file)
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_requests(tmp_path / "absent.json")
+
+
+# The data module.
+
+
+def served(data: EditingData) -> list[list[int]]:
+    data.setup("test")
+    return [[request.index for request in group] for group in data.test_dataloader()]
+
+
+def test_requests_are_chosen_and_grouped(tmp_path):
+    file = write(tmp_path, [KNOWEDIT] * 7)
+    assert served(EditingData(file)) == [[0], [1], [2], [3], [4], [5], [6]]
+    assert served(EditingData(file, first=2, limit=3)) == [[2], [3], [4]]
+    assert served(EditingData(file, first=1, batch_size=4)) == [[1, 2, 3, 4], [5, 6]]
+    with pytest.raises(UsageError, match="has 7 requests, and first is 7: none is left"):
+        served(EditingData(file, first=7))
+
+
+@pytest.mark.parametrize(("count", "processes"), [(7, 2), (1, 2), (8, 3)])
+def test_processes_share_requests_without_repeating_any(count, processes):
+    from lit_sparse.editing.data import Share
+
+    shares = [Share(range(count), processes, rank) for rank in range(processes)]
+    assert sorted(i for share in shares for i in share) == list(range(count))
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+
+
+@pytest.mark.parametrize(("argument", "value"), [("first", -1), ("limit", 0), ("batch_size", 0)])
+def test_arguments_outside_their_range(argument, value):
+    with pytest.raises(UsageError, match=f"{argument} .*got {value}"):
+        EditingData("x.json", **{argument: value})
+
+
+# The published files, where they are.
+
+FILES = {
+    "ZsRE-test-all.json": ({"Reasoning", "Logical_Generalization", "Subject_Aliasing"}, {"Relation_Specificity"}),
+    "recent_test.json": (
+        {"Reasoning", "Logical_Generalization", "Subject_Aliasing"},
+        {"Relation_Specificity", "Forgetfulness"},
+    ),
+    "recent_train.json": (
+        {"Reasoning", "Logical_Generalization", "Subject_Aliasing"},
+        {"Relation_Specificity", "Forgetfulness"},
+    ),
+    "test_cf.json": (
+        {"Reasoning", "Logical_Generalization", "Subject_Aliasing"},
+        {"Relation_Specificity", "Forgetfulness"},
+    ),
+    "train_cf.json": (
+        {"Reasoning", "Logical_Generalization", "Subject_Aliasing"},
+        {"Relation_Specificity", "Forgetfulness"},
+    ),
+    "zsre_mend_eval_portability_gpt4.json": ({"Reasoning"}, {"Neighborhood"}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_files(name):
+    folder = os.environ.get("LIT_SPARSE_EDITING_DATA")
+    if folder is None:
+        pytest.skip("set LIT_SPARSE_EDITING_DATA to a folder with KnowEdit's and EasyEdit's files")
+    requests = read_requests(Path(folder) / name)
+    assert len(requests) == 300
+    assert ({k for r in requests for k in r.portability}, {k for r in requests for k in r.locality}) == FILES[name]

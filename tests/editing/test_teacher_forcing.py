@@ -1,0 +1,177 @@
+"""Predictions under teacher forcing against one token after another, whatever the padding, tokenizer and batch."""
+
+import pytest
+import torch
+from backbones import save_tiny_gpt2, save_tiny_llama
+from tokenizers import processors
+from transformers import AutoModelForCausalLM
+
+from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.measuring import Measurer, Questions
+from lit_sparse.editing.requests import EditRequest, Probe
+from lit_sparse.editing.teacher_forcing import collate, encode, predict
+from lit_sparse.errors import UsageError
+
+PAIRS = [
+    ("the dog likes", "the cat and the river"),
+    ("who is the best man in the city?", "a sad man"),
+    ("it was ", "not a good film"),
+    ("in Ω the plot", " is naïve"),
+    ("a", "b"),
+]
+
+
+@pytest.fixture(scope="module", params=[save_tiny_llama, save_tiny_gpt2], ids=["with bos", "without bos or pad"])
+def folder(request, tmp_path_factory):
+    return request.param(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+def one_by_one(model, tokenizer, prompt: str, answer: str) -> list[int]:
+    """Feed prompt and answer token by token, and write down what the model finds most likely each time."""
+    joined = prompt + answer if prompt.endswith(" ") or answer.startswith(" ") else f"{prompt} {answer}"
+    ids = tokenizer(joined)["input_ids"]
+    start = len(tokenizer(prompt)["input_ids"])
+    while tokenizer.decode(ids[:start], skip_special_tokens=True) not in prompt:
+        start -= 1  # the last token of the prompt is another where a text follows
+    found = []
+    with torch.no_grad():
+        for place in range(start, len(ids)):
+            found.append(int(model(input_ids=torch.tensor([ids[:place]])).logits[0, -1].argmax()))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_predictions_are_those_of_one_token_after_another(model, tokenizer, batch_size, side):
+    tokenizer.padding_side = side
+    rows = encode(tokenizer, PAIRS)
+    assert predict(model, tokenizer, rows, batch_size) == [one_by_one(model, tokenizer, *pair) for pair in PAIRS]
+
+
+def test_the_answer_is_what_comes_after_the_prompt(tokenizer):
+    for (prompt, answer), row in zip(PAIRS, encode(tokenizer, PAIRS), strict=True):
+        assert tokenizer.decode(row.answer).strip() == answer.strip()
+        assert tokenizer.decode(row.input_ids[: row.start], skip_special_tokens=True).strip() == prompt.strip()
+        assert row.answer == row.input_ids[row.start :]
+
+
+def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_answer(folder):
+    tokenizer = load_tokenizer(folder)
+    expected = encode(tokenizer, PAIRS)
+    single = "<s> $A </s>" if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else "$A </s>"
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode(tokenizer, PAIRS) == expected
+
+
+def test_the_loss_is_on_the_answers_alone(model, tokenizer):
+    rows = encode(tokenizer, PAIRS)
+    loss = model(**collate(tokenizer, rows)).loss
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            scores = model(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+            losses += [-scores[place - 1, row.input_ids[place]] for place in range(row.start, len(row.input_ids))]
+    torch.testing.assert_close(loss, torch.stack(losses).mean().to(loss.dtype), rtol=1e-6, atol=1e-6)
+
+
+def test_an_answer_without_tokens_is_refused(tokenizer):
+    with pytest.raises(UsageError, match="there must be some before the answer, and some of it"):
+        encode(tokenizer, [*PAIRS, ("a ", "")])
+
+
+# All figures of some requests.
+
+REQUESTS = [
+    EditRequest(
+        0, "the dog is", "a cat", rephrases=("a dog: it is", "dogs are"),
+        portability={"Reasoning": (Probe("the cat has", ("a house", "the river")), Probe("it saw", ("a tree",)))},
+        locality={"F": (Probe("the man", ("likes a film",)),), "R": (Probe("who", ("has it", "was it")),)},
+    ),
+    EditRequest(1, "one two", "three", locality={"R": (Probe("the city of", ("the best",)),)}),
+    EditRequest(2, "so so", "dull"),
+]  # fmt: skip
+
+
+def test_all_figures_against_one_token_after_another(model, tokenizer, folder):
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.3 * weight.std() * torch.randn_like(weight)
+
+    def share(prompt, answer, expected=None):
+        found = one_by_one(other, tokenizer, prompt, answer)
+        wanted = encode(tokenizer, [(prompt, answer)])[0].answer if expected is None else expected
+        return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+
+    def local(prompt, answer):
+        return share(prompt, answer, one_by_one(model, tokenizer, prompt, answer))
+
+    before = Measurer(model, tokenizer, REQUESTS, 0, None, 3)
+    after = Measurer(other, tokenizer, REQUESTS, 0, None, 3)
+    questions = Questions(tokenizer, REQUESTS)
+    found = after.measure(questions, before.unedited(questions))
+    reasoning = (
+        max(share("the cat has", "a house"), share("the cat has", "the river")) + share("it saw", "a tree")
+    ) / 2
+    first = {
+        "edit_success": share("the dog is", "a cat"),
+        "rephrase": (share("a dog: it is", "a cat") + share("dogs are", "a cat")) / 2,
+        "portability": reasoning,
+        "portability/Reasoning": reasoning,
+        "locality": (local("the man", "likes a film") + local("who", "has it")) / 2,
+        "locality/F": local("the man", "likes a film"),
+        "locality/R": local("who", "has it"),
+    }
+    second = {"edit_success": share("one two", "three"), "locality": local("the city of", "the best")}
+    second["locality/R"] = second["locality"]
+    assert [pytest.approx(row) for row in (first, second, {"edit_success": share("so so", "dull")})] == found
+    assert 0 < fmean_of(found, "locality") < 1, "the noise should change some predictions and leave some"
+
+
+def fmean_of(rows, name):
+    known = [row[name] for row in rows if name in row]
+    return sum(known) / len(known)
+
+
+def test_perplexity_against_one_text_after_another(model, tokenizer, tmp_path):
+    texts = ["the dog likes the cat", "a film", "who was it that saw the best river in the city? no one", "x"]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    losses = []
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            scores = model(input_ids=ids).logits[0].log_softmax(-1)
+            losses += [-float(scores[i - 1, ids[0, i]]) for i in range(1, ids.shape[1])]
+    found = Measurer(model, tokenizer, [], 0, str(file), 2).perplexity()
+    assert found == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("content", ["", "{}\n", "[1]\n", "no json\n"])
+def test_texts_that_are_none(model, tokenizer, tmp_path, content):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=r"texts\.jsonl"):
+        Measurer(model, tokenizer, [], 0, str(file), 2)
+
+
+def test_continuations_are_greedy_and_do_not_depend_on_the_batch(model, tokenizer):
+    requests = [EditRequest(i, prompt, "x") for i, (prompt, _) in enumerate(PAIRS)]
+    together = Measurer(model, tokenizer, requests, 8, None, 5)
+    alone = Measurer(model, tokenizer, requests, 8, None, 1)
+    questions = Questions(tokenizer, requests)
+    assert together._continuations(questions) == alone._continuations(questions)
+    assert "fluency" in together.measure(questions, {})[0]
+    assert "fluency" not in together.measure(questions, {}, answers_only=True)[0]
