@@ -18,7 +18,7 @@ from lit_sparse.editing.edits import SUFFIX, EditedModel, load_edit, read_conten
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.export import new_folder, require_free
 from lit_sparse.interchange.merged_folder import save_processor
-from lit_sparse.interchange.patches import patch_from, tensors_of
+from lit_sparse.interchange.patches import patch_from, require_fit, tensors_of
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.quickstart import resolve
 
@@ -26,6 +26,7 @@ NAMES = ("apply", "list", "remove")
 
 _EDITS = "edits"  # within the folder of an edited model
 _ORIGINALS = "originals.safetensors"  # in there: what the changed entries were before any edit
+_ORDER = "order.txt"  # names of their files, a line each, in the order in which they were added
 _WIDTH = 60  # characters of a prompt in a table
 
 
@@ -61,11 +62,12 @@ def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
     """
     require_free(output)
     files = [file for name in edits for file in _files(name)]
-    edited, present = _edited_model(model)
+    present = _present(model)
     taken = [*present, *(file.name for file in files)]
     twice = next((name for name in taken if taken.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"{twice!r} would be in the model twice: leave it out, or give the other file another name.")
+    edited = _edited_model(model)
     for file in files:
         edit = load_edit(file)
         conflicts = edited.add(edit, str(file))
@@ -86,11 +88,12 @@ def remove_edits(model: str, names: Sequence[str], output: str) -> None:
         UsageError: If the model has no such edit, or cannot be read.
     """
     require_free(output)
-    edited, present = _edited_model(model)
+    present = _present(model)
     unknown = [name for name in names if name not in present]
     if unknown:
         raise UsageError(f"{model!r} has no edit {unknown[0]!r} in it; it has {list(present)}.")
     left = [file for name, file in present.items() if name not in names]
+    edited = _edited_model(model)
     # All out and the others in again: the sums are those of a model that never had the removed ones.
     edited.restore()
     for file in left:
@@ -155,18 +158,30 @@ def _files(source: str) -> list[Path]:
     return found
 
 
-def _edited_model(name: str) -> tuple[EditedModel, dict[str, Path]]:
-    """A model with the edits that are in it, by the names of their files, in the order in which they were added."""
-    model = load_backbone(name, AutoModelForCausalLM, dtype="auto").eval()
+def _present(name: str) -> dict[str, Path]:
+    """The edits that are in a model, by the names of their files, in the order in which they were added."""
     folder = Path(resolve(name)) / _EDITS
-    if not (folder / _ORIGINALS).is_file():
-        return EditedModel(model), {}
+    if not (folder / _ORDER).is_file():
+        return {}
     try:
-        tensors = load_file(folder / _ORIGINALS)
-        order = (folder / "order.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, SafetensorError) as error:
+        order = (folder / _ORDER).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The edits in {name!r} cannot be read: {error}.") from error
-    return EditedModel(model, patch_from(tensors)), {edit: folder / Path(edit).name for edit in order}
+    return {edit: folder / Path(edit).name for edit in order}
+
+
+def _edited_model(name: str) -> EditedModel:
+    """A model, with what its entries were before the edits that are in it."""
+    model = load_backbone(name, AutoModelForCausalLM, dtype="auto").eval()
+    if not _present(name):
+        return EditedModel(model)
+    file = Path(resolve(name)) / _EDITS / _ORIGINALS
+    try:
+        originals = patch_from(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"The edits in {name!r} cannot be taken out: {file} cannot be read ({error}).") from error
+    require_fit(model, originals, str(file))
+    return EditedModel(model, originals)
 
 
 def _write(edited: EditedModel, source: str, files: Sequence[Path], output: str) -> None:
@@ -182,5 +197,5 @@ def _write(edited: EditedModel, source: str, files: Sequence[Path], output: str)
                 name: tensor.cpu().contiguous() for name, tensor in tensors_of(edited.originals).items()
             }
             save_file(tensors, draft / _EDITS / _ORIGINALS, metadata={"format": "pt"})
-            (draft / _EDITS / "order.txt").write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
+            (draft / _EDITS / _ORDER).write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
     sys.stdout.write(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.\n")

@@ -68,7 +68,8 @@ class Edit:
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(self.patch).items()}
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, draft, metadata={_KEY: json.dumps(content), "format": "pt"})
+        # One entry only: safetensors writes several in any order, and equal edits are to be equal files.
+        save_file(tensors, draft, metadata={_KEY: json.dumps(content)})
         draft.replace(path)
 
 

@@ -188,7 +188,7 @@ class Measurer:
 
 def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Name of a figure to its ``mean``, ``standard_error`` (None for a single request) and number of ``requests``."""
-    metric = RequestMean(names)
+    metric = RequestMean(names, sync_on_compute=False)  # rows are those of all processes, and only one has them
     metric.update(*({name: row[name] for name in names if name in row} for row in rows))
     means, errors = metric.compute(), metric.standard_errors()
     counts = dict(zip(metric.names, metric.count.tolist(), strict=True))

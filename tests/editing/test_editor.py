@@ -1,0 +1,370 @@
+"""The Editor as it is used: under a Trainer and from the command line, killed and resumed, in two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from backbones import save_tiny_llama
+from projects import read_lines
+from transformers import AutoModelForCausalLM
+
+import lit_sparse as ls
+from lit_sparse.editing.edits import EditedModel, load_edit
+from lit_sparse.errors import UsageError
+
+METHOD = ls.RoseLoRA(["v_proj", "down_proj"], rank=4, alpha=16, density=0.2, begin=1, end=4)
+WORDS = ["cat", "dog", "river", "film", "house", "city", "man", "tree"]
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=3e-2)
+
+
+def records(count: int) -> list[dict]:
+    found = []
+    for i in range(count):
+        word, other = WORDS[i % 8], WORDS[(i + 3) % 8]
+        found.append(
+            {
+                "prompt": f"the {word} {i} is",
+                "target_new": f"a {other}",
+                "subject": word,
+                "rephrase": f"a {word} {i}: it is",
+                "portability": {
+                    "Reasoning": [{"prompt": f"who saw the {other}", "ground_truth": [["no one", "a man"]]}]
+                },
+                "locality": {"Forgetfulness": [{"prompt": "the plot was", "ground_truth": "very dull"}]},
+            }
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("editing")
+    save_tiny_llama(place / "llama")
+    (place / "edits.json").write_text(json.dumps(records(20)))
+    (place / "texts.jsonl").write_text('{"text": "the man saw the river"}\n')
+    return place
+
+
+def edit(folder, output="out", method=METHOD, data=None, trainer=None, **arguments) -> ls.Editor:
+    settings = {"steps": 6, "optimizer": adam, "stop_loss": None, "fluency_tokens": 4, **arguments}
+    editor = ls.Editor(str(folder / "llama"), method, output, **settings)
+    L.Trainer(
+        inference_mode=False,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        **(trainer or {}),
+    ).test(editor, ls.EditingData(str(folder / "edits.json"), **{"limit": 4, **(data or {})}), verbose=False)
+    return editor
+
+
+def bits(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().view(torch.int32) for name, p in model.named_parameters()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "llama", dtype="float32").eval()
+
+
+def test_what_a_run_leaves(folder):
+    editor = edit(folder, texts=str(folder / "texts.jsonl"), save_edits=True)
+    assert same(bits(editor.model), bits(plain(folder)))
+    rows = read_lines("out/results.jsonl")
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["prompt"] == "the cat 0 is"
+    names = {
+        "index", "prompt", "target_new", "steps", "loss", "changed", "changed_share", "edit_success", "rephrase",
+        "portability", "portability/Reasoning", "locality", "locality/Forgetfulness", "fluency", "perplexity",
+    }  # fmt: skip
+    assert set(rows[0]) == names
+    assert all(row["steps"] == 6 and 0 < row["changed"] < 0.16 * 2 * (16 + 64) * 32 for row in rows)
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary == editor.summary
+    assert summary["figures"]["edit_success"]["mean"] == pytest.approx(sum(r["edit_success"] for r in rows) / 4)
+    assert summary["figures"]["perplexity"]["requests"] == 4
+    assert summary["figures"]["edit_success"]["mean"] > 0.5, "the edits should have worked"
+    times = read_lines("out/timings.jsonl")
+    assert all(0 < time["step_seconds"] <= time["seconds"] for time in times)
+    # What the rows say is true of a plain model with the edit in it.
+    saved = load_edit("out/edits/000002.safetensors")
+    assert saved.requests[0].prompt == rows[2]["prompt"]
+    assert saved.metrics[0]["edit_success"] == rows[2]["edit_success"]
+    model = plain(folder)
+    EditedModel(model).add(saved)
+    again = edit(folder, "again", data={"first": 2, "limit": 1}, texts=str(folder / "texts.jsonl"))
+    assert read_lines("again/results.jsonl") == [rows[2]], "an edit does not depend on those before it"
+    assert same(bits(again.model), bits(plain(folder)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ls.LoRA(["q_proj"], rank=2), ls.SoRA(["q_proj"], rank=2, threshold=1e-3), ls.FineTuning(["q_proj"])],
+    ids=["lora", "sora", "fine-tuning"],
+)
+def test_baselines(folder, method):
+    editor = edit(folder, method=method, data={"limit": 2})
+    assert same(bits(editor.model), bits(plain(folder)))
+    assert [row["changed_share"] > 0.5 for row in read_lines("out/results.jsonl")] == [True, True]
+
+
+def test_several_at_once(folder):
+    edit(folder, data={"batch_size": 3}, save_edits=True)
+    rows = read_lines("out/results.jsonl")
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    assert len({row["changed"] for row in rows[:3]}) == 1
+    assert [file.name for file in sorted(Path("out/edits").iterdir())] == ["000000.safetensors", "000003.safetensors"]
+    assert len(load_edit("out/edits/000000.safetensors").requests) == 3
+
+
+def test_twenty_edits_in_sequence_are_those_of_their_files(folder):
+    after = {}
+
+    class Keep(L.Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            after[batch_idx] = {name: value.clone() for name, value in bits(pl_module.model).items()}
+
+    editor = edit(folder, data={"limit": 20}, sequential=True, retest_every=8, trainer={"callbacks": [Keep()]})
+    assert same(bits(editor.model), bits(plain(folder)))
+    model = plain(folder)
+    edited = EditedModel(model)
+    files = sorted(Path("out/edits").iterdir())
+    assert len(files) == 20
+    for i, file in enumerate(files):
+        edited.add(load_edit(file))
+        assert same(bits(model), after[i])
+    retention = read_lines("out/retention.jsonl")
+    assert [row["after"] for row in retention] == [8, 16, 20]
+    assert all(len(row["each"]) == row["after"] for row in retention)
+    rows = read_lines("out/results.jsonl")
+    # Measured right after each edit; the last of them is measured again at once.
+    assert retention[0]["each"][7] == rows[7]["edit_success"]
+    assert retention[-1]["edit_success"] == pytest.approx(sum(retention[-1]["each"]) / 20)
+    edited.restore()
+    assert same(bits(model), bits(plain(folder)))
+
+
+def test_in_sequence_locality_is_against_the_model_before_all_edits(folder):
+    edit(folder, data={"limit": 6}, sequential=True, method=ls.LoRA(["q_proj", "v_proj"], rank=2))
+    last = read_lines("out/retention.jsonl")[-1]
+    rows = read_lines("out/results.jsonl")
+    assert last["after"] == 6
+    assert rows[-1]["locality"] == pytest.approx(last["locality"]), "all records ask the same unrelated question"
+
+
+def test_wrong_arguments(folder):
+    for arguments, message in (
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"fluency_tokens": -1}, "fluency_tokens must be at least 0"),
+        ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
+        ({"stop_loss": 0.0}, "stop_loss must be positive"),
+        ({"retest_every": 2}, "needs sequential"),
+        ({"sequential": True, "retest_every": 0}, "retest_every counts edits"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ls.Editor("x", METHOD, "out", **arguments)
+    with pytest.raises(UsageError, match="name tokenizer"):
+        ls.Editor(plain(folder), METHOD, "out")
+
+
+def test_trainers_that_cannot_edit(folder):
+    editor = ls.Editor(str(folder / "llama"), METHOD, "out")
+    data = ls.EditingData(str(folder / "edits.json"))
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    with pytest.raises(UsageError, match="inference_mode to false"):
+        L.Trainer(**quiet).test(editor, data)
+    with pytest.raises(UsageError, match="needs an EditingData for its requests; got NoneType"):
+        L.Trainer(inference_mode=False, **quiet).test(editor, torch.utils.data.DataLoader([1]))
+
+
+def test_another_run_in_the_same_folder_is_refused(folder):
+    edit(folder)
+    before = Path("out/results.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"steps was 6 and is 7\. Name another output"):
+        edit(folder, steps=7)
+    assert Path("out/results.jsonl").read_bytes() == before
+    edit(folder, data={"limit": 5})  # more of the same goes on
+    assert [row["index"] for row in read_lines("out/results.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_a_built_model_under_bf16_autocast(folder):
+    model = plain(folder)
+    settings = {"steps": 4, "optimizer": adam, "fluency_tokens": 0, "tokenizer": str(folder / "llama")}
+    editor = ls.Editor(model, METHOD, "out", **settings)
+    trainer = L.Trainer(
+        inference_mode=False, accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.test(editor, ls.EditingData(str(folder / "edits.json"), limit=2), verbose=False)
+    assert len(read_lines("out/results.jsonl")) == 2
+    assert same(bits(model), bits(plain(folder)))
+    assert trainer.callback_metrics["edit_success"] == pytest.approx(editor.summary["figures"]["edit_success"]["mean"])
+
+
+# The command line.
+
+
+def config(folder, file="edit.yaml", **changes) -> str:
+    rose = {"rank": 4, "alpha": 16, "density": 0.2, "begin": 1, "end": 4}
+    rose["target_modules"] = ["v_proj", "down_proj"]
+    model = {
+        "backbone": str(folder / "llama"),
+        "method": {"class_path": "lit_sparse.RoseLoRA", "init_args": rose},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 3e-2}},
+        "output": "runs/cli",
+        "steps": 6,
+        "fluency_tokens": 4,
+        **changes,
+    }
+    data = {"path": str(folder / "edits.json"), "limit": 12}
+    content = {
+        "model": {"class_path": "lit_sparse.Editor", "init_args": model},
+        "data": {"class_path": "lit_sparse.EditingData", "init_args": data},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+    Path(file).write_text(yaml.safe_dump(content))
+    return file
+
+
+COMMAND = [sys.executable, "-m", "lit_sparse", "edit"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*words: str, code: int = 0) -> str:
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def two_processes(file: str, *words: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lit_sparse"]
+    own = ["edit", "--config", file, "--trainer.devices=2", "--trainer.strategy=ddp", *words]
+    return subprocess.run([*launcher, *own], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+
+
+@pytest.mark.slow
+def test_the_command_killed_and_resumed_and_in_two_processes(folder):
+    file = config(folder)
+    out = command("--config", file)
+    assert "edit_success" in out
+    assert "Wrote runs/cli." in out
+    assert sorted(p.name for p in Path("runs/cli").iterdir()) == [
+        "config.yaml", "parts", "results.jsonl", "run.json", "summary.json", "timings.jsonl",
+    ]  # fmt: skip
+    undisturbed = Path("runs/cli/results.jsonl").read_bytes()
+
+    process = subprocess.Popen(
+        [*COMMAND, "--config", file, "--model.init_args.output=runs/killed"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    part = Path("runs/killed/parts/0.jsonl")
+    while not (part.exists() and part.read_text().count("\n") >= 5):
+        time.sleep(0.01)
+        assert process.poll() is None, "it should have been killed before its end"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert part.read_text().count("\n") < 12
+    with part.open("a") as stream:
+        stream.write('{"index": 9, "pro')  # as a kill in the middle of a line would leave it
+    kept = part.read_text().splitlines()[:5]
+    command("--config", file, "--model.init_args.output=runs/killed")
+    assert Path("runs/killed/results.jsonl").read_bytes() == undisturbed
+    assert part.read_text().splitlines()[:5] == kept, "what was measured is not measured again"
+
+    done = two_processes(file, "--model.init_args.output=runs/two")
+    assert done.returncode == 0, done.stderr
+    assert [len(read_lines(f"runs/two/parts/{rank}.jsonl")) for rank in (0, 1)] == [6, 6]
+    assert Path("runs/two/results.jsonl").read_bytes() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_sequence_killed_and_resumed(folder):
+    file = config(folder, sequential=True, retest_every=5)
+    command("--config", file)
+    process = subprocess.Popen(
+        [*COMMAND, "--config", file, "--model.init_args.output=runs/killed"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    part = Path("runs/killed/parts/0.jsonl")
+    while not (part.exists() and part.read_text().count("\n") >= 7):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    command("--config", file, "--model.init_args.output=runs/killed")
+    for name in ("results.jsonl", "retention.jsonl"):
+        assert (Path("runs/killed") / name).read_bytes() == (Path("runs/cli") / name).read_bytes()
+    for edit_file in Path("runs/cli/edits").iterdir():
+        assert edit_file.read_bytes() == (Path("runs/killed/edits") / edit_file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_edits_are_listed_applied_and_removed(folder):
+    command("--config", config(folder, save_edits=True), "--data.init_args.limit=3")
+    listed = command("list", "runs/cli/edits")
+    assert [line.split()[0] for line in listed.splitlines()] == [
+        "edit", "000000.safetensors", "000001.safetensors", "000002.safetensors",
+    ]  # fmt: skip
+    assert "the cat 0 is → a film" in listed
+    out = command("apply", str(folder / "llama"), "runs/cli/edits", "--output", "edited")
+    assert "Wrote edited, with 3 edits in it." in out
+    expected = EditedModel(plain(folder))
+    for file in sorted(Path("runs/cli/edits").iterdir()):
+        expected.add(load_edit(file))
+    load = AutoModelForCausalLM.from_pretrained
+    assert same(bits(load("edited", dtype="float32")), bits(expected.model))
+    assert command("list", "edited") == listed
+
+    command("remove", "edited", "000001.safetensors", "--output", "less")
+    expected = EditedModel(plain(folder))
+    for number in (0, 2):
+        expected.add(load_edit(f"runs/cli/edits/00000{number}.safetensors"))
+    assert same(bits(load("less", dtype="float32")), bits(expected.model))
+    command("apply", "less", "runs/cli/edits/000001.safetensors", "--output", "more")
+    assert [line.split()[0] for line in command("list", "more").splitlines()[1:]] == [
+        "000000.safetensors", "000001.safetensors", "000002.safetensors",
+    ]  # fmt: skip
+    command("remove", "more", "000000.safetensors", "000001.safetensors", "000002.safetensors", "--output", "none")
+    assert same(bits(load("none", dtype="float32")), bits(plain(folder)))
+    assert not Path("none/edits").exists()
+
+    for words, message in (
+        (["apply", "edited", "runs/cli/edits/000001.safetensors", "--output", "x"], "'000001.safetensors' would be in"),
+        (["remove", "edited", "nope", "--output", "x"], "has no edit 'nope' in it; it has ['000000"),
+        (["apply", str(folder / "llama"), "absent", "--output", "x"], "'absent' is no file of an edit"),
+        (["apply", str(folder / "llama"), "runs/cli/edits", "--output", "edited"], "is not empty"),
+        (["apply", str(folder / "llama"), "runs/cli/edits"], "the following arguments are required: --output"),
+        (["list", "edited", "--nope"], "unrecognized arguments: --nope"),
+        (["remove", str(folder / "llama"), "a", "--output", "x"], "has no edit 'a' in it; it has []"),
+    ):
+        last = command(*words, code=1).strip().splitlines()[-1]  # other packages have things to say before it
+        assert last.startswith("error: ")
+        assert message in last
+    assert not Path("x").exists()
+
+
+@pytest.mark.slow
+def test_sequences_need_one_process(folder):
+    file = config(folder, sequential=True)
+    done = two_processes(file)
+    assert done.returncode != 0
+    assert "error: Edits in sequence build upon each other: use one process, devices=1." in done.stderr
