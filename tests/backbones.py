@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -168,6 +170,26 @@ def save_tiny_llama(folder: str | Path, **config: Any) -> str:
         "pad_token_id": tokenizer.pad_token_id,
     }
     return _save(LlamaForCausalLM, LlamaConfig(**{**settings, **config}), folder)
+
+
+def save_tiny_qwen2(folder: str | Path, **config: Any) -> str:
+    """A two-layer Qwen2 of width 32, with biases in its attention; its tokenizer adds no ``<s>`` and has a pad."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        save_tiny_causal_tokenizer(folder, add_bos=False, pad_token="<pad>")
+    )
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _save(Qwen2ForCausalLM, Qwen2Config(**{**settings, **config}), folder)
 
 
 def save_tiny_gpt2(folder: str | Path, **config: Any) -> str:

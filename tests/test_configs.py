@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from backbones import save_tiny_bert, save_tiny_deberta, save_tiny_llama, save_tiny_roberta
+from backbones import save_tiny_bert, save_tiny_deberta, save_tiny_llama, save_tiny_qwen2, save_tiny_roberta
 from datasets import ClassLabel, Dataset, Features, Value
+from projects import read_lines
 
 from lit_sparse.cli import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+EDITING = [path for path in CONFIGS if path.parent.name == "editing"]
 
 # Part of a backbone's name -> what builds a tiny one of its architecture.
 TINY = {
@@ -23,6 +25,9 @@ TINY = {
     "roberta": save_tiny_roberta,
     "MiniLM": save_tiny_bert,
     "llama": save_tiny_llama,
+    "Llama-2": save_tiny_llama,
+    "SmolLM2": save_tiny_llama,
+    "Qwen2.5": save_tiny_qwen2,
 }
 PAIR = ["sentence1", "sentence2"]
 # Task of GLUE -> its columns of text, and the names of its classes; without any it is the regression.
@@ -88,7 +93,33 @@ def test_there_are_configurations():
     assert len(CONFIGS) >= 25
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", EDITING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_configuration_edits(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning"])
+    backbone = yaml.safe_load(path.read_text())["model"]["init_args"]["backbone"]
+    build = next(build for part, build in TINY.items() if part in backbone)
+    probe = [{"prompt": "the man was", "ground_truth": [["a friend", "dull"]]}]
+    record = {"prompt": "the dog is", "target_new": "a cat", "locality": {"Forgetfulness": probe}}
+    (tmp_path / "requests.json").write_text(json.dumps([record] * 2))
+    options = {
+        "model.init_args.backbone": build(tmp_path / "backbone"),
+        "model.init_args.output": tmp_path / "output",
+        "data.init_args.path": tmp_path / "requests.json",
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.enable_progress_bar": "false",
+    }
+    main(["edit", "--config", str(path), *(f"--{key}={value}" for key, value in options.items())])
+    rows = read_lines(tmp_path / "output" / "results.jsonl")
+    assert [row["index"] for row in rows] == [0, 1]
+    assert all(row["changed"] and row["steps"] > 0 and "locality/Forgetfulness" in row for row in rows)
+    # The schedule of RoseLoRA is over within an edit.
+    assert all(row["changed_share"] < 0.1 or "roselora" not in path.name for row in rows)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path not in EDITING], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning"])
     config = yaml.safe_load(path.read_text())
@@ -120,6 +151,6 @@ def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_command_in_a_configuration_names_the_file_itself(path):
-    command = re.search(r"^# Run: +lightning fit --config (\S+)", path.read_text(), re.MULTILINE)
+    command = re.search(r"^# Run: +lightning (?:fit|edit) --config (\S+)", path.read_text(), re.MULTILINE)
     assert command is not None
     assert ROOT / command.group(1) == path
