@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/quality.md, from the files that the benchmarks wrote.
+"""The tables of docs/performance.md, quality.md and editing.md, from the files that the benchmarks wrote.
 
 Run:  python benchmarks/tables.py
 
@@ -19,7 +19,7 @@ from typing import Any
 from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
-PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality")]
+PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing")]
 METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 
 
@@ -217,6 +217,86 @@ def of_forgetting(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+_FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")
+
+
+def of_editing(cells: Cells) -> str:
+    """What was measured of the edits by each method, then what their settings were chosen by."""
+    final = [cell for cell in cells.values() if cell["phase"] == "final"]
+    sources = list(dict.fromkeys(cell["source"] for cell in final))
+    parts = []
+    if sources and all(source.startswith("seed ") for source in sources):
+        parts.append(_edits_by(final, f"{len(sources)} seeds, ± standard deviation over them", _over_seeds))
+    else:
+        for source in sources:
+            own = [cell for cell in final if cell["source"] == source]
+            parts.append(_edits_by(own, f"{source}, ± standard error", _of_requests))
+    curve = [cell for cell in cells.values() if cell["phase"] == "curve"]
+    if curve:
+        parts.append(_curve(curve))
+    search = [cell for cell in cells.values() if cell["phase"] == "search"]
+    parts.append(_tried(search))
+    return "\n\n".join(parts)
+
+
+def _edits_by(cells: list[dict[str, Any]], title: str, figure: Callable[[list[dict[str, Any]], str], str]) -> str:
+    names = [name for name in _FIGURES if any(name in cell["figures"] for cell in cells)]
+    measured = " | ".join(name.replace("_", " ") for name in names)
+    lines = [
+        f"| {title} | lr | {measured} | weights changed | steps | s per edit |",
+        "|---|---|" + "---|" * (len(names) + 3),
+    ]
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        own = [cell for cell in cells if cell["method"] == method]
+        changed, steps, seconds = (
+            statistics.mean(cell[name] for cell in own)
+            for name in ("mean_changed_share", "mean_steps", "seconds_per_edit")
+        )
+        figures = " | ".join(figure(own, name) for name in names)
+        lines.append(f"| {method} | {own[0]['lr']:g} | {figures} | {changed:.1%} | {steps:.1f} | {seconds:.2f} |")
+    return "\n".join(lines)
+
+
+def _of_requests(cells: list[dict[str, Any]], name: str) -> str:
+    found = cells[0]["figures"].get(name)
+    return "" if found is None else f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
+
+
+def _over_seeds(cells: list[dict[str, Any]], name: str) -> str:
+    means = [cell["figures"][name]["mean"] for cell in cells]
+    return f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" if len(means) > 1 else f"{means[0]:.3f}"
+
+
+def _curve(cells: list[dict[str, Any]]) -> str:
+    lines = ["| RoseLoRA's density | edit success | locality | weights changed |", "|---|---|---|---|"]
+    for density in sorted({cell["density"] for cell in cells}):
+        own = [cell for cell in cells if cell["density"] == density]
+        success, locality = success_and_locality(own)
+        changed = statistics.mean(cell["mean_changed_share"] for cell in own)
+        lines.append(f"| {density:g} | {success:.3f} | {locality:.3f} | {changed:.1%} |")
+    return "\n".join(lines)
+
+
+def _tried(cells: list[dict[str, Any]]) -> str:
+    """Edit success and locality of every learning rate, on the requests that settings were chosen on."""
+    lines = ["| tried | lr | edit success | locality |", "|---|---|---|---|"]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["method"], cell["lr"]), []).append(cell)
+    for (method, lr), own in sorted(groups.items()):
+        success, locality = success_and_locality(own)
+        lines.append(f"| {method} | {lr:g} | {success:.3f} | {locality:.3f} |")
+    return "\n".join(lines)
+
+
+def success_and_locality(cells: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Means over some runs of editing.py, each of which counts as much as another."""
+    success, locality = (
+        statistics.mean(cell["figures"][name]["mean"] for cell in cells) for name in ("edit_success", "locality")
+    )
+    return success, locality
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -224,6 +304,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": of_startup,
     "quality": of_quality,
     "forgetting": of_forgetting,
+    "editing": of_editing,
 }
 
 

@@ -1,0 +1,228 @@
+"""How precisely RoseLoRA, SoRA, LoRA and plain fine-tuning edit facts, at equal success.
+
+Run:  python benchmarks/editing.py facts [--processes 2]
+      python benchmarks/editing.py smollm2 --data FOLDER [--processes 2] [--results FILE]
+
+``facts`` trains tiny language models on made-up facts (examples/edit_generated_facts.py), one for each of three seeds.
+``smollm2`` takes SmolLM2-135M-Instruct (configs/editing/*_smollm2.yaml say how it is installed) and FOLDER with
+KnowEdit's ZsRE-test-all.json, recent_train.json, recent_test.json, train_cf.json and test_cf.json.
+
+All methods change the same layers, with the same steps and early stop. Each tries the same number of learning rates, on
+requests that are none of those reported; of those with an edit success of 0.98 or more, the one with the best locality
+is taken. ``--curve`` also tries densities of RoseLoRA on these. Runs that are in the results are not repeated. They go
+to benchmarks/results/editing-facts.json and editing-smollm2.json, and from there into docs/editing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import random
+import runpy
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import tables
+import torch
+from cells import Found, Store, run_missing
+
+import lit_sparse as ls
+from lit_sparse import quickstart
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+ENOUGH = 0.98  # edit success that is asked of a setting, where it is chosen
+
+
+class Source(NamedTuple):
+    """Requests of one kind.
+
+    Args:
+        backbone: Folder of the model.
+        search: File and first request to choose settings on.
+        final: File and first request to report.
+    """
+
+    backbone: str
+    search: tuple[str, int]
+    final: tuple[str, int]
+
+
+class Bench(NamedTuple):
+    """What differs between the two kinds of model.
+
+    Args:
+        methods: Name to method, by its density where it has one.
+        rates: Name to learning rates.
+        counts: Requests of a source in the search and in the end.
+        fluency_tokens: Tokens to generate.
+    """
+
+    methods: Mapping[str, Any]
+    rates: Mapping[str, tuple[float, ...]]
+    counts: Mapping[str, int]
+    fluency_tokens: int
+
+
+def methods(target: str, rank: int, density: float) -> dict[str, Any]:
+    options = {"target_modules": [target], "rank": rank, "alpha": 2 * rank}
+    return {
+        "LoRA": lambda _: ls.LoRA(**options),
+        # All thresholds of an edit together are 1.2: gates that begin near 1 go unless the edit needs them.
+        "SoRA": lambda _: ls.SoRA(**options, threshold=0.048, gate_init="ones"),
+        "RoseLoRA": lambda share: ls.RoseLoRA(**options, density=share or density, begin=3, end=20),
+        "fine-tuning": lambda _: ls.FineTuning([target]),
+    }
+
+
+BENCHES = {
+    "facts": Bench(
+        methods("down_proj", 4, 0.09),
+        {
+            "LoRA": (1e-3, 2e-3, 4e-3),
+            "SoRA": (4e-3, 8e-3, 1.6e-2),
+            "RoseLoRA": (2.5e-3, 5e-3, 1e-2),
+            "fine-tuning": (1e-4, 2e-4, 4e-4),
+        },
+        {"search": 20, "final": 40},
+        0,
+    ),
+    "smollm2": Bench(
+        methods("down_proj", 4, 0.05),
+        {
+            "LoRA": (2e-4, 4e-4, 1e-3),
+            "SoRA": (1e-3, 2e-3, 4e-3),
+            "RoseLoRA": (1.5e-3, 3e-3, 6e-3),
+            "fine-tuning": (1e-5, 3e-5, 1e-4),
+        },
+        {"search": 10, "final": 50},
+        40,
+    ),
+}
+
+
+class Cell(NamedTuple):
+    """One run of the Editor."""
+
+    phase: str
+    source: str
+    method: str
+    lr: float
+    density: float | None = None
+
+    @property
+    def key(self) -> str:
+        share = "" if self.density is None else f"/{self.density:g}"
+        return f"{self.phase}/{self.source}/{self.method}/{self.lr:g}{share}"
+
+
+def run(kind: str, sources: Mapping[str, Source], cell: Cell) -> dict[str, Any]:
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    bench, source = BENCHES[kind], sources[cell.source]
+    phase = "final" if cell.phase == "final" else "search"
+    file, first = getattr(source, phase)
+    with tempfile.TemporaryDirectory() as folder:
+        editor = ls.Editor(
+            source.backbone,
+            bench.methods[cell.method](cell.density),
+            folder,
+            optimizer=functools.partial(torch.optim.AdamW, lr=cell.lr, weight_decay=0.0),
+            fluency_tokens=bench.fluency_tokens if phase == "final" else 0,
+        )
+        trainer = L.Trainer(accelerator="cpu", inference_mode=False, logger=False, enable_progress_bar=False)
+        trainer.test(editor, ls.EditingData(file, first, bench.counts[phase]), verbose=False)
+    figures = editor.summary["figures"]
+    return {
+        **cell._asdict(),
+        **editor.summary,
+        "score": 100 * figures["edit_success"]["mean"],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def chosen_lr(found: Found, bench: Bench, sources: Mapping[str, Source], method: str) -> float | None:
+    """The learning rate of a method; None before its search is complete."""
+    means = {}
+    for lr in bench.rates[method]:
+        runs = [found.get(Cell("search", source, method, lr).key) for source in sources]
+        if None in runs:
+            return None
+        means[lr] = tables.success_and_locality([run for run in runs if run])
+    able = [lr for lr, (success, _) in means.items() if success >= ENOUGH]
+    if able:
+        return max(able, key=lambda lr: means[lr][1])
+    return max(means, key=lambda lr: means[lr][0])
+
+
+def missing(bench: Bench, sources: Mapping[str, Source], densities: tuple[float, ...], found: Found) -> dict[str, Cell]:
+    cells = []
+    for method, rates in bench.rates.items():
+        lr = chosen_lr(found, bench, sources, method)
+        for source in sources:
+            if lr is None:
+                cells += [Cell("search", source, method, rate) for rate in rates]
+            else:
+                cells.append(Cell("final", source, method, lr))
+                if method == "RoseLoRA":
+                    cells += [Cell("curve", source, method, lr, density) for density in densities]
+    return {cell.key: cell for cell in cells if cell.key not in found}
+
+
+def facts_sources(folder: Path) -> dict[str, Source]:
+    """A model for each seed that knows its own facts, and requests to change some."""
+    example = runpy.run_path(str(ROOT / "examples" / "edit_generated_facts.py"))
+    cities, sources = example["CITIES"], {}
+    for seed in SEEDS:
+        L.seed_everything(seed, verbose=False)
+        rng, place = random.Random(seed), folder / str(seed)
+        facts = {(city, relation): f"{relation}{rng.randrange(12)}" for city in cities for relation in example["ASK"]}
+        example["pretrain"](facts, place / "model")
+        asked = [example["request"](facts, city, rng) for city in rng.sample(cities, 60)]
+        (place / "requests.json").write_text(json.dumps(asked))
+        file = str(place / "requests.json")
+        sources[f"seed {seed}"] = Source(str(place / "model"), (file, 40), (file, 0))
+    return sources
+
+
+def smollm2_sources(data: Path) -> dict[str, Source]:
+    model = quickstart.resolve("quickstart://SmolLM2-135M-Instruct")
+    zsre = str(data / "ZsRE-test-all.json")
+    return {
+        "ZsRE": Source(model, (zsre, 200), (zsre, 0)),
+        "WikiData recent": Source(model, (str(data / "recent_train.json"), 0), (str(data / "recent_test.json"), 0)),
+        "WikiData counterfact": Source(model, (str(data / "train_cf.json"), 0), (str(data / "test_cf.json"), 0)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=list(BENCHES))
+    parser.add_argument("--data", type=Path, help="for smollm2: folder of KnowEdit's files")
+    parser.add_argument("--curve", type=float, nargs="+", default=[], metavar="DENSITY")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    if options.kind == "smollm2" and options.data is None:
+        parser.error("smollm2 needs --data")
+    results = Path(__file__).parent / "results" / f"editing-{options.kind}.json"
+    store = Store(options.results or results)
+    bench = BENCHES[options.kind]
+    with tempfile.TemporaryDirectory() as folder:
+        sources = facts_sources(Path(folder)) if options.kind == "facts" else smollm2_sources(options.data)
+        wanted = functools.partial(missing, bench, sources, tuple(options.curve))
+        run_missing(store, wanted, functools.partial(run, options.kind, sources), options.processes)
+    print(tables.of_editing(store.read()))
+    if options.results is None:
+        tables.write()
+
+
+if __name__ == "__main__":
+    main()
