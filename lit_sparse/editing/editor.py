@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -269,6 +270,7 @@ class Editor(LightningModule):
             "method": repr(self.method),
             "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
             "path": data.path,
+            "requests": hashlib.sha256(Path(data.path).read_bytes()).hexdigest(),
             "batch_size": data.batch_size,
             "precision": str(self.trainer.precision),
             **{

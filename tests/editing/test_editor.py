@@ -66,7 +66,7 @@ def edit(folder, output="out", method=METHOD, data=None, trainer=None, **argumen
         enable_progress_bar=False,
         enable_checkpointing=False,
         **(trainer or {}),
-    ).test(editor, ls.EditingData(str(folder / "edits.json"), **{"limit": 4, **(data or {})}), verbose=False)
+    ).test(editor, ls.EditingData(**{"path": str(folder / "edits.json"), "limit": 4, **(data or {})}), verbose=False)
     return editor
 
 
@@ -198,6 +198,12 @@ def test_another_run_in_the_same_folder_is_refused(folder):
     with pytest.raises(UsageError, match=r"steps was 6 and is 7\. Name another output"):
         edit(folder, steps=7)
     assert Path("out/results.jsonl").read_bytes() == before
+    others = Path("edits.json")
+    others.write_text(json.dumps(records(20)))
+    edit(folder, "others", data={"path": str(others)})
+    others.write_text(json.dumps(records(19)))
+    with pytest.raises(UsageError, match="requests was"):
+        edit(folder, "others", data={"path": str(others)})
     edit(folder, data={"limit": 5})  # more of the same goes on
     assert [row["index"] for row in read_lines("out/results.jsonl")] == [0, 1, 2, 3, 4]
 
