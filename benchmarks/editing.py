@@ -162,7 +162,8 @@ def chosen_lr(found: Found, bench: Bench, sources: Mapping[str, Source], method:
     return max(means, key=lambda lr: means[lr][0])
 
 
-def missing(bench: Bench, sources: Mapping[str, Source], densities: tuple[float, ...], found: Found) -> dict[str, Cell]:
+def missing(kind: str, sources: Mapping[str, Source], densities: tuple[float, ...], found: Found) -> dict[str, Cell]:
+    bench = BENCHES[kind]
     cells = []
     for method, rates in bench.rates.items():
         lr = chosen_lr(found, bench, sources, method)
@@ -214,10 +215,9 @@ def main() -> None:
         parser.error("smollm2 needs --data")
     results = Path(__file__).parent / "results" / f"editing-{options.kind}.json"
     store = Store(options.results or results)
-    bench = BENCHES[options.kind]
     with tempfile.TemporaryDirectory() as folder:
         sources = facts_sources(Path(folder)) if options.kind == "facts" else smollm2_sources(options.data)
-        wanted = functools.partial(missing, bench, sources, tuple(options.curve))
+        wanted = functools.partial(missing, options.kind, sources, tuple(options.curve))
         run_missing(store, wanted, functools.partial(run, options.kind, sources), options.processes)
     print(tables.of_editing(store.read()))
     if options.results is None:
