@@ -97,9 +97,9 @@ BENCHES = {
         methods("down_proj", 4, 0.05),
         {
             "LoRA": (2e-4, 4e-4, 1e-3),
-            "SoRA": (1e-3, 2e-3, 4e-3),
             "RoseLoRA": (1.5e-3, 3e-3, 6e-3),
             "fine-tuning": (1e-5, 3e-5, 1e-4),
+            "SoRA": (2e-3, 4e-3, 8e-3),
         },
         {"search": 10, "final": 50},
         40,
