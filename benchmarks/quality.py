@@ -3,8 +3,9 @@
 Run:  python benchmarks/quality.py --data FOLDER [--processes 2] [--tasks …] [--methods …] [--again KEY]
 
 FOLDER holds a folder per task with train.jsonl and validation.jsonl, in the columns of the hub's nyu-mll/glue. Every
-method searches the same three learning rates for every task, on 500 rows held out of the training rows; with the better
-one it is trained by three seeds, and measured once, at the end, on the validation set, which nothing was chosen on.
+method searches the same three learning rates for every task, and up to two more where the best is the lowest or the
+highest, on 500 rows held out of the training rows; with the best one it is trained by three seeds, and measured once,
+at the end, on the validation set, which nothing was chosen on.
 Steps, batches, backbone and schedule are the same for all. Each run is a cell of its own: one process after another, or
 several at once, take those that are missing, a run that was killed begins anew, and the rest stays. --again trains one
 cell anew and compares. The results go to benchmarks/results/quality.json, and from there into docs/quality.md and its
@@ -41,6 +42,7 @@ from lit_sparse.modules.optimization import lr_scheduler
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = (0, 1, 2)
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+EXTENSIONS = 2  # rates to try beyond these, where the best is at an end
 HELD_OUT, MAX_LENGTH = 500, 64
 
 
@@ -207,9 +209,25 @@ def _batches(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 # Which cells there are, and which are missing.
 
 
+def searched(found: Found, task: str, method: str) -> list[float]:
+    """The learning rates to search, as far as they are known: also beyond the best one, where it is at an end."""
+    rates = sorted(LEARNING_RATES)
+    for _ in range(EXTENSIONS):
+        best = _best(found, task, method, rates)
+        if best == rates[-1]:
+            rates.append(2 * best)
+        elif best == rates[0]:
+            rates.insert(0, best / 2)
+    return rates
+
+
 def chosen_lr(found: Found, task: str, method: str) -> float | None:
     """The learning rate of the search's best score; None before it is complete."""
-    cells = [Cell("search", task, method, lr, 0) for lr in LEARNING_RATES]
+    return _best(found, task, method, searched(found, task, method))
+
+
+def _best(found: Found, task: str, method: str, rates: list[float]) -> float | None:
+    cells = [Cell("search", task, method, lr, 0) for lr in rates]
     if any(cell.key not in found for cell in cells):
         return None
     return max(cells, key=lambda cell: found[cell.key]["score"]).lr
@@ -222,7 +240,7 @@ def missing(tasks: list[str], methods: list[str], found: Found) -> dict[str, Cel
         for method in methods:
             lr = chosen_lr(found, task, method)
             if lr is None:
-                cells += [Cell("search", task, method, rate, 0) for rate in LEARNING_RATES]
+                cells += [Cell("search", task, method, rate, 0) for rate in searched(found, task, method)]
             else:
                 cells += [Cell("final", task, method, lr, seed) for seed in SEEDS]
     return {cell.key: cell for cell in cells if cell.key not in found}

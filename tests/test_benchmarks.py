@@ -106,6 +106,34 @@ def test_the_table_says_what_became_of_the_promises(sora, parameters, rose, chan
     assert "| Mean rank left, SoRA | cola | rte |" in made
 
 
+def test_the_search_goes_on_where_the_best_rate_is_at_an_end():
+    pytest.importorskip("peft")
+    quality = pytest.importorskip("quality")
+    low, middle, high = quality.LEARNING_RATES
+    scores: dict[float, float] = {}
+
+    def found():
+        return {quality.Cell("search", "rte", "SoRA", lr, 0).key: {"score": score} for lr, score in scores.items()}
+
+    def searched():
+        return quality.searched(found(), "rte", "SoRA"), quality.chosen_lr(found(), "rte", "SoRA")
+
+    scores |= {low: 1.0, middle: 2.0}
+    assert searched() == ([low, middle, high], None)
+    scores[high] = 1.5
+    assert searched() == ([low, middle, high], middle)
+    scores[high] = 3.0
+    assert searched() == ([low, middle, high, 2 * high], None)
+    scores[2 * high] = 2.5
+    assert searched() == ([low, middle, high, 2 * high], high)
+    scores[2 * high] = 4.0
+    assert searched() == ([low, middle, high, 2 * high, 4 * high], None)
+    scores[4 * high] = 5.0
+    assert searched() == ([low, middle, high, 2 * high, 4 * high], 4 * high)  # and no further
+    scores[low] = 9.0
+    assert searched() == ([low / 2, low, middle, high], None)
+
+
 def test_the_table_of_what_was_forgotten_groups_seeds():
     cells = {
         f"{method}/{lr}/{seed}": {
