@@ -30,9 +30,6 @@ class EditingData(LightningDataModule):
         UsageError: If the file cannot be read, a record is not what it should be, or none is left.
     """
 
-    # Processes without a share of few requests have nothing to do.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(self, path: str, first: int = 0, limit: int | None = None, batch_size: int = 1) -> None:
         super().__init__()
         if first < 0:
@@ -72,6 +69,11 @@ class EditingData(LightningDataModule):
         processes = 1 if self.trainer is None else self.trainer.world_size
         rank = 0 if self.trainer is None else self.trainer.global_rank
         groups: Any = self.groups
+        if len(groups) < processes:  # one without a share would leave before the others have met
+            raise UsageError(
+                f"There are {len(groups)} edits to make of {len(self.requests)} requests, and {processes} processes: "
+                "use fewer processes."
+            )
         return DataLoader(groups, batch_size=None, sampler=Share(groups, processes, rank))
 
 

@@ -371,6 +371,9 @@ def test_edits_are_listed_applied_and_removed(folder):
 @pytest.mark.slow
 def test_sequences_need_one_process(folder):
     file = config(folder, sequential=True)
+    few = two_processes(file, "--data.init_args.limit=1", "--model.init_args.sequential=false")
+    assert few.returncode != 0
+    assert "error: There are 1 edits to make of 1 requests, and 2 processes: use fewer processes." in few.stderr
     done = two_processes(file)
     assert done.returncode != 0
     assert "error: Edits in sequence build upon each other: use one process, devices=1." in done.stderr
