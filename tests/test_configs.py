@@ -112,7 +112,9 @@ def test_a_configuration_edits(path, tmp_path, monkeypatch):
     main(["edit", "--config", str(path), *(f"--{key}={value}" for key, value in options.items())])
     rows = read_lines(tmp_path / "output" / "results.jsonl")
     assert [row["index"] for row in rows] == [0, 1]
-    assert all(row["changed"] and row["steps"] > 0 and "locality/Forgetfulness" in row for row in rows)
+    assert all(row["steps"] > 0 and "locality/Forgetfulness" in row for row in rows)
+    # A random model gives the gates of SoRA no reason to stay.
+    assert all(row["changed"] > 0 or "sora" in path.name.split("_") for row in rows)
     # The schedule of RoseLoRA is over within an edit.
     assert all(row["changed_share"] < 0.1 or "roselora" not in path.name for row in rows)
 
