@@ -280,7 +280,7 @@ def test_without_another_program_an_unknown_word_is_refused(monkeypatch, capsys)
     with pytest.raises(SystemExit, match="2"):
         lightning_main()
     assert (
-        "invalid choice: 'login' (choose from 'fit', 'validate', 'test', 'predict', 'inspect', 'export', 'merge')"
+        "invalid choice: 'login' (choose from 'fit', 'validate', 'test', 'predict', 'inspect', 'edit', 'export', 'merge')"
         in capsys.readouterr().err
     )
 
