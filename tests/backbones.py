@@ -154,28 +154,17 @@ def save_tiny_deberta(folder: str | Path, **config: Any) -> str:
 
 def save_tiny_llama(folder: str | Path, **config: Any) -> str:
     """A two-layer Llama of width 32 whose tokenizer puts ``<s>`` first and has a pad token."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        save_tiny_causal_tokenizer(folder, add_bos=True, pad_token="<pad>")
-    )
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 512,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return _save(LlamaForCausalLM, LlamaConfig(**{**settings, **config}), folder)
+    return _save_llama_like(LlamaForCausalLM, LlamaConfig, folder, add_bos=True, **config)
 
 
 def save_tiny_qwen2(folder: str | Path, **config: Any) -> str:
     """A two-layer Qwen2 of width 32, with biases in its attention; its tokenizer adds no ``<s>`` and has a pad."""
+    return _save_llama_like(Qwen2ForCausalLM, Qwen2Config, folder, add_bos=False, **config)
+
+
+def _save_llama_like(model_class: Any, config_class: Any, folder: str | Path, *, add_bos: bool, **config: Any) -> str:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        save_tiny_causal_tokenizer(folder, add_bos=False, pad_token="<pad>")
+        save_tiny_causal_tokenizer(folder, add_bos=add_bos, pad_token="<pad>")
     )
     settings = {
         "vocab_size": len(tokenizer),
@@ -189,7 +178,7 @@ def save_tiny_qwen2(folder: str | Path, **config: Any) -> str:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return _save(Qwen2ForCausalLM, Qwen2Config(**{**settings, **config}), folder)
+    return _save(model_class, config_class(**{**settings, **config}), folder)
 
 
 def save_tiny_gpt2(folder: str | Path, **config: Any) -> str:

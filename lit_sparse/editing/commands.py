@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lit_sparse.editing.edits import SUFFIX, EditedModel, load_edit, read_content
+from lit_sparse.editing.edits import SUFFIX, EditedModel, load_edit
 from lit_sparse.errors import UsageError
-from lit_sparse.interchange.export import new_folder, require_free
+from lit_sparse.interchange.export import new_folder, require_free, save_tensors
 from lit_sparse.interchange.merged_folder import save_processor
 from lit_sparse.interchange.patches import patch_from, require_fit, tensors_of
 from lit_sparse.modules.backbone import load_backbone
@@ -112,13 +111,12 @@ def list_edits(sources: Sequence[str]) -> None:
     """
     rows = [["edit", "prompt → new answer", "entries", "edit success", "locality"]]
     for file in (file for name in sources for file in _files(name)):
-        content = read_content(file)
-        changed = f"{load_edit(file).changed:,}"
-        metrics = [*content["metrics"], *[{}] * len(content["requests"])]
-        for request, found in zip(content["requests"], metrics, strict=False):
-            asked = request["prompt"] if len(request["prompt"]) <= _WIDTH else f"{request['prompt'][: _WIDTH - 1]}…"
+        edit = load_edit(file)
+        unmeasured: tuple[dict[str, float], ...] = ({},) * len(edit.requests)
+        for request, found in zip(edit.requests, edit.metrics or unmeasured, strict=False):
+            asked = request.prompt if len(request.prompt) <= _WIDTH else f"{request.prompt[: _WIDTH - 1]}…"
             figures = [f"{found[name]:.2f}" if name in found else "" for name in ("edit_success", "locality")]
-            rows.append([file.name, f"{asked} → {request['target_new']}", changed, *figures])
+            rows.append([file.name, f"{asked} → {request.target_new}", f"{edit.changed:,}", *figures])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     sys.stdout.write("\n".join(lines) + "\n")
@@ -193,9 +191,6 @@ def _write(edited: EditedModel, source: str, files: Sequence[Path], output: str)
             (draft / _EDITS).mkdir()
             for file in files:
                 shutil.copyfile(file, draft / _EDITS / file.name)
-            tensors: dict[str, torch.Tensor] = {
-                name: tensor.cpu().contiguous() for name, tensor in tensors_of(edited.originals).items()
-            }
-            save_file(tensors, draft / _EDITS / _ORIGINALS, metadata={"format": "pt"})
+            save_tensors(tensors_of(edited.originals), draft / _EDITS / _ORIGINALS)
             (draft / _EDITS / _ORDER).write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
     sys.stdout.write(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.\n")

@@ -35,8 +35,7 @@ class Editor(LightningModule):
 
     For each request (or group of requests, by ``batch_size`` of :class:`~lit_sparse.EditingData`) a change of the
     weights is trained on the tokens of the new answer, added to the weights, measured, and taken out again, bit for
-    bit.
-    It is used with a Trainer, as by ``lit-sparse edit --config …``::
+    bit. It is used with a Trainer, as by ``lit-sparse edit --config …``::
 
         editor = ls.Editor("meta-llama/Llama-2-7b-chat-hf", ls.RoseLoRA(["q_proj", "v_proj"], clamp=3e-3), "runs/zsre")
         L.Trainer(inference_mode=False).test(editor, ls.EditingData("ZsRE-test-all.json"))
@@ -209,8 +208,9 @@ class Editor(LightningModule):
             start = time.perf_counter()
             self._edited.restore()
             seconds += time.perf_counter() - start
-        common = {"steps": trained.steps, "loss": trained.loss, "changed": edit.changed}
-        common["changed_share"] = edit.changed / trained.weights
+        changed = edit.changed
+        sizes = {"changed": changed, "changed_share": changed / trained.weights}
+        common = {"steps": trained.steps, "loss": trained.loss, **sizes}
         times = {"seconds": seconds / len(requests), "step_seconds": trained.seconds / len(requests)}
         return [
             {"index": r.index, "prompt": r.prompt, "target_new": r.target_new, **common, **figures, **times}
@@ -275,6 +275,6 @@ class Editor(LightningModule):
             "precision": str(self.trainer.precision),
             **{
                 name: getattr(self, name)
-                for name in ("steps", "stop_loss", "sequential", "fluency_tokens", "texts", "seed")
+                for name in ("steps", "stop_loss", "sequential", "save_edits", "fluency_tokens", "texts", "seed")
             },
         }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Edit:
         metrics: What was measured of each request, by name.
         method: How it was trained.
         base_model: The model that it was made for.
+        weights: Entries of the weights that could have changed.
     """
 
     patch: Patch
@@ -42,7 +44,6 @@ class Edit:
     method: str = ""
     base_model: str = ""
     weights: int = 0
-    """Entries of the weights that could have changed."""
 
     @property
     def changed(self) -> int:
@@ -79,7 +80,7 @@ def load_edit(file: str | os.PathLike[str]) -> Edit:
     Raises:
         UsageError: If the file cannot be read, or is no edit, or one of another version.
     """
-    content = read_content(file)
+    content = _content(file)
     with safe_open(file, "pt") as stored:
         tensors: dict[str, Tensor] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     try:
@@ -92,7 +93,7 @@ def load_edit(file: str | os.PathLike[str]) -> Edit:
         ) from error
 
 
-def read_content(file: str | os.PathLike[str]) -> dict[str, Any]:
+def _content(file: str | os.PathLike[str]) -> dict[str, Any]:
     """What an edit's file says beside its tensors.
 
     Raises:
@@ -155,21 +156,15 @@ class EditedModel:
         put(self.model, self.originals)
         self.originals = {}
 
-    def as_it_was(self) -> _AsItWas:
-        """A context in which the model is as it was before any edit."""
-        return _AsItWas(self)
-
-
-class _AsItWas:
-    def __init__(self, edited: EditedModel) -> None:
-        self._edited = edited
-
-    def __enter__(self) -> None:
-        self._now = standing(self._edited.model, self._edited.originals)
-        put(self._edited.model, self._edited.originals)
-
-    def __exit__(self, *_: object) -> None:
-        put(self._edited.model, self._now)
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Within the context the model is as it was before any edit."""
+        now = standing(self.model, self.originals)
+        put(self.model, self.originals)
+        try:
+            yield
+        finally:
+            put(self.model, now)
 
 
 def combine(edits: Sequence[Edit]) -> tuple[Edit, int]:

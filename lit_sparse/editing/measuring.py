@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics.text import Perplexity
 from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.instructions import PadPromptAndResponse
+from lit_sparse.data.instructions import IGNORED, PadPromptAndResponse
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.editing.metrics import (
     Answer,
@@ -26,6 +26,7 @@ from lit_sparse.editing.metrics import (
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import encode, predict
 from lit_sparse.errors import UsageError
+from lit_sparse.modules.language_modeling import most_likely_continuation
 
 _TEXT_LENGTH = 128  # tokens of a text that its perplexity is measured on
 
@@ -92,17 +93,9 @@ class Measurer:
         for request in requests:
             kinds["portability"] |= set(request.portability)
             kinds["locality"] |= set(request.locality)
-        self._portability = Portability(sorted(kinds["portability"]))
-        self._locality = Locality(sorted(kinds["locality"]))
-        self._others = (EditSuccess(), Rephrase(), Fluency())
-        metrics: tuple[RequestMean, ...] = (*self._others, self._portability, self._locality)
-        order = ("edit_success", "rephrase", *self._portability.names, *self._locality.names, "fluency", "perplexity")
-        self.names = [name for name in order if name == "perplexity" or any(name in m.names for m in metrics)]
+        asked = (*Portability(sorted(kinds["portability"])).names, *Locality(sorted(kinds["locality"])).names)
+        self.names = ("edit_success", "rephrase", *asked, "fluency", "perplexity")
         """Of all figures that a request may have."""
-
-    def predictions(self, questions: Questions) -> list[list[int]]:
-        """What the model predicts of every answer, token by token."""
-        return predict(self._model, self._tokenizer, questions.rows, self._batch_size)
 
     def unedited(self, questions: Questions) -> dict[int, list[int]]:
         """What the model predicts of the unrelated answers alone, by their places: to be asked before an edit."""
@@ -120,14 +113,13 @@ class Measurer:
             before: What :meth:`unedited` gave.
             answers_only: Leave fluency and perplexity out.
         """
-        predicted = self.predictions(questions)
+        predicted = predict(self._model, self._tokenizer, questions.rows, self._batch_size)
 
         def answer(place: int) -> Answer:
             return Answer(predicted[place], questions.rows[place].answer)
 
         texts = [] if answers_only or not self._fluency_tokens else self._continuations(questions)
         perplexity = {} if answers_only or not self._texts else {"perplexity": self.perplexity()}
-        success, rephrase, fluency = self._others
         measured = []
         for i in range(len(questions.requests)):
             kinds = questions.portability[i]
@@ -136,47 +128,38 @@ class Measurer:
                 kind: [[Answer(predicted[place], before[place])] for place in probes]
                 for kind, probes in questions.locality[i].items()
             }
-            found = {
-                **success([answer(questions.edits[i])]),
-                **rephrase([[answer(place) for place in questions.rephrases[i]]]),
-                **self._portability([follows]),
-                **self._locality([unrelated]),
-                **(fluency([texts[i]]) if texts else {}),
-            }
-            figures = {name: float(value) for name, value in found.items()}
-            measured.append({**{n: value for n, value in figures.items() if not math.isnan(value)}, **perplexity})
+            measured.append(
+                {
+                    **EditSuccess.figures(answer(questions.edits[i])),
+                    **Rephrase.figures([answer(place) for place in questions.rephrases[i]]),
+                    **Portability.figures(follows),
+                    **Locality.figures(unrelated),
+                    **(Fluency.figures(texts[i]) if texts else {}),
+                    **perplexity,
+                }
+            )
         return measured
 
     @torch.no_grad()
     def perplexity(self) -> float:
         """Of the texts: e to the mean loss of their tokens."""
-        total = count = 0.0
+        # Not synchronized: every process has edits of its own. The annotation of torchmetrics (1.9) is wrong.
+        metric = Perplexity(ignore_index=IGNORED, sync_on_compute=False)  # type: ignore[arg-type]
+        metric = metric.to(self._model.device)
         for first in range(0, len(self._texts), self._batch_size):
             batch = self._padded(self._texts[first : first + self._batch_size], left=False)
-            logits = self._model(**batch, use_cache=False).logits[:, :-1].float()
-            labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-            count += int((labels != -100).sum())
-        return math.exp(min(total / count, 700.0))  # e⁷⁰⁰ is the end of floating point
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+            metric.update(self._model(**batch, use_cache=False).logits[:, :-1].float(), labels[:, 1:])
+        return float(metric.compute())
 
     @torch.no_grad()
     def _continuations(self, questions: Questions) -> list[str]:
         """What the model goes on with after each prompt, greedily."""
         prompts = open_ended(self._tokenizer, [request.prompt for request in questions.requests])
         texts: list[str] = []
-        # Sampling switched off must take its settings along, or transformers warns of each of them.
-        by_chance = dict.fromkeys(("temperature", "top_p", "top_k"))
         for first in range(0, len(prompts), self._batch_size):
             batch = self._padded(prompts[first : first + self._batch_size], left=True)
-            tokens: Tensor = self._model.generate(
-                **batch,
-                max_new_tokens=self._fluency_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self._tokenizer.pad_token_id,
-                **by_chance,
-            )
-            new = tokens[:, batch["input_ids"].shape[1] :]
+            new = most_likely_continuation(self._model, batch, self._fluency_tokens)
             texts += self._tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
 
@@ -189,7 +172,7 @@ class Measurer:
 def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Name of a figure to its ``mean``, ``standard_error`` (None for a single request) and number of ``requests``."""
     metric = RequestMean(names, sync_on_compute=False)  # rows are those of all processes, and only one has them
-    metric.update(*({name: row[name] for name in names if name in row} for row in rows))
+    metric.update({name: row[name] for name in names if name in row} for row in rows)
     means, errors = metric.compute(), metric.standard_errors()
     counts = dict(zip(metric.names, metric.count.tolist(), strict=True))
     return {
@@ -220,7 +203,7 @@ def text_table(summary: Mapping[str, Any]) -> str:
 
 def _read_texts(file: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     try:
-        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
         texts = [row["text"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"texts must be JSON Lines with a column text; {file!r} cannot be read: {error!r}.") from error

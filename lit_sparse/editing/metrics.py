@@ -80,10 +80,26 @@ class RequestMean(Metric):
         for state in ("total", "squares", "count"):
             self.add_state(state, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, *requests: Mapping[str, float]) -> None:
-        """Add requests, each with the figures that it has."""
+    @classmethod
+    def figures(cls, request: Any) -> Mapping[str, float]:
+        """The figures that one request has, by name; sub-classes make them of what was predicted."""
+        return request  # type: ignore[no-any-return]
+
+    def update(self, requests: Iterable[Any]) -> None:
+        """Add requests.
+
+        Args:
+            requests: Of each what :meth:`figures` takes.
+
+        Raises:
+            UsageError: If one has a figure of another name.
+        """
         for request in requests:
-            for name, value in request.items():
+            for name, value in self.figures(request).items():
+                if name not in self.names:
+                    raise UsageError(
+                        f"{type(self).__name__} was made for the figures {list(self.names)}, not {name!r}."
+                    )
                 place = self.names.index(name)
                 self.total[place] += value
                 self.squares[place] += value**2
@@ -110,13 +126,10 @@ class EditSuccess(RequestMean):
     def __init__(self, **options: Any) -> None:
         super().__init__(("edit_success",), **options)
 
-    def update(self, answers: Iterable[Answer]) -> None:  # type: ignore[override]
-        """Add requests.
-
-        Args:
-            answers: One for each request, to its prompt.
-        """
-        super().update(*({"edit_success": answer.share} for answer in answers))
+    @classmethod
+    def figures(cls, request: Answer) -> Mapping[str, float]:
+        """Of the answer to the request's prompt."""
+        return {"edit_success": request.share}
 
 
 class Rephrase(RequestMean):
@@ -125,13 +138,10 @@ class Rephrase(RequestMean):
     def __init__(self, **options: Any) -> None:
         super().__init__(("rephrase",), **options)
 
-    def update(self, requests: Iterable[Sequence[Answer]]) -> None:  # type: ignore[override]
-        """Add requests.
-
-        Args:
-            requests: For each request an answer to each wording; one without any counts for nothing.
-        """
-        super().update(*({"rephrase": fmean(a.share for a in answers)} for answers in requests if answers))
+    @classmethod
+    def figures(cls, request: Sequence[Answer]) -> Mapping[str, float]:
+        """Of an answer to each wording; none, if there is no other wording."""
+        return {"rephrase": fmean(answer.share for answer in request)} if request else {}
 
 
 class Portability(RequestMean):
@@ -149,22 +159,15 @@ class Portability(RequestMean):
     def __init__(self, kinds: Sequence[str], **options: Any) -> None:
         super().__init__((self.name, *(f"{self.name}/{kind}" for kind in kinds)), **options)
 
-    def update(self, requests: Iterable[Mapping[str, Sequence[Sequence[Answer]]]]) -> None:  # type: ignore[override]
-        """Add requests.
-
-        Args:
-            requests: For each request the kinds, for each kind the prompts, for each prompt an answer for every name;
-                one without any counts for nothing.
-        """
-        super().update(*(self._figures(kinds) for kinds in requests if any(kinds.values())))
-
-    def _figures(self, kinds: Mapping[str, Sequence[Sequence[Answer]]]) -> dict[str, float]:
+    @classmethod
+    def figures(cls, request: Mapping[str, Sequence[Sequence[Answer]]]) -> Mapping[str, float]:
+        """Of the kinds, for each kind the prompts, for each prompt an answer for every name."""
         means = {
-            f"{self.name}/{kind}": fmean(max(answer.share for answer in names) for names in prompts)
-            for kind, prompts in kinds.items()
+            f"{cls.name}/{kind}": fmean(max(answer.share for answer in names) for names in prompts)
+            for kind, prompts in request.items()
             if prompts
         }
-        return {self.name: fmean(means.values()), **means}
+        return {cls.name: fmean(means.values()), **means} if means else {}
 
 
 class Locality(Portability):
@@ -186,10 +189,7 @@ class Fluency(RequestMean):
     def __init__(self, **options: Any) -> None:
         super().__init__(("fluency",), **options)
 
-    def update(self, texts: Iterable[str]) -> None:  # type: ignore[override]
-        """Add requests.
-
-        Args:
-            texts: What was generated after the prompt of each request, without the prompt.
-        """
-        super().update(*({"fluency": fluency(text)} for text in texts))
+    @classmethod
+    def figures(cls, request: str) -> Mapping[str, float]:
+        """Of the text that was generated, without the prompt."""
+        return {"fluency": fluency(request)}

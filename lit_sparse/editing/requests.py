@@ -87,7 +87,8 @@ def _records(path: Path) -> list[Any]:
         raise UsageError(f"The edit requests {str(path)!r} cannot be read: {error}.") from error
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Not splitlines(): texts may have other ends of lines in them.
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except ValueError as error:
         raise UsageError(f"The edit requests {str(path)!r} are no JSON: {error}.") from error
@@ -245,12 +246,12 @@ def _counterfact(record: _Record) -> EditRequest:
     )
 
 
-# Told by a field that the others lack, the most special one first.
+# Told by a field that those after it lack.
 _FORMATS: dict[str, Callable[[_Record], EditRequest]] = {
     "requested_rewrite": _counterfact,
     "src": _mend,
-    "labels": _wikibio,
     "prompt": _knowedit,
+    "labels": _wikibio,
 }
 
 

@@ -39,7 +39,10 @@ class Results:
             raise UsageError(f"The folder {folder!r} of the results cannot be made: {error}.") from error
         self._require_same(json.loads(json.dumps(settings)), rank)
         self._own = self._parts / f"{rank}.jsonl"
-        self.rows = {row["index"]: row for file in sorted(self._parts.glob("*.jsonl")) for row in _lines(file)}
+        self._retention = self.folder / "retention.jsonl"
+        for file in (self._own, self._retention) if rank == 0 else (self._own,):
+            _drop_torn_line(file)
+        self.rows = self._read()
         """What was measured, by the number of the request; of other processes what they had when this one began."""
 
     @property
@@ -58,7 +61,7 @@ class Results:
         Args:
             order: Numbers of the requests of this run; what was measured of others stays in the parts.
         """
-        found = {row["index"]: row for file in sorted(self._parts.glob("*.jsonl")) for row in _lines(file)}
+        found = self._read()
         rows = [found[index] for index in order if index in found]
         plain = [{name: value for name, value in row.items() if name not in _TIMES} for row in rows]
         _write(self.folder / "results.jsonl", plain)
@@ -67,16 +70,18 @@ class Results:
 
     def retained(self) -> dict[int, Row]:
         """What was measured after several edits in sequence, by their number."""
-        file = self.folder / "retention.jsonl"
-        return {row["after"]: row for row in _lines(file)} if file.exists() else {}
+        return {row["after"]: row for row in _lines(self._retention)} if self._retention.exists() else {}
 
     def retain(self, row: Row) -> None:
         """Write down what was measured after several edits."""
-        _append(self.folder / "retention.jsonl", [row])
+        _append(self._retention, [row])
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the means."""
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def _read(self) -> dict[int, Row]:
+        return {row["index"]: row for file in sorted(self._parts.glob("*.jsonl")) for row in _lines(file)}
 
     def _require_same(self, settings: Mapping[str, Any], rank: int) -> None:
         file = self.folder / "run.json"
@@ -96,27 +101,21 @@ class Results:
 
 
 def _lines(file: Path) -> list[Row]:
-    """The rows of a file, whose last line may have been cut off."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    """The rows of a file, less a last line that was cut off, within a letter perhaps."""
+    # Not splitlines(): texts may have other ends of lines in them.
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Take out what was cut off, so that it is not joined to what comes next."""
+    if file.exists():
+        with file.open("r+b") as stream:
+            stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def _append(file: Path, rows: Sequence[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with file.open("a+b") as stream:
-        # What was cut off must not be joined to what comes now.
-        stream.seek(0, 2)
-        end = stream.tell()
-        if end:
-            stream.seek(0)
-            content = stream.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < end:
-                stream.truncate(whole)
-        stream.write(text.encode())
+    with file.open("ab") as stream:
+        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def _write(file: Path, rows: Sequence[Row]) -> None:

@@ -103,20 +103,20 @@ def train(model: nn.Module, batch: Mapping[str, Tensor], how: Training) -> Train
         optimizer = how.optimizer(change.groups)
         settled = change.follow(optimizer, how.steps)
         start = time.perf_counter()
-        steps, loss = 0, float("inf")
+        steps = 0
         while steps < how.steps:
-            output = model(**batch, use_cache=False).loss
-            # One wait for the device in a step, which has a forward and a backward pass of the whole model.
-            loss = float(output.detach())
-            if how.stop_loss is not None and steps >= settled and loss <= how.stop_loss:
+            loss = model(**batch, use_cache=False).loss
+            # Only where training may stop does it wait for the device.
+            if how.stop_loss is not None and steps >= settled and loss.item() <= how.stop_loss:
                 break
-            output.backward()
+            loss.backward()
             change.observe()
             optimizer.step()
             optimizer.zero_grad()
             steps += 1
+        last = loss.item()  # before the clock is read, which does not wait for the device
         seconds = time.perf_counter() - start
-        return Trained(change.patch(), change.weights, steps, loss, seconds)
+        return Trained(change.patch(), change.weights, steps, last, seconds)
 
 
 class _Adapters:

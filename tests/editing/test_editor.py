@@ -124,6 +124,16 @@ def test_baselines(folder, method):
     assert [row["changed_share"] > 0.5 for row in read_lines("out/results.jsonl")] == [True, True]
 
 
+def test_prompts_with_any_ends_of_lines_are_resumed(folder):
+    odd = [{**record, "prompt": f"{record['prompt']}\u2028so\x85so"} for record in records(2)]
+    Path("odd.json").write_text(json.dumps(odd))
+    edit(folder, data={"path": "odd.json"})
+    before = Path("out/results.jsonl").read_bytes()
+    edit(folder, data={"path": "odd.json"})
+    assert Path("out/results.jsonl").read_bytes() == before
+    assert [json.loads(line)["prompt"] for line in before.split(b"\n")[:-1]] == [record["prompt"] for record in odd]
+
+
 def test_several_at_once(folder):
     edit(folder, data={"batch_size": 3}, save_edits=True)
     rows = read_lines("out/results.jsonl")
@@ -264,6 +274,23 @@ def two_processes(file: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*launcher, *own], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
 
 
+def killed_after(rows: int, file: str) -> Path:
+    """Start a run into runs/killed, and kill it when so many requests are measured."""
+    process = subprocess.Popen(
+        [*COMMAND, "--config", file, "--model.init_args.output=runs/killed"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    part = Path("runs/killed/parts/0.jsonl")
+    while not (part.exists() and part.read_bytes().count(b"\n") >= rows):
+        time.sleep(0.01)
+        assert process.poll() is None, "it should have been killed before its end"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return part
+
+
 @pytest.mark.slow
 def test_the_command_killed_and_resumed_and_in_two_processes(folder):
     file = config(folder)
@@ -275,25 +302,14 @@ def test_the_command_killed_and_resumed_and_in_two_processes(folder):
     ]  # fmt: skip
     undisturbed = Path("runs/cli/results.jsonl").read_bytes()
 
-    process = subprocess.Popen(
-        [*COMMAND, "--config", file, "--model.init_args.output=runs/killed"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    part = Path("runs/killed/parts/0.jsonl")
-    while not (part.exists() and part.read_text().count("\n") >= 5):
-        time.sleep(0.01)
-        assert process.poll() is None, "it should have been killed before its end"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    part = killed_after(5, file)
     assert part.read_text().count("\n") < 12
-    with part.open("a") as stream:
-        stream.write('{"index": 9, "pro')  # as a kill in the middle of a line would leave it
-    kept = part.read_text().splitlines()[:5]
+    with part.open("ab") as stream:
+        stream.write('{"index": 9, "prompt": "é'.encode()[:-1])  # as a kill in the middle of a letter would leave it
+    kept = part.read_bytes().split(b"\n")[:5]
     command("--config", file, "--model.init_args.output=runs/killed")
     assert Path("runs/killed/results.jsonl").read_bytes() == undisturbed
-    assert part.read_text().splitlines()[:5] == kept, "what was measured is not measured again"
+    assert part.read_bytes().split(b"\n")[:5] == kept, "what was measured is not measured again"
 
     done = two_processes(file, "--model.init_args.output=runs/two")
     assert done.returncode == 0, done.stderr
@@ -305,18 +321,7 @@ def test_the_command_killed_and_resumed_and_in_two_processes(folder):
 def test_a_sequence_killed_and_resumed(folder):
     file = config(folder, sequential=True, retest_every=5)
     command("--config", file)
-    process = subprocess.Popen(
-        [*COMMAND, "--config", file, "--model.init_args.output=runs/killed"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    part = Path("runs/killed/parts/0.jsonl")
-    while not (part.exists() and part.read_text().count("\n") >= 7):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed_after(7, file)
     command("--config", file, "--model.init_args.output=runs/killed")
     for name in ("results.jsonl", "retention.jsonl"):
         assert (Path("runs/killed") / name).read_bytes() == (Path("runs/cli") / name).read_bytes()

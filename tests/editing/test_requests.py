@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_sparse.editing.data import EditingData
+from lit_sparse.editing.data import EditingData, Share
 from lit_sparse.editing.requests import EditRequest, Probe, read_requests
 from lit_sparse.errors import UsageError
 
@@ -93,6 +93,14 @@ def test_knowedit(tmp_path, name):
             )
         },
     )
+
+
+def test_texts_may_have_any_ends_of_lines_in_them(tmp_path):
+    prompt = "a\u2028b\x85c\x1dd"
+    file = tmp_path / "edits.jsonl"
+    line = json.dumps({"prompt": prompt, "target_new": "x"}, ensure_ascii=False)
+    file.write_bytes(f"{line}\n{line}\n".encode())
+    assert [request.prompt for request in read_requests(file)] == [prompt] * 2
 
 
 def test_zsre_of_mend(tmp_path):
@@ -231,8 +239,6 @@ def test_requests_are_chosen_and_grouped(tmp_path):
 
 @pytest.mark.parametrize(("count", "processes"), [(7, 2), (1, 2), (8, 3)])
 def test_processes_share_requests_without_repeating_any(count, processes):
-    from lit_sparse.editing.data import Share
-
     shares = [Share(range(count), processes, rank) for rank in range(processes)]
     assert sorted(i for share in shares for i in share) == list(range(count))
     assert [len(share) for share in shares] == [len(list(share)) for share in shares]
