@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_sparse
 from lit_sparse import exporting
+from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.resume import last_checkpoint, usable
 from lit_sparse.editing import commands
 from lit_sparse.editing.data import EditingData
@@ -28,6 +29,7 @@ from lit_sparse.editing.editor import Editor
 from lit_sparse.editing.measuring import text_table
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
+from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.reporting import command
 
@@ -126,7 +128,12 @@ class SparseTrainer(Trainer):
                 datamodule.setup("fit")
         with torch.device("meta"):
             model.configure_model()
-        backbone = model.model if isinstance(model, SparseModule) else None
+        if isinstance(model, Editor):
+            # An edit puts its adapters in and takes them out again; none is in the model between edits.
+            if not isinstance(model.method, SparseMethod):
+                raise UsageError(f"inspect lists adapters, and {type(model.method).__name__} has none.")
+            inject(model.model, model.method)
+        backbone = model.model if isinstance(model, SparseModule | Editor) else None
         sys.stdout.write(describe(backbone or model) + "\n")
 
     def edit(self, model: Editor, datamodule: EditingData) -> None:

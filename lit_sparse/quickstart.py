@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_sparse.errors import UsageError
 
 SCHEME = "quickstart://"
@@ -92,7 +94,8 @@ def _unpacked(model: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
     try:
-        _unpack(file, draft)
+        with torch.device("cpu"):  # with its weights, also where the caller builds models without them
+            _unpack(file, draft)
         Path(draft).rename(place)
     except OSError:
         if not (place / "config.json").is_file():  # else another process was faster

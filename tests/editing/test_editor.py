@@ -291,6 +291,16 @@ def killed_after(rows: int, file: str) -> Path:
     return part
 
 
+def test_inspect_lists_what_an_edit_adapts(folder, capsys):
+    main(["inspect", "--config", config(folder)])
+    out = capsys.readouterr().out
+    assert "Adapted: 4 layers" in out
+    assert "model.layers.*.mlp.down_proj" in out
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", "--config", config(folder, method={"class_path": "lit_sparse.FineTuning"})])
+    assert capsys.readouterr().err.endswith("error: inspect lists adapters, and FineTuning has none.\n")
+
+
 @pytest.mark.slow
 def test_the_command_killed_and_resumed_and_in_two_processes(folder):
     file = config(folder)
