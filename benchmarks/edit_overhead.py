@@ -12,7 +12,9 @@ passes and optimizer steps, which are those of the Editor's loop, as a share of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import logging
 import statistics
 import time
@@ -21,6 +23,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.adapters.injection import take_out
@@ -55,7 +58,8 @@ def by_fit(edited: EditedModel, model: Any, batch: Any, request: EditRequest, ho
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, DataLoader([batch] * how.steps, batch_size=None))
+    with contextlib.redirect_stdout(io.StringIO()):  # the report at the end of a run
+        trainer.fit(module, DataLoader([batch] * how.steps, batch_size=None))
     patch = patch_of(dict(ls.adapters_in(model)))
     weights = sum(adapter.weight.numel() for _, adapter in ls.adapters_in(model))
     take_out(model)
@@ -74,7 +78,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     backbone = "quickstart://SmolLM2-135M-Instruct"
-    model, tokenizer = load_backbone(backbone).eval().requires_grad_(False), load_tokenizer(backbone)
+    model: Any = load_backbone(backbone, AutoModelForCausalLM).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(backbone)
     edited = EditedModel(model)
     method = ls.RoseLoRA(["down_proj"], rank=4, alpha=8, density=0.05, begin=3, end=20)
     optimizer = functools.partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)

@@ -1,0 +1,116 @@
+"""What the pages under docs/ say is there, and works: links, code, configurations, commands and the reference."""
+
+import contextlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from backbones import save_tiny_deberta, save_tiny_llama
+
+import lit_sparse as ls
+from lit_sparse.cli import main
+
+ROOT = Path(__file__).parents[1]
+WRONG_WORDS = re.compile("unrecognized|required|invalid choice|Did you mean|does not accept")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the page's bash blocks, those that are continued put together, and ``a && b`` taken apart."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [part.partition("  #")[0].strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def heading_ids(file: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ROOT / page if not path else (ROOT / page).parent / path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in heading_ids(target), link
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    named = set(re.findall(r"^::: lit_sparse\.(\w+)$", text, re.MULTILINE))
+    assert set(ls._HOME) <= named
+
+
+@pytest.fixture
+def project():
+    """What the pages' code names: models, tables, requests."""
+    save_tiny_deberta("microsoft/deberta-v3-base")
+    save_tiny_llama("meta-llama/Llama-2-7b-chat-hf")
+    rows = "review,stars\n" + "".join(f"a {word} film,{word}\n" for word in ["good", "bad"] * 20)
+    for name in ("train.csv", "dev.csv"):
+        Path(name).write_text(rows)
+    requests = Path("KnowEdit/benchmark/ZsRE/ZsRE-test-all.json")
+    requests.parent.mkdir(parents=True)
+    requests.write_text(json.dumps([{"prompt": "the cat is", "target_new": "a dog", "subject": "cat"}]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_the_code_runs(page, project):
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)  # noqa: S102
+    if page == "docs/index.md":
+        assert Path("my-lora/adapter_config.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_the_configurations_are_read(page, project, capsys):
+    for number, block in enumerate(blocks(page, "yaml")):
+        Path(f"{number}.yaml").write_text(block)
+        whole = "data" in yaml.safe_load(block)
+        first = [] if whole else ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", *first, "--config", f"{number}.yaml", "--print_config"])
+        assert ended.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [*pages_with("bash"), "README.md"])
+def test_the_commands_are_read(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
+        program, *words = shlex.split(command)
+        if program == "python" and words[0] != "-m" and words[0] != "-c":
+            assert Path(words[0]).is_file(), command
+            source = Path(words[0]).read_text(encoding="utf-8")
+            for option in [word for word in words[1:] if word.startswith("--")]:
+                assert f'"{option}"' in source, command
+        elif program in ("lightning", "lit-sparse") and words[0] in ("fit", "validate", "test", "predict"):
+            with pytest.raises(SystemExit) as ended:
+                main([*words, "--print_config"])
+            assert ended.value.code == 0, (command, capsys.readouterr().err)
+        elif program in ("lightning", "lit-sparse"):
+            # Its words are read before what they name is looked for, which is not there.
+            with contextlib.suppress(SystemExit):
+                main(words)
+            assert not WRONG_WORDS.search(capsys.readouterr().err), command
+        else:
+            assert program in ("python", "python3", "pip", "mkdocs", "pytest", "sbatch", "."), command
