@@ -1,4 +1,4 @@
-"""What the site shows of the repository beside ``docs``: the files that pages link to, and the page on SLURM."""
+"""What makes a site of ``docs``: files of the repository that pages link to, the page on SLURM, links of docstrings."""
 
 import posixpath
 import re
@@ -9,6 +9,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["examples/slurm/README.md"]
+_ROLE = re.compile(r":(?:class|func|attr|meth|mod):<code>(~?)([\w.]+)</code>")
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 
@@ -49,3 +50,14 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         return f"{image}[{text}]({posixpath.relpath(target, here)}{anchor or ''})"
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name other parts by Sphinx's roles: make links of these, to where the reference has them."""
+
+    def linked(role: re.Match[str]) -> str:
+        short, name = role.groups()
+        shown = name.rpartition(".")[2] if short else name
+        return f'<autoref identifier="{name}" optional><code>{shown}</code></autoref>'
+
+    return _ROLE.sub(linked, html)
