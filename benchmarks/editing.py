@@ -94,11 +94,13 @@ BENCHES = {
         0,
     ),
     "smollm2": Bench(
-        methods("down_proj", 4, 0.05),
+        # A second attempt of RoseLoRA: twice the entries, so that each has less to do.
+        {**methods("down_proj", 4, 0.05), "RoseLoRA, 0.07": methods("down_proj", 4, 0.07)["RoseLoRA"]},
         {
             "LoRA": (2e-4, 4e-4, 1e-3),
             "RoseLoRA": (1.5e-3, 3e-3, 6e-3),
-            "fine-tuning": (1e-5, 3e-5, 1e-4),
+            "RoseLoRA, 0.07": (1e-3, 2e-3, 4e-3),
+            "fine-tuning": (1e-5, 2e-5, 3e-5, 5e-5, 1e-4),
             "SoRA": (2e-3, 4e-3, 8e-3),
         },
         {"search": 10, "final": 50},

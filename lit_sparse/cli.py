@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -30,6 +31,7 @@ from lit_sparse.editing.measuring import text_table
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.inspection import describe
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.reporting import command
 
@@ -70,6 +72,10 @@ class SparseParser(LightningArgumentParser):
         lines = [line.strip() for line in message.splitlines()]
         unknown = re.search(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)", message)
         hint = _suggestion(unknown[1], self.options) if unknown else ""
+        if re.search(r"arguments are required: \w+\.model\b", message):
+            hint = (
+                ": neither the configuration nor the words of the command line name a model (model: {class_path: …})."
+            )
         _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
 
@@ -174,7 +180,7 @@ class SparseCLI(LightningCLI):
         if self.subcommand == "edit":
             _set_up_editing(config)
             return
-        config["ckpt_path"] = _checkpoint(config.get("ckpt_path"))
+        config["ckpt_path"] = _checkpoint(config.get("ckpt_path"), config.get("weights_only"))
         class_path = config.model.get("class_path", "")
         if config.trainer.strategy in _SHARDING and _is_sparse_module(class_path):
             kind, arguments = _SHARDING[config.trainer.strategy]
@@ -186,6 +192,15 @@ class SparseCLI(LightningCLI):
                 f"--{given[0]} does not reach {class_path}, which groups its own parameters: set "
                 "model.init_args.optimizer, lr_schedule and warmup instead."
             )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer; what it refuses is what the user wrote."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"There is no such Trainer: {error}") from error
 
     def before_fit(self) -> None:
         """Find the checkpoint that ``last`` means: Lightning would take a damaged one, and know no other."""
@@ -245,6 +260,7 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     words = sys.argv[1:] if args is None else list(args)
     try:
+        _require_readable(words)
         if words and words[0] in exporting.COMMANDS:
             _export(words[0], words[1:])
             return
@@ -266,6 +282,22 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         _fail(str(error), status=1)
+
+
+def _require_readable(words: Sequence[str]) -> None:
+    """Refuse a file of configuration that is no YAML: the parser does not say which file it means."""
+    for option, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = option.partition("=")
+        file = Path(value if equals else following)
+        if name not in ("-c", "--config") or not file.is_file():
+            continue
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"{file} is no YAML in UTF-8: {error}") from error
+        if not isinstance(content, dict):
+            found = "empty" if content is None else f"a {type(content).__name__}"
+            raise UsageError(f"{file} is {found}, not a configuration: model, data and trainer with their arguments.")
 
 
 def lightning_main() -> None:
@@ -304,10 +336,13 @@ def _other_lightning() -> EntryPoint | None:
     return next((entry for entry in found if entry.module != own), None)
 
 
-def _checkpoint(path: str | None) -> str | None:
+def _checkpoint(path: str | None, weights_only: bool | None) -> str | None:
     if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen later, or not on this machine
         return path
-    return str(usable(path))
+    file = usable(path)
+    if file.is_file() and weights_only is not False:
+        checkpoints.load(file, mmap=True)  # refused here in a line, before anything is built
+    return str(file)
 
 
 def _is_sparse_module(class_path: str) -> bool:

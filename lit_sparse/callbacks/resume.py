@@ -160,7 +160,11 @@ def usable(path: _PATH) -> Path:
         UsageError: If there is nothing at ``path``, or it is damaged and nothing takes its place.
     """
     file = Path(path)
-    if file.is_dir() or (file.is_file() and is_sound(file)):
+    if file.is_file() and is_sound(file):
+        return file
+    if file.is_dir():
+        if not (file / ".metadata").is_file():  # torch.distributed.checkpoint's own file
+            raise UsageError(f"{str(file)!r} is a folder, and no sharded checkpoint: name the file in it.")
         return file
     other = last_checkpoint(file.parent)
     if not file.exists():

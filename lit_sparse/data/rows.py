@@ -59,6 +59,11 @@ class RowData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"{key} counts rows, at least 1; got {value}.")
+        if num_workers < 0:
+            raise UsageError(f"num_workers counts processes, 0 for none; got {num_workers}.")
         self.path = path
         self.name = name
         self.revision = revision

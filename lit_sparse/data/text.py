@@ -16,6 +16,7 @@ from lit_sparse.data.rows import RowData
 from lit_sparse.data.sampling import LengthGroupedSampler, RowSampler
 from lit_sparse.data.sources import Reader, require_columns
 from lit_sparse.data.tokenizers import identify_tokenizer, load_tokenizer
+from lit_sparse.errors import UsageError
 
 Rows = dict[str, list[Any]]  # a batch of rows, column by column
 
@@ -80,6 +81,8 @@ class TextData(RowData):
             seed=seed,
         )
         self.tokenizer = tokenizer
+        if max_length < 1:
+            raise UsageError(f"max_length counts tokens, at least 1; got {max_length}.")
         self.max_length = max_length
         self.length_grouped = length_grouped
 

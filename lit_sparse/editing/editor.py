@@ -28,6 +28,7 @@ from lit_sparse.editing.training import FineTuning, Training, train
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.backbone import load_backbone
+from lit_sparse.modules.optimization import make_optimizer
 
 
 class Editor(LightningModule):
@@ -262,7 +263,7 @@ class Editor(LightningModule):
 
     def _settings(self, data: EditingData) -> dict[str, Any]:
         """What results depend on."""
-        optimizer = self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+        optimizer = make_optimizer(self.optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}])
         return {
             "backbone": self._name(),
             "tokenizer": self.tokenizer_name,

@@ -20,7 +20,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of, patch_of_deltas
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.stepping import SparseSteps
-from lit_sparse.modules.optimization import parameter_groups
+from lit_sparse.modules.optimization import make_optimizer, parameter_groups
 
 
 class FineTuning:
@@ -100,7 +100,7 @@ def train(model: nn.Module, batch: Mapping[str, Tensor], how: Training) -> Train
     """
     part = _Weights if isinstance(how.method, FineTuning) else _Adapters
     with torch.enable_grad(), _trained(model), part(model, how.method) as change:  # type: ignore[arg-type]
-        optimizer = how.optimizer(change.groups)
+        optimizer = make_optimizer(how.optimizer, change.groups)
         settled = change.follow(optimizer, how.steps)
         start = time.perf_counter()
         steps = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -195,6 +196,8 @@ def _write_checked(
     entries |= form.write(draft)
     _write_metadata(draft, entries)  # reading back needs it
     difference = difference_of(expected, outputs_of(form.read(draft), batch))
+    if math.isnan(difference):
+        raise UsageError("The model gives nan: its weights are not finite, and nothing was written.")
     if not difference <= tolerance:
         raise UsageError(
             f"Read back, the export as {form.name} gives outputs that differ from the live model's by "

@@ -122,6 +122,8 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
         if match is None:
             whole[name] = tensor
         else:
+            if not tensor.is_floating_point():
+                raise UsageError(f"{path / WEIGHTS} holds {name!r} as {tensor.dtype}, not as floating-point numbers.")
             factors.setdefault(match[1], {})[match[2] or match[3]] = tensor.flatten(1)
     if not factors:
         raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {some(named)}.")
@@ -151,9 +153,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{str(path)!r} is no folder of a PEFT adapter: it has no {CONFIG}. Give a local folder.")
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} holds a {type(config).__name__}, not the settings of an adapter.")
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{file} describes {config.get('peft_type')!r}; only LORA can be loaded.")
     if config.get("bias", "none") != "none":
@@ -179,9 +183,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             + (", only a pickle, which may run code when it is read. Save it again with PEFT." if pickled else ".")
         )
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except SafetensorError as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
+    spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if spoilt:
+        raise UsageError(f"{file} holds values that are not finite, in {some(spoilt)}.")
+    return tensors
 
 
 def _pair(path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor]) -> LowRankPair:

@@ -26,7 +26,7 @@ from lit_sparse.interchange.peft_folder import load_peft
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import load_backbone
-from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, parameter_groups
+from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, parameter_groups
 
 
 class SparseModule(LightningModule):
@@ -132,7 +132,7 @@ class SparseModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over its parameter groups, with a schedule over the whole run."""
-        optimizer = self.optimizer(parameter_groups(self, self.method))
+        optimizer = make_optimizer(self.optimizer, parameter_groups(self, self.method))
         total = self.trainer.estimated_stepping_batches
         staged = [c for c in self.trainer.callbacks if isinstance(c, ThresholdStages)]  # type: ignore[attr-defined]
         stages = staged[0].shares() if staged else (1.0,)
@@ -188,9 +188,13 @@ class SparseModule(LightningModule):
             assign: As in ``torch.nn.Module``.
 
         Raises:
-            UsageError: If ``strict`` and the keys do not match.
+            UsageError: If ``strict`` and the keys do not match, or a shape does not.
         """
-        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        try:
+            keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+            raise UsageError(f"The weights do not fit {type(self).__name__}: {reasons[0]}") from error
         frozen = frozen_entries(self)
         missing = [key for key in keys.missing_keys if key not in frozen]
         if strict and (missing or keys.unexpected_keys):

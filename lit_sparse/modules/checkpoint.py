@@ -45,17 +45,34 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any], sample: Te
     }
 
 
+def load(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file, of whatever module, on the CPU.
+
+    Args:
+        path: A file that ``torch.save`` wrote.
+        mmap: Map the tensors, to read only those that are used.
+
+    Raises:
+        UsageError: If it cannot be read, holds more than tensors and plain values, or no ``state_dict``.
+    """
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever a file that is no checkpoint makes of it
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
+        reason = reason.strip() or (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UsageError(f"{str(path)!r} is no checkpoint: it has no state_dict.")
+    return checkpoint
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint file of a module of this library, on the CPU.
 
     Raises:
         UsageError: If it cannot be read, or was written by another.
     """
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes of it
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
+    checkpoint = load(path)
     if KEY not in checkpoint:
         raise UsageError(f"{str(path)!r} was not written by a lit_sparse module: it names no method and backbone.")
     return checkpoint

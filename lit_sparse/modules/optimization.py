@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -42,6 +43,18 @@ def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, A
         *own,
     ]
     return [group for group in groups if group["params"]]
+
+
+def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer of some groups.
+
+    Raises:
+        UsageError: If it refuses its arguments, such as a negative learning rate.
+    """
+    try:
+        return make(groups)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"The optimizer cannot be made: {error}") from error
 
 
 def lr_scheduler(

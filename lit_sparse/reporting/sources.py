@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped]
+import yaml
 from torch import Tensor, nn
 
 from lit_sparse.adapters.injection import adapters_in
@@ -24,7 +24,7 @@ from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.sparse_folder import read_factors
 from lit_sparse.methods.base import names_layer
-from lit_sparse.modules.checkpoint import KEY
+from lit_sparse.modules.checkpoint import KEY, load
 from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics
 from lit_sparse.reporting.stored import LayerFigures, StoredLayer, figures_of, stored_layer
 
@@ -149,15 +149,10 @@ def _figures(layers: Mapping[str, StoredLayer]) -> list[LayerFigures]:
 
 
 def _read_checkpoint(path: Path) -> Adapters:
-    try:
-        # Mapped: of a checkpoint with the whole backbone in it only A, B and gates are read.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes of it
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
-    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    record = checkpoint.get(KEY, {}) if isinstance(checkpoint, dict) else {}
-    layers = _layers_of(weights, record, path) if isinstance(weights, dict) else {}
+    # Mapped: of a checkpoint with the whole backbone in it only A, B and gates are read.
+    checkpoint = load(path, mmap=True)
+    weights, record = checkpoint["state_dict"], checkpoint.get(KEY, {})
+    layers = _layers_of(weights, record, path)
     if not layers:
         raise UsageError(f"{str(path)!r} holds no adapters: no lora_A and lora_B_t in its state_dict.")
     method = record.get("method", {})

@@ -1,0 +1,128 @@
+"""Bad input, and what the command line says to it: what the files in tests/robustness share."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from backbones import save_tiny_bert, save_tiny_llama
+
+from lit_sparse.cli import main
+
+METHOD = "--model.init_args.method.init_args."
+DATA = "--data.init_args."
+MODEL = "--model.init_args."
+ROWS = [("a good film", "yes"), ("a bad film", "no")]
+
+
+class Case(NamedTuple):
+    """Something wrong, and a part of the line in which it is refused.
+
+    Args:
+        what: In words.
+        words: What the command line is given after ``fit --config config.yaml``, or all of it where it begins with
+            another command.
+        says: A part of the message.
+        prepare: Makes the bad thing in the folder of the test, in which there are ``config.yaml``, ``data`` with
+            train.csv and validation.csv, and ``bert``.
+    """
+
+    what: str
+    words: list[str]
+    says: str
+    prepare: Callable[[], Any] = lambda: None
+
+
+class Ended(NamedTuple):
+    status: int | str | None
+    out: str
+    err: str
+
+
+def make_project(folder: Path) -> Path:
+    """What a user has: a backbone, rows, a configuration."""
+    save_tiny_bert(folder / "bert")
+    save_tiny_llama(folder / "llama")
+    (folder / "data").mkdir()
+    write_rows(folder / "data" / "train.csv", ROWS * 8)
+    write_rows(folder / "data" / "validation.csv", ROWS * 4)
+    method = {"class_path": "lit_sparse.SoRA", "init_args": {"rank": 2, "sparsity_weight": 1.0}}
+    adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+    settings = {"backbone": "bert", "method": method, "optimizer": adamw}
+    kept = {"dirpath": "kept", "filename": "last"}
+    config = {
+        "model": {"class_path": "lit_sparse.SequenceClassification", "init_args": settings},
+        "data": {"class_path": "lit_sparse.TextClassificationData", "init_args": {"path": "data", "batch_size": 8}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": kept}],
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def write_rows(file: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...] = ("text", "label")) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
+
+
+def enter(project: Path, folder: Path) -> None:
+    """Lay a copy of the project into the folder of a test."""
+    shutil.copytree(project, folder, dirs_exist_ok=True)
+
+
+def run(words: list[str]) -> Ended:
+    """The command line in this process. Anything but an exit is an error of ours, and comes out as it is."""
+    out, err = io.StringIO(), io.StringIO()
+    before = list(sys.path)
+    status: int | str | None = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(words)
+    except SystemExit as ended:
+        status = ended.code
+    finally:
+        sys.path[:] = before
+    return Ended(status, out.getvalue(), err.getvalue())
+
+
+COMMANDS = {"fit", "validate", "test", "predict", "inspect", "export", "merge", "edit"}
+
+
+def whole(words: list[str]) -> list[str]:
+    return words if words and words[0] in COMMANDS else ["fit", "--config", "config.yaml", *words]
+
+
+def require_refused(case: Case) -> str:
+    """Run a case; it must end in one line with ``says`` in it, and leave no checkpoint or output."""
+    case.prepare()
+    before = everything()
+    ended = run(whole(case.words))
+    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert ended.status in (1, 2), (ended.status, ended.out, ended.err)
+    assert len(lines) == 1, ended.err
+    assert ended.err.endswith(lines[0] + "\n"), ended.err
+    assert "Traceback" not in ended.err
+    assert case.says in lines[0], lines[0]
+    left = everything()
+    assert not {name for name in left - before if not re.match(r"(runs|lightning_logs)\b", name)}, left - before
+    assert before <= left
+    return lines[0]
+
+
+def everything() -> set[str]:
+    """Names of all files below the folder of the test."""
+    return {str(path) for path in Path().rglob("*") if path.is_file() and "__pycache__" not in path.parts}
