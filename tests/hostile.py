@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
+import os
+import pickle
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from backbones import save_tiny_bert, save_tiny_llama
 
@@ -126,3 +131,66 @@ def require_refused(case: Case) -> str:
 def everything() -> set[str]:
     """Names of all files below the folder of the test."""
     return {str(path) for path in Path().rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+# What makes files bad, given to a case as its ``prepare``.
+
+
+class Evil:
+    """What a pickle runs when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pickle-was-run",)
+
+
+def cut(file: str, share: float = 0.5):
+    def prepare():
+        content = Path(file).read_bytes()
+        Path(file).write_bytes(content[: int(len(content) * share)])
+
+    return prepare
+
+
+def flipped(file: str, at: float):
+    """A bit of a byte, at a share of the file, is another."""
+
+    def prepare():
+        content = bytearray(Path(file).read_bytes())
+        content[int(len(content) * at)] ^= 0x40
+        Path(file).write_bytes(bytes(content))
+
+    return prepare
+
+
+def replaced(file: str, content: bytes | str):
+    def prepare():
+        Path(file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return prepare
+
+
+def evil(file: str):
+    def prepare():
+        torch.save({"state_dict": {}, "x": Evil()}, file)
+
+    return prepare
+
+
+def plain_pickle(file: str):
+    def prepare():
+        Path(file).write_bytes(pickle.dumps({"state_dict": {}, "x": Evil()}))
+
+    return prepare
+
+
+def settings(file: str, change):
+    def prepare():
+        content = json.loads(Path(file).read_text())
+        change(content)
+        Path(file).write_text(json.dumps(content))
+
+    return prepare
+
+
+def huge_header(file: str):
+    return replaced(file, struct.pack("<Q", 1 << 60) + b"{}")

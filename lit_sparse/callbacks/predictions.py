@@ -60,7 +60,7 @@ class _ParquetFile:
                 self._writer.close()
 
     def _write(self) -> None:
-        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow as pa
         from pyarrow import parquet
 
         rows, self._rows = self._rows, []

@@ -5,6 +5,8 @@ import json
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -169,4 +171,23 @@ class TextData(RowData):
         return super()._train_sampler(rows, shard)
 
     def _loader(self, rows: Dataset, role: str, sampler: RowSampler | None = None) -> DataLoader[Any]:
+        self._require_vocabulary(rows)
         return super()._loader(rows.remove_columns("length"), role, sampler)
+
+    def _require_vocabulary(self, rows: Dataset) -> None:
+        """Refuse rows with tokens that the backbone has no embedding for, which else ends in an index error."""
+        model: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        find = getattr(model, "get_input_embeddings", None)
+        words = getattr(find() if find is not None else None, "num_embeddings", None)
+        if words is None or "input_ids" not in rows.column_names or not len(rows):
+            return
+        ids = rows.data.column("input_ids")
+        while pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type):
+            ids = pc.list_flatten(ids)
+        largest = pc.max(ids).as_py()
+        if largest is not None and largest >= words:
+            raise UsageError(
+                f"The rows hold the token {largest}, and the backbone has embeddings for {words}: its tokenizer is "
+                "another model's, or was given more tokens. Resize the embeddings and save the backbone, or name the "
+                "right tokenizer."
+            )

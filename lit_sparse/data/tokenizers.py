@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,9 +20,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UsageError: If it cannot be loaded or has nothing to pad with.
     """
     place = quickstart.resolve(name)
+    if Path(place).is_file():
+        raise UsageError(f"The tokenizer {name!r} is a file: give the folder that holds it, or a hub id.")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what damaged files make of it
         raise UsageError(
             f"The tokenizer {name!r} could not be loaded ({' '.join(str(error).split())}): give its folder, or "
             f"its hub id while the hub can be reached."

@@ -7,20 +7,35 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from lit_sparse.adapters.head import task_head
+from lit_sparse.adapters.head import pretrained_bodies, task_head
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
+from lit_sparse.interchange.peft_folder import some
 from lit_sparse.quickstart import resolve
+
+# What a damaged or forged folder, or an argument that its class does not know, makes transformers raise.
+_LOADING_ERRORS = (
+    ImportError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    UnpicklingError,
+    SafetensorError,
+)
 
 # Way to quantize -> the packages it needs, which the extra of the same name brings.
 _PACKAGES = {"torchao": ("torchao",), "bitsandbytes": ("bitsandbytes", "accelerate")}
@@ -60,10 +75,12 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
         else:
             if "quantization_config" in arguments:
                 arguments["quantization_config"] = _quantization(loader, folder, arguments)
-            model = loader.from_pretrained(folder, **arguments)
+            model, loaded = loader.from_pretrained(folder, output_loading_info=True, **arguments)
+            if "quantization_config" not in arguments:  # else the names are those of packed weights
+                _require_body(name, model, loaded)
     except UsageError:
         raise
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:
             reason = (
@@ -74,6 +91,35 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
     if "quantization_config" in arguments:
         _require_quantized(model, arguments["quantization_config"])
     return model.train()  # type: ignore[no-any-return]
+
+
+def _require_body(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Refuse a backbone with a part of its weights: transformers fills what is missing with random numbers."""
+    head = tuple(f"{part}." for part in task_head(model))
+    others = [key for key, *_ in loaded["mismatched_keys"] if not f"{key}.".startswith(head)]
+    if others:
+        raise UsageError(
+            f"The backbone {name!r} cannot be loaded: {some(others)} have other shapes in its files than its "
+            "config.json says."
+        )
+    missing = {key for key in loaded["missing_keys"] if not f"{key}.".startswith(head)}
+    parts: dict[str, list[str]] = {}
+    for body_name, body in pretrained_bodies(model):
+        for key, _ in body.named_parameters(prefix=body_name, remove_duplicate=False):
+            part = key.removeprefix(f"{body_name}.").partition(".")[0]
+            parts.setdefault(f"{body_name}.{part}".lstrip("."), []).append(key)
+    absent = [part for part, keys in parts.items() if missing.issuperset(keys)]
+    broken = [key for part, keys in parts.items() if part not in absent for key in keys if key in missing]
+    if broken or (parts and len(absent) == len(parts)):
+        raise UsageError(
+            f"The backbone {name!r} cannot be loaded: its files lack {some(broken or missing)}. They are damaged, not "
+            "all there, or of another architecture."
+        )
+    if missing:
+        rank_zero_warn(
+            f"{name!r} has no weights for {some(missing)}: they start at random, and stay so unless train_head names "
+            "their module."
+        )
 
 
 def _require_folder(name: str, folder: str) -> None:

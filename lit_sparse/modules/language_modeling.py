@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,16 @@ class LanguageModel(SparseModule):
         super().configure_model()
         self._loss = MeanMetric()
         self._token_accuracy = MeanMetric()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse the data of another task, which has one label for each row."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None  # a BatchEncoding is no dict
+        if labels is not None and labels.ndim < 2:
+            raise UsageError(
+                f"{type(self).__name__} needs a label for every token, and the data has one for every row: it is for "
+                "another task, such as classification."
+            )
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Start the metrics anew."""

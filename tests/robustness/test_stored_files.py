@@ -1,8 +1,6 @@
 """Checkpoints, folders of adapters and edits that are damaged, forged, or of another model."""
 
 import json
-import os
-import pickle
 import shutil
 import struct
 from pathlib import Path
@@ -10,17 +8,26 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from hostile import METHOD, MODEL, Case, enter, make_project, require_refused, run, whole
+from hostile import (
+    METHOD,
+    MODEL,
+    Case,
+    cut,
+    enter,
+    evil,
+    flipped,
+    huge_header,
+    make_project,
+    plain_pickle,
+    replaced,
+    require_refused,
+    run,
+    settings,
+    whole,
+)
 from safetensors.torch import load_file, save_file
 
 import lit_sparse as ls
-
-
-class Evil:
-    """What a pickle runs when it is read."""
-
-    def __reduce__(self):
-        return os.mkdir, ("pickle-was-run",)
 
 
 @pytest.fixture(scope="module")
@@ -52,46 +59,6 @@ FROM_PEFT = [f"{MODEL}start_from", "peft"]
 APPLY = ["edit", "apply", "llama", "an.edit.safetensors", "--output", "made"]
 
 
-def cut(file: str, share: float = 0.5):
-    def prepare():
-        content = Path(file).read_bytes()
-        Path(file).write_bytes(content[: int(len(content) * share)])
-
-    return prepare
-
-
-def flipped(file: str, at: float):
-    """A bit of a byte, at a share of the file, is another."""
-
-    def prepare():
-        content = bytearray(Path(file).read_bytes())
-        content[int(len(content) * at)] ^= 0x40
-        Path(file).write_bytes(bytes(content))
-
-    return prepare
-
-
-def replaced(file: str, content: bytes | str):
-    def prepare():
-        Path(file).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return prepare
-
-
-def evil(file: str):
-    def prepare():
-        torch.save({"state_dict": {}, "x": Evil()}, file)
-
-    return prepare
-
-
-def plain_pickle(file: str):
-    def prepare():
-        Path(file).write_bytes(pickle.dumps({"state_dict": {}, "x": Evil()}))
-
-    return prepare
-
-
 def checkpoint(change):
     """The checkpoint, changed and written again."""
 
@@ -116,15 +83,6 @@ def tensors(file: str, change):
     return prepare
 
 
-def settings(file: str, change):
-    def prepare():
-        content = json.loads(Path(file).read_text())
-        change(content)
-        Path(file).write_text(json.dumps(content))
-
-    return prepare
-
-
 def first(found: dict, part: str) -> str:
     return next(name for name in sorted(found) if part in name)
 
@@ -145,10 +103,6 @@ def as_integers(found):
 
 def in_state(change):
     return checkpoint(lambda content: change(content["state_dict"]))
-
-
-def huge_header(file: str):
-    return replaced(file, struct.pack("<Q", 1 << 60) + b"{}")
 
 
 PEFT = "peft/adapter_model.safetensors"
