@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -78,6 +79,9 @@ class SparseParser(LightningArgumentParser):
             )
         _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
+
+# The disk is full, or what is there may not be written or read.
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _NO_RUN = {
     "accelerator": "cpu",
@@ -282,6 +286,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         _fail(str(error), status=1)
+    except OSError as error:
+        if error.errno not in _NO_PLACE or os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        _fail(f"A file cannot be written or read: {error}.", status=1)
 
 
 def _require_readable(words: Sequence[str]) -> None:

@@ -25,6 +25,8 @@ from lit_sparse.cli import main
 METHOD = "--model.init_args.method.init_args."
 DATA = "--data.init_args."
 MODEL = "--model.init_args."
+LONGEST = 240  # characters of a message in the table
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 ROWS = [("a good film", "yes"), ("a bad film", "no")]
 
 
@@ -125,12 +127,27 @@ def require_refused(case: Case) -> str:
     left = everything()
     assert not {name for name in left - before if not re.match(r"(runs|lightning_logs)\b", name)}, left - before
     assert before <= left
+    if "LIT_SPARSE_HOSTILE_TABLE" in os.environ:  # for docs/robustness.md: see its end
+        with Path(os.environ["LIT_SPARSE_HOSTILE_TABLE"]).open("a", encoding="utf-8") as stream:
+            message = lines[0].removeprefix("error: ").replace(f"{Path.cwd()}/", "")
+            stream.write(json.dumps([case.what, message]) + "\n")
     return lines[0]
 
 
 def everything() -> set[str]:
     """Names of all files below the folder of the test."""
     return {str(path) for path in Path().rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+def table(file: Path) -> str:
+    """The rows of docs/robustness.md from what the tests wrote, in the order of their cases."""
+    lines = ["| what is wrong | what is said |", "|---|---|"]
+    for line in sorted(set(file.read_text(encoding="utf-8").splitlines())):
+        what, message = json.loads(line)
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+        shown = re.sub(r"[\x00-\x1f]", "·", message).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+        lines.append(f"| {what} | {shown} |")
+    return "\n".join(lines)
 
 
 # What makes files bad, given to a case as its ``prepare``.
@@ -194,3 +211,9 @@ def settings(file: str, change):
 
 def huge_header(file: str):
     return replaced(file, struct.pack("<Q", 1 << 60) + b"{}")
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[2])
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table(Path(sys.argv[1]))}\n{END}{rest.split(END)[1]}", encoding="utf-8")

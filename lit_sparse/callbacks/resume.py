@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 
 from lit_sparse.adapters.naming import clean_name
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.strategies.replicas import average_gradients, is_distributed
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,26 @@ class ExactResume(Callback):
         """Read and write checkpoints by :class:`WholeFiles`, unless the user has a plugin for that."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Try the folders of checkpoints now, not after an epoch of training.
+
+        Raises:
+            UsageError: If one of them cannot be written to.
+        """
+        for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
+            folder = getattr(callback, "dirpath", None)
+            if folder is None or _is_remote(folder):
+                continue
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise UsageError(
+                    f"Checkpoints cannot be written to {str(folder)!r} ({error.strerror}): name another folder in "
+                    "dirpath of ModelCheckpoint."
+                ) from error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the states of all processes, each of which comes through here."""
@@ -103,7 +124,13 @@ class ExactResume(Callback):
         _set_random_state(states[trainer.global_rank])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Say in plain words when a collective fails since another process is gone."""
+        """Say in plain words where a run that was interrupted goes on, and when another process is gone."""
+        if (
+            isinstance(exception, KeyboardInterrupt)
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.is_global_zero
+        ):
+            _log.warning("Interrupted at optimizer step %d. %s", trainer.global_step, _way_on(trainer))
         if is_distributed() and isinstance(exception, RuntimeError) and _LOST.search(str(exception)):
             _log.error(
                 "Process %d of %d was left alone: another one was killed or failed, and its own output says why. Start "
@@ -113,11 +140,24 @@ class ExactResume(Callback):
             )
 
 
+def _way_on(trainer: Trainer) -> str:
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    found = [last_checkpoint(folder) for folder in folders if folder is not None and not _is_remote(folder)]
+    newest = max((file for file in found if file is not None), key=lambda file: file.stat().st_mtime_ns, default=None)
+    if newest is None:
+        return "No checkpoint was written yet."
+    return f"The newest checkpoint is {newest}: fit --ckpt_path goes on there."
+
+
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, and reads none that is damaged; what is not on a disk as usual."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write a file beside ``path``, and rename it when it is on the disk."""
+        """Write a file beside ``path``, and rename it when it is on the disk.
+
+        Raises:
+            TrainingError: If it cannot be written, as on a full disk.
+        """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -132,6 +172,12 @@ class WholeFiles(TorchCheckpointIO):
                 stream.flush()
                 os.fsync(stream.fileno())
             part.replace(file)
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
+            part.unlink(missing_ok=True)
+            raise TrainingError(
+                f"The checkpoint {str(file)!r} cannot be written ({error}): make room. What was written before is as "
+                "it was."
+            ) from error
         except BaseException:
             part.unlink(missing_ok=True)
             raise
