@@ -11,6 +11,9 @@ from lit_sparse.errors import UsageError
 HIDDEN = -1  # what benchmarks write where they keep the labels of a test split to themselves
 
 
+_SHOWN = 20  # labels in a message
+
+
 @dataclass(frozen=True)
 class Classes:
     """Names of the classes in the order of their numbers, and the number of all that may stand in the column."""
@@ -22,9 +25,11 @@ class Classes:
         """The number of one value; ``origin`` names its row in the error."""
         if value in self.numbers:
             return self.numbers[value]
+        known = list(self.numbers)
+        more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
         raise UsageError(
             f"{origin} has the label {value!r} in the column {column!r}, which is none of the labels "
-            f"{list(self.numbers)}: mend the row, or give all names in labels."
+            f"{known[:_SHOWN]}{more}: mend the row, or give all names in labels."
         )
 
 

@@ -1,5 +1,6 @@
 """One text or a pair of texts per row, with a class or a number to predict."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -132,8 +133,10 @@ class TextClassificationData(TextData):
         return self._classes.number_of(value, self.label, origin)
 
     def _target(self, value: object, split: str, number: int) -> float:
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
+        # As text too: a CSV with one value that is none has a column of texts.
+        with contextlib.suppress(ValueError):
+            if isinstance(value, (int, float, str)) and math.isfinite(float(value)):
+                return float(value)
         raise UsageError(
             f"Row {number} (counted from 0) of the split {split!r} has the label {value!r} in the column "
             f"{self.label!r}, but regression needs a finite number: mend or remove the row."

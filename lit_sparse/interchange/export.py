@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -188,6 +187,11 @@ def _write_checked(
     draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any]
 ) -> tuple[float, float]:
     """Write, read back and compare; the difference and what it may be. ``entries`` gains what the form says."""
+    spoilt = [n for n, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if spoilt:
+        raise UsageError(
+            f"{len(spoilt)} of what was trained are not finite, the first {spoilt[0]!r}: nothing is written."
+        )
     batch = terms.batch if terms.batch is not None else probe_batch(model)
     expected = outputs_of(model, batch)
     tolerance = terms.tolerance
@@ -196,8 +200,6 @@ def _write_checked(
     entries |= form.write(draft)
     _write_metadata(draft, entries)  # reading back needs it
     difference = difference_of(expected, outputs_of(form.read(draft), batch))
-    if math.isnan(difference):
-        raise UsageError("The model gives nan: its weights are not finite, and nothing was written.")
     if not difference <= tolerance:
         raise UsageError(
             f"Read back, the export as {form.name} gives outputs that differ from the live model's by "

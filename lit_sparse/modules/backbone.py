@@ -33,7 +33,6 @@ _LOADING_ERRORS = (
     RuntimeError,
     TypeError,
     AttributeError,
-    UnpicklingError,
     SafetensorError,
 )
 
@@ -80,6 +79,12 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
                 _require_body(name, model, loaded)
     except UsageError:
         raise
+    except UnpicklingError as error:
+        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "it is damaged")
+        raise UsageError(
+            f"The backbone {name!r} cannot be loaded: its weights are a pickle that holds more than weights ({found}). "
+            "Take them as safetensors."
+        ) from error
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in reason:

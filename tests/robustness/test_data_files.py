@@ -94,7 +94,7 @@ REFUSED = [
     Case("a label that only validation has", [], "maybe", rows(None, [("a film", "maybe"), *ROWS])),
     Case("every row its own label", [], "label", rows([(f"film {i}", f"label {i}") for i in range(2000)])),
     Case("words as numbers", REGRESSION, "label", rows()),
-    Case("a number that is none", REGRESSION, "label", rows([*NUMBERS, ("a film", "nan")], NUMBERS)),
+    Case("a number that is none", REGRESSION, "label 'nan'", rows([*NUMBERS, ("a film", "nan")], NUMBERS)),
     Case("an infinite number", REGRESSION, "label", rows([*NUMBERS, ("a film", "inf")], NUMBERS)),
     Case("no validation file", [], "validation", lambda: VALIDATION.unlink()),
     Case("an empty validation file", [], "validation", lambda: VALIDATION.write_text("text,label\n")),
