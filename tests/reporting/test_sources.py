@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_said(run, tmp_path):
     torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "plain.ckpt")
     refused(tmp_path / "plain.ckpt", r"plain.ckpt' holds no adapters: no lora_A and lora_B_t")
     torch.save([1], tmp_path / "list.ckpt")
-    refused(tmp_path / "list.ckpt", r"list.ckpt' holds no adapters")
+    refused(tmp_path / "list.ckpt", r"list.ckpt' is no checkpoint: it has no state_dict")
     torch.save({"state_dict": {"x.lora_A": torch.ones(2, 3)}}, tmp_path / "half.ckpt")
     refused(tmp_path / "half.ckpt", r"no matching lora_A and lora_B_t of 'x': it is damaged")
     (tmp_path / "sparsity.csv").write_text("name,size\na,1\n")
