@@ -246,14 +246,14 @@ def _edits_by(cells: list[dict[str, Any]], title: str, figure: Callable[[list[di
         f"| {title} | lr | {measured} | weights changed | steps | s per edit |",
         "|---|---|" + "---|" * (len(names) + 3),
     ]
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = [cell for cell in cells if cell["method"] == method]
+    for method, lr in dict.fromkeys((cell["method"], cell["lr"]) for cell in cells):
+        own = [cell for cell in cells if (cell["method"], cell["lr"]) == (method, lr)]
         changed, steps, seconds = (
             statistics.mean(cell[name] for cell in own)
             for name in ("mean_changed_share", "mean_steps", "seconds_per_edit")
         )
         figures = " | ".join(figure(own, name) for name in names)
-        lines.append(f"| {method} | {own[0]['lr']:g} | {figures} | {changed:.1%} | {steps:.1f} | {seconds:.2f} |")
+        lines.append(f"| {method} | {lr:g} | {figures} | {changed:.1%} | {steps:.1f} | {seconds:.2f} |")
     return "\n".join(lines)
 
 
