@@ -364,7 +364,7 @@ def test_a_write_that_is_cut_short_leaves_the_old_file(kept, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(ls.TrainingError, match="cannot be written .No space left.*as it was"):
+    with pytest.raises(ls.TrainingError, match=r"cannot be written .No space left.*as it was"):
         WholeFiles().save_checkpoint({}, kept / "last.ckpt")
     assert (kept / "last.ckpt").read_bytes() == old
     monkeypatch.undo()
