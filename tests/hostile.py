@@ -114,7 +114,7 @@ def whole(words: list[str]) -> list[str]:
     return words if words and words[0] in COMMANDS else ["fit", "--config", "config.yaml", *words]
 
 
-def require_refused(case: Case) -> str:
+def require_refused(case: Case) -> None:
     """Run a case; it must end in one line with ``says`` in it, and leave no checkpoint or output."""
     case.prepare()
     before = everything()
@@ -134,7 +134,6 @@ def require_refused(case: Case) -> str:
         with Path(os.environ["LIT_SPARSE_HOSTILE_TABLE"]).open("a", encoding="utf-8") as stream:
             message = lines[0].removeprefix("error: ").replace(f"{Path.cwd()}/", "")
             stream.write(json.dumps([case.what, message]) + "\n")
-    return lines[0]
 
 
 def everything() -> set[str]:

@@ -94,8 +94,9 @@ def test_the_configurations_are_read(page, project, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [*pages_with("bash"), "README.md"])
-def test_the_commands_are_read(page, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_the_commands_are_read(page, tmp_path, capsys):
+    for name in ("benchmarks", "configs", "examples", "tests"):  # and none of the runs that a developer has there
+        (tmp_path / name).symlink_to(ROOT / name)
     for command in commands(page):
         program, *words = shlex.split(re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command))
         if program == "python" and words[0] != "-m" and words[0] != "-c":

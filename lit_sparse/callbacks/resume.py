@@ -70,10 +70,7 @@ class ExactResume(Callback):
         Raises:
             UsageError: If one of them cannot be written to.
         """
-        for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
-            folder = getattr(callback, "dirpath", None)
-            if folder is None or _is_remote(folder):
-                continue
+        for folder in _checkpoint_folders(trainer) if trainer.is_global_zero else ():
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
@@ -140,9 +137,14 @@ class ExactResume(Callback):
             )
 
 
-def _way_on(trainer: Trainer) -> str:
+def _checkpoint_folders(trainer: Trainer) -> list[str]:
+    """Where its callbacks write, less what is not on a disk as usual."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    found = [last_checkpoint(folder) for folder in folders if folder is not None and not _is_remote(folder)]
+    return [str(folder) for folder in folders if folder is not None and not _is_remote(folder)]
+
+
+def _way_on(trainer: Trainer) -> str:
+    found = [last_checkpoint(folder) for folder in _checkpoint_folders(trainer)]
     newest = max((file for file in found if file is not None), key=lambda file: file.stat().st_mtime_ns, default=None)
     if newest is None:
         return "No checkpoint was written yet."
@@ -173,14 +175,12 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(stream.fileno())
             part.replace(file)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
-            part.unlink(missing_ok=True)
             raise TrainingError(
                 f"The checkpoint {str(file)!r} cannot be written ({error}): make room. What was written before is as "
                 "it was."
             ) from error
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        finally:
+            part.unlink(missing_ok=True)  # where it was not renamed
         _sync_folder(file.parent)
 
     def load_checkpoint(

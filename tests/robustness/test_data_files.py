@@ -4,13 +4,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from hostile import DATA, ROWS, Case, enter, make_project, require_refused, run, whole, write_rows
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"))
-
+from hostile import DATA, ROWS, Case, require_refused, run, whole, write_rows
 
 TRAIN, VALIDATION = Path("data/train.csv"), Path("data/validation.csv")
 
@@ -139,15 +133,13 @@ HANDLED = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
-def test_it_is_refused(case, project, tmp_path):
-    enter(project, tmp_path)
+def test_it_is_refused(case):
     require_refused(case)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", HANDLED, ids=lambda case: case.what)
-def test_it_is_read(case, project, tmp_path):
-    enter(project, tmp_path)
+def test_it_is_read(case):
     case.prepare()
     ended = run(whole(case.words))
     assert ended.status == 0, ended.err

@@ -10,22 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import enter, make_project
 
 PROGRAM = [sys.executable, "-m", "lit_sparse"]
 FIT = ["fit", "--config", "config.yaml"]
 PLAIN = {key: value for key, value in os.environ.items() if key not in ("HOME", "LC_ALL", "LANG", "COLUMNS")}
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(autouse=True)
-def _project(project, tmp_path):
-    enter(project, tmp_path)
 
 
 def start(words, before=None, **environment):

@@ -9,10 +9,8 @@ from hostile import (
     DATA,
     MODEL,
     Case,
-    enter,
     evil,
     huge_header,
-    make_project,
     replaced,
     require_refused,
     run,
@@ -20,12 +18,6 @@ from hostile import (
     whole,
 )
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"))
-
 
 WEIGHTS, CONFIG = "bert/model.safetensors", "bert/config.json"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -104,15 +96,13 @@ REFUSED = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
-def test_it_is_refused(case, project, tmp_path):
-    enter(project, tmp_path)
+def test_it_is_refused(case):
     require_refused(case)
     assert not Path("code-was-run").exists()
     assert not Path("pickle-was-run").exists()
 
 
-def test_a_part_that_the_files_do_not_have_starts_at_random_and_is_named(project, tmp_path):
-    enter(project, tmp_path)
+def test_a_part_that_the_files_do_not_have_starts_at_random_and_is_named():
     weights(lambda found: [found.pop(name) for name in list(found) if "pooler" in name])()
     with pytest.warns(UserWarning, match="'bert' has no weights for .*bert.pooler.dense.weight.*train_head"):
         assert run(whole([])).status == 0

@@ -13,7 +13,6 @@ from hostile import (
     MODEL,
     Case,
     cut,
-    enter,
     evil,
     flipped,
     huge_header,
@@ -179,8 +178,7 @@ REFUSED = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
-def test_it_is_refused(case, project, tmp_path):
-    enter(project, tmp_path)
+def test_it_is_refused(case):
     require_refused(case)
     assert not Path("pickle-was-run").exists()
     assert not Path("made").exists()
