@@ -66,10 +66,9 @@ class _FusedLinear(Function):
     ) -> Tensor:
         thin_A, thin_B = _ready(A, rows), _ready(_folded(B_t, gate, scale), rows)
         wide, hidden, kept = weight.to(rows.dtype), None, None
-        # Hidden values are rank-major, as A and B are: thin products of eight ranks take a fifth less time so (MKL).
         if dropout or not _sums_pay(rows, weight):
             dropped, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-            hidden = thin_A.mm(dropped.t())
+            hidden = _thin(thin_A, dropped)
         else:
             wide = torch.addmm(wide, thin_B.t(), thin_A)
         y = rows.mm(wide.t()) if bias is None else torch.addmm(bias.to(rows.dtype), rows, wide.t())
@@ -98,12 +97,12 @@ class _FusedLinear(Function):
             dropped = torch.ops.aten.native_dropout_backward(rows, kept, scale)  # rows ∘ kept · scale
         grad_rows = grad_A = grad_B = grad_gate = None
         if wants_A or (wants_rows and hidden is not None):
-            grad_hidden = thin_B.mm(grad_y.t())
+            grad_hidden = _thin(thin_B, grad_y)
         if wants_A:
             grad_A = grad_hidden.mm(dropped)[: A.shape[0]].to(A.dtype)
         if wants_B or wants_gate:
             again = twice or hidden is None
-            folded = (thin_A.mm(dropped.t()) if again else hidden).mm(grad_y)[: A.shape[0]].to(B_t.dtype)
+            folded = (_thin(thin_A, dropped) if again else hidden).mm(grad_y)[: A.shape[0]].to(B_t.dtype)
             grad_B = _folded(folded, gate, ctx.scale) if wants_B else None
             grad_gate = (folded * B_t).sum(1) * ctx.scale if wants_gate else None
         if wants_rows and hidden is None:
@@ -130,6 +129,14 @@ def _sums_pay(rows: Tensor, weight: Tensor) -> bool:
 def _folded(B_t: Tensor, gate: Tensor | None, scale: float) -> Tensor:
     """``scale · gate ∘ B_t``: rank · out_features products instead of rows · rank."""
     return B_t * scale if gate is None else B_t * (gate * scale).unsqueeze(1)
+
+
+def _thin(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``matrix · rowsᵀ``, in the order in memory in which it and products with it are fastest (MKL, float32).
+
+    That of A and B for eight ranks, and a fifth faster; that of the rows for more, and up to a third.
+    """
+    return matrix.mm(rows.t()) if matrix.shape[0] <= _WIDTH else rows.mm(matrix.t()).t()
 
 
 def _ready(matrix: Tensor, rows: Tensor) -> Tensor:
