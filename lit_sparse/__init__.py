@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_sparse.adapters.linear import LowRankLinear as LowRankLinear
     from lit_sparse.adapters.merging import merge as merge
     from lit_sparse.bank import AdapterBank as AdapterBank
+    from lit_sparse.callbacks.checkpoint_files import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.forgetting import ForgettingProbe as ForgettingProbe
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.replicas import VerifyReplicas as VerifyReplicas
     from lit_sparse.callbacks.requeue import SlurmRequeue as SlurmRequeue
     from lit_sparse.callbacks.resume import ExactResume as ExactResume
-    from lit_sparse.callbacks.resume import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
     from lit_sparse.callbacks.stages import ThresholdStages as ThresholdStages
     from lit_sparse.data.audio import AudioData as AudioData
@@ -98,7 +98,7 @@ _HOME = {
     "VerifyReplicas": "callbacks.replicas",
     "SlurmRequeue": "callbacks.requeue",
     "ExactResume": "callbacks.resume",
-    "last_checkpoint": "callbacks.resume",
+    "last_checkpoint": "callbacks.checkpoint_files",
     "Sparsify": "callbacks.sparsify",
     "ThresholdStages": "callbacks.stages",
     "AudioData": "data.audio",

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import inspect
 import logging
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_sparse
 from lit_sparse import exporting
 from lit_sparse.adapters.injection import inject
-from lit_sparse.callbacks.resume import last_checkpoint, usable
+from lit_sparse.callbacks.checkpoint_files import last_checkpoint, usable
+from lit_sparse.completion import PrintCompletion
 from lit_sparse.editing import commands
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.editor import Editor
@@ -34,50 +33,25 @@ from lit_sparse.inspection import describe
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.parsing import SparseParser, fail
+from lit_sparse.quiet import be_quiet, say
 from lit_sparse.reporting import command
+from lit_sparse.words import require_readable, with_packaged_configs, without_quiet
 
-DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours.
+DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours: lightning fit
+--config my.yaml --trainer.max_epochs 1. The configurations of the package are at hand everywhere, as --config
+lit_sparse://quickstart.yaml. Every command takes --quiet, to show results, warnings and errors only."""
 
-Example: lightning fit --config configs/quickstart.yaml --trainer.max_epochs 1"""
+# Lightning's own words for these end in the middle of a sentence.
+_SUMMARIES = {
+    "fit": "Train what a configuration describes; words after it override its keys.",
+    "validate": "Measure on the validation rows; with --ckpt_path, what a run has trained.",
+    "test": "Measure on the test rows; with --ckpt_path, what a run has trained.",
+    "predict": "Predict; PredictionWriter among the callbacks writes what comes out.",
+}
 
 # A word that is not ours goes to the lightning command of another package, if there is one.
 COMMANDS = ("fit", "validate", "test", "predict", "inspect", "edit", *exporting.COMMANDS)
-
-
-# Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
-_NOISE = re.compile(
-    r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: (NestedArg|Namespace)\(.*"
-)
-
-
-class SparseParser(LightningArgumentParser):
-    """Reports an error in one line, and takes no abbreviations: ``max_epoch`` would pass for ``max_epochs``."""
-
-    options: Sequence[str] = ()
-    """The options of a command that takes no configuration."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **options})
-
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Parse, with null for a key two classes deep: jsonargparse (4.53) hands it on as the word None."""
-        if args is not None and not self.exit_on_error:
-            args = [f"{word.removesuffix('None')}null" if word.endswith("=None") else word for word in args]
-        return super().parse_args(args, *others, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong, and exit with status 2."""
-        if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
-            super().error(message, ex)
-        lines = [line.strip() for line in message.splitlines()]
-        unknown = re.search(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)", message)
-        hint = _suggestion(unknown[1], self.options) if unknown else ""
-        if re.search(r"arguments are required: \w+\.model\b", message):
-            hint = (
-                ": neither the configuration nor the words of the command line name a model (model: {class_path: …})."
-            )
-        _fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
 
 
 # The disk is full, or what is there may not be written or read.
@@ -155,7 +129,27 @@ class SparseTrainer(Trainer):
         """
         self.test(model, datamodule, verbose=False)
         if self.is_global_zero:
-            sys.stdout.write(f"{text_table(model.summary)}\nWrote {model.output}.\n")
+            sys.stdout.write(f"{text_table(model.summary)}\n")
+            say(f"Wrote {model.output}.")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration of a run beside its logs, over that of an earlier run but never over a user's own file.
+
+    Without a logger that is the current folder, where a ``config.yaml`` is often what the user wrote: then the name is
+    ``run_config.yaml``.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the name, and save."""
+        folder = trainer.log_dir  # on all processes: it is broadcast
+        if trainer.is_global_zero and folder is not None and ":" not in folder:
+            file = Path(folder) / self.config_filename
+            given = [Path(str(path)).resolve() for path in self.config.get("config") or []]
+            # Lightning's own name stands in the first line of what it saved.
+            if file.is_file() and (file.resolve() in given or not file.read_bytes().startswith(b"# lightning")):
+                self.config_filename = "run_config.yaml"
+        super().setup(trainer, pl_module, stage)
 
 
 _EDITING = {"inference_mode": False, "enable_checkpointing": False}
@@ -169,15 +163,28 @@ class SparseCLI(LightningCLI):
         """Lightning's, but for ``inspect`` and ``edit``."""
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}, "edit": {"model", "datamodule"}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--quiet``."""
+        parser.add_argument("--quiet", action="store_true", help="Show results, warnings and errors only.")
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        for name, summary in _SUMMARIES.items():
+            kwargs.setdefault(name, {}).setdefault("description", summary)
         super()._add_subcommands(parser, **kwargs)
+        self.add_arguments_to_parser(parser)  # before the command too
+        parser.add_argument("--print_completion", action=PrintCompletion)
+        subcommands: Any = parser._subcommands_action
+        for action in subcommands._choices_actions:
+            action.help = _SUMMARIES.get(action.dest, action.help)
         for name, function in exporting.COMMANDS.items():  # for --help; main runs them without a configuration
-            commands: Any = parser._subcommands_action
-            commands.add_subcommand(name, _export_parser(name), help=_summary(function))
+            subcommands.add_subcommand(name, _export_parser(name), help=_summary(function))
 
     def before_instantiate_classes(self) -> None:
         """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.quiet or self.config.get("quiet"):
+            be_quiet()
+            config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
         if self.subcommand == "inspect":
             # Nothing runs, so that what a cluster has is not needed, and nothing is logged.
             vars(config.trainer).update(_NO_RUN)
@@ -263,49 +270,44 @@ def main(args: Sequence[str] | None = None) -> None:
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     words = sys.argv[1:] if args is None else list(args)
+    if "--quiet" in words:
+        be_quiet()
     try:
-        _require_readable(words)
-        if words and words[0] in exporting.COMMANDS:
-            _export(words[0], words[1:])
-            return
-        if words[:1] == ["inspect"] and command.names_a_source(words[1:]):
-            command.run(words[1:], _program())
-            return
-        if words[:1] == ["edit"] and words[1:2] and words[1] in commands.NAMES:
-            commands.run(words[1:], _program())
+        require_readable(with_packaged_configs(words))
+        if _runs_without_a_configuration(words):
             return
         SparseCLI(
             trainer_class=SparseTrainer,
             args=None if args is None else words,
             parser_class=SparseParser,
             parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
+            save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
         )
     except (UsageError, TrainingError, MisconfigurationException) as error:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        _fail(str(error), status=1)
+        fail(str(error), status=1)
     except OSError as error:
         if error.errno not in _NO_PLACE or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        _fail(f"A file cannot be written or read: {error}.", status=1)
+        fail(f"A file cannot be written or read: {error}.", status=1)
 
 
-def _require_readable(words: Sequence[str]) -> None:
-    """Refuse a file of configuration that is no YAML: the parser does not say which file it means."""
-    for option, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = option.partition("=")
-        file = Path(value if equals else following)
-        if name not in ("-c", "--config") or not file.is_file():
-            continue
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{file} is no YAML in UTF-8: {error}") from error
-        if not isinstance(content, dict):
-            found = "empty" if content is None else f"a {type(content).__name__}"
-            raise UsageError(f"{file} is {found}, not a configuration: model, data and trainer with their arguments.")
+def _runs_without_a_configuration(words: Sequence[str]) -> bool:
+    """Run a command that has a parser of its own, if the words are one."""
+    name, *others = without_quiet(words) or [""]
+    if name in exporting.COMMANDS:
+        run: Callable[[Sequence[str]], None] = partial(_export, name)
+    elif name == "inspect" and command.names_a_source(others):
+        run = partial(command.run, program=_program())
+    elif name == "edit" and others[:1] and others[0] in commands.NAMES:
+        run = partial(commands.run, program=_program())
+    else:
+        return False
+    run(others)
+    return True
 
 
 def lightning_main() -> None:
@@ -323,7 +325,7 @@ def lightning_main() -> None:
 def _export(name: str, words: Sequence[str]) -> None:
     parser = _export_parser(name, prog=f"{_program()} {name}")
     report = exporting.COMMANDS[name](**parser.parse_args(words).as_dict())
-    sys.stdout.write(f"{report}\n")
+    say(str(report))
 
 
 def _export_parser(name: str, **options: Any) -> SparseParser:
@@ -359,22 +361,6 @@ def _is_sparse_module(class_path: str) -> bool:
     return isinstance(kind, type) and issubclass(kind, SparseModule)
 
 
-def _suggestion(key: str, options: Sequence[str]) -> str:
-    """Options of the command, else arguments of ours or of the Trainer, spelt like the last part of ``key``."""
-    public = [] if options else [getattr(lit_sparse, name) for name in dir(lit_sparse)]
-    kinds: list[Any] = [kind for kind in public if isinstance(kind, type) and not issubclass(kind, Exception)]
-    known = options or {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
-    close = difflib.get_close_matches(key.rpartition(".")[2], known)
-    if close:
-        return f". Did you mean {' or '.join(map(repr, close))}?"
-    return f". --{'help' if options else 'print_config'} lists what there is."
-
-
 def _program() -> str:
     name = os.path.basename(sys.argv[0])  # noqa: PTH119  # a word, not a path
     return "python -m lit_sparse" if name == "__main__.py" else name
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    raise SystemExit(status)

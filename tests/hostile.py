@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 import yaml
 from backbones import save_tiny_bert, save_tiny_llama
 
+import lit_sparse as ls
 from lit_sparse.cli import main
 
 METHOD = "--model.init_args.method.init_args."
@@ -82,6 +84,24 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
+def make_trained_project(folder: Path) -> Path:
+    """That, with a trained checkpoint and every kind of file that is made of it; in the current folder."""
+    make_project(folder)
+    assert run(whole([])).status == 0
+    for form in ("peft", "sparse", "delta"):
+        words = ["export", "--ckpt_path", "kept/last.ckpt", "--format", form, "--output", form]
+        assert run(words).status == 0
+    requests = [{"prompt": "the cat is", "target_new": "a dog", "subject": "cat"}]
+    Path("requests.json").write_text(json.dumps(requests))
+    method = ls.RoseLoRA(["v_proj"], rank=2, density=0.2, begin=0, end=1)
+    editor = ls.Editor("llama", method, "edits-run", steps=2, save_edits=True, fluency_tokens=0)
+    trainer = L.Trainer(accelerator="cpu", inference_mode=False, logger=False, enable_progress_bar=False)
+    trainer.test(editor, ls.EditingData("requests.json"), verbose=False)
+    shutil.copy("edits-run/edits/000000.safetensors", "an.edit.safetensors")
+    shutil.rmtree("edits-run")
+    return folder
+
+
 def write_rows(file: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...] = ("text", "label")) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([header, *rows])
@@ -126,7 +146,9 @@ def require_refused(case: Case) -> None:
     assert "Traceback" not in ended.err
     assert case.says in lines[0], lines[0]
     left = everything()
-    assert not {name for name in left - before if not re.match(r"(runs|lightning_logs)\b", name)}, left - before
+    assert not {name for name in left - before if not re.match(r"(runs\b|lightning_logs\b|run_config\.yaml)", name)}, (
+        left - before
+    )
     assert before <= left
     if "LIT_SPARSE_HOSTILE_TABLE" not in os.environ:
         assert f"| {case.what} |" in PAGE.read_text(encoding="utf-8"), "write the table anew, as the page says"

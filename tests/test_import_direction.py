@@ -10,7 +10,7 @@ import lit_sparse
 
 ROOT = Path(lit_sparse.__file__).parent
 LEVELS = [
-    {"errors", "_version"},
+    {"errors", "_version", "quiet"},
     {"functional"},
     {"adapters"},
     {"figures"},
@@ -22,6 +22,8 @@ LEVELS = [
     {"reporting", "editing"},
     {"plotting", "inspection", "bank", "exporting"},
     {"__init__"},  # offers the public names of all of the above
+    {"completion", "words"},
+    {"parsing"},
     {"cli"},
     {"__main__"},
 ]

@@ -23,6 +23,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import pixels
 from lit_sparse.figures.gates import gate_figure
 from lit_sparse.figures.grid import rank_figure
+from lit_sparse.quiet import is_quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,9 +85,10 @@ class SparsityMonitor(Callback):
             return
         self._logged_at = trainer.global_step  # accumulation batches end at the same step
         figures = sparsity_of(self._adapters)
-        # Straight to the loggers: what a module logs between two of Lightning's own rounds would be dropped.
+        # Straight to the loggers: what a module logs between two of Lightning's own rounds would be dropped. Lightning
+        # counts the first step as 0 there, so that these are in line with its own, the loss and the epoch's figures.
         for logger in trainer.loggers:
-            logger.log_metrics({f"{_PREFIX}{k}": float(v) for k, v in figures.items()}, step=trainer.global_step)
+            logger.log_metrics({f"{_PREFIX}{k}": float(v) for k, v in figures.items()}, step=trainer.global_step - 1)
         entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
         short = {"rank": figures["mean_rank"], "density": figures["remaining_parameters"] / entries}
         pl_module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
@@ -112,7 +114,8 @@ class SparsityMonitor(Callback):
         layers = layer_sparsity(pl_module)
         if folder is not None:
             write_table(layers, Path(folder) / "sparsity.csv")
-        _show(layers)
+        if not is_quiet():
+            _show(layers)
         if _MATPLOTLIB and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _log_pictures(trainer, layers, self._adapters)
 
@@ -179,8 +182,7 @@ def _show(layers: list[LayerSparsity]) -> None:
     ]
     title = f"Adapters in {common.rstrip('.') or 'the model'}: ranks, densities of A, B, BA, bound on BA's"
     if _RICH:
-        from rich import box
-        from rich.console import Console
+        from rich import box, get_console
         from rich.table import Table
 
         # Narrow enough for a layer to a line on 80 columns.
@@ -196,12 +198,13 @@ def _show(layers: list[LayerSparsity]) -> None:
             table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        # The one that Lightning's progress bar draws on: it then makes room for the table.
+        get_console().print(table)
+        get_console().print(summary(layers), highlight=False)
     else:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
-        rank_zero_info("\n".join([title, *lines]))
-    rank_zero_info(summary(layers))
+        rank_zero_info("\n".join([title, *lines, summary(layers)]))
 
 
 def summary(layers: Sequence[LayerSparsity]) -> str:

@@ -1,5 +1,6 @@
 """Where rows come from: local files, folders and the hub, with errors that name what is wrong."""
 
+import mmap
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,8 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+_NULL_ROW = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
+_NULL_FIRST = re.compile(rb"\A\s*null")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")  # how the hub names the parts of a split
 
 
@@ -70,6 +73,8 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
     """
     loader, options = _LOADERS[files[0].suffix]
     names = [str(file) for file in files]
+    if loader == "json":
+        _require_no_null_row(files, split)
     try:
         return load_dataset(loader, data_files={split: names}, split=split, **options)
     except (DatasetsError, OSError, ValueError, StopIteration) as error:  # StopIteration: a json without rows
@@ -77,6 +82,21 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
             f"The split {split!r} is empty or cannot be read as {loader} from {', '.join(names)} "
             f"({_one_line(error)}): mend the file."
         ) from error
+
+
+def _require_no_null_row(files: Sequence[Path], split: str) -> None:
+    """A row that is null ends the process where it is the first of what pyarrow (26) parses at once."""
+    for file in files:
+        pattern = _NULL_ROW if file.suffix == ".jsonl" else _NULL_FIRST
+        if not file.is_file() or file.stat().st_size == 0:
+            continue
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = pattern.search(content)
+            if found is not None:
+                line = content[: found.start()].count(b"\n") + 1
+                raise UsageError(
+                    f"The split {split!r} has null where a row is wanted, in line {line} of {file}: mend the file."
+                )
 
 
 def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from lit_sparse.interchange.merged_folder import save_processor
 from lit_sparse.interchange.patches import patch_from, require_fit, tensors_of
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.quickstart import resolve
+from lit_sparse.quiet import say
 
 NAMES = ("apply", "list", "remove")
 
@@ -71,7 +72,7 @@ def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
         edit = load_edit(file)
         conflicts = edited.add(edit, str(file))
         clash = f", {conflicts:,} of them changed by earlier edits too" if conflicts else ""
-        sys.stdout.write(f"{file.name}: {edit.changed:,} entries{clash}\n")
+        say(f"{file.name}: {edit.changed:,} entries{clash}")
     _write(edited, model, [*present.values(), *files], output)
 
 
@@ -193,4 +194,4 @@ def _write(edited: EditedModel, source: str, files: Sequence[Path], output: str)
                 shutil.copyfile(file, draft / _EDITS / file.name)
             save_tensors(tensors_of(edited.originals), draft / _EDITS / _ORIGINALS)
             (draft / _EDITS / _ORDER).write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
-    sys.stdout.write(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.\n")
+    say(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.")

@@ -23,6 +23,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.remains import remains_of, trained_whole
+from lit_sparse.quiet import stages
 
 METADATA = "lit_sparse.json"
 """The file beside the weights that says what they are and where they came from."""
@@ -192,14 +193,19 @@ def _write_checked(
         raise UsageError(
             f"{len(spoilt)} of what was trained are not finite, the first {spoilt[0]!r}: nothing is written."
         )
+    stage = stages(f"Exporting {form.name}", ["computing what it must give", "writing", "reading back"])
+    next(stage)
     batch = terms.batch if terms.batch is not None else probe_batch(model)
     expected = outputs_of(model, batch)
     tolerance = terms.tolerance
     if tolerance is None:
         tolerance = default_tolerance(model, expected, *form.dtypes)
+    next(stage)
     entries |= form.write(draft)
     _write_metadata(draft, entries)  # reading back needs it
+    next(stage)
     difference = difference_of(expected, outputs_of(form.read(draft), batch))
+    next(stage, None)
     if not difference <= tolerance:
         raise UsageError(
             f"Read back, the export as {form.name} gives outputs that differ from the live model's by "

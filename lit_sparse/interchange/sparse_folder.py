@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
@@ -22,7 +18,7 @@ from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.adapters.selection import survey
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance
-from lit_sparse.interchange.export import METADATA, ExportReport, Form, Terms, export, save_tensors
+from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
 from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
 from lit_sparse.interchange.peft_folder import exactly, some
 from lit_sparse.interchange.remains import (
@@ -35,13 +31,9 @@ from lit_sparse.interchange.remains import (
     weight_name,
     whole_modules,
 )
+from lit_sparse.interchange.stored_folder import HEAD, PARTS, VERSION, WEIGHTS, Saved, read_folder, remains_in
 from lit_sparse.methods.lora import LoRA
 
-WEIGHTS = "adapter.safetensors"
-
-_PARTS = ("lora_A", "lora_B_t")
-_HEAD = "head."
-_VERSION = 1
 # A patch of more entries than this is no local edit, and larger than A and B.
 _LOCAL = 0.1
 
@@ -141,7 +133,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     Raises:
         UsageError: If the folder cannot be read or does not fit the model, or the model holds adapters.
     """
-    saved = _read_folder(Path(folder))
+    saved = read_folder(Path(folder))
     if any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds adapters already. Load into a freshly loaded model.")
     base = saved.entries.get("base_model_name_or_path")
@@ -151,7 +143,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
             f"{folder} was trained on {base!r}, and this model is {here!r}. If that is more than another name for the "
             "same weights, the adapter is worth nothing here."
         )
-    head = {name.removeprefix(_HEAD): tensor for name, tensor in saved.tensors.items() if name.startswith(_HEAD)}
+    head = {name.removeprefix(HEAD): tensor for name, tensor in saved.tensors.items() if name.startswith(HEAD)}
     places = _places(model)
     _require_places(model, saved, places, {name: list(tensor.shape) for name, tensor in head.items()})
     adapters = _add_delta(model, saved) if saved.entries["format"] == "delta" else _inject(model, saved)
@@ -159,25 +151,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     for name, tensor in head.items():
         places[name].copy_(tensor)
     return adapters
-
-
-def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
-    """A and B of every layer in a folder of :func:`save_adapter`, scale and gates folded into B.
-
-    Raises:
-        UsageError: If the folder cannot be read, or holds a patch, of which A and B are not known.
-    """
-    saved = _read_folder(Path(folder))
-    if saved.entries["format"] != "sparse":
-        raise UsageError(f"{str(folder)!r} is a patch of the weights: A and B are not in it. Give the checkpoint.")
-    return {name: _remains(saved, name, entry) for name, entry in saved.entries["layers"].items()}
-
-
-@dataclass(frozen=True)
-class _Saved:
-    folder: Path
-    entries: dict[str, Any]
-    tensors: dict[str, Tensor]
 
 
 def _read(model: nn.Module, draft: Path) -> nn.Module:
@@ -194,7 +167,7 @@ def _write_sparse(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draf
         if not any(remains.ranks):
             continue
         layers[name] = {"ranks": remains.ranks, "shape": [adapter.out_features, adapter.in_features]}
-        for part in _PARTS:
+        for part in PARTS:
             tensors |= _packed(f"{name}.{part}", getattr(remains, part))
     return _with_head(model, tensors, layers, draft)
 
@@ -214,9 +187,9 @@ def _write_delta(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft
 
 
 def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any], draft: Path) -> dict[str, Any]:
-    head = {f"{_HEAD}{name}": tensor for name, tensor in trained_whole(model).items()}
+    head = {f"{HEAD}{name}": tensor for name, tensor in trained_whole(model).items()}
     save_tensors({**tensors, **head}, draft / WEIGHTS)
-    return {"version": _VERSION, "layers": layers, "head_modules": whole_modules(model)}
+    return {"version": VERSION, "layers": layers, "head_modules": whole_modules(model)}
 
 
 def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:
@@ -231,42 +204,6 @@ def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:
     return {f"{name}.indices": columns.to(dtype), f"{name}.values": matrix.gather(1, columns)}
 
 
-def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:
-    if name in tensors:
-        return tensors[name]
-    values, columns = tensors[f"{name}.values"], tensors[f"{name}.indices"].long()
-    return torch.zeros(len(values), width, dtype=values.dtype).scatter_(1, columns, values)
-
-
-def _read_folder(folder: Path) -> _Saved:
-    file = folder / METADATA
-    if not file.is_file():
-        raise UsageError(
-            f"{str(folder)!r} was not written by save_adapter or export_delta: it has no {METADATA}. Load a folder of "
-            "PEFT's with load_peft."
-        )
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
-    form = entries.get("format")
-    if form not in ("sparse", "delta"):
-        how = {"peft": "load_peft", "merged": "the model class's from_pretrained"}.get(
-            form, "the version that wrote it"
-        )
-        raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {how}.")
-    if entries.get("version") != _VERSION:
-        raise UsageError(
-            f"{str(folder)!r} is of version {entries.get('version')} of its format, and {_VERSION} is known here: load "
-            f"it with lit_sparse {entries.get('lit_sparse_version')}."
-        )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
-    return _Saved(folder, entries, tensors)
-
-
 def _places(model: nn.Module) -> dict[str, Tensor]:
     return {
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -275,7 +212,7 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _require_places(
-    model: nn.Module, saved: _Saved, places: Mapping[str, Tensor], head: Mapping[str, list[int]]
+    model: nn.Module, saved: Saved, places: Mapping[str, Tensor], head: Mapping[str, list[int]]
 ) -> None:
     layers: dict[str, Any] = saved.entries["layers"]
     is_delta = saved.entries["format"] == "delta"
@@ -296,7 +233,7 @@ def _require_places(
             )
 
 
-def _inject(model: nn.Module, saved: _Saved) -> dict[str, LowRankAdapter]:
+def _inject(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
     layers: dict[str, dict[str, Any]] = saved.entries["layers"]
     if not layers:
         return {}
@@ -310,19 +247,12 @@ def _inject(model: nn.Module, saved: _Saved) -> dict[str, LowRankAdapter]:
         overrides={exactly(n): {"rank": r, "alpha": r} for n, r in ranks.items() if r != largest} or None,
     )
     adapters = inject(model, method)
-    for name, entry in layers.items():
-        _fill(saved, name, adapters[name], _remains(saved, name, entry))
+    for name in layers:
+        _fill(saved, name, adapters[name], remains_in(saved, name))
     return adapters
 
 
-def _remains(saved: _Saved, name: str, entry: Mapping[str, Any]) -> Remains:
-    out_features, in_features = entry["shape"]
-    lora_A = _unpacked(saved.tensors, f"{name}.lora_A", in_features)
-    lora_B_t = _unpacked(saved.tensors, f"{name}.lora_B_t", out_features)
-    return Remains(lora_A, lora_B_t, tuple(entry["ranks"]))
-
-
-def _fill(saved: _Saved, name: str, adapter: LowRankAdapter, remains: Remains) -> None:
+def _fill(saved: Saved, name: str, adapter: LowRankAdapter, remains: Remains) -> None:
     there = (remains.lora_A.shape[1], remains.lora_B_t.shape[1], len(remains.ranks))
     here = (adapter.in_features, adapter.out_features, adapter.copies)
     if there != here:
@@ -330,7 +260,7 @@ def _fill(saved: _Saved, name: str, adapter: LowRankAdapter, remains: Remains) -
             f"{saved.folder} adapts {name!r} as (inputs, outputs, experts) = {there}, here it has {here}: it was "
             "trained on another model."
         )
-    for part in _PARTS:
+    for part in PARTS:
         parameter: Tensor = getattr(adapter, part)
         parameter.zero_()
         rows = getattr(remains, part).split(remains.ranks)
@@ -338,7 +268,7 @@ def _fill(saved: _Saved, name: str, adapter: LowRankAdapter, remains: Remains) -
             own[: len(values)] = values.to(own)
 
 
-def _add_delta(model: nn.Module, saved: _Saved) -> dict[str, LowRankAdapter]:
+def _add_delta(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
     stored = {f"{name}.{part}" for name in saved.entries["layers"] for part in ("indices", "values")}
     patch = patch_from({key: tensor for key, tensor in saved.tensors.items() if key in stored})
     require_fit(model, patch, str(saved.folder))

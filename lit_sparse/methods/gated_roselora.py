@@ -11,8 +11,8 @@ from torch import Tensor
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
 from lit_sparse.methods.base import GateInit, Overrides, Run, SparseMethod, Step
-from lit_sparse.methods.roselora import SensitivityMasks, require_density
-from lit_sparse.methods.sora import Metric, Operator, ProximalGates, require_strengths
+from lit_sparse.methods.gates import Metric, Operator, ProximalGates, require_strengths
+from lit_sparse.methods.masks import SensitivityMasks, require_density
 
 
 class GatedRoseLoRA(SparseMethod):

@@ -12,6 +12,7 @@ import jsonargparse
 
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
+from lit_sparse.quiet import say
 from lit_sparse.reporting.pictures import pictures
 from lit_sparse.reporting.report import write_page
 from lit_sparse.reporting.sources import read_adapters
@@ -87,10 +88,10 @@ def inspect_adapters(
                 save(figure, folder / f"{name}.png")
         except OSError as error:
             raise UsageError(f"{figures!r} cannot be written: {error.strerror}.") from error
-        sys.stdout.write(f"Wrote {', '.join(f'{name}.png' for name in drawn)} into {folder}.\n")
+        say(f"Wrote {', '.join(f'{name}.png' for name in drawn)} into {folder}.")
     if report is not None:
         write_page(adapters, drawn, Path(report))
-        sys.stdout.write(f"Wrote {report}.\n")
+        say(f"Wrote {report}.")
 
 
 def _hint(words: Sequence[str]) -> str:

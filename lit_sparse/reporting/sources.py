@@ -22,7 +22,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.figures.curves import Curves
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
-from lit_sparse.interchange.sparse_folder import read_factors
+from lit_sparse.interchange.stored_folder import read_factors
 from lit_sparse.methods.base import names_layer
 from lit_sparse.modules.checkpoint import KEY, load
 from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics

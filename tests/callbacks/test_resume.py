@@ -23,7 +23,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 import lit_sparse as ls
-from lit_sparse.callbacks.resume import GRADIENTS, RANDOM_STATES, WholeFiles, is_sound, usable
+from lit_sparse.callbacks.checkpoint_files import WholeFiles, is_sound, usable
+from lit_sparse.callbacks.resume import GRADIENTS, RANDOM_STATES
 
 METHODS = {
     "SoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.03, "dropout": 0.2, "freeze_zero_after": 3},

@@ -28,7 +28,7 @@ from transformers import (
 import lit_sparse as ls
 from lit_sparse.adapters import fused
 from lit_sparse.adapters.statistics import layer_sparsity
-from lit_sparse.interchange import patches, sparse_folder
+from lit_sparse.interchange import patches, sparse_folder, stored_folder
 from lit_sparse.interchange.probe import difference_of, outputs_of, probe_batch
 from lit_sparse.modules.backbone import load_backbone
 
@@ -204,7 +204,7 @@ def test_rows_with_fewer_entries_are_filled_with_zeros_from_where_they_stand():
     matrix[1, 7] = 5.0
     packed = sparse_folder._packed("m", matrix)
     assert packed["m.indices"].shape == (2, 2)
-    assert torch.equal(sparse_folder._unpacked(packed, "m", 300), matrix)
+    assert torch.equal(stored_folder._unpacked(packed, "m", 300), matrix)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def folder_with(tmp_path, **changes):
         ({"version": 2}, "is of version 2 of its format, and 1 is known here"),
         (
             {"layers": {"a.b": {"ranks": [1], "shape": [1, 1]}}},
-            r"has \['a.b'\], which BertForSequenceClassification has",
+            r"is damaged: lit_sparse.json and adapter.safetensors do not fit together \('a.b.lora_A.values'\)",
         ),
     ],
 )

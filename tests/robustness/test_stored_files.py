@@ -1,11 +1,9 @@
 """Checkpoints, folders of adapters and edits that are damaged, forged, or of another model."""
 
 import json
-import shutil
 import struct
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from hostile import (
@@ -16,38 +14,21 @@ from hostile import (
     evil,
     flipped,
     huge_header,
-    make_project,
+    make_trained_project,
     plain_pickle,
     replaced,
     require_refused,
-    run,
     settings,
-    whole,
 )
 from safetensors.torch import load_file, save_file
-
-import lit_sparse as ls
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """With a trained checkpoint, and every kind of folder that is made of it."""
-    folder = make_project(tmp_path_factory.mktemp("project"))
+    folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert run(whole([])).status == 0
-        for format_ in ("peft", "sparse", "delta"):
-            words = ["export", "--ckpt_path", "kept/last.ckpt", "--format", format_, "--output", format_]
-            assert run(words).status == 0
-        requests = [{"prompt": "the cat is", "target_new": "a dog", "subject": "cat"}]
-        Path("requests.json").write_text(json.dumps(requests))
-        method = ls.RoseLoRA(["v_proj"], rank=2, density=0.2, begin=0, end=1)
-        editor = ls.Editor("llama", method, "edits-run", steps=2, save_edits=True, fluency_tokens=0)
-        trainer = L.Trainer(accelerator="cpu", inference_mode=False, logger=False, enable_progress_bar=False)
-        trainer.test(editor, ls.EditingData("requests.json"), verbose=False)
-        shutil.copy("edits-run/edits/000000.safetensors", "an.edit.safetensors")
-        shutil.rmtree("edits-run")
-    return folder
+        return make_trained_project(folder)
 
 
 CHECKPOINT = Path("kept/last.ckpt")

@@ -1,0 +1,46 @@
+"""Do what docs/index.md says, in order and word by word, with nothing but a clone: its files, and its commands.
+
+Run:  python .ci/first_steps.py FOLDER, which must not exist: the clone.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+
+
+def script(page: str) -> str:
+    """A block with a title is a file of that name, a block of bash what is typed."""
+    lines = ["set -euo pipefail"]
+    for language, title, body in BLOCK.findall(page):
+        if title:
+            lines.append(f"cat > {shlex.quote(title)} <<'END OF BLOCK'\n{body}END OF BLOCK")
+        elif language == "bash":
+            lines.append(body)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    clone = Path(sys.argv[1])
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    own = Path(sys.prefix, "bin").resolve()  # of this environment nothing is to be found
+    kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p).resolve() != own)
+    done = subprocess.run(
+        ["bash", "-c", script((clone / "docs" / "index.md").read_text(encoding="utf-8"))],
+        cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    print(done.stdout[-2000:])
+    assert (clone / "my-lora" / "adapter_config.json").is_file()
+    rows = re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", done.stdout[done.stdout.rindex("tensor(") :])
+    assert len(rows) == 2, "predict.py scores two texts"
+    assert all(abs(float(a) + float(b) - 1) < 1e-3 for a, b in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Read what :func:`~lit_sparse.save_adapter` and :func:`~lit_sparse.export_delta` wrote, and check that it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_sparse.errors import UsageError
+from lit_sparse.interchange.export import METADATA
+from lit_sparse.interchange.remains import Remains
+
+WEIGHTS = "adapter.safetensors"
+PARTS = ("lora_A", "lora_B_t")
+HEAD = "head."
+"""What the names of tensors begin with that were trained whole."""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that was read: what its metadata say, and its tensors by name."""
+
+    folder: Path
+    entries: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_folder(folder: Path) -> Saved:
+    """Read a folder of the format sparse or delta.
+
+    Raises:
+        UsageError: If it is not one, of another version, or damaged.
+    """
+    file = folder / METADATA
+    if not file.is_file():
+        raise UsageError(
+            f"{str(folder)!r} was not written by save_adapter or export_delta: it has no {METADATA}. Load a folder of "
+            "PEFT's with load_peft."
+        )
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(entries, dict):
+        raise UsageError(f"{file} cannot be read: it holds no names.")
+    form = entries.get("format")
+    if form not in ("sparse", "delta"):
+        how = {"peft": "load_peft", "merged": "the model class's from_pretrained"}.get(
+            str(form), "the version that wrote it"
+        )
+        raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {how}.")
+    if entries.get("version") != VERSION:
+        raise UsageError(
+            f"{str(folder)!r} is of version {entries.get('version')} of its format, and {VERSION} is known here: load "
+            f"it with lit_sparse {entries.get('lit_sparse_version')}."
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+    saved = Saved(folder, entries, tensors)
+    try:
+        _require_whole(saved)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{str(folder)!r} is damaged: {METADATA} and {WEIGHTS} do not fit together "
+            f"({' '.join(str(error).split())})."
+        ) from error
+    return saved
+
+
+def _require_whole(saved: Saved) -> None:
+    """Raise one of several errors unless every layer has its tensors, of the shapes that the metadata say."""
+    for tensor_name, tensor in saved.tensors.items():
+        if not tensor_name.startswith(HEAD) and tensor_name.endswith(".indices") == tensor.is_floating_point():
+            raise ValueError(f"{tensor_name!r} is of {tensor.dtype}")
+    if not all(isinstance(name, str) for name in saved.entries["head_modules"]):
+        raise TypeError("head_modules are no names")
+    for name, entry in saved.entries["layers"].items():
+        if not all(isinstance(size, int) and size > 0 for size in entry["shape"]):
+            raise ValueError(f"the shape of {name!r} is {entry['shape']}")
+        if saved.entries["format"] == "delta":
+            saved.tensors[f"{name}.values"]
+            continue
+        found = remains_in(saved, name)
+        if not found.ranks or not all(isinstance(rank, int) and rank >= 0 for rank in found.ranks):
+            raise ValueError(f"the ranks of {name!r} are {found.ranks}")
+        out_features, in_features = entry["shape"]
+        wanted = {"lora_A": (sum(found.ranks), in_features), "lora_B_t": (sum(found.ranks), out_features)}
+        for part, shape in wanted.items():
+            here = tuple(getattr(found, part).shape)
+            if here != shape:
+                raise ValueError(f"{part} of {name!r} has the shape {here}, and {shape} is wanted")
+
+
+def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
+    """A and B of every layer in a folder of :func:`save_adapter`, scale and gates folded into B.
+
+    Raises:
+        UsageError: If the folder cannot be read, or holds a patch, of which A and B are not known.
+    """
+    saved = read_folder(Path(folder))
+    if saved.entries["format"] != "sparse":
+        raise UsageError(f"{str(folder)!r} is a patch of the weights: A and B are not in it. Give the checkpoint.")
+    return {name: remains_in(saved, name) for name in saved.entries["layers"]}
+
+
+def remains_in(saved: Saved, name: str) -> Remains:
+    """A and B of one layer."""
+    entry = saved.entries["layers"][name]
+    out_features, in_features = entry["shape"]
+    lora_A = _unpacked(saved.tensors, f"{name}.lora_A", in_features)
+    lora_B_t = _unpacked(saved.tensors, f"{name}.lora_B_t", out_features)
+    return Remains(lora_A, lora_B_t, tuple(entry["ranks"]))
+
+
+def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    values, columns = tensors[f"{name}.values"], tensors[f"{name}.indices"].long()
+    return torch.zeros(len(values), width, dtype=values.dtype).scatter_(1, columns, values)

@@ -1,0 +1,73 @@
+"""The parser of the command line, and what is wrong with what a user wrote, in one line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+import lit_sparse
+from lit_sparse.words import with_packaged_configs
+
+# Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
+_NOISE = re.compile(
+    r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: (NestedArg|Namespace)\(.*"
+)
+
+
+class SparseParser(LightningArgumentParser):
+    """Reports an error in one line, and takes no abbreviations: ``max_epoch`` would pass for ``max_epochs``."""
+
+    options: Sequence[str] = ()
+    """The options of a command that takes no configuration."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse, with configurations of the package found.
+
+        A key two classes deep that is None comes here as the word None (jsonargparse 4.53): it is made null again.
+        """
+        if self.exit_on_error:
+            args = with_packaged_configs(sys.argv[1:] if args is None else args)
+        elif args is not None:
+            args = [f"{word.removesuffix('None')}null" if word.endswith("=None") else word for word in args]
+        return super().parse_args(args, *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong, and exit with status 2."""
+        if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
+            super().error(message, ex)
+        lines = [line.strip() for line in message.splitlines()]
+        unknown = re.search(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)", message)
+        hint = _suggestion(unknown[1], self.options) if unknown else ""
+        if re.search(r"arguments are required: \w+\.model\b", message):
+            hint = (
+                ": neither the configuration nor the words of the command line name a model (model: {class_path: …})."
+            )
+        fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print a line of error, and exit."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    raise SystemExit(status)
+
+
+def _suggestion(key: str, options: Sequence[str]) -> str:
+    """Options of the command, else arguments of ours or of the Trainer, spelt like the last part of ``key``."""
+    public = [] if options else [getattr(lit_sparse, name) for name in dir(lit_sparse)]
+    kinds: list[Any] = [kind for kind in public if isinstance(kind, type) and not issubclass(kind, Exception)]
+    known = options or {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
+    close = difflib.get_close_matches(key.rpartition(".")[2], known)
+    if close:
+        return f". Did you mean {' or '.join(map(repr, close))}?"
+    return f". --{'help' if options else 'print_config'} lists what there is."
