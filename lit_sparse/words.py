@@ -59,7 +59,7 @@ def require_readable(words: Sequence[str]) -> None:
             continue
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise UsageError(f"{file} is no YAML in UTF-8: {error}") from error
         if not isinstance(content, dict):
             found = "empty" if content is None else f"a {type(content).__name__}"

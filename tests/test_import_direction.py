@@ -10,7 +10,7 @@ import lit_sparse
 
 ROOT = Path(lit_sparse.__file__).parent
 LEVELS = [
-    {"errors", "_version", "quiet"},
+    {"errors", "_version", "json_text", "quiet"},
     {"functional"},
     {"adapters"},
     {"figures"},

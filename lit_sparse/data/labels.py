@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from lit_sparse.data.sources import Reader, require_columns
+from lit_sparse.data.sources import Reader, distinct, require_columns
 from lit_sparse.errors import UsageError
 
 HIDDEN = -1  # what benchmarks write where they keep the labels of a test split to themselves
@@ -65,7 +65,7 @@ def learn_classes(
 
 def has_labels(rows: Dataset, column: str) -> bool:
     """Whether not all labels are hidden, as benchmarks hide those of test splits."""
-    return column not in rows.column_names or bool(rows.unique(column) != [HIDDEN])
+    return column not in rows.column_names or bool(distinct(rows, column) != [HIDDEN])
 
 
 def _names_in_features(readers: dict[str, Reader], column: str) -> list[str] | None:
@@ -83,7 +83,7 @@ def _distinct_values(readers: dict[str, Reader], column: str, source: str, hint:
         )
     rows = readers["train"]()
     require_columns(rows, "train", [column])
-    values = [value for value in rows.unique(column) if value is not None and value == value]
+    values = [value for value in distinct(rows, column) if value is not None and value == value]
     fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
     if fractions:
         raise UsageError(

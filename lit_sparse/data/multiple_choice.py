@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lit_sparse.data.sources import Reader, require_columns, require_text
+from lit_sparse.data.sources import Reader, distinct, require_columns, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.errors import UsageError
 
@@ -108,7 +108,7 @@ class MultipleChoiceData(TextData):
     def _is_labelled(self, rows: Dataset, role: str) -> bool:
         if role != "test" or self.label not in rows.column_names:
             return role != "predict"
-        return not set(rows.unique(self.label)) <= _HIDDEN
+        return not set(distinct(rows, self.label)) <= _HIDDEN
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:
         """The number of choices: that of the first row."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
@@ -76,7 +77,9 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
     if loader == "json":
         _require_no_null_row(files, split)
     try:
-        return load_dataset(loader, data_files={split: names}, split=split, **options)
+        rows: Dataset = load_dataset(loader, data_files={split: names}, split=split, **options)
+        rows.data.table.validate(full=True)  # bytes that are no UTF-8 pass the reader of JSON
+        return rows
     except (DatasetsError, OSError, ValueError, StopIteration) as error:  # StopIteration: a json without rows
         raise UsageError(
             f"The split {split!r} is empty or cannot be read as {loader} from {', '.join(names)} "
@@ -106,6 +109,21 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
         raise UsageError(
             f"The split {split!r} has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}."
         )
+
+
+def distinct(rows: Dataset, column: str) -> list[Any]:
+    """The different values of a column.
+
+    Raises:
+        UsageError: If they are lists, dictionaries, or of several kinds, which cannot be compared.
+    """
+    try:
+        return list(rows.unique(column))
+    except pyarrow.ArrowNotImplementedError as error:
+        raise UsageError(
+            f"The column {column!r} has values that are no single words or numbers, or some of each "
+            f"({rows.features[column]}): mend the file, or name another column."
+        ) from error
 
 
 def require_text(value: object, column: str, split: str, number: int, *, blank: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 
 from lit_sparse.errors import UsageError
+from lit_sparse.json_text import parse
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _records(path: Path) -> list[Any]:
     try:
         if path.suffix == ".jsonl":
             # Not splitlines(): texts may have other ends of lines in them.
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        records = json.loads(text)
+            return [parse(line) for line in text.split("\n") if line.strip()]
+        records = parse(text)
     except ValueError as error:
         raise UsageError(f"The edit requests {str(path)!r} are no JSON: {error}.") from error
     if not isinstance(records, list):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.selection import matches_tail, survey
 from lit_sparse.errors import UsageError
+from lit_sparse.json_text import parse
 from lit_sparse.methods.base import Overrides
 from lit_sparse.methods.lora import LoRA
 
@@ -153,7 +153,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{str(path)!r} is no folder of a PEFT adapter: it has no {CONFIG}. Give a local folder.")
     try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = parse(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(config, dict):

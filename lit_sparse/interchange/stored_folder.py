@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.remains import Remains
+from lit_sparse.json_text import parse
 
 WEIGHTS = "adapter.safetensors"
 PARTS = ("lora_A", "lora_B_t")
@@ -47,7 +47,7 @@ def read_folder(folder: Path) -> Saved:
             "PEFT's with load_peft."
         )
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = parse(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(entries, dict):

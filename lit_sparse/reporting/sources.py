@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from lit_sparse.figures.curves import Curves
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.stored_folder import read_factors
+from lit_sparse.json_text import parse
 from lit_sparse.methods.base import names_layer
 from lit_sparse.modules.checkpoint import KEY, load
 from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics
@@ -242,7 +242,7 @@ def _read_sparse(path: Path) -> Adapters:
         layers[name] = StoredLayer(name, A, B_t, None, 1.0, float(rank), copies, rank)
     if not layers:
         raise UsageError(f"{str(path)!r} holds no adapters: nothing was left of any.")
-    entries = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    entries = parse((path / METADATA).read_text(encoding="utf-8"))
     return Adapters(
         name=str(path),
         kind="a folder of save_adapter",
