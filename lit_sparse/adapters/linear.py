@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.adapters.base import LowRankLayer
@@ -14,6 +14,14 @@ from lit_sparse.errors import UsageError
 
 FrozenLinear = nn.Linear | Conv1D
 """Linear layers; GPT-2's Conv1D is one that stores its weight as (in, out)."""
+
+# Of all modules, in every torch since 2.6; the dictionaries are filled and emptied in place.
+_GLOBAL_HOOKS = (
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+)
 
 
 class LowRankLinear(LowRankLayer):
@@ -78,7 +86,7 @@ class LowRankLinear(LowRankLayer):
             and type(self.dropout) in (nn.Identity, nn.Dropout)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and "forward" not in vars(base)  # replaced on the object, as accelerate does to move weights
-            and not _has_any_global_hook()
+            and not any(_GLOBAL_HOOKS)
             # A compiler fuses on its own; traces and function transforms take no hand-written backward.
             and not torch.compiler.is_compiling()
             and not torch._C._get_tracing_state()
