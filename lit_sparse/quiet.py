@@ -9,12 +9,13 @@ import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from tqdm.auto import tqdm
 
-_LIGHTNING = "lightning.pytorch"
+_state = {"quiet": False}
 
 
 def be_quiet() -> None:
     """Show no progress and no tables of training from now on; warnings and errors stay."""
-    for name in (_LIGHTNING, "lightning.fabric"):
+    _state["quiet"] = True
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -22,8 +23,8 @@ def be_quiet() -> None:
 
 
 def is_quiet() -> bool:
-    """Whether Lightning's logger keeps to itself what is no warning, by ``--quiet`` or by the user's own setting."""
-    return not logging.getLogger(_LIGHTNING).isEnabledFor(logging.INFO)
+    """Whether :func:`be_quiet` was called in this process."""
+    return _state["quiet"]
 
 
 def say(text: str) -> None:

@@ -66,14 +66,19 @@ def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
     # Not a stable argsort, which takes many times as long on a CPU; and not the indices of topk, which may order equal
     # scores anyhow, while A's scores are all zero at first.
     smallest_kept = _kth_largest(scores, keep)
-    if scores.device.type == "cpu":
-        # Without ties that is all, and a third of the time; a device would have to be waited for to know.
+    if _is_at_hand(scores):
+        # Without ties that is all, and a third of the time.
         kept = scores >= smallest_kept
         if int(kept.count_nonzero()) == keep * (kept.numel() // kept.shape[-1]):
             return kept.movedim(-1, dim)
     above, tied = scores > smallest_kept, scores == smallest_kept
     places = keep - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= places))).movedim(-1, dim)
+
+
+def _is_at_hand(scores: Tensor) -> bool:
+    """Whether looking at the values makes nobody wait, as it would for a GPU."""
+    return scores.device.type == "cpu"
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:

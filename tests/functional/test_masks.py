@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_sparse.errors import UsageError
-from lit_sparse.functional import kept_entries, top_fraction_mask
+from lit_sparse.functional import kept_entries, masks, top_fraction_mask
 
 modest = settings(max_examples=100, deadline=None)
 fractions = st.floats(0.01, 1)
@@ -145,3 +145,14 @@ def test_an_empty_dimension_is_an_error():
         kept_entries(0.5, 0)
     with pytest.raises(UsageError, match="nothing to keep along a dimension of length 0"):
         top_fraction_mask(torch.ones(3, 0), 0.5, dim=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_at_hand_is_masked_as_what_is_on_a_device(tied, monkeypatch):
+    scores = torch.rand(6, 50)
+    if tied:
+        scores = (scores * 5).round()
+    here = top_fraction_mask(scores, 0.1, -1)
+    monkeypatch.setattr(masks, "_is_at_hand", lambda _: False)
+    assert torch.equal(top_fraction_mask(scores, 0.1, -1), here)
+    assert (here.sum(1) == 5).all()
