@@ -1,6 +1,7 @@
 """lit_sparse.adapters.experts against a loop over tokens and their experts, each with a weight of W0 + BA."""
 
 import copy
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,11 @@ class Ungated(nn.Module):
         return slow_output(self, {}, hidden_states, top_k_index, top_k_weights)
 
 
-Ungated = use_experts_implementation(Ungated, has_gate=False, has_post_expert_norm=True)
+# Older versions of transformers have no experts with a norm.
+_NORM = (
+    {"has_post_expert_norm": True} if "has_post_expert_norm" in signature(use_experts_implementation).parameters else {}
+)
+Ungated = use_experts_implementation(Ungated, has_gate=False, **_NORM)
 
 
 def model_of(family: str) -> PreTrainedModel:
@@ -117,7 +122,7 @@ def slow_output(base: nn.Module, deltas: dict[str, list[Tensor]], x: Tensor, ind
                 gate, up = project("gate_up_proj", expert, row).chunk(2)
                 hidden = nn.functional.silu(gate) * up
             output = project("down_proj", expert, hidden)
-            if base.has_post_expert_norm:
+            if getattr(base, "has_post_expert_norm", False):
                 output = base.post_expert_norm(output)
             total = total + weights[token, place] * output
         rows.append(total)
