@@ -85,7 +85,7 @@ class LowRankLinear(LowRankLayer):
             and (rows.dtype == weight.dtype or casts)
             and type(self.dropout) in (nn.Identity, nn.Dropout)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and "forward" not in vars(base)  # replaced on the object, as accelerate does to move weights
+            and "forward" not in base.__dict__  # replaced on the object, as accelerate does to move weights
             and not any(_GLOBAL_HOOKS)
             # A compiler fuses on its own; traces and function transforms take no hand-written backward.
             and not torch.compiler.is_compiling()

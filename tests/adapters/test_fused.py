@@ -30,10 +30,11 @@ def adapter_of(kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0
 
 def fuses(adapter: LowRankLinear, x: Tensor) -> bool:
     """Whether the hand-written node is in the graph of what ``adapter`` makes of ``x``."""
-    waiting, seen = [adapter(x).grad_fn], []
+    y = adapter(x)  # which keeps the nodes alive
+    waiting, seen = [y.grad_fn], []
     while waiting:
         node = waiting.pop()
-        seen.append(node.name())
+        seen.append(type(node).__name__)
         waiting += [following for following, _ in node.next_functions if following is not None]
     return "_FusedLinearBackward" in seen
 
