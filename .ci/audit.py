@@ -25,7 +25,13 @@ def main() -> None:
                 f"{package['name']} {package['version']}: {weakness['id']}, "
                 f"fixed in {', '.join(fixes) or 'no version yet'}"
             )
-    print(f"{len(found)} packages audited.")
+    skipped = [package["name"] for package in found if "skip_reason" in package]
+    if len(skipped) == len(found):
+        print(f"NOT AUDITED: the service that was reached knows none of the {len(found)} packages.")
+    else:
+        print(
+            f"{len(found) - len(skipped)} packages audited; not known to the service: {', '.join(skipped) or 'none'}."
+        )
     raise SystemExit(int(fixable))
 
 

@@ -1,11 +1,12 @@
-"""Do what docs/index.md says, in order and word by word, with nothing but a clone: its files, and its commands.
+"""Do what docs/index.md says, in order and word by word, with nothing but a copy of the repository: files and commands.
 
-Run:  python .ci/first_steps.py FOLDER, which must not exist: the clone.
+Run:  python .ci/first_steps.py FOLDER, which must not exist: the copy.
 """
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ def script(page: str) -> str:
 
 def main() -> None:
     clone = Path(sys.argv[1])
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    made = shutil.ignore_patterns(
+        *(".git", ".venv", "*.egg-info", "__pycache__", ".*_cache"), *("build", "dist", "runs", "site")
+    )
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=made)
     own = Path(sys.prefix, "bin").resolve()  # of this environment nothing is to be found
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p).resolve() != own)

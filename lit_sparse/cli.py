@@ -34,7 +34,7 @@ from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.parsing import SparseParser, fail
-from lit_sparse.quiet import be_quiet, say
+from lit_sparse.quiet import be_quiet, loud_again, say
 from lit_sparse.reporting import command
 from lit_sparse.words import require_readable, with_packaged_configs, without_quiet
 
@@ -270,21 +270,9 @@ def main(args: Sequence[str] | None = None) -> None:
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     words = sys.argv[1:] if args is None else list(args)
-    if "--quiet" in words:
-        be_quiet()
     try:
-        require_readable(with_packaged_configs(words))
-        if _runs_without_a_configuration(words):
-            return
-        SparseCLI(
-            trainer_class=SparseTrainer,
-            args=None if args is None else words,
-            parser_class=SparseParser,
-            parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-        )
+        with loud_again():
+            _run(words, typed=args is None)
     except (UsageError, TrainingError, MisconfigurationException) as error:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
@@ -293,6 +281,23 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.errno not in _NO_PLACE or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         fail(f"A file cannot be written or read: {error}.", status=1)
+
+
+def _run(words: Sequence[str], typed: bool) -> None:
+    if "--quiet" in words:
+        be_quiet()
+    require_readable(with_packaged_configs(words))
+    if _runs_without_a_configuration(words):
+        return
+    SparseCLI(
+        trainer_class=SparseTrainer,
+        args=None if typed else list(words),
+        parser_class=SparseParser,
+        parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+    )
 
 
 def _runs_without_a_configuration(words: Sequence[str]) -> bool:

@@ -3,23 +3,41 @@
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import datasets
 import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
 _state = {"quiet": False}
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 def be_quiet() -> None:
     """Show no progress and no tables of training from now on; warnings and errors stay."""
     _state["quiet"] = True
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
+
+
+@contextmanager
+def loud_again() -> Iterator[None]:
+    """Take :func:`be_quiet` back when the context ends: a command may be one of several in a process."""
+    was, levels = is_quiet(), {name: logging.getLogger(name).level for name in _LOGGERS}
+    try:
+        yield
+    finally:
+        if is_quiet() and not was:
+            _state["quiet"] = False
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            datasets.enable_progress_bars()
+            transformers.utils.logging.enable_progress_bar()
+            enable_progress_bars()
 
 
 def is_quiet() -> bool:

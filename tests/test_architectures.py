@@ -109,7 +109,11 @@ def test_a_layer_that_no_adapter_can_serve_is_refused_by_name(name, target, reas
 
 
 def test_the_table_in_the_docs_is_the_generated_one():
-    assert DOCUMENT.read_text(encoding="utf-8") == with_table(DOCUMENT.read_text(encoding="utf-8"))
+    text = DOCUMENT.read_text(encoding="utf-8")
+    version = ".".join(transformers.__version__.split(".")[:2])
+    if f"transformers {version} |" not in text:
+        pytest.skip(f"the table is of another version of transformers than {version}")
+    assert text == with_table(text)
 
 
 def sgd(parameters):
