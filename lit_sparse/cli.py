@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import lit_sparse
 from lit_sparse import exporting
 from lit_sparse.adapters.injection import inject
-from lit_sparse.callbacks.checkpoint_files import last_checkpoint, usable
+from lit_sparse.callbacks.checkpoint_files import is_remote, last_checkpoint, usable
 from lit_sparse.completion import PrintCompletion
 from lit_sparse.editing import commands
 from lit_sparse.editing.data import EditingData
@@ -143,7 +143,7 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the name, and save."""
         folder = trainer.log_dir  # on all processes: it is broadcast
-        if trainer.is_global_zero and folder is not None and ":" not in folder:
+        if trainer.is_global_zero and folder is not None and not is_remote(folder):
             file = Path(folder) / self.config_filename
             given = [Path(str(path)).resolve() for path in self.config.get("config") or []]
             # Lightning's own name stands in the first line of what it saved.

@@ -5,9 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import datasets
-import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
 _state = {"quiet": False}
@@ -19,9 +16,7 @@ def be_quiet() -> None:
     _state["quiet"] = True
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
+    _show_bars(False)
 
 
 @contextmanager
@@ -35,9 +30,23 @@ def loud_again() -> Iterator[None]:
             _state["quiet"] = False
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-            datasets.enable_progress_bars()
-            transformers.utils.logging.enable_progress_bar()
-            enable_progress_bars()
+            _show_bars(True)
+
+
+def _show_bars(shown: bool) -> None:
+    # Here, for they take half a second that a callback in a user's own program need not pay.
+    import datasets
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    if shown:
+        datasets.enable_progress_bars()
+        transformers.utils.logging.enable_progress_bar()
+        enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
 
 
 def is_quiet() -> bool:

@@ -85,8 +85,18 @@ def make_project(folder: Path) -> Path:
 
 
 def make_trained_project(folder: Path) -> Path:
-    """That, with a trained checkpoint and every kind of file that is made of it; in the current folder."""
+    """That, with a trained checkpoint and every kind of file that is made of it."""
     make_project(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        _train_and_export()
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def _train_and_export() -> None:
     assert run(whole([])).status == 0
     for form in ("peft", "sparse", "delta"):
         words = ["export", "--ckpt_path", "kept/last.ckpt", "--format", form, "--output", form]
@@ -99,7 +109,6 @@ def make_trained_project(folder: Path) -> Path:
     trainer.test(editor, ls.EditingData("requests.json"), verbose=False)
     shutil.copy("edits-run/edits/000000.safetensors", "an.edit.safetensors")
     shutil.rmtree("edits-run")
-    return folder
 
 
 def write_rows(file: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...] = ("text", "label")) -> None:

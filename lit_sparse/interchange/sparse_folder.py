@@ -31,7 +31,7 @@ from lit_sparse.interchange.remains import (
     weight_name,
     whole_modules,
 )
-from lit_sparse.interchange.stored_folder import HEAD, PARTS, VERSION, WEIGHTS, Saved, read_folder, remains_in
+from lit_sparse.interchange.stored_folder import HEAD, PARTS, VERSION, WEIGHTS, Saved, read_folder
 from lit_sparse.methods.lora import LoRA
 
 # A patch of more entries than this is no local edit, and larger than A and B.
@@ -248,7 +248,7 @@ def _inject(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
     )
     adapters = inject(model, method)
     for name in layers:
-        _fill(saved, name, adapters[name], remains_in(saved, name))
+        _fill(saved, name, adapters[name], saved.factors[name])
     return adapters
 
 

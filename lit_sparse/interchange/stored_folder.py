@@ -32,6 +32,8 @@ class Saved:
     folder: Path
     entries: dict[str, Any]
     tensors: dict[str, Tensor]
+    factors: dict[str, Remains]
+    """A and B of every layer; empty for a patch."""
 
 
 def read_folder(folder: Path) -> Saved:
@@ -67,39 +69,44 @@ def read_folder(folder: Path) -> Saved:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
-    saved = Saved(folder, entries, tensors)
     try:
-        _require_whole(saved)
+        factors = _factors(entries, tensors)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{str(folder)!r} is damaged: {METADATA} and {WEIGHTS} do not fit together "
             f"({' '.join(str(error).split())})."
         ) from error
-    return saved
+    return Saved(folder, entries, tensors, factors)
 
 
-def _require_whole(saved: Saved) -> None:
-    """Raise one of several errors unless every layer has its tensors, of the shapes that the metadata say."""
-    for tensor_name, tensor in saved.tensors.items():
-        if not tensor_name.startswith(HEAD) and tensor_name.endswith(".indices") == tensor.is_floating_point():
-            raise ValueError(f"{tensor_name!r} is of {tensor.dtype}")
-    if not all(isinstance(name, str) for name in saved.entries["head_modules"]):
+def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Remains]:
+    """A and B of every layer, or one of several errors where the tensors are not those that the metadata say."""
+    for name, tensor in tensors.items():
+        if not name.startswith(HEAD) and name.endswith(".indices") == tensor.is_floating_point():
+            raise ValueError(f"{name!r} is of {tensor.dtype}")
+    if not all(isinstance(name, str) for name in entries["head_modules"]):
         raise TypeError("head_modules are no names")
-    for name, entry in saved.entries["layers"].items():
+    factors = {}
+    for name, entry in entries["layers"].items():
         if not all(isinstance(size, int) and size > 0 for size in entry["shape"]):
             raise ValueError(f"the shape of {name!r} is {entry['shape']}")
-        if saved.entries["format"] == "delta":
-            saved.tensors[f"{name}.values"]
+        if entries["format"] == "delta":
+            if f"{name}.values" not in tensors:
+                raise ValueError(f"there are no values for {name!r}")
             continue
-        found = remains_in(saved, name)
-        if not found.ranks or not all(isinstance(rank, int) and rank >= 0 for rank in found.ranks):
-            raise ValueError(f"the ranks of {name!r} are {found.ranks}")
         out_features, in_features = entry["shape"]
-        wanted = {"lora_A": (sum(found.ranks), in_features), "lora_B_t": (sum(found.ranks), out_features)}
-        for part, shape in wanted.items():
-            here = tuple(getattr(found, part).shape)
-            if here != shape:
-                raise ValueError(f"{part} of {name!r} has the shape {here}, and {shape} is wanted")
+        ranks = tuple(entry["ranks"])
+        if not ranks or not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
+            raise ValueError(f"the ranks of {name!r} are {ranks}")
+        widths = {"lora_A": in_features, "lora_B_t": out_features}
+        found = {part: _unpacked(tensors, f"{name}.{part}", width) for part, width in widths.items()}
+        for part, width in widths.items():
+            if tuple(found[part].shape) != (sum(ranks), width):
+                raise ValueError(
+                    f"{part} of {name!r} has the shape {tuple(found[part].shape)}, and {(sum(ranks), width)} is wanted"
+                )
+        factors[name] = Remains(**found, ranks=ranks)
+    return factors
 
 
 def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
@@ -111,16 +118,7 @@ def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
     saved = read_folder(Path(folder))
     if saved.entries["format"] != "sparse":
         raise UsageError(f"{str(folder)!r} is a patch of the weights: A and B are not in it. Give the checkpoint.")
-    return {name: remains_in(saved, name) for name in saved.entries["layers"]}
-
-
-def remains_in(saved: Saved, name: str) -> Remains:
-    """A and B of one layer."""
-    entry = saved.entries["layers"][name]
-    out_features, in_features = entry["shape"]
-    lora_A = _unpacked(saved.tensors, f"{name}.lora_A", in_features)
-    lora_B_t = _unpacked(saved.tensors, f"{name}.lora_B_t", out_features)
-    return Remains(lora_A, lora_B_t, tuple(entry["ranks"]))
+    return saved.factors
 
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:

@@ -60,6 +60,8 @@ def test_figures_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
     }
     ranks = [float(row["sparsity/mean_rank"]) for row in steps]
     assert ranks[0] > ranks[-1]
+    # In line with the losses, which Lightning logs every other step too, and counts from 0.
+    assert {row["step"] for row in steps} == {row["step"] for row in logged if "train_loss" in row}
     adapters = [adapter for _, adapter in ls.adapters_in(module)]
     live = [int((adapter.gate != 0).sum()) for adapter in adapters]
     total = sum(n * (a.in_features + a.out_features) for n, a in zip(live, adapters, strict=True))

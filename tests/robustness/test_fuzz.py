@@ -83,10 +83,7 @@ def read_or_refuse(read) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return make_trained_project(folder)
+    return make_trained_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,7 @@ from safetensors.torch import load_file, save_file
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return make_trained_project(folder)
+    return make_trained_project(tmp_path_factory.mktemp("project"))
 
 
 CHECKPOINT = Path("kept/last.ckpt")
