@@ -73,9 +73,12 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
             model = _without_weights(loader, folder, arguments)
         else:
             if "quantization_config" in arguments:
-                arguments["quantization_config"] = _quantization(loader, folder, arguments)
+                empty = _empty(loader, folder, arguments)
+                arguments["quantization_config"] = _quantization(empty, arguments["quantization_config"])
             model, loaded = loader.from_pretrained(folder, output_loading_info=True, **arguments)
-            if "quantization_config" not in arguments:  # else the names are those of packed weights
+            if "quantization_config" in arguments:
+                _require_head(model, empty, arguments["quantization_config"])
+            else:  # the names are not those of packed weights
                 _require_body(name, model, loaded)
     except UsageError:
         raise
@@ -157,14 +160,33 @@ def _architecture(folder: str, arguments: dict[str, Any]) -> Any:
     )
 
 
-def _quantization(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
-    """The configuration object, with the task head among what is not quantized."""
-    given = arguments["quantization_config"]
+def _empty(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
+    """The model that is not quantized, on the meta device."""
+    with torch.device("meta"):
+        return _without_weights(loader, folder, {k: v for k, v in arguments.items() if k != "quantization_config"})
+
+
+def _require_head(model: nn.Module, empty: nn.Module, config: Any) -> None:
+    """Refuse the stored head in place of the new one: before 5.23, transformers keeps it under quantization."""
+    if config.quant_method not in _PACKAGES:
+        return  # may pack the head
+    shapes = {name: value.shape for name, value in empty.named_parameters()}
+    head = tuple(f"{part}." for part in task_head(model))
+    for name, value in model.named_parameters():
+        if f"{name}.".startswith(head) and value.shape != shapes.get(name, value.shape):
+            raise UsageError(
+                f"{name} has the shape {tuple(value.shape)} of the stored weights where the new head has "
+                f"{tuple(shapes[name])}: transformers {transformers.__version__} makes no new head for a quantized "
+                "model that comes with one. Take transformers 5.23 or newer (for Python 3.11 and newer), or leave out "
+                "quantization_config."
+            )
+
+
+def _quantization(empty: nn.Module, given: Any) -> Any:
+    """The configuration object, with the task head of the model among what is not quantized."""
     config = _parsed(given) if isinstance(given, Mapping) else copy.deepcopy(given)
     skip = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
     if hasattr(config, skip):
-        with torch.device("meta"):
-            empty = _without_weights(loader, folder, {k: v for k, v in arguments.items() if k != "quantization_config"})
         # transformers leaves its own choice out once anything is named, and packs a head that comes with the weights.
         named = getattr(config, skip)
         setattr(config, skip, [*(get_keys_to_not_convert(empty) if named is None else named), *task_head(empty)])

@@ -121,16 +121,6 @@ def test_training_stops_early_but_not_before_the_masks_are_final(model, batch, s
         assert train(model, batch, how(METHODS[name], stop_loss=stop_loss)).steps == expected
 
 
-@pytest.mark.parametrize(
-    ("begin", "end", "every", "total", "after"),
-    [(1, 4, 1, 10, 4), (0, 0, 1, 10, 1), (3, 3, 1, 10, 4), (0.1, 0.45, 1, 10, 5), (1, 4, 3, 10, 6), (1, 9, 4, 10, 10)],
-)
-def test_when_masks_are_final(begin, end, every, total, after):
-    method = ls.RoseLoRA(density=0.1, begin=begin, end=end, update_every=every)
-    assert method.settled_after(total) == after
-    assert ls.LoRA().settled_after(total) == 0
-
-
 def test_a_method_that_trains_more_is_refused_and_the_model_left_alone(model, batch):
     before = bits(model)
     with pytest.raises(UsageError, match=r"trains \['lm_head.weight'\] too: set train_head to false"):

@@ -27,6 +27,50 @@ def test_every_argument_is_kept_under_its_name_and_makes_the_method_again(method
     assert repr(method) == repr(type(method)(**arguments))
 
 
+EVERY = {
+    "target_modules": "all-linear", "rank": 8, "dropout": 0.0, "layers": None, "exclude_modules": None,
+    "train_head": True, "use_rslora": False, "overrides": None,
+}  # fmt: skip
+GATES = {
+    "threshold": None, "sparsity_weight": None, "l1_weight": 0.0, "operator": "soft", "metric": "euclidean",
+    "gate_lr": None, "freeze_zero_after": None, "gate_init": "gaussian",
+}  # fmt: skip
+MASKS = {"density": 0.05, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (ls.LoRA, {**EVERY, "alpha": 16, "init_weights": "lora"}),
+        (ls.SoRA, {**EVERY, **GATES, "alpha": 16, "init_weights": "lora"}),
+        (ls.RoseLoRA, {**EVERY, **MASKS, "alpha": None}),
+        (ls.GatedRoseLoRA, {**EVERY, **GATES, **MASKS, "alpha": None}),
+    ],
+)
+def test_defaults_are_part_of_the_contract(kind: Any, expected: dict[str, Any]) -> None:
+    """A default that changes makes another run of a configuration that does not name it."""
+    assert {name: p.default for name, p in inspect.signature(kind).parameters.items()} == expected
+
+
+@pytest.mark.parametrize(("gate", "pruned"), [([0.0, 1.0], True), ([1.0, 1.0], False), ([0.5, -2.0], False)])
+def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    method = ls.SoRA("0", rank=2, threshold=0.1, gate_init="ones")
+    ls.inject(model, method)
+    ((_, adapter),) = ls.adapters_in(model)
+    with torch.no_grad():
+        adapter.gate.copy_(torch.tensor(gate))  # type: ignore[union-attr]
+    sentence = method.shortfall([adapter])
+    if pruned:
+        assert sentence is None
+    else:
+        smallest = min(map(abs, gate))
+        assert sentence == (
+            f"No gate became zero: all 2 ranks remain, the smallest |gate| is {smallest:.2g}. Raise threshold, or "
+            "train longer."
+        )
+
+
 @pytest.mark.parametrize("kind", [ls.LoRA, ls.SoRA, ls.RoseLoRA, ls.GatedRoseLoRA])
 @pytest.mark.parametrize(
     ("argument", "message"),
@@ -118,3 +162,13 @@ def test_gates_are_an_optimizer_group_of_their_own() -> None:
     assert group["weight_decay"] == 0
     assert [id(p) for p in group["params"]] == [id(a.gate) for a in adapters]
     assert ls.LoRA().parameter_groups(adapters) == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "every", "total", "after"),
+    [(1, 4, 1, 10, 4), (0, 0, 1, 10, 1), (3, 3, 1, 10, 4), (0.1, 0.45, 1, 10, 5), (1, 4, 3, 10, 6), (1, 9, 4, 10, 10)],
+)
+def test_when_masks_are_final(begin: Any, end: Any, every: int, total: int, after: int) -> None:
+    method = ls.RoseLoRA(density=0.1, begin=begin, end=end, update_every=every)
+    assert method.settled_after(total) == after
+    assert ls.LoRA().settled_after(total) == 0
