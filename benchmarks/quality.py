@@ -6,11 +6,11 @@ FOLDER holds a folder per task with train.jsonl and validation.jsonl, in the col
 method searches the same three learning rates for every task, and up to two more where the best is the lowest or the
 highest, on 500 rows held out of the training rows; with the best one it is trained by three seeds, and measured once,
 at the end, on the validation set, which nothing was chosen on.
-Steps, batches, backbone and schedule are the same for all; the backbone's own dropout is off, with which nothing was
-learnt in as many steps, and matrices are multiplied in bfloat16. Each run is a cell of its own: one process after another, or
-several at once, take those that are missing, a run that was killed begins anew, and the rest stays. --again trains one
-cell anew and compares. The results go to benchmarks/results/quality.json, and from there into docs/quality.md and its
-figures.
+Steps, batches, backbone and schedule are the same for all; the backbone's own dropout is off, with which nothing is
+learnt in so few steps, and matrices are multiplied in bfloat16.
+Each run is a cell of its own: one process after another, or several at once, take those that are missing, a run that
+was killed begins anew, and the rest stays. --again trains one cell anew and compares. The results go to
+benchmarks/results/quality.json, and from there into docs/quality.md and its figures.
 """
 
 from __future__ import annotations
