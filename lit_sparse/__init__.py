@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lit_sparse.interchange.export import ExportReport as ExportReport
     from lit_sparse.interchange.merged_folder import export_merged as export_merged
     from lit_sparse.interchange.peft_export import export_peft as export_peft
-    from lit_sparse.interchange.peft_folder import load_peft as load_peft
+    from lit_sparse.interchange.peft_import import load_peft as load_peft
     from lit_sparse.interchange.sparse_folder import export_delta as export_delta
     from lit_sparse.interchange.sparse_folder import load_adapter as load_adapter
     from lit_sparse.interchange.sparse_folder import save_adapter as save_adapter
@@ -123,7 +123,7 @@ _HOME = {
     "ExportReport": "interchange.export",
     "export_merged": "interchange.merged_folder",
     "export_peft": "interchange.peft_export",
-    "load_peft": "interchange.peft_folder",
+    "load_peft": "interchange.peft_import",
     "export_delta": "interchange.sparse_folder",
     "load_adapter": "interchange.sparse_folder",
     "save_adapter": "interchange.sparse_folder",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lit_sparse.adapters.frozen import frozen_entries
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.errors import UsageError
-from lit_sparse.interchange.peft_folder import install, read_peft
+from lit_sparse.interchange.peft_folder import read_peft
+from lit_sparse.interchange.peft_import import install
 from lit_sparse.modules import checkpoint as checkpoints
 
 _MODEL = "model."  # the backbone's name in a SparseModule, and so in its checkpoints

@@ -23,7 +23,7 @@ LEVELS = [
     {"plotting", "inspection", "bank", "exporting"},
     {"__init__"},  # offers the public names of all of the above
     {"completion", "words"},
-    {"parsing"},
+    {"parsing", "trainer"},
     {"cli"},
     {"__main__"},
 ]

@@ -20,10 +20,11 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.linear import LowRankLinear
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
-from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, WEIGHTS, load_peft, of_layer, some
+from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, WEIGHTS, of_layer
+from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.remains import (
     plain_copy,
     plain_name,

@@ -16,11 +16,11 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.adapters.selection import survey
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
 from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
-from lit_sparse.interchange.peft_folder import exactly, some
+from lit_sparse.interchange.peft_import import exactly
 from lit_sparse.interchange.remains import (
     Remains,
     plain_copy,

@@ -22,7 +22,7 @@ from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.stages import ThresholdStages
 from lit_sparse.errors import UsageError
-from lit_sparse.interchange.peft_folder import load_peft
+from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import load_backbone

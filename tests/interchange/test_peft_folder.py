@@ -1,4 +1,4 @@
-"""lit_sparse.interchange.peft_folder: against PEFT itself, and as a user starts from a dense LoRA."""
+"""lit_sparse.interchange.peft_folder and peft_import: against PEFT itself, and as a user starts from a dense LoRA."""
 
 import csv
 import json

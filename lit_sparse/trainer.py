@@ -1,0 +1,93 @@
+"""The Trainer of the command line, and what it writes of its configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lit_sparse.adapters.injection import inject
+from lit_sparse.callbacks.checkpoint_files import is_remote
+from lit_sparse.editing.data import EditingData
+from lit_sparse.editing.editor import Editor
+from lit_sparse.editing.measuring import text_table
+from lit_sparse.errors import UsageError
+from lit_sparse.inspection import describe
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules.base import SparseModule
+from lit_sparse.quiet import say
+
+
+class SparseTrainer(Trainer):
+    """Lightning's Trainer with two commands more."""
+
+    def inspect(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,  # noqa: ARG002
+    ) -> None:
+        """List the layers that a configuration would adapt; given a checkpoint or folder instead, what it holds.
+
+        No weights are loaded and nothing is trained. The latter is :mod:`lit_sparse.reporting.command`.
+
+        Args:
+            model: A module that holds adapters after ``configure_model``.
+            datamodule: Its data, read only if the module takes the number of labels from it.
+            ckpt_path: Not for this command; here because the configurations that ``fit`` writes have it.
+            weights_only: The same.
+        """
+        if ckpt_path is not None:
+            raise UsageError("inspect looks at what a configuration would adapt, not at a checkpoint: omit ckpt_path.")
+        self.strategy.connect(model)
+        model.trainer = self
+        if datamodule is not None:
+            self.datamodule = datamodule
+            datamodule.trainer = self
+            if getattr(model, "num_labels", 0) is None:
+                datamodule.prepare_data()
+                datamodule.setup("fit")
+        with torch.device("meta"):
+            model.configure_model()
+        if isinstance(model, Editor):
+            # An edit puts its adapters in and takes them out again; none is in the model between edits.
+            if not isinstance(model.method, SparseMethod):
+                raise UsageError(f"inspect lists adapters, and {type(model.method).__name__} has none.")
+            inject(model.model, model.method)
+        backbone = model.model if isinstance(model, SparseModule | Editor) else None
+        sys.stdout.write(describe(backbone or model) + "\n")
+
+    def edit(self, model: Editor, datamodule: EditingData) -> None:
+        """Edit facts by the requests of a file, and measure each; ``edit apply|list|remove`` for edits that were saved.
+
+        Args:
+            model: What edits.
+            datamodule: The requests.
+        """
+        self.test(model, datamodule, verbose=False)
+        if self.is_global_zero:
+            sys.stdout.write(f"{text_table(model.summary)}\n")
+            say(f"Wrote {model.output}.")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration of a run beside its logs, over that of an earlier run but never over a user's own file.
+
+    Without a logger that is the current folder, where a ``config.yaml`` is often what the user wrote: then the name is
+    ``run_config.yaml``.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the name, and save."""
+        folder = trainer.log_dir  # on all processes: it is broadcast
+        if trainer.is_global_zero and folder is not None and not is_remote(folder):
+            file = Path(folder) / self.config_filename
+            given = [Path(str(path)).resolve() for path in self.config.get("config") or []]
+            # Lightning's own name stands in the first line of what it saved.
+            if file.is_file() and (file.resolve() in given or not file.read_bytes().startswith(b"# lightning")):
+                self.config_filename = "run_config.yaml"
+        super().setup(trainer, pl_module, stage)
