@@ -1,20 +1,14 @@
 """Questions whose answer is a span of a text, in the forms of SQuAD."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.sources import Reader, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
+from lit_sparse.data.windows import OUTSIDE, PadQuestions, PadWindows, answer_tokens, one_window_a_row
 from lit_sparse.errors import UsageError
-
-OUTSIDE = -1  # the offset of tokens that are not of the context
 
 _POSITIONS = ("start_positions", "end_positions")
 
@@ -228,81 +222,10 @@ class QuestionAnsweringData(TextData):
         questions = super()._carve(rows, role)
         if role != "train":
             return questions
-        return questions.map(_one_window_a_row, batched=True, remove_columns=questions.column_names)
+        return questions.map(one_window_a_row, batched=True, remove_columns=questions.column_names)
 
     def _collator(self, role: str) -> Collator:
         return PadWindows(self._tokenizer) if role == "train" else PadQuestions(self._tokenizer)
-
-
-@dataclass(frozen=True)
-class PadWindows:
-    """Makes a training batch of windows by padding to the longest.
-
-    Args:
-        tokenizer: Says what tokens are padded with.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return tensors of type long."""
-        return dict(self.tokenizer.pad(rows, return_tensors="pt"))
-
-
-@dataclass(frozen=True)
-class PadQuestions:
-    """Makes a batch of questions by putting all their windows into one batch; see ``QuestionAnsweringData``.
-
-    Args:
-        tokenizer: Says what tokens are padded with.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors of type long, and ``id``, ``context`` and ``answers`` as lists."""
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        apart = {name: columns.pop(name) for name in ("id", "context", "answers", "row") if name in columns}
-        windows = _one_window_each(columns)
-        offsets = [torch.tensor(part, dtype=torch.long) for part in windows.pop("offsets")]
-        owners = [i for i, row in enumerate(rows) for _ in row["input_ids"]]
-        return {
-            **self.tokenizer.pad(windows, return_tensors="pt"),
-            **apart,
-            "row": torch.tensor(apart["row"]),
-            "question": torch.tensor(owners),
-            "offsets": torch.nn.utils.rnn.pad_sequence(offsets, batch_first=True, padding_value=OUTSIDE),
-        }
-
-
-def answer_tokens(offsets: Sequence[Sequence[int]], answer: tuple[str, int] | None) -> tuple[int, int] | None:
-    """First and last token of an answer, None unless the window holds all of it.
-
-    Args:
-        offsets: First character of each token of a window and the one behind its last; (-1, -1) for tokens that are
-            not of the context.
-        answer: Text and first character; None is a question without an answer.
-    """
-    context = [token for token, (start, _) in enumerate(offsets) if start != OUTSIDE]
-    if answer is None or not context:
-        return None
-    first, behind = answer[1], answer[1] + len(answer[0])
-    if first < offsets[context[0]][0] or behind > offsets[context[-1]][1]:
-        return None
-    # Tokens that share a character with the answer.
-    covered = [token for token in context if offsets[token][1] > first and offsets[token][0] < behind]
-    return (covered[0], covered[-1]) if covered else None
-
-
-def _one_window_each(columns: Rows) -> Rows:
-    return {name: [part for parts in values for part in parts] for name, values in columns.items()}
-
-
-def _one_window_a_row(rows: Rows) -> Rows:
-    """Windows as the model is trained on them, from rows of questions."""
-    apart = ("id", "context", "answers", "row", "offsets", "null_positions", "length")
-    windows = _one_window_each({name: values for name, values in rows.items() if name not in apart})
-    return {**windows, "length": [len(ids) for ids in windows["input_ids"]]}
 
 
 def _flat(reader: Reader) -> Dataset:

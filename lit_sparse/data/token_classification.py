@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
+from lit_sparse.data.conll import ENDINGS, read_conll
 from lit_sparse.data.sources import Reader, open_source, require_columns
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.errors import UsageError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 NO_TOKEN = -1  # the position of a word that was cut off, or that the tokenizer drops
-
-_CONLL = (".conll", ".bio", ".txt")
-_DOCUMENT = "-DOCSTART-"  # the line that opens a document in the files of CoNLL-2003
 
 
 class TokenClassificationData(TextData):
@@ -121,17 +119,17 @@ class TokenClassificationData(TextData):
             )
         others = {split: file for split, file in (self.data_files or {}).items() if split not in files}
         readers = open_source(None, None, None, others, self._split_names()) if others else {}
-        conll = {split: partial(_read_conll, file, split, self.words, self.tags) for split, file in files.items()}
+        conll = {split: partial(read_conll, file, split, self.words, self.tags) for split, file in files.items()}
         return {**readers, **conll}
 
     def _conll_files(self) -> dict[str, Path]:
         if self.data_files is not None:
             files = {split: Path(file).expanduser() for split, file in self.data_files.items()}
-            return {} if self.path is not None else {s: file for s, file in files.items() if file.suffix in _CONLL}
+            return {} if self.path is not None else {s: file for s, file in files.items() if file.suffix in ENDINGS}
         place = Path(self.path or "").expanduser()
-        if place.suffix in _CONLL:
+        if place.suffix in ENDINGS:
             return {"train": place}
-        named = [(split, place / f"{split}{ending}") for split in self._split_names() for ending in _CONLL]
+        named = [(split, place / f"{split}{ending}") for split in self._split_names() for ending in ENDINGS]
         return {split: file for split, file in named if file.is_file()}
 
     def _load_tokenizer(self) -> None:
@@ -288,27 +286,3 @@ def _at_positions(labels: list[int], positions: list[int], length: int) -> list[
 def _pad(values: list[list[int]]) -> Tensor:
     rows = [torch.tensor(row, dtype=torch.long) for row in values]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
-
-
-def _read_conll(file: Path, split: str, words: str, tags: str) -> Dataset:
-    """Read sentences of lines whose first column is a word and whose last column is its tag."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also part within words
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The file {str(file)!r} of the split {split!r} cannot be read: {error}.") from error
-    sentences: list[list[tuple[str, str]]] = [[]]
-    for number, line in enumerate(map(str.rstrip, lines), start=1):
-        columns = line.split("\t" if "\t" in line else " ")  # a word may hold a no-break space, where split() parts
-        if not line or columns[0] == _DOCUMENT:
-            sentences.append([])
-            continue
-        if len(columns) < 2 and split != "predict":
-            raise UsageError(
-                f"Line {number} of {file} is {line!r}, without a tag: write word and tag, with a tab or space between."
-            )
-        sentences[-1].append((columns[0], columns[-1]))
-    filled = [sentence for sentence in sentences if sentence]
-    rows = {words: [[word for word, _ in sentence] for sentence in filled]}
-    if split != "predict":
-        rows[tags] = [[tag for _, tag in sentence] for sentence in filled]
-    return Dataset.from_dict(rows)

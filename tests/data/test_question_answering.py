@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lit_sparse import QuestionAnsweringData, UsageError
-from lit_sparse.data.question_answering import answer_tokens
+from lit_sparse.data.windows import answer_tokens
 
 CONTEXT = "The dog was in a house by the river; the cat sat in a tree. Zoe-Ann likes the film of 1984, and it is good."
 

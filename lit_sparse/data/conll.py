@@ -1,0 +1,34 @@
+"""Files of a word and its tag on each line, in the form of CoNLL-2003."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from lit_sparse.errors import UsageError
+
+ENDINGS = (".conll", ".bio", ".txt")
+_DOCUMENT = "-DOCSTART-"  # the line that opens a document
+
+
+def read_conll(file: Path, split: str, words: str, tags: str) -> Dataset:
+    """Read sentences of lines whose first column is a word and whose last column is its tag."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also part within words
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The file {str(file)!r} of the split {split!r} cannot be read: {error}.") from error
+    sentences: list[list[tuple[str, str]]] = [[]]
+    for number, line in enumerate(map(str.rstrip, lines), start=1):
+        columns = line.split("\t" if "\t" in line else " ")  # a word may hold a no-break space, where split() parts
+        if not line or columns[0] == _DOCUMENT:
+            sentences.append([])
+            continue
+        if len(columns) < 2 and split != "predict":
+            raise UsageError(
+                f"Line {number} of {file} is {line!r}, without a tag: write word and tag, with a tab or space between."
+            )
+        sentences[-1].append((columns[0], columns[-1]))
+    filled = [sentence for sentence in sentences if sentence]
+    rows = {words: [[word for word, _ in sentence] for sentence in filled]}
+    if split != "predict":
+        rows[tags] = [[tag for _, tag in sentence] for sentence in filled]
+    return Dataset.from_dict(rows)
