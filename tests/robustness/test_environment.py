@@ -26,8 +26,18 @@ def start(words, before=None, **environment):
     )  # fmt: skip
 
 
-def launch(words) -> subprocess.Popen:
-    return subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
+@contextlib.contextmanager
+def launched(words):
+    """A command as a terminal starts it: a shell's background jobs, these tests among them, ignore Ctrl-C."""
+    process = subprocess.Popen(
+        [*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def refused(done) -> str:
@@ -95,15 +105,15 @@ def test_a_disk_that_is_full():
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from():
-    process = launch([*FIT, "--trainer.max_epochs", "100000"])
-    while not Path("kept/last.ckpt").exists():
-        time.sleep(0.05)
-        assert process.poll() is None
-    for _ in range(5):  # as a person would: Python drops one that falls into a destructor
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            out, err = (text.decode() for text in process.communicate(timeout=30))
-            break
+    with launched([*FIT, "--trainer.max_epochs", "100000"]) as process:
+        while not Path("kept/last.ckpt").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        for _ in range(5):  # as a person would: Python drops one that falls into a destructor
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, err = (text.decode() for text in process.communicate(timeout=30))
+                break
     assert process.returncode in (1, 130), err
     assert "Traceback" not in err, err
     assert "kept/last" in out + err, err
