@@ -85,7 +85,7 @@ def test_nothing_of_a_run_is_wider_than_a_terminal_of_80_columns(project):
     assert all(len(line) <= 80 for part in table.splitlines() for line in part.split("\r") if "ranks are" not in line)
     bars = [line for line in re.split(r"[\r\n]", text) if "Epoch" in line]
     assert bars
-    assert max(map(len, bars)) <= 80
+    assert max(map(len, bars)) <= 80, bars
 
 
 @pytest.mark.filterwarnings("ignore")
