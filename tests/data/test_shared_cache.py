@@ -30,6 +30,7 @@ def read(barrier, answers):
     answers.put(found.hexdigest())
 
 
+ls.TextClassificationData  # imported once: public names are lazy
 count = int(sys.argv[1])
 context = multiprocessing.get_context("fork")
 barrier, answers = context.Barrier(count), context.Queue()

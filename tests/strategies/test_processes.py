@@ -48,7 +48,7 @@ def test_every_strategy_equals_one_process(arch: str) -> None:
     cases = [
         {"arch": arch, "method": method, "accumulate": accumulate, "tag": f"{method}_{accumulate}"}
         for method, accumulate in itertools.product(METHODS, (1, 4))
-        if (arch, accumulate) != ("llama", 4) or method == "gated"  # which is both of the others
+        if accumulate == 1 or method == "gated"  # which is both of the others
     ]
     start(1, [{**case, "strategy": "auto", "tag": f"alone_{case['tag']}"} for case in cases])
     start(2, [{**c, "strategy": s, "tag": f"{s}_{c['tag']}"} for c in cases for s in STRATEGIES])
