@@ -52,21 +52,24 @@ def test_defaults_are_part_of_the_contract(kind: Any, expected: dict[str, Any]) 
     assert {name: p.default for name, p in inspect.signature(kind).parameters.items()} == expected
 
 
+@pytest.mark.parametrize("compacted", [False, True])
 @pytest.mark.parametrize(("gate", "pruned"), [([0.0, 1.0], True), ([1.0, 1.0], False), ([0.5, -2.0], False)])
-def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    method = ls.SoRA("0", rank=2, threshold=0.1, gate_init="ones")
+def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned: bool, compacted: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    method = ls.SoRA(["0", "1"], rank=2, threshold=0.1, gate_init="ones")
     ls.inject(model, method)
-    ((_, adapter),) = ls.adapters_in(model)
+    adapters = [adapter for _, adapter in ls.adapters_in(model)]
     with torch.no_grad():
-        adapter.gate.copy_(torch.tensor(gate))  # type: ignore[union-attr]
-    sentence = method.shortfall([adapter])
+        adapters[1].gate.copy_(torch.tensor(gate))  # type: ignore[union-attr]
+    if compacted:  # the zeros are gone, and the other layer has lost none
+        ls.compact(model)
+    sentence = method.shortfall(adapters)
     if pruned:
         assert sentence is None
     else:
-        smallest = min(map(abs, gate))
+        smallest = min(1.0, *map(abs, gate))
         assert sentence == (
-            f"No gate became zero: all 2 ranks remain, the smallest |gate| is {smallest:.2g}. Raise threshold, or "
+            f"No gate became zero: all 4 ranks remain, the smallest |gate| is {smallest:.2g}. Raise threshold, or "
             "train longer."
         )
 
@@ -131,6 +134,21 @@ def test_arguments_of_masks(kind: Any, arguments: dict[str, Any], message: str) 
     needed = {"threshold": 1e-3} if kind is ls.GatedRoseLoRA else {}
     with pytest.raises(ls.UsageError, match=message):
         kind(**needed, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "message"),
+    [
+        (ls.SoRA, {"threshold": -1.0}, "threshold must be"),
+        (ls.GatedRoseLoRA, {"threshold": -1.0}, "threshold must be"),
+        (ls.GatedRoseLoRA, {"density": 2.0}, "density is the share"),
+        (ls.RoseLoRA, {"density": 0.0}, "density is the share"),
+    ],
+)
+def test_what_is_set_for_some_layers_is_checked_alike(kind: Any, own: dict[str, float], message: str) -> None:
+    needed = {"threshold": 1e-3} if "threshold" in inspect.signature(kind).parameters else {}
+    with pytest.raises(ls.UsageError, match=message):
+        kind(**needed, overrides={"query": own})
 
 
 def test_begin_after_end_in_different_units_is_found_when_the_run_is_known() -> None:
