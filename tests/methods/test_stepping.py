@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lit_sparse as ls
+from lit_sparse.methods.stepping import holder
 
 BATCHES, WIDTH, RANK, LR = 24, 12, 4, 3e-2
 METHODS = {
@@ -208,6 +209,14 @@ def test_wrong_arguments_are_errors() -> None:
         ls.SparseSteps(METHODS["sora"](), fabric.setup(net), optimizer_of(net), 5)
     with pytest.raises(ls.UsageError, match=r"No optimizer holds 3 of 4 adapter parameters, .*'0\.lora_B_t'"):
         ls.SparseSteps(method, net, torch.optim.Adam([net[0].lora_A]), 5)
+
+
+def test_what_else_a_user_trains_may_have_an_optimizer_of_its_own() -> None:
+    net = network(METHODS["roselora"]())
+    adapters = dict(ls.adapters_in(net))
+    own = optimizer_of(net)
+    net[0].base.bias.requires_grad_(True)  # type: ignore[union-attr]
+    assert holder([own, torch.optim.SGD([net[0].base.bias])], adapters) is own  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
