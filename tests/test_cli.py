@@ -106,6 +106,7 @@ def refuse(capsys):
 @pytest.mark.slow
 def test_the_three_entries_are_the_same_program(config, monkeypatch, capsys):
     helps, versions = {}, {}
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of packages that are compiled for the first time
     for name, command in ENTRIES.items():
         done = start([*command, "--help"])
         # transformers imports torchao where it is installed, which says what of it cannot be used here.

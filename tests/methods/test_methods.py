@@ -52,6 +52,28 @@ def test_defaults_are_part_of_the_contract(kind: Any, expected: dict[str, Any]) 
     assert {name: p.default for name, p in inspect.signature(kind).parameters.items()} == expected
 
 
+def test_a_method_of_ones_own_has_the_defaults_of_the_others() -> None:
+    class Own(SparseMethod):
+        def __init__(self) -> None:
+            super().__init__("all-linear", 8, 16)
+
+    own = Own()
+    for name, default in {**EVERY, "init_weights": "lora", "gate_init": "gaussian"}.items():
+        assert getattr(own, name) == default, name
+
+
+@pytest.mark.parametrize("kind", [ls.SoRA, ls.GatedRoseLoRA])
+def test_a_threshold_may_change_within_a_run(kind: Any) -> None:
+    method = kind(threshold=0.1)
+    method.set_threshold(0.5)
+    assert method.init_args()["threshold"] == 0.5
+    with pytest.raises(ls.UsageError, match=r"threshold must be a finite number of at least 0; got nan"):
+        method.set_threshold(float("nan"))
+    with pytest.raises(ls.UsageError, match=r"got -1\.0"):
+        method.set_threshold(-1.0)
+    assert method.threshold == 0.5
+
+
 @pytest.mark.parametrize("compacted", [False, True])
 @pytest.mark.parametrize(("gate", "pruned"), [([0.0, 1.0], True), ([1.0, 1.0], False), ([0.5, -2.0], False)])
 def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned: bool, compacted: bool) -> None:
