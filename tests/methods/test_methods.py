@@ -212,3 +212,66 @@ def test_when_masks_are_final(begin: Any, end: Any, every: int, total: int, afte
     method = ls.RoseLoRA(density=0.1, begin=begin, end=end, update_every=every)
     assert method.settled_after(total) == after
     assert ls.LoRA().settled_after(total) == 0
+
+
+@pytest.mark.parametrize(
+    ("gates", "lr", "threshold", "steps", "said"),
+    [
+        ([1.0, 1.0], 0.1, 0.25, 3, "pulls a gate towards zero by 0.75 in the whole run of 3 steps"),
+        ([1.0, 1.0], 0.5, 0.25, 4, None),  # pulled by exactly 1
+        ([1.0, 1.0], 0.1, 0.25, 7, "pulls every gate to zero within the run of 7 steps"),  # 1 - 7 · 0.15 < 0
+        ([1.0, 1.0], 0.1, 0.25, 6, None),  # 1 - 6 · 0.15 > 0
+        ([0.5, 2.0], 0.1, 0.25, 8, None),  # the largest counts, of whatever sign
+        ([0.5, -2.0], 0.1, 0.25, 8, None),
+        ([1.0, 1.0], 0.2, 0.25, 10, None),  # 1 + 10 · (0.2 - 0.25) > 0
+    ],
+)
+def test_a_threshold_that_zeroes_nothing_or_all_is_foretold(
+    gates: list[float], lr: float, threshold: float, steps: int, said: str | None
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    method = ls.SoRA(["0"], rank=2, threshold=threshold, gate_init="ones")
+    ls.inject(model, method)
+    ((_, adapter),) = ls.adapters_in(model)
+    with torch.no_grad():
+        adapter.gate.copy_(torch.tensor(gates))  # type: ignore[union-attr]
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=lr)
+    warnings = method.check([adapter], Run(0, steps, optimizer, lambda _: [lr] * steps))
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("density", "zeroed", "said"), [(0.5, False, True), (0.5, True, False), (1.0, False, False), (1.0, True, False)]
+)
+def test_a_run_that_masked_nothing_says_so(density: float, zeroed: bool, said: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    method = ls.RoseLoRA(["0"], rank=2, density=density, begin=3, end=5)
+    ls.inject(model, method)
+    ((_, adapter),) = ls.adapters_in(model)
+    with torch.no_grad():
+        adapter.lora_A.fill_(1)
+        adapter.lora_B_t.fill_(1)
+        if zeroed:
+            adapter.lora_A[0, 0] = 0
+    sentence = method.shortfall([adapter])
+    assert (sentence is not None) == said
+    if sentence is not None:
+        assert sentence.startswith("No entry of A or B was zeroed: the run ended before the schedule began (begin=3")
+
+
+def test_a_rank_is_whole() -> None:
+    with pytest.raises(ls.UsageError, match=r"rank must be a whole number; got 2\.5"):
+        ls.LoRA(rank=2.5)  # type: ignore[arg-type]
+    assert ls.LoRA(rank=1).rank == 1
+
+
+def test_overrides_name_layers_by_trailing_parts_or_by_a_pattern() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    ls.inject(model, ls.LoRA("all-linear", rank=1, overrides={"up": {"rank": 2}, "d.*": {"rank": 3}}))
+    assert {name: adapter.rank for name, adapter in ls.adapters_in(model)} == {"up": 2, "down": 3, "other": 1}
+    fresh = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ls.UsageError, match=r"overrides \['nothing'\] match none of the 1 adapted layers"):
+        ls.inject(fresh, ls.LoRA("all-linear", overrides={"nothing": {"rank": 2}}))
+    with pytest.raises(ls.UsageError, match=r"overrides '\(' is not a valid regular expression"):
+        ls.inject(fresh, ls.LoRA("all-linear", overrides={"(": {"rank": 2}}))
