@@ -275,3 +275,23 @@ def test_overrides_name_layers_by_trailing_parts_or_by_a_pattern() -> None:
         ls.inject(fresh, ls.LoRA("all-linear", overrides={"nothing": {"rank": 2}}))
     with pytest.raises(ls.UsageError, match=r"overrides '\(' is not a valid regular expression"):
         ls.inject(fresh, ls.LoRA("all-linear", overrides={"(": {"rank": 2}}))
+
+
+@pytest.mark.parametrize(
+    ("densities", "rank", "percent"),
+    [((0.5, 0.5), 8, 90), ((0.5, 0.05), 8, 90), ((0.05, 0.05), 8, None), ((1.0, 1.0), 8, None), ((1.0, 0.5), 4, 68)],
+)
+def test_masks_that_let_much_of_a_weight_change_are_named(
+    densities: tuple[float, float], rank: int, percent: int | None
+) -> None:
+    """1 - (1 - density²)^rank of the entries, where it is most; density 1 keeps everything, and means to."""
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    method = ls.RoseLoRA(rank=rank, density=densities[0], begin=0, end=1, overrides={"b": {"density": densities[1]}})
+    ls.inject(model, method)
+    adapters = [adapter for _, adapter in ls.adapters_in(model)]
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method))
+    warnings = method.check(adapters, Run(0, 10, optimizer, lambda _: [0.1] * 10))
+    if percent is None:
+        assert warnings == []
+    else:
+        assert f"with rank {rank} lets BA change about {percent} % of the entries" in warnings[0]
