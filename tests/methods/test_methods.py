@@ -295,3 +295,31 @@ def test_masks_that_let_much_of_a_weight_change_are_named(
         assert warnings == []
     else:
         assert f"with rank {rank} lets BA change about {percent} % of the entries" in warnings[0]
+
+
+@pytest.mark.parametrize("kind", [ls.RoseLoRA, ls.GatedRoseLoRA])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"beta": 0.0}, {"density": 1.0}, {"clamp": 1e-9}, {"update_every": 1}, {"begin": 3, "end": 3}, {"rank": 1}],
+)
+def test_the_ends_of_the_ranges_belong_to_them(kind: Any, arguments: dict[str, Any]) -> None:
+    needed = {"threshold": 0.0} if kind is ls.GatedRoseLoRA else {}
+    assert kind(**needed, **arguments).init_args().items() >= arguments.items()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "own", "said"),
+    [
+        (ls.LoRA, {}, {"density": 0.1}, r"overrides of 'query' set \['density'\]; what LoRA can set"),
+        (ls.LoRA, {}, {"rank": 4, "dropout": 0.1}, r"set \['dropout'\]"),
+        (ls.LoRA, {}, {}, "set nothing"),
+        # The other strength is not in use.
+        (ls.SoRA, {"threshold": 0.1}, {"sparsity_weight": 0.1}, r"set \['sparsity_weight'\]"),
+        (ls.SoRA, {"sparsity_weight": 0.1}, {"threshold": 0.1}, r"set \['threshold'\]"),
+        (ls.RoseLoRA, {}, {"threshold": 0.1}, r"set \['threshold'\]"),
+        (ls.RoseLoRA, {}, {"alpha": 4}, r"set \['alpha'\]"),  # None: equal to rank
+    ],
+)
+def test_only_what_is_in_use_is_set_for_some_layers(kind: Any, arguments: Any, own: Any, said: str) -> None:
+    with pytest.raises(ls.UsageError, match=said):
+        kind(**arguments, overrides={"query": own})
