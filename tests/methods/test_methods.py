@@ -323,3 +323,13 @@ def test_the_ends_of_the_ranges_belong_to_them(kind: Any, arguments: dict[str, A
 def test_only_what_is_in_use_is_set_for_some_layers(kind: Any, arguments: Any, own: Any, said: str) -> None:
     with pytest.raises(ls.UsageError, match=said):
         kind(**arguments, overrides={"query": own})
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0.1, 0.5), (3, 0.5), (0.1, 50)])
+def test_shares_of_a_run_without_an_end_are_refused(begin: Any, end: Any) -> None:
+    method = ls.RoseLoRA(begin=begin, end=end)
+    adapter = method.adapt(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    with pytest.raises(ls.UsageError, match="are shares of the run, but this run has no end"):
+        method.check([adapter], Run(0, None, optimizer, lambda p: []))
+    ls.RoseLoRA(begin=3, end=50).check([adapter], Run(0, None, optimizer, lambda p: []))

@@ -245,3 +245,31 @@ def test_the_end_says_that_nothing_was_pruned(threshold: float) -> None:
     assert (next(ls.adapters_in(net))[1].gate == 0).all() == (threshold > 1)
     optimizer.step()  # released
     assert steps.steps_taken == 1
+
+
+@pytest.mark.parametrize(("zero_for", "held"), [(1, False), (2, False), (3, True), (4, True)])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_gate_is_held_after_so_many_steps_at_zero_and_no_fewer(zero_for: int, held: bool, interrupted: bool) -> None:
+    """Consecutive ones: one step elsewhere begins the count anew. Optimizer and threshold move nothing here."""
+    net = network(ls.SoRA(rank=RANK, threshold=0.0, freeze_zero_after=3))
+    gates = [adapter.gate for _, adapter in ls.adapters_in(net)]
+    method = ls.SoRA(rank=RANK, threshold=0.0, freeze_zero_after=3)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.0)
+    steps = ls.SparseSteps(method, net, optimizer, None)
+
+    def step(value: float) -> None:
+        with torch.no_grad():
+            gates[1][2] = value  # type: ignore[index]
+        net(torch.zeros(1, WIDTH, dtype=torch.float64)).sum().backward()
+        steps.observe()
+        optimizer.step()
+
+    if interrupted:
+        step(0.0)
+        step(0.0)
+        step(0.5)
+    for _ in range(zero_for):
+        step(0.0)
+    step(0.7)
+    assert gates[1][2] == (0.0 if held else 0.7)  # type: ignore[index]
+    assert all(bool((gate != 0).any()) for gate in gates)
