@@ -130,7 +130,7 @@ def of_quality(cells: Cells) -> str:
 
 def _scores(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str], methods: list[str]) -> str:
     lines = [
-        f"| | {' | '.join(tasks)} | mean | parameters left | weights changed | seconds |",
+        f"| | {' | '.join(tasks)} | mean | parameters left | weights changed | CPU seconds |",
         "|---|" + "---|" * (len(tasks) + 4),
     ]
     for method in methods:
