@@ -206,7 +206,15 @@ def test_gates_are_an_optimizer_group_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("begin", "end", "every", "total", "after"),
-    [(1, 4, 1, 10, 4), (0, 0, 1, 10, 1), (3, 3, 1, 10, 4), (0.1, 0.45, 1, 10, 5), (1, 4, 3, 10, 6), (1, 9, 4, 10, 10)],
+    [
+        (1, 4, 1, 10, 4),
+        (0, 0, 1, 10, 1),
+        (3, 3, 1, 10, 4),
+        (0.1, 0.45, 1, 10, 5),
+        (1, 4, 3, 10, 6),
+        (1, 9, 4, 10, 10),
+        (1, 11, 1, 10, 10),
+    ],
 )
 def test_when_masks_are_final(begin: Any, end: Any, every: int, total: int, after: int) -> None:
     method = ls.RoseLoRA(density=0.1, begin=begin, end=end, update_every=every)
