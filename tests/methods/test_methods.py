@@ -161,6 +161,8 @@ def test_arguments_of_masks(kind: Any, arguments: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("kind", "own", "message"),
     [
+        (ls.LoRA, {"rank": 0}, "rank must be at least 1; got 0"),
+        (ls.LoRA, {"alpha": 0.0}, "alpha must be positive"),
         (ls.SoRA, {"threshold": -1.0}, "threshold must be"),
         (ls.GatedRoseLoRA, {"threshold": -1.0}, "threshold must be"),
         (ls.GatedRoseLoRA, {"density": 2.0}, "density is the share"),
