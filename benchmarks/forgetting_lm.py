@@ -78,7 +78,7 @@ def run(model: str, data: Path, cell: tuple[str, float, int]) -> dict[str, Any]:
         )
         trainer = L.Trainer(
             accelerator="cpu",
-            precision="bf16-mixed",  # twice as fast on processors that know bfloat16
+            precision="bf16-mixed",  # faster on processors that know bfloat16
             max_steps=STEPS,
             limit_val_batches=0,
             callbacks=list(probes),

@@ -199,9 +199,6 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         fail(str(error), status=1)
-    except BrokenPipeError:  # who read has gone; Python 3.10's argparse raises it, newer ones do not
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-        sys.exit(1)
     except OSError as error:
         if error.errno not in _NO_PLACE or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -41,6 +42,10 @@ class SparseParser(LightningArgumentParser):
         elif args is not None:
             args = [f"{word.removesuffix('None')}null" if word.endswith("=None") else word for word in args]
         return super().parse_args(args, *others, **options)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with contextlib.suppress(OSError):  # who read has gone; newer argparse does so itself, Python 3.10's does not
+            super()._print_message(message, file)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, and exit with status 2."""

@@ -1,4 +1,4 @@
-"""Read a LoRA from the folder that PEFT wrote, and start from it."""
+"""Read a LoRA from the folder that PEFT wrote."""
 
 from __future__ import annotations
 

@@ -251,9 +251,9 @@ def test_the_end_says_that_nothing_was_pruned(threshold: float) -> None:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_gate_is_held_after_so_many_steps_at_zero_and_no_fewer(zero_for: int, held: bool, interrupted: bool) -> None:
     """Consecutive ones: one step elsewhere begins the count anew. Optimizer and threshold move nothing here."""
-    net = network(ls.SoRA(rank=RANK, threshold=0.0, freeze_zero_after=3))
-    gates = [adapter.gate for _, adapter in ls.adapters_in(net)]
     method = ls.SoRA(rank=RANK, threshold=0.0, freeze_zero_after=3)
+    net = network(method)
+    gates = [adapter.gate for _, adapter in ls.adapters_in(net)]
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.0)
     steps = ls.SparseSteps(method, net, optimizer, None)
 
