@@ -4,7 +4,7 @@ Run:  python benchmarks/forgetting.py --data FOLDER [--processes 2] [--epochs 1]
 
 MiniLM-L6 (extra quickstart), an encoder of sentences, learns the sentiment of movie reviews by each method. FOLDER
 holds stsb/validation.jsonl of GLUE (sentence1, sentence2, label): the probe is Spearman's correlation between the
-cosine of the two mean-pooled embeddings and the label, which no method is trained on. Three learning rates give each
+cosine of the two mean-pooled embeddings and the label, which no method is trained on. Four learning rates give each
 method several points of task accuracy and probe, for methods are to be compared where their accuracies are equal; three
 seeds for each. Runs that are in the results are not repeated. They go to benchmarks/results/forgetting.json, and from
 there into docs/quality.md.
@@ -36,7 +36,7 @@ from lit_sparse.adapters.statistics import layer_sparsity
 RESULTS = Path(__file__).parent / "results" / "forgetting.json"
 BACKBONE = "quickstart://all-MiniLM-L6-v2"
 SEEDS = (0, 1, 2)
-LEARNING_RATES = (5e-4, 1.5e-3, 4e-3)
+LEARNING_RATES = (2e-4, 5e-4, 1.5e-3, 4e-3)
 METHODS = {
     "LoRA": ls.LoRA(rank=8, alpha=16),
     "SoRA": ls.SoRA(rank=8, alpha=32, sparsity_weight=0.6, gate_lr=1e-2),
