@@ -31,8 +31,10 @@ import tables
 import torch
 from cells import Found, Store, run_missing
 from tables import METHODS
-from torch import nn
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 from variants import peft_adalora
 
 import lit_sparse as ls
@@ -125,7 +127,7 @@ def run(data: Path, cell: Cell) -> dict[str, Any]:
         with torch.inference_mode():
             for batch in rows.val_dataloader():
                 with half():
-                    logits = model(**batch).logits.float()
+                    logits = model(**batch).logits
                 metric.update(predictions(logits, count), batch["labels"])
     score = 100 * float(metric.compute()[task.metric])
     score = 0.0 if math.isnan(score) else score  # the same for every row: no correlation
@@ -189,8 +191,30 @@ def _left(model: nn.Module) -> dict[str, Any]:
     return {"parameters": parameters, "changed": 1.0, "ranks": ranks}
 
 
+class MeanPooled(BertForSequenceClassification):
+    """The encoder with a head on the mean of its tokens, which is how this one was trained to be read.
+
+    Its first token, which transformers' head reads, was trained for nothing: with it runs at a rate of 1e-3 end with
+    hidden values that are the same for all rows.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert.pooler = None
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, token_type_ids: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:  # PEFT gives all other arguments of transformers, as None
+        hidden = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
+        mask = attention_mask.unsqueeze(2)
+        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1)).float()
+        regression = self.config.num_labels == 1
+        loss = mse_loss(logits.squeeze(1), labels.float()) if regression else cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
 def _model(num_labels: int) -> nn.Module:
-    return AutoModelForSequenceClassification.from_pretrained(
+    return MeanPooled.from_pretrained(
         _backbone(),
         num_labels=num_labels,
         hidden_dropout_prob=0.0,
