@@ -38,7 +38,10 @@ def run_missing(
 
 def _work(store: Store, missing: Callable[[Found], dict[str, Any]], run: Callable[[Any], dict[str, Any]]) -> None:
     idle = 0
+    parent = multiprocessing.parent_process()
     while idle < 2:  # a second look takes over what a killed process had claimed
+        if parent is not None and not parent.is_alive():
+            return  # who killed the command wants no more of its cells
         cells = missing(store.read())
         key = store.claim(list(cells))
         if key is None:
