@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.regression import spearman_corrcoef
 from transformers import AutoTokenizer
+from variants import mean_of_tokens
 
 import lit_sparse as ls
 from lit_sparse import quickstart
@@ -79,8 +80,7 @@ def similarity(module: L.LightningModule, batches: Iterable[Any], _: L.Lightning
 
 def _embedding(module: L.LightningModule, tokens: dict[str, Tensor]) -> Tensor:
     hidden = module.model.base_model(**tokens).last_hidden_state  # type: ignore[operator, union-attr]
-    mask = tokens["attention_mask"].unsqueeze(2)
-    return (hidden * mask).sum(1) / mask.sum(1)
+    return mean_of_tokens(hidden, tokens["attention_mask"])
 
 
 def run(data: Path, epochs: int, cell: tuple[str, float, int]) -> dict[str, Any]:

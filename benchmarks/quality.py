@@ -5,7 +5,7 @@ Run:  python benchmarks/quality.py --data FOLDER [--processes 2] [--tasks …] [
 FOLDER holds a folder per task with train.jsonl and validation.jsonl, in the columns of the hub's nyu-mll/glue. Every
 method searches the same three learning rates for every task, and up to two more where the best is the lowest or the
 highest, on 500 rows held out of the training rows; with the best one it is trained by three seeds, and measured once,
-at the end, on the validation set, which nothing was chosen on.
+at the end, on the validation set, which no method's rate was chosen on.
 Steps, batches, backbone and schedule are the same for all; the backbone's own dropout is off, with which nothing is
 learnt in so few steps, and matrices are multiplied in bfloat16.
 Each run is a cell of its own: one process after another, or several at once, take those that are missing, a run that
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
-from variants import peft_adalora
+from variants import mean_of_tokens, peft_adalora
 
 import lit_sparse as ls
 from lit_sparse import quickstart
@@ -194,8 +194,8 @@ def _left(model: nn.Module) -> dict[str, Any]:
 class MeanPooled(BertForSequenceClassification):
     """The encoder with a head on the mean of its tokens, which is how this one was trained to be read.
 
-    Its first token, which transformers' head reads, was trained for nothing: with it runs at a rate of 1e-3 end with
-    hidden values that are the same for all rows.
+    Its first token, which transformers' head reads, was trained for nothing: with it some runs at a rate of 1e-3
+    end with hidden values that are the same for all rows.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -206,8 +206,7 @@ class MeanPooled(BertForSequenceClassification):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, token_type_ids: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:  # PEFT gives all other arguments of transformers, as None
         hidden = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
-        mask = attention_mask.unsqueeze(2)
-        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1)).float()
+        logits = self.classifier(mean_of_tokens(hidden, attention_mask)).float()
         regression = self.config.num_labels == 1
         loss = mse_loss(logits.squeeze(1), labels.float()) if regression else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -115,6 +115,8 @@ def of_quality(cells: Cells) -> str:
     by: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in sorted(final, key=lambda c: c["seed"]):
         by.setdefault((cell["task"], cell["method"]), []).append(cell)
+    seeds = max(map(len, by.values()), default=0)
+    by = {group: runs for group, runs in by.items() if len(runs) == seeds}  # others are still being run
     methods = [m for m in METHODS if any(method == m for _, method in by)]
     tasks = sorted({task for task, _ in by if all((task, m) in by for m in methods)})
     if not tasks:

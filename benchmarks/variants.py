@@ -37,6 +37,12 @@ from lit_sparse import quickstart
 Batch = dict[str, Tensor]
 
 
+def mean_of_tokens(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """What a sentence encoder makes of a text: the mean (rows, size) of (rows, tokens, size), padding left out."""
+    mask = attention_mask.unsqueeze(2)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
 def minilm() -> nn.Module:
     """The quickstart's encoder with its real weights: 6 layers, width 384, 22 million parameters."""
     folder = quickstart.resolve("quickstart://all-MiniLM-L6-v2")

@@ -95,10 +95,12 @@ def test_the_table_says_what_became_of_the_promises(sora, parameters, rose, chan
         for seed, more in ((0, -1), (1, 1)):
             cells.append(final(task, "SoRA", seed, sora + off + more, parameters))
             cells.append(final(task, "RoseLoRA", seed, rose + off + more, changed=changed))
-    cells.append(final("mrpc", "LoRA", 0, 99.0))  # a task that the others lack counts for nobody
+    cells += [final("mrpc", "LoRA", seed, 99.0) for seed in (0, 1)]  # a task that the others lack counts for nobody
+    cells += [final("qnli", method, 0, 99.0) for method in ("LoRA", "SoRA", "RoseLoRA")]  # as one with seeds to come
+    cells.append(final("cola", "AdaLoRA", 0, 99.0))
     cells.append({**cells[0], "phase": "search", "score": 0.0})
     made = tables.of_quality({str(i): cell for i, cell in enumerate(cells)})
-    assert "mrpc" not in made
+    assert all(left_out not in made for left_out in ("mrpc", "qnli", "AdaLoRA"))
     assert f"| SoRA | {sora - 20:.2f} ± 1.41 | {sora + 20:.2f} ± 1.41 | {sora:.2f} ± 1.41 | {parameters} |" in made
     promises = [line for line in made.splitlines() if line.startswith("- ")]
     assert [line.rpartition(": ")[2] for line in promises] == [f"{word}." for word in outcome]
