@@ -166,10 +166,14 @@ def _promises(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str],
             gap, share = statistics.mean(gaps), size()
             holds = "holds" if gap >= points and share <= most else "**does not hold**"
             lines.append(
-                f"{method}: {gap:+.2f} points against LoRA (by seed {', '.join(f'{g:+.2f}' for g in gaps)}) with "
+                f"{method}: {_signed(gap)} points against LoRA (by seed {', '.join(map(_signed, gaps))}) with "
                 f"{share:.1%} {what}; asked were {points:+.1f} and {most:.0%}: {holds}."
             )
     return lines
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no -0.00
 
 
 def _means(by: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str], method: str) -> list[float]:
