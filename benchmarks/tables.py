@@ -8,6 +8,7 @@ benchmarks/results/NAME.json.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -220,7 +221,38 @@ def of_forgetting(cells: Cells) -> str:
         changed = statistics.mean(cell["changed"] for cell in runs)
         score = _spread([cell["score"] for cell in runs])
         lines.append(f"| {method} | {lr:g} | {score} | {after} | {changed:.1%} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_at_equal_score(groups, probes)])
+
+
+def _at_equal_score(groups: dict[tuple[str, float], list[dict[str, Any]]], probes: list[str]) -> list[str]:
+    """The probes of every method beside those of a LoRA that scores the same.
+
+    LoRA's are read off the line between the two of its learning rates whose scores lie around the method's. Rates above
+    its best one are left out, with which it scores less and forgets more. A score that LoRA has on neither side has no
+    line.
+    """
+    points = {
+        group: (
+            statistics.mean(c["score"] for c in runs),
+            *(statistics.mean(c["after"][p] for c in runs) for p in probes),
+        )
+        for group, runs in groups.items()
+    }
+    lora = [points[group] for group in sorted(points) if group[0] == "LoRA"]
+    best = max(range(len(lora)), key=lambda i: lora[i][0], default=0)
+    rising = list(itertools.pairwise(lora[: best + 1]))
+    lines = []
+    for method, lr in sorted(points, key=lambda group: (METHODS.index(group[0]), group[1])):
+        score, *own = points[method, lr]
+        around = next(((low, high) for low, high in rising if low[0] <= score <= high[0] and low[0] < high[0]), None)
+        if method == "LoRA" or around is None:
+            continue
+        low, high = around
+        way = (score - low[0]) / (high[0] - low[0])
+        theirs = [a + way * (b - a) for a, b in zip(low[1:], high[1:], strict=True)]
+        probed = "; ".join(f"{p} {o:.2f}, LoRA's {t:.2f}" for p, o, t in zip(probes, own, theirs, strict=True))
+        lines.append(f"- {method} at {lr:g}, and LoRA where it scores {score:.2f} as well: {probed}.")
+    return ["", *lines] if lines else []
 
 
 _FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")

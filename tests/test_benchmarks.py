@@ -136,6 +136,24 @@ def test_the_search_goes_on_where_the_best_rate_is_at_an_end():
     assert searched() == ([low / 2, low, middle, high], None)
 
 
+def test_what_was_forgotten_is_compared_where_lora_scores_the_same():
+    def cells(method, *points):
+        return {
+            f"{method}/{lr}/{seed}": {
+                "method": method, "lr": lr, "seed": seed, "score": score + seed, "before": {"other": 50.0},
+                "after": {"other": kept - seed}, "changed": 0.04,
+            }
+            for lr, score, kept in points for seed in (-1, 1)
+        }  # fmt: skip
+
+    lora = cells("LoRA", (1e-4, 70.0, 48.0), (1e-3, 80.0, 40.0), (1e-2, 60.0, 10.0))
+    # 65 is LoRA's only on the way down, 81 not at all; 75 is half of the way from its lowest rate to the best.
+    ours = cells("RoseLoRA", (1e-4, 65.0, 49.0), (1e-3, 75.0, 47.0), (1e-2, 81.0, 46.0))
+    lines = tables.of_forgetting({**ours, **lora}).splitlines()
+    assert lines[-2:] == ["", "- RoseLoRA at 0.001, and LoRA where it scores 75.00 as well: other 47.00, LoRA's 44.00."]
+    assert len([line for line in lines if line.startswith("- ")]) == 1
+
+
 def test_the_table_of_what_was_forgotten_groups_seeds():
     cells = {
         f"{method}/{lr}/{seed}": {
