@@ -59,6 +59,7 @@ def test_every_layer_is_drawn_at_a_place_of_its_own(model_class, tmp_path, monke
     model, adapters = adapted(model_class, rank=97)
     for adapter in adapters.values():
         adapter.gate.data[:30] = 0
+        adapter.lora_B_t.data.fill_(1.0)
     plot_ranks(model, tmp_path / "ranks.svg")
     drawn = texts(tmp_path / "ranks.svg")
     places = [place for place, word in drawn if word == "67"]

@@ -1,4 +1,4 @@
-"""Take ranks whose gate is zero out of adapters, and out of the optimizer that trains them."""
+"""Take dead ranks out of adapters, and out of the optimizer that trains them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.errors import UsageError
 
 
 @torch.no_grad()
 def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, int]:
-    """Take every rank whose gate is zero out of A, B, gate and what is remembered of them, in place.
+    """Take every dead rank out of A, B, gate and the buffers that belong to them, in place.
 
-    The function does not change: a rank with gate zero adds zero. Memory and time do. A rank that is taken out cannot
-    come back, as one at zero may. An adapter may be left with rank 0; if all would be, the first keeps one rank, so
-    that there is something to differentiate. Experts of one weight keep equally many ranks, as many as the largest
-    needs.
+    A rank is dead when its gate, its row of A or its row of Bᵀ is zero
+    (:func:`~lit_sparse.adapters.statistics.live_ranks`), so the model computes what it did, with less memory and time.
+    A rank that is taken out cannot come back, as one at zero may. An adapter may be left with rank 0; if all would be,
+    the first keeps one rank, so that there is something to differentiate. Experts of one weight keep equally many
+    ranks, as many as the largest needs.
 
     Parameters stay the objects that they are, so that optimizers, groups and schedulers go on with them; their
     gradients are dropped. Not for a model under DDP or FSDP, which lay out buffers for the sizes at the start.
@@ -33,12 +35,14 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
         Full layer name to rank that is left.
 
     Raises:
-        UsageError: If there is no adapter in ``model``.
+        UsageError: If there is no adapter in ``model``, or all of them are as they were injected.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to compact. Inject a method first.")
-    keep_ranks(adapters, {name: a.gate != 0 for name, a in adapters.items() if a.gate is not None}, optimizer)
+    if not torch.stack([adapter.lora_B_t.any() for adapter in adapters.values()]).any():
+        raise UsageError("Every lora_B is zero, as before training, so that no rank would be left. Train first.")
+    keep_ranks(adapters, {name: live_ranks(adapter) for name, adapter in adapters.items()}, optimizer)
     return {name: adapter.rank for name, adapter in adapters.items()}
 
 
@@ -50,7 +54,7 @@ def keep_ranks(
 
     Args:
         adapters: Of one model, by name.
-        live: For each adapter with gates a mask of their shape; other gates must be zero.
+        live: For each adapter to compact a mask, shape ``(copies · rank,)``; the other ranks must contribute nothing.
         optimizer: The optimizer of a run that goes on.
     """
     counts = {name: int(n) for name, n in zip(live, _largest(adapters, live), strict=True)}  # the one host sync

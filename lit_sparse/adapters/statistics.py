@@ -56,9 +56,9 @@ class LayerSparsity:
 
     Args:
         name: Full name of the layer.
-        rank: Ranks whose gate is not zero; all of them without gates. Experts' ranks are added up.
+        rank: Live ranks, see :func:`live_ranks`. Experts' ranks are added up.
         max_rank: Ranks at the start, of which densities of A and B are shares.
-        density_A: Share of non-zero entries of A, ranks with zero gate counted as zero.
+        density_A: Share of non-zero entries of A, dead ranks counted as zero.
         density_B: The same of B.
         density_BA: Share of the frozen weight's entries that BA can change (its support).
         density_BA_bound: The most that share can be by Proposition 1 of RoseLoRA.
@@ -85,8 +85,8 @@ def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
         adapters: At least one.
 
     Returns:
-        Scalars on the adapters' device: ``mean_rank`` (live ranks per layer), ``zero_gates`` (share), ``density_A``,
-        ``density_B`` (share of non-zero entries, ranks with zero gate counted as zero) and
+        Scalars on the adapters' device: ``mean_rank`` (live ranks per layer), ``zero_gates`` (share of dead ranks),
+        ``density_A``, ``density_B`` (share of non-zero entries, dead ranks counted as zero) and
         ``remaining_parameters``.
     """
     live = torch.cat([live_ranks(adapter) for adapter in adapters])
@@ -108,11 +108,21 @@ def layer_sparsity(model: nn.Module) -> list[LayerSparsity]:
     return [sparsity_of_layer(name, adapter) for name, adapter in adapters_in(model)]
 
 
+@torch.no_grad()
 def live_ranks(adapter: Factors) -> Tensor:
-    """Which ranks have a non-zero gate, bool of the gate's shape ``(copies · rank,)``; without gates all."""
-    if adapter.gate is None:
-        return torch.ones(adapter.lora_A.shape[0], dtype=torch.bool, device=adapter.lora_A.device)
-    return adapter.gate.detach() != 0
+    """Which ranks contribute to the product: their gate, their row of A and their row of Bᵀ are not zero.
+
+    This is the only rule for it: logs, tables, compaction and every export count by it, whether a method closes gates
+    or zeroes rows. Before the first step no rank is live, since B starts at zero.
+
+    Args:
+        adapter: An adapter in a model, or what a file holds of one.
+
+    Returns:
+        Booleans, shape ``(copies · rank,)``, on the adapter's device.
+    """
+    live = adapter.lora_A.any(1) & adapter.lora_B_t.any(1)
+    return live if adapter.gate is None else live & (adapter.gate != 0)
 
 
 @torch.no_grad()

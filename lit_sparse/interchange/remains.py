@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.injection import adapters_in, take_out
+from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.errors import UsageError
 
 
@@ -38,7 +39,7 @@ class Remains:
 
 @torch.no_grad()
 def remains_of(adapter: LowRankAdapter) -> Remains:
-    """Fold gate and scale into B, and drop the ranks that contribute nothing: a zero gate, row of A or row of Bᵀ.
+    """Fold gate and scale into B, and drop the ranks that contribute nothing.
 
     Into B alone, so that A is bit for bit what was trained and only one factor is rounded, once: the product is formed
     in float64.
@@ -51,7 +52,7 @@ def remains_of(adapter: LowRankAdapter) -> Remains:
     """
     factor = adapter.scale if adapter.gate is None else (adapter.gate.double() * adapter.scale).unsqueeze(1)
     lora_B_t = (adapter.lora_B_t.double() * factor).to(adapter.lora_B_t.dtype)
-    live = adapter.lora_A.any(1) & lora_B_t.any(1)
+    live = live_ranks(adapter)
     ranks = live.view(adapter.copies, adapter.rank).sum(1).tolist()
     return Remains(adapter.lora_A[live].cpu(), lora_B_t[live].cpu(), tuple(ranks))
 

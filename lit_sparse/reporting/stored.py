@@ -71,7 +71,7 @@ class LayerFigures:
         sparsity: Ranks, densities, remaining parameters.
         alpha: Numerator of the scale; None where it is not known.
         scale: What BA is multiplied by; None where it is not known.
-        norm_A: Frobenius norm of A, ranks with zero gate counted as zero; None if only a table is stored.
+        norm_A: Frobenius norm of A, dead ranks counted as zero; None if only a table is stored.
         norm_B: The same of B.
         norm_BA: Frobenius norm of ``scale · B diag(gate) A``, of all copies together; without the scale where that is
             not known.

@@ -132,8 +132,9 @@ def test_what_is_logged_does_not_forget_the_ranks_that_are_gone():
     model = build_tiny(BertForSequenceClassification)
     ls.inject(model, ls.SoRA(rank=4, threshold=0.1, gate_init="ones"))
     with torch.no_grad():
-        for place, gate in enumerate(gates_of(model)):
-            gate[: place % 5] = 0
+        for place, (_, adapter) in enumerate(ls.adapters_in(model)):
+            adapter.lora_B_t.normal_()
+            adapter.gate[: place % 5] = 0
     adapters = [adapter for _, adapter in ls.adapters_in(model)]
     before, layers = {k: float(v) for k, v in sparsity_of(adapters).items()}, layer_sparsity(model)
     ls.compact(model)
@@ -154,9 +155,24 @@ def test_a_compacted_model_is_merged_and_counted():
         torch.testing.assert_close(ls.merge(model)(IDS).logits, before, rtol=0, atol=1e-10)
 
 
-def test_without_gates_nothing_is_taken_out_and_without_adapters_there_is_an_error():
+def test_ranks_that_are_zero_without_a_gate_go_too():
+    model = build_tiny(BertForSequenceClassification)
+    adapters = ls.inject(model, ls.RoseLoRA(["query"], rank=3))
+    first, second = adapters.values()
+    with torch.no_grad():
+        for adapter in (first, second):
+            adapter.lora_B_t.normal_()
+        first.lora_A[1], second.lora_B_t[:2] = 0, 0
+    before = model.eval()(IDS).logits
+    assert list(ls.compact(model).values()) == [2, 1]
+    torch.testing.assert_close(model(IDS).logits, before)
+
+
+def test_a_model_without_a_trained_adapter_is_refused():
     model = build_tiny(BertForSequenceClassification)
     with pytest.raises(ls.UsageError, match="holds no adapter to compact"):
         ls.compact(model)
-    ls.inject(model, ls.RoseLoRA(["query"], rank=3))
-    assert set(ls.compact(model).values()) == {3}
+    adapters = ls.inject(model, ls.RoseLoRA(["query"], rank=3))
+    with pytest.raises(ls.UsageError, match="Train first"):
+        ls.compact(model)
+    assert {adapter.rank for adapter in adapters.values()} == {3}

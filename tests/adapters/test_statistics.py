@@ -35,11 +35,17 @@ def model() -> nn.Module:
     return nn.ModuleDict(parts)
 
 
+def slow_live(adapter: LowRankLinear) -> list[int]:
+    """The ranks whose own product, gate · Bᵢ · Aᵢ, has an entry that is not zero."""
+    gate = [1.0] * adapter.rank if adapter.gate is None else adapter.gate.tolist()
+    A, B = adapter.lora_A.tolist(), adapter.lora_B_t.tolist()
+    return [i for i in range(adapter.rank) if any(gate[i] and a and b for a in A[i] for b in B[i])]
+
+
 def slow_counts(adapter: LowRankLinear) -> dict[str, int]:
     """Count live ranks, non-zero entries in them, and the entries of BA that they reach."""
     A, B = adapter.lora_A.tolist(), adapter.lora_B_t.tolist()
-    gate = [1.0] * adapter.rank if adapter.gate is None else adapter.gate.tolist()
-    live = [i for i in range(adapter.rank) if gate[i] != 0]
+    live = slow_live(adapter)
     return {
         "rank": len(live),
         "A": sum(value != 0 for i in live for value in A[i]),
@@ -50,11 +56,11 @@ def slow_counts(adapter: LowRankLinear) -> dict[str, int]:
 
 def slow_bound(adapter: LowRankLinear) -> float:
     """1 − max(0, 1 + Σᵢ (s(Aᵢ) + s(Bᵢ) − s(Aᵢ) s(Bᵢ)) − r), s = share of zeros, dead ranks all zero."""
-    gate = [1.0] * adapter.rank if adapter.gate is None else adapter.gate.tolist()
+    live = slow_live(adapter)
     total = 1.0 - adapter.rank
     for i in range(adapter.rank):
-        s_A = 1 - sum(v != 0 for v in adapter.lora_A[i].tolist()) / adapter.in_features if gate[i] else 1.0
-        s_B = 1 - sum(v != 0 for v in adapter.lora_B_t[i].tolist()) / adapter.out_features if gate[i] else 1.0
+        s_A = 1 - sum(v != 0 for v in adapter.lora_A[i].tolist()) / adapter.in_features if i in live else 1.0
+        s_B = 1 - sum(v != 0 for v in adapter.lora_B_t[i].tolist()) / adapter.out_features if i in live else 1.0
         total += s_A + s_B - s_A * s_B
     return 1 - max(0.0, total)
 
@@ -103,21 +109,27 @@ def test_sparsity_of_is_the_total_over_layers(model):
     )
 
 
-def test_a_fresh_adapter_has_all_ranks_and_no_B():
+def test_a_fresh_adapter_has_no_live_rank():
     fresh = LowRankLinear(nn.Linear(5, 4), 3, 1.0, gated=True)
     figures = sparsity_of([fresh])
-    assert figures["mean_rank"] == 3
-    assert figures["zero_gates"] == 0
-    assert (figures["density_A"], figures["density_B"], figures["remaining_parameters"]) == (1, 0, 15)
+    assert figures["mean_rank"] == 0
+    assert figures["zero_gates"] == 1
+    assert (figures["density_A"], figures["density_B"], figures["remaining_parameters"]) == (0, 0, 0)
     assert not any(figure.requires_grad for figure in figures.values())
 
 
-def test_live_ranks_are_those_with_a_gate_that_is_not_zero():
-    adapter = LowRankLinear(nn.Linear(5, 4), 4, 1.0, gated=True)
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_rank_is_live_when_gate_and_both_rows_are_not_zero(gated):
+    adapter = LowRankLinear(nn.Linear(5, 4), 6, 1.0, gated=gated)
     with torch.no_grad():
-        adapter.gate.copy_(torch.tensor([0.0, -0.0, 1e-30, -2.0]))
-    assert live_ranks(adapter).tolist() == [False, False, True, True]
-    assert live_ranks(LowRankLinear(nn.Linear(5, 4), 2, 1.0)).tolist() == [True, True]
+        adapter.lora_B_t.fill_(1e-30)
+        adapter.lora_A[4] = 0
+        adapter.lora_B_t[5] = -0.0
+        if gated:
+            adapter.gate.copy_(torch.tensor([0.0, -0.0, 1e-30, -2.0, 1.0, 1.0]))
+    expected = [False, False, True, True, False, False] if gated else [True, True, True, True, False, False]
+    assert live_ranks(adapter).tolist() == expected
+    assert slow_live(adapter) == [i for i, live in enumerate(expected) if live]
 
 
 def test_a_model_without_adapters_has_no_layers():

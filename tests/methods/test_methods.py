@@ -83,6 +83,8 @@ def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned:
     adapters = [adapter for _, adapter in ls.adapters_in(model)]
     with torch.no_grad():
         adapters[1].gate.copy_(torch.tensor(gate))  # type: ignore[union-attr]
+        for adapter in adapters:
+            adapter.lora_B_t.fill_(1.0)
     if compacted:  # the zeros are gone, and the other layer has lost none
         ls.compact(model)
     sentence = method.shortfall(adapters)
