@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from transformers.pytorch_utils import Conv1D
 
@@ -87,8 +88,9 @@ class LowRankLinear(LowRankLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and "forward" not in base.__dict__  # replaced on the object, as accelerate does to move weights
             and not any(_GLOBAL_HOOKS)
-            # A compiler fuses on its own; traces and function transforms take no hand-written backward.
+            # A compiler fuses on its own; the others take no hand-written backward.
             and not torch.compiler.is_compiling()
+            and forward_ad._current_level < 0
             and not torch._C._get_tracing_state()
             and not torch._C._are_functorch_transforms_active()
         )

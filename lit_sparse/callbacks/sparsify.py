@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_sparse.callbacks.averaging import keep_averages_sparse
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder
+from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder, require_trained_weights
 from lit_sparse.strategies.support import keep_buffers_local, require_exact
 
 
@@ -64,7 +64,7 @@ class Sparsify(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that method, optimizer and the other callbacks fit the adapters."""
         adapters = adapters_of(self.method, pl_module)
-        holder(trainer.optimizers, adapters)
+        require_trained_weights(self.method, holder(trainer.optimizers, adapters))
         keep_averages_sparse(trainer.callbacks)  # type: ignore[attr-defined]
         keep_buffers_local(trainer.strategy.model, adapters.items())
 

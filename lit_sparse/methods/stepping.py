@@ -50,8 +50,9 @@ class SparseSteps:
         steps_taken: Optimizer steps that were taken before, when a run goes on.
 
     Raises:
-        UsageError: If ``total_steps`` < 1, the model holds no adapters or those of another method, the optimizer
-            lacks an adapter parameter, or the method cannot work in such a run.
+        UsageError: If ``total_steps`` < 1, the model holds no adapters or those of another method, all adapters are
+            frozen, the optimizer lacks an adapter parameter or evaluates other weights than those it trains, or the
+            method cannot work in such a run.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SparseSteps:
         adapters = adapters_of(method, model)
         self.method = method
         self.optimizer = holder([_unwrapped(optimizer)], adapters)
+        require_trained_weights(method, self.optimizer)
         self.steps_taken = steps_taken
         self._adapters = list(adapters.values())
         self._total = total_steps
@@ -167,7 +169,7 @@ def holder(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapte
     """The one optimizer that holds every trained parameter of the adapters.
 
     Raises:
-        UsageError: If there are several, or one that lacks some.
+        UsageError: If there is nothing to train in the adapters, several optimizers hold them, or one lacks some.
     """
     trained = {
         parameter: f"{name}.{own}"
@@ -175,6 +177,11 @@ def holder(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapte
         for own, parameter in adapter.named_parameters(recurse=False)
         if parameter.requires_grad
     }
+    if not trained:
+        raise UsageError(
+            f"All {len(adapters)} adapters are frozen: no parameter of theirs has requires_grad, so the method has "
+            "nothing to train. Unfreeze them, or train without Sparsify or SparseSteps."
+        )
     holders = [o for o in optimizers if any(p in trained for group in o.param_groups for p in group["params"])]
     if len(holders) > 1:
         raise UsageError(
@@ -189,6 +196,21 @@ def holder(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapte
             "configure_optimizers, give the optimizer every parameter with requires_grad, after inject."
         )
     return holders[0]
+
+
+def require_trained_weights(method: SparseMethod, optimizer: Optimizer) -> None:
+    """Refuse a schedule-free optimizer, whose ``eval()`` swaps in averaged weights that the method never zeroed.
+
+    Raises:
+        UsageError: If ``method`` changes weights after a step and the optimizer has a mode for evaluation.
+    """
+    prunes = type(method).after_step is not SparseMethod.after_step
+    if prunes and all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+        raise UsageError(
+            f"{type(optimizer).__name__} evaluates an average of the weights it trains (its eval() swaps them), and "
+            f"the average has none of the zeros of {type(method).__name__}. Use an optimizer that evaluates what it "
+            "trains, such as AdamW."
+        )
 
 
 def _unwrapped(wrapped: Any) -> Any:

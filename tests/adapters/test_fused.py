@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -280,6 +281,11 @@ def test_function_transforms_and_traces_work():
     for name, parameter in adapter.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
+    tangent = torch.randn_like(x)
+    _, expected = torch.func.jvp(adapter, (x,), (tangent,))
+    torch.testing.assert_close(expected, adapter(tangent) - adapter(torch.zeros_like(tangent)))
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(adapter(forward_ad.make_dual(x, tangent))).tangent, expected)
     traced = torch.jit.trace(adapter, x)
     torch.testing.assert_close(traced(2 * x), adapter(2 * x))
 

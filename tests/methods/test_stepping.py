@@ -211,6 +211,48 @@ def test_wrong_arguments_are_errors() -> None:
         ls.SparseSteps(method, net, torch.optim.Adam([net[0].lora_A]), 5)
 
 
+def test_frozen_adapters_are_an_error() -> None:
+    method = METHODS["sora"]()
+    net = network(method)
+    head = nn.Linear(3, 1)
+    for _, adapter in ls.adapters_in(net):
+        adapter.requires_grad_(False)
+    with pytest.raises(ls.UsageError, match="All 2 adapters are frozen: no parameter of theirs has requires_grad"):
+        ls.SparseSteps(method, net, torch.optim.Adam(head.parameters()), BATCHES)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Trains y and evaluates x, an average of it that ``eval`` swaps in: the contract of schedule-free optimizers."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr)
+        self.averages: dict[nn.Parameter, Tensor] = {}
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.averages.setdefault(p, p.detach().clone()).lerp_(p.detach(), 0.5)
+        return loss
+
+    def swap(self) -> None:
+        for p, average in self.averages.items():
+            p.data, self.averages[p] = average, p.data
+
+    train = eval = swap
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_optimizer_that_evaluates_other_weights_than_it_trains_is_refused(kind: str) -> None:
+    method = METHODS[kind]()
+    net = network(method)
+    optimizer = ScheduleFree([p for p in net.parameters() if p.requires_grad], lr=LR)
+    with pytest.raises(ls.UsageError, match="ScheduleFree evaluates an average of the weights it trains"):
+        ls.SparseSteps(method, net, optimizer, BATCHES)
+    dense = ls.LoRA(rank=RANK)
+    net = network(dense)
+    ls.SparseSteps(dense, net, ScheduleFree([p for p in net.parameters() if p.requires_grad], lr=LR), BATCHES)
+
+
 def test_what_else_a_user_trains_may_have_an_optimizer_of_its_own() -> None:
     net = network(METHODS["roselora"]())
     adapters = dict(ls.adapters_in(net))
