@@ -29,7 +29,7 @@ def export_checkpoint(
     ckpt_path: str,
     output: str,
     format: Format = "peft",  # noqa: A002
-    layout: Layout = "ragged",
+    layout: Layout = "padded",
     with_head: bool = True,
     dtype: Dtype | None = None,
     tolerance: float | None = None,
@@ -44,9 +44,10 @@ def export_checkpoint(
     Args:
         ckpt_path: Checkpoint file of a SparseModule whose backbone was given by name.
         output: Folder to write; must not exist, or be empty.
-        format: peft: a plain LoRA without the ranks that were removed. sparse: of A and B only what is not zero. delta:
+        format: peft: a plain LoRA, for PEFT and serving engines. sparse: of A and B only what is not zero. delta:
             the entries of the frozen weights that change, a patch. merged: the whole model, for transformers.
-        layout: For peft. ragged: each layer with its own rank; padded: all with the largest.
+        layout: For peft. padded: all layers with one rank, for every engine; ragged: each with its own, smaller, for
+            PEFT and transformers only.
         with_head: For peft: write what was trained whole too.
         dtype: For merged: dtype of the weights; null: that of the backbone.
         tolerance: Largest difference of outputs from the live model's that is accepted; null: what rounding may do.
@@ -180,7 +181,7 @@ def restore(
 def _require_options(form: str, layout: str, with_head: bool, dtype: str | None) -> None:
     if dtype is not None and form != "merged":
         raise UsageError(f"dtype is for the format merged; {form} keeps the precision of the adapters.")
-    if form != "peft" and (layout != "ragged" or not with_head):
+    if form != "peft" and (layout != "padded" or not with_head):
         raise UsageError(f"layout and with_head are for the format peft; this is {form}.")
 
 

@@ -71,7 +71,7 @@ _LOADING = {
 }
 _LOADING["delta"] = _LOADING["sparse"]
 _WHAT = {
-    "peft": "a LoRA in PEFT's format, without the ranks that training removed",
+    "peft": "a LoRA in PEFT's format, of the ranks that training kept",
     "sparse": "sparse low-rank adapters: of A and B only what is not zero",
     "delta": "a patch: the entries of the frozen weights that training changed, and by how much",
     "merged": "a whole model, with the adapters added to its weights",
@@ -79,7 +79,13 @@ _WHAT = {
 
 
 def model_card(
-    form: str, model: nn.Module, name: str | None, provenance: Provenance, ranks: Sequence[RankRow], whole: int
+    form: str,
+    model: nn.Module,
+    name: str | None,
+    provenance: Provenance,
+    ranks: Sequence[RankRow],
+    whole: int,
+    notes: Sequence[str] = (),
 ) -> str:
     """The text of ``README.md`` in the hub's form.
 
@@ -90,6 +96,7 @@ def model_card(
         provenance: Where the export came from.
         ranks: The adapters.
         whole: Number of parameters trained whole.
+        notes: What a user of the folder must know of the programs that read it.
     """
     base_model = _public_name(provenance.base_model or name)
     model_class = type(model).__name__
@@ -111,6 +118,7 @@ def model_card(
         f"{whole:,} trained whole.\n\n| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
         + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
         _loading(form, model, base_model),
+        "## Engines\n\n" + "".join(f"- {note}\n" for note in notes) if notes else "",
     ]
     return "\n".join(part for part in parts if part)
 

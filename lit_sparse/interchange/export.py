@@ -41,6 +41,7 @@ class ExportReport:
         head_parameters: What was trained whole.
         difference: Largest difference of any output from the live model's, on the batch that was tried.
         tolerance: What it may be at most.
+        notes: What a user of the folder must know, a sentence or two each.
     """
 
     folder: Path
@@ -50,14 +51,16 @@ class ExportReport:
     head_parameters: int
     difference: float
     tolerance: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line for a terminal."""
-        return (
+        """For a terminal: a line with the figures, and one for each note."""
+        figures = (
             f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights, {self.remaining_parameters:,} "
             f"remaining parameters and {self.head_parameters:,} trained whole. Read back, its outputs differ from the "
             f"live model's by {self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
         )
+        return "\n".join((figures, *self.notes))
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Form:
 
     Args:
         name: ``peft``, ``sparse``, ``delta`` or ``merged``.
-        write: Fills an empty folder; gives back what the metadata shall say beside what all forms say.
+        write: Fills an empty folder and returns this format's entries of the metadata. ``notes``, a list of sentences,
+            are also printed and put on the card.
         read: Makes a model of the folder, in memory of its own.
         dtypes: Those that weights pass through on the way, beside the model's own.
     """
@@ -126,10 +130,13 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         entries = _entries(form.name, model, name, provenance)
         difference, tolerance = _write_checked(draft, model, form, terms, entries)
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
-        report = ExportReport(Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance)
+        notes = tuple(entries.get("notes", ()))
+        report = ExportReport(
+            Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, notes
+        )
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
         _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
-        card = model_card(form.name, model, name, provenance, counts.ranks, counts.head)
+        card = model_card(form.name, model, name, provenance, counts.ranks, counts.head, notes)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
         _push(report.folder, terms.push_to_hub)

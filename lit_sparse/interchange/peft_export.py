@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -22,10 +20,13 @@ from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
+from lit_sparse.interchange.engines import engine_notes
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
 from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, WEIGHTS, of_layer
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.remains import (
+    Remains,
+    padded,
     plain_copy,
     plain_name,
     remains_of,
@@ -51,26 +52,27 @@ _ELSE = "Use save_adapter (format sparse), export_delta (delta) or export_merged
 def export_peft(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    layout: Layout = "ragged",
+    layout: Layout = "padded",
     with_head: bool = True,
     tolerance: float | None = None,
     batch: Mapping[str, Tensor] | None = None,
     provenance: Provenance | None = None,
     push_to_hub: str | None = None,
 ) -> ExportReport:
-    """Write the adapters as a plain LoRA in PEFT's format, without the ranks that contribute nothing.
+    """Write the adapters as a plain LoRA in PEFT's format.
 
-    Every scaling is 1: r and lora_alpha are the largest remaining rank, ``rank_pattern`` and ``alpha_pattern`` name the
-    layers with fewer, and gate and scale are in B. Readers that know one alpha for all layers are right too. Layers
-    without a rank are left out; if all are, one keeps a rank of zeros, since PEFT accepts no empty adapter.
+    Gate and scale are folded into B, so that every layer's scale is 1. Engines compute that scale differently: PEFT and
+    transformers divide ``alpha_pattern`` by ``rank_pattern``, vLLM and TGI ``lora_alpha`` by ``r`` for all layers,
+    llama.cpp ``lora_alpha`` by the rank of the tensor. The layout ``padded`` is right in all of them: every adapted
+    layer is written with the same rank, filled up with zeros, and a layer that lost all its ranks is written as zeros.
+    The layout ``ragged`` is smaller, and for PEFT and transformers only; it leaves out layers without a rank.
 
     The folder is read back into a copy of the model, by :func:`~lit_sparse.load_peft`, and kept only if outputs agree.
 
     Args:
         model: The Hugging Face model with its adapters; left as it is.
         folder: To write; must not exist, or be empty.
-        layout: ``ragged``: each layer with its own rank. ``padded``: all with the largest, filled up with zeros, for
-            readers that know one rank only.
+        layout: ``padded``: all layers with the largest rank that remains. ``ragged``: each layer with its own.
         with_head: Write what was trained whole, as ``modules_to_save``.
         tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
         batch: Arguments of the model to compare outputs on; None: made from its configuration.
@@ -103,11 +105,10 @@ def _read(model: nn.Module, with_head: bool, draft: Path) -> nn.Module:
 def _write(
     model: nn.Module, adapters: Mapping[str, LowRankAdapter], layout: Layout, with_head: bool, draft: Path
 ) -> dict[str, Any]:
-    factors = {name: (r.lora_A, r.lora_B_t) for name, r in ((n, remains_of(a)) for n, a in adapters.items())}
-    factors = {name: pair for name, pair in factors.items() if pair[0].shape[0]} or _one_zero_rank(adapters)
+    remains = {name: remains_of(adapter) for name, adapter in adapters.items()}
+    written = _ragged(remains) if layout == "ragged" else padded(remains)
+    factors = {name: (layer.lora_A, layer.lora_B_t) for name, layer in written.items()}
     largest = max(lora_A.shape[0] for lora_A, _ in factors.values())
-    if layout == "padded":
-        factors = {name: (_padded(a, largest), _padded(b_t, largest)) for name, (a, b_t) in factors.items()}
     tensors: dict[str, Tensor] = {}
     for name, (lora_A, lora_B_t) in factors.items():
         tensors |= _tensors(f"{PREFIX}{name}", adapters[name], lora_A, lora_B_t)
@@ -118,17 +119,17 @@ def _write(
     save_tensors(tensors, draft / WEIGHTS)
     config = _config(model, {name: pair[0].shape[0] for name, pair in factors.items()}, largest, saved)
     (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return {"layout": layout, "with_head": with_head}
+    notes = engine_notes(layout, largest, _bytes(written), _bytes(_ragged(remains)), saved)
+    return {"layout": layout, "with_head": with_head, "notes": notes}
 
 
-def _one_zero_rank(adapters: Mapping[str, LowRankAdapter]) -> dict[str, tuple[Tensor, Tensor]]:
-    name, adapter = next(iter(adapters.items()))
-    dtype = adapter.lora_A.dtype
-    return {name: (torch.zeros(1, adapter.in_features, dtype=dtype), torch.zeros(1, adapter.out_features, dtype=dtype))}
+def _ragged(remains: Mapping[str, Remains]) -> dict[str, Remains]:
+    """The layers that have a rank; if none has, the first with a rank of zeros, since PEFT accepts no empty adapter."""
+    return {name: layer for name, layer in remains.items() if any(layer.ranks)} or padded(dict([*remains.items()][:1]))
 
 
-def _padded(matrix: Tensor, rank: int) -> Tensor:
-    return F.pad(matrix, (0, 0, 0, rank - matrix.shape[0]))
+def _bytes(layers: Mapping[str, Remains]) -> int:
+    return sum(tensor.nbytes for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B_t))
 
 
 def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B_t: Tensor) -> dict[str, Tensor]:

@@ -156,7 +156,8 @@ def _start(adapter: LowRankAdapter, name: str, pair: LowRankPair, largest: int) 
             f"The LoRA maps {shapes[0]} features to {shapes[1]} at {name!r}, the layer {adapter.in_features} to "
             f"{adapter.out_features}: it was trained on another model."
         )
-    adapter.lora_A[:rank] = pair.lora_A.to(adapter.lora_A)
+    used = pair.lora_A.any(1)  # a padded layer's other ranks keep their random A, as ranks beyond the folder's do
+    adapter.lora_A[:rank][used] = pair.lora_A[used].to(adapter.lora_A)
     adapter.lora_B_t.zero_()
     adapter.lora_B_t[:rank] = (pair.lora_B.double() * (pair.scale / adapter.scale)).t().to(adapter.lora_B_t)
     if adapter.gate is not None:

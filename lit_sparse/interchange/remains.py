@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -55,6 +56,20 @@ def remains_of(adapter: LowRankAdapter) -> Remains:
     live = live_ranks(adapter)
     ranks = live.view(adapter.copies, adapter.rank).sum(1).tolist()
     return Remains(adapter.lora_A[live].cpu(), lora_B_t[live].cpu(), tuple(ranks))
+
+
+def padded(remains: Mapping[str, Remains]) -> dict[str, Remains]:
+    """All layers with one rank, the largest of any of them and at least 1, filled up with zeros.
+
+    Args:
+        remains: By full layer name; layers of one copy.
+    """
+    rank = max(1, *(max(layer.ranks) for layer in remains.values()))
+    pad = {name: (0, 0, 0, rank - max(layer.ranks)) for name, layer in remains.items()}
+    return {
+        name: Remains(F.pad(layer.lora_A, pad[name]), F.pad(layer.lora_B_t, pad[name]), (rank,))
+        for name, layer in remains.items()
+    }
 
 
 def require_trained(model: nn.Module) -> dict[str, LowRankAdapter]:

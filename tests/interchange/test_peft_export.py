@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
+from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.interchange.peft_folder import read_peft
 
 peft = pytest.importorskip("peft", reason="compares with PEFT, which is not installed")
@@ -58,6 +59,12 @@ def load(model, folder):
 
 def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+def live_ranks_of(model):
+    """Ranks that change the output, by layer name: counted on the rows of A and of gate · Bᵀ."""
+    live = {n: a.lora_A.any(1) & a.scaled_lora_B_t().any(1) for n, a in ls.adapters_in(model)}
+    return {name: int(rows.sum()) for name, rows in live.items()}
 
 
 def lora_layers(model):
@@ -98,21 +105,22 @@ def test_transformers_loads_the_folder_by_itself(model_class, tmp_path):
 
 
 @pytest.mark.parametrize("method", [SORA, ROSELORA], ids=lambda method: type(method).__name__)
-def test_the_configuration_scales_nothing_and_names_what_remains(method, tmp_path):
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_the_configuration_scales_nothing_and_names_what_is_adapted(layout, method, tmp_path):
     model = as_trained(fresh(), method)
-    ls.export_peft(model, tmp_path / "lora")
+    ls.export_peft(model, tmp_path / "lora", layout)
     config = config_of(tmp_path / "lora")
-    ranks = {}
-    for name, adapter in ls.adapters_in(model):
-        live = adapter.lora_A.any(1) & adapter.scaled_lora_B_t().any(1)
-        ranks[name] = int(live.sum())
+    ranks = live_ranks_of(model)
     largest = max(ranks.values())
     assert (config["r"], config["lora_alpha"]) == (largest, largest)
+    assert (min(ranks.values()) == 0) == (method is SORA)
+    if layout == "padded":
+        ranks = dict.fromkeys(ranks, largest)
     assert config["target_modules"] == [name for name, rank in ranks.items() if rank]
     assert config["rank_pattern"] == {name: rank for name, rank in ranks.items() if rank not in (0, largest)}
     assert config["alpha_pattern"] == config["rank_pattern"]
-    assert (min(ranks.values()) == 0) == (method is SORA)
     lora = read_peft(tmp_path / "lora")
+    assert {name: pair.lora_A.shape[0] for name, pair in lora.pairs.items()} == {n: r for n, r in ranks.items() if r}
     assert all(pair.scale == 1 for pair in lora.pairs.values())
     loaded = load(fresh(), tmp_path / "lora")
     assert lora_layers(loaded) == {f"base_model.model.{name}" for name, rank in ranks.items() if rank}
@@ -129,16 +137,6 @@ def test_layers_1_and_11_are_not_taken_for_each_other(tmp_path):
     names = config_of(tmp_path / "lora")["target_modules"]
     assert len(names) > 20  # from where on PEFT shortens the list
     assert lora_layers(loaded) == {f"base_model.model.{name}" for name in names}
-
-
-def test_padded_layers_all_have_the_largest_rank(tmp_path):
-    ls.export_peft(as_trained(fresh()), tmp_path / "lora", layout="padded")
-    config = config_of(tmp_path / "lora")
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    shapes = {
-        t.shape[0] for n, t in load_file(tmp_path / "lora" / "adapter_model.safetensors").items() if "lora_A" in n
-    }
-    assert shapes == {config["r"]}
 
 
 @pytest.mark.parametrize("method", [SORA, ls.SoRA(rank=4, threshold=0.1, train_head=False)], ids=["trained", "frozen"])
@@ -161,14 +159,16 @@ def test_a_head_has_the_names_that_peft_gives(tmp_path):
     assert report.head_parameters == 66
 
 
-def test_when_everything_is_pruned_one_rank_of_zeros_is_left(tmp_path):
+@pytest.mark.parametrize(("layout", "count"), [("padded", 13), ("ragged", 1)])
+def test_when_everything_is_pruned_one_rank_of_zeros_is_left(layout, count, tmp_path):
     model = as_trained(fresh())
     for _, adapter in ls.adapters_in(model):
         nn.init.zeros_(adapter.gate)
-    report = ls.export_peft(model, tmp_path / "lora")
+    report = ls.export_peft(model, tmp_path / "lora", layout)
     assert (report.remaining_parameters, report.difference) == (0, 0)
+    assert config_of(tmp_path / "lora")["r"] == 1
     loaded = load(fresh(), tmp_path / "lora")
-    assert len(lora_layers(loaded)) == 1
+    assert len(lora_layers(loaded)) == count
     torch.testing.assert_close(logits(loaded, IDS), logits(model, IDS), rtol=0, atol=1e-12)
 
 
@@ -226,7 +226,7 @@ def test_a_name_that_ends_another_means_one_layer(targets, tmp_path):
     for number, (_, adapter) in enumerate(ls.adapters_in(model)):
         nn.init.ones_(adapter.gate[: 2 + number])
     x = {"x": torch.randn(5, 3)}
-    ls.export_peft(model, tmp_path / "lora", batch=x)
+    ls.export_peft(model, tmp_path / "lora", "ragged", batch=x)
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
     torch.testing.assert_close(loaded(**x), model(**x), rtol=0, atol=1e-6)
     assert len(lora_layers(loaded)) == len(dict(ls.adapters_in(model)))
@@ -259,18 +259,23 @@ def test_conv1d_is_said_to_be_stored_transposed(tmp_path):
     assert config_of(tmp_path / "lora")["fan_in_fan_out"] is True
 
 
-def test_training_goes_on_from_an_export(tmp_path):
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_training_goes_on_from_an_export(layout, tmp_path):
     model = as_trained(fresh())
-    ls.export_peft(model, tmp_path / "lora")
+    ls.export_peft(model, tmp_path / "lora", layout)
     again = fresh()
-    ls.load_peft(again, tmp_path / "lora")
+    adapters = ls.load_peft(again, tmp_path / "lora")
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-10)
+    ranks = {layer.name: layer.rank for layer in layer_sparsity(again)}
+    assert ranks == {name: rank for name, rank in live_ranks_of(model).items() if name in ranks}
+    # A rank with A and B at zero would have no gradient: it could not be trained again.
+    assert all(adapter.lora_A.any(1).all() for adapter in adapters.values())
 
 
-def test_the_size_is_that_of_what_remains(tmp_path):
+def test_a_ragged_file_has_the_size_of_what_remains(tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
     model = as_trained(build_tiny(BertForSequenceClassification, **wide), ls.SoRA(rank=16, threshold=0.1))
-    report = ls.export_peft(model, tmp_path / "lora")
+    report = ls.export_peft(model, tmp_path / "lora", "ragged")
     remaining = sum(
         int((adapter.gate != 0).sum()) * (adapter.in_features + adapter.out_features)
         for _, adapter in ls.adapters_in(model)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
+from trained import as_trained
 from transformers import BertForSequenceClassification, MixtralForCausalLM
 
 import lit_sparse as ls
@@ -127,6 +128,17 @@ def test_a_folder_of_pefts(tmp_path):
         assert figures.norm_BA == pytest.approx(float(delta.detach().norm()), rel=1e-5)
         rank = 2 if "query" in figures.sparsity.name else 4
         assert (figures.sparsity.rank, figures.alpha, figures.scale) == (rank, 6, 6 / rank)
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_folder_in_either_layout_counts_the_ranks_that_are_live(layout, tmp_path):
+    model = as_trained(build_tiny(BertForSequenceClassification))
+    ls.export_peft(model, tmp_path / "lora", layout)
+    found = {f.sparsity.name: f.sparsity for f in read_adapters(tmp_path / "lora").figures}
+    live = {layer.name: layer for layer in layer_sparsity(model) if layer.rank or layout == "padded"}
+    assert {name: layer.rank for name, layer in found.items()} == {name: layer.rank for name, layer in live.items()}
+    for name, layer in live.items():
+        assert found[name].remaining_parameters == layer.remaining_parameters
 
 
 @pytest.mark.parametrize("model_class", [BertForSequenceClassification, MixtralForCausalLM])
