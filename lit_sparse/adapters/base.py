@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.adapters.saving import guard_saving
 from lit_sparse.errors import UsageError
 
 
@@ -59,6 +60,7 @@ class LowRankAdapter(nn.Module):
         copies: int = 1,
     ) -> None:
         super().__init__()
+        guard_saving(LowRankAdapter)
         if rank < 1:
             raise UsageError(f"rank must be at least 1; got {rank}.")
         if not 0 <= dropout < 1:
@@ -90,6 +92,10 @@ class LowRankAdapter(nn.Module):
         nn.init.zeros_(self.lora_B_t)
         if self.gate is not None:
             nn.init.normal_(self.gate)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        guard_saving(LowRankAdapter)  # a pickle may be loaded where nothing was injected
 
     @property
     def layer(self) -> nn.Module:

@@ -40,12 +40,22 @@ def pretrained_bodies(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     owned: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and module not in owned:
+        if isinstance(module, PreTrainedModel) and module not in owned and not _is_wrapper(module):
             owned.update(module.modules())
             body = module.base_model
             inner = next(n for n, m in module.named_modules() if m is body)
             found.append((".".join(part for part in (name, inner) if part), body))
     return found
+
+
+def _is_wrapper(model: PreTrainedModel) -> bool:
+    """Whether the user wrote this class around another model: no class of transformers says what it computes."""
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers")]
+    return (
+        model.base_model is model
+        and not any("forward" in vars(kind) for kind in kinds)
+        and any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model)
+    )
 
 
 def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:

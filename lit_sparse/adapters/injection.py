@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
-from lit_sparse.adapters.head import keep_head_precision, task_head
+from lit_sparse.adapters.head import keep_head_precision, pretrained_bodies, task_head
 from lit_sparse.adapters.naming import clean_name
+from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import require_trainable_around
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
@@ -34,7 +36,8 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
         Full layer name to adapter, in the model's order.
 
     Raises:
-        UsageError: If the model holds adapters already, a target matches nothing or something that cannot be
+        UsageError: If the model holds adapters already, ours or PEFT's, is offloaded or spread over several devices, a
+            target matches nothing or something that cannot be
             adapted, a module named in ``train_head`` does not exist or is quantized, or no gradient passes through a
             quantized layer.
     """
@@ -44,7 +47,13 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
             f"{type(model).__name__} already holds {len(present)} adapters, the first at {present[0]!r}. "
             "Inject once, into a freshly loaded model."
         )
+    require_whole(model)
     head = _trained_head(model, method.train_head)
+    if method.target_modules == "all-linear" and method.train_head is True and not any(pretrained_bodies(model)):
+        rank_zero_warn(
+            f"{type(model).__name__} holds no Hugging Face model, so its task head cannot be told from the rest: "
+            "all-linear adapts every linear layer, the last one too. Name the head in train_head to train it whole."
+        )
     chosen = select_layers(model, method.target_modules, method.layers, method.exclude_modules, head)
     settings = method.settings(chosen)
     model.requires_grad_(False)

@@ -107,7 +107,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
 def select_layers(
     model: nn.Module,
     target_modules: str | Sequence[str],
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     head: Collection[str] = (),
 ) -> dict[str, Layer]:
@@ -118,7 +118,7 @@ def select_layers(
         target_modules: ``"all-linear"`` (every linear layer of the pretrained body but its output embeddings, the
             weights of experts included), another string: a regular expression that must match the full name, or a list
             of whole trailing name parts. Convolutions and embeddings are adapted when they are named.
-        layers: Keep only these transformer blocks: the first number in a layer's name. None keeps all.
+        layers: Keep only these transformer blocks, or this one: the first number in a layer's name. None keeps all.
         exclude_modules: Left out of the choice: a regular expression or a list of trailing name parts.
         head: Names of the head modules that are trained whole and therefore not adapted.
 
@@ -139,7 +139,7 @@ def select_layers(
         excluded = set(_matched(model, "exclude_modules", exclude_modules, candidates))
         chosen = [n for n in chosen if n not in excluded]
     if layers is not None:
-        chosen = _in_blocks(chosen, layers)
+        chosen = _in_blocks(chosen, [layers] if isinstance(layers, int) else layers)
     if not chosen:
         raise UsageError(
             f"No layer of {type(model).__name__} is left to adapt after target_modules={target_modules!r}, "
@@ -285,7 +285,7 @@ def _matches(name: str, pattern: str, argument: str, whole: bool) -> bool:
 def _in_blocks(names: list[str], layers: Sequence[int]) -> list[str]:
     block = {n: next((int(part) for part in n.split(".") if part.isdigit()), None) for n in names}
     present = {b for b in block.values() if b is not None}
-    absent = sorted(set(layers) - present)
+    absent = sorted(set(layers) - present, key=str)
     if absent or not layers:
         raise UsageError(
             f"layers {absent or list(layers)} match no chosen layer; the chosen ones stand in blocks {sorted(present)}."

@@ -29,14 +29,14 @@ class FineTuning:
     Args:
         target_modules: ``"all-linear"``, a list of whole trailing name parts, or one regular expression over full
             names, as for the methods.
-        layers: Numbers of the transformer blocks to train; None: all.
+        layers: Numbers of the transformer blocks to train, or one number; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
     """
 
     def __init__(
         self,
         target_modules: str | list[str] = "all-linear",
-        layers: list[int] | None = None,
+        layers: int | list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
     ) -> None:
         if not target_modules:

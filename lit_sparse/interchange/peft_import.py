@@ -13,6 +13,7 @@ from torch import nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.selection import matches_tail, survey
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.peft_folder import LowRankPair, PeftLoRA, read_peft
@@ -51,6 +52,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Low
 @torch.no_grad()
 def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
     """Put what was read into a model; arguments and errors as those of :func:`load_peft`."""
+    require_whole(model)
     _compare_backbones(model, lora)
     adapters = dict(adapters_in(model))
     if adapters:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.adapters.selection import survey
 from lit_sparse.errors import UsageError, some
@@ -136,6 +137,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     saved = read_folder(Path(folder))
     if any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds adapters already. Load into a freshly loaded model.")
+    require_whole(model)
     base = saved.entries.get("base_model_name_or_path")
     here = getattr(model, "name_or_path", None)
     if base and here and str(base).rstrip("/") != str(here).rstrip("/"):

@@ -81,7 +81,7 @@ class SparseMethod:
         rank: Ranks r of every adapter; methods that prune ranks only ever remove from these.
         alpha: Numerator of the scale alpha / rank of the adapter's output; None: equal to rank, scale 1.
         dropout: Probability of zeroing an entry of the adapter's input in training.
-        layers: Numbers of the transformer blocks to adapt; None: all.
+        layers: Numbers of the transformer blocks to adapt, or one number; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
@@ -109,7 +109,7 @@ class SparseMethod:
         rank: int,
         alpha: float | None,
         dropout: float = 0.0,
-        layers: list[int] | None = None,
+        layers: int | list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
         use_rslora: bool = False,

@@ -14,7 +14,7 @@ class LoRA(SparseMethod):
         rank: Ranks r of every adapter.
         alpha: Numerator of the scale alpha / rank of the adapter's output.
         dropout: Probability of zeroing an entry of the adapter's input in training.
-        layers: Numbers of the transformer blocks to adapt; None: all.
+        layers: Numbers of the transformer blocks to adapt, or one number; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
@@ -39,7 +39,7 @@ class LoRA(SparseMethod):
         rank: int = 8,
         alpha: float = 16,
         dropout: float = 0.0,
-        layers: list[int] | None = None,
+        layers: int | list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
         use_rslora: bool = False,

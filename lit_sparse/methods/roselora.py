@@ -38,7 +38,7 @@ class RoseLoRA(SparseMethod):
             3e-3. None: no bound.
         update_every: Optimizer steps from one choice of masks to the next; in between the last ones hold, and keep A
             and B sparse after every step. 1 as in the paper; more saves a part of the update's time.
-        layers: Numbers of the transformer blocks to adapt; None: all.
+        layers: Numbers of the transformer blocks to adapt, or one number; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
@@ -69,7 +69,7 @@ class RoseLoRA(SparseMethod):
         beta: float = 0.8,
         clamp: float | None = None,
         update_every: int = 1,
-        layers: list[int] | None = None,
+        layers: int | list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
         use_rslora: bool = False,

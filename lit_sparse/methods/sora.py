@@ -41,7 +41,7 @@ class SoRA(SparseMethod):
             of size 1 takes 1 / (lr · λ) steps to zero.
         freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
             None: never.
-        layers: Numbers of the transformer blocks to adapt; None: all.
+        layers: Numbers of the transformer blocks to adapt, or one number; None: all.
         exclude_modules: Layers to leave out: a list of trailing name parts or a regular expression.
         train_head: Train the task head (classifier, score …), found by structure; or the names of the
             modules to train whole.
@@ -79,7 +79,7 @@ class SoRA(SparseMethod):
         metric: Metric = "euclidean",
         gate_lr: float | None = None,
         freeze_zero_after: int | None = None,
-        layers: list[int] | None = None,
+        layers: int | list[int] | None = None,
         exclude_modules: str | list[str] | None = None,
         train_head: bool | list[str] = True,
         use_rslora: bool = False,

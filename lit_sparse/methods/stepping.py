@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.placement import require_one_device
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import Run, SparseMethod, Step
 
@@ -50,9 +51,9 @@ class SparseSteps:
         steps_taken: Optimizer steps that were taken before, when a run goes on.
 
     Raises:
-        UsageError: If ``total_steps`` < 1, the model holds no adapters or those of another method, all adapters are
-            frozen, the optimizer lacks an adapter parameter or evaluates other weights than those it trains, or the
-            method cannot work in such a run.
+        UsageError: If ``total_steps`` < 1, the model holds no adapters, those of another method or on several devices,
+            all adapters are frozen, the optimizer lacks an adapter parameter or evaluates other weights than those it
+            trains, or the method cannot work in such a run.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SparseSteps:
                 "run without end."
             )
         adapters = adapters_of(method, model)
+        require_one_device(type(model).__name__, [p for a in adapters.values() for p in a.parameters(recurse=False)])
         self.method = method
         self.optimizer = holder([_unwrapped(optimizer)], adapters)
         require_trained_weights(method, self.optimizer)

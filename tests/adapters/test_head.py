@@ -1,14 +1,25 @@
 """lit_sparse.adapters.head on the models whose heads it must find, and on half-precision heads end to end."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
 from backbones import build_tiny
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
 
 from lit_sparse.adapters.head import keep_head_precision, output_embeddings, pretrained_bodies, task_head
 from lit_sparse.adapters.injection import inject
+from lit_sparse.adapters.selection import left_out
 from lit_sparse.methods.lora import LoRA
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
@@ -89,6 +100,72 @@ def test_without_a_hugging_face_model_there_is_no_recognisable_head():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     assert pretrained_bodies(model) == []
     assert task_head(model) == []
+
+
+class OwnPreTrained(PreTrainedModel):
+    """A user's own class of transformers' kind, whose prefix names none of its parts."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.encoder = build_tiny(BertModel)
+        self.classifier = nn.Linear(32, 3)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.classifier(self.encoder(input_ids).pooler_output)
+
+
+class OwnLightning(LightningModule):
+    """The same in a LightningModule, the model one level down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = OwnPreTrained(BertConfig())
+        self.classifier = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        (lambda: OwnPreTrained(BertConfig()), ["classifier"]),
+        (OwnLightning, ["net.classifier", "classifier"]),
+        (Own, ["out", "temperature"]),
+    ],
+    ids=["PreTrainedModel", "LightningModule", "nn.Module"],
+)
+def test_all_linear_leaves_a_classifier_beside_a_bare_backbone_alone(make, head):
+    model = make()
+    assert sorted(task_head(model)) == sorted(head)
+    adapters = inject(model, LoRA())
+    assert len(adapters) == 13  # two blocks of six, and the pooler
+    assert not any(name.startswith(tuple(head)) for name in adapters)
+    frozen = make()
+    inject(frozen, LoRA(train_head=False))
+    reasons = left_out(frozen)
+    assert all("lies outside the pretrained body" in reasons[name] for name in head if name in reasons)
+    assert any(name in reasons for name in head)
+
+
+def test_a_class_on_top_of_a_complete_model_keeps_its_body():
+    class OwnT5(T5ForConditionalGeneration):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    assert task_head(build_tiny(OwnT5)) == []
+
+
+def test_a_model_without_a_recognisable_head_is_not_adapted_in_silence():
+    def encoder() -> nn.Module:
+        return nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(8, 8), nn.Tanh()), "classifier": nn.Linear(8, 2)})
+
+    with pytest.warns(UserWarning, match="holds no Hugging Face model, so its task head cannot be told from the rest"):
+        inject(encoder(), LoRA())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapters = inject(encoder(), LoRA(train_head=["classifier"]))
+    assert list(adapters) == ["encoder.0"]
 
 
 def test_an_own_head_with_a_bare_parameter_is_trained():

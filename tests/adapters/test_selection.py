@@ -142,6 +142,13 @@ def test_layers_choose_blocks():
     assert chosen(gpt2, ["c_attn"], [1], head=()) == ["transformer.h.1.attn.c_attn"]
 
 
+def test_one_number_is_one_block():
+    assert chosen(BERT, ["query"], 1) == chosen(BERT, ["query"], [1]) == ["bert.encoder.layer.1.attention.self.query"]
+    assert chosen(BERT, ["query"], 0) == ["bert.encoder.layer.0.attention.self.query"]  # 0 is a number, not nothing
+    with pytest.raises(UsageError, match=r"layers \[2\] match no chosen layer; the chosen ones stand in blocks"):
+        select_layers(BERT, ["query"], 2)
+
+
 @pytest.mark.parametrize(("layers", "named"), [([0, 5, 2], [2, 5]), ([-1], [-1]), ([], [])], ids=str)
 def test_blocks_that_do_not_exist_are_named(layers, named):
     message = f"layers {named} match no chosen layer; the chosen ones stand in blocks [0, 1]."

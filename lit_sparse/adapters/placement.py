@@ -1,0 +1,58 @@
+"""Where adapters can be put: a whole model on one device, whose layers are its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_sparse.errors import UsageError
+
+_INSTEAD = (
+    "Load it whole onto one device, without device_map. A backbone that is too large for one device trains under the "
+    "strategy lit_sparse.SparseFSDP2Strategy (fsdp2), with cpu_offload if need be"
+)
+
+
+def require_whole(model: nn.Module) -> None:
+    """Check that adapters can be put into ``model``.
+
+    Raises:
+        UsageError: If its weights are offloaded by accelerate, were never loaded or lie on several devices, or PEFT
+            adapted it before.
+    """
+    name = type(model).__name__
+    tuned = [n for n, module in model.named_modules() if isinstance(module, _peft_classes())]
+    if tuned:
+        raise UsageError(
+            f"PEFT adapted {name} already, the first at {tuned[0]!r}: its A and B would be adapted and frozen. Fold "
+            "them in first with model = model.merge_and_unload(), or load the plain backbone and start from the "
+            "folder of the adapter with load_peft."
+        )
+    parameters = list(model.parameters())
+    empty = any(p.is_meta for p in parameters)
+    if empty and torch.get_default_device().type != "meta":  # under torch.device("meta") all is meant to be empty
+        raise UsageError(
+            f"{name} has parameters on the meta device: accelerate offloaded them, or no weights were loaded. "
+            f"{_INSTEAD}."
+        )
+    require_one_device(name, parameters)
+
+
+def require_one_device(name: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise a UsageError if ``parameters`` of the model called ``name`` lie on several devices."""
+    devices = sorted({str(p.device) for p in parameters})
+    if len(devices) > 1:
+        raise UsageError(
+            f"{name} is spread over the devices {devices}: gates and masks are chosen over all adapters at once. "
+            f"{_INSTEAD}; for inference, export_merged writes a model that device_map can spread."
+        )
+
+
+def _peft_classes() -> tuple[type[Any], ...]:
+    peft: Any = sys.modules.get("peft")  # not imported: without it nothing can be of its classes
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    return (peft.PeftModel, tuners.BaseTunerLayer) if peft is not None and tuners is not None else ()
