@@ -94,7 +94,7 @@ class LowRankAdapter(nn.Module):
             nn.init.normal_(self.gate)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         guard_saving(LowRankAdapter)  # a pickle may be loaded where nothing was injected
 
     @property
