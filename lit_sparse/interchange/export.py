@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.remains import remains_of, trained_whole
@@ -178,9 +178,24 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors to a safetensors file, each with memory of its own."""
+    """Write tensors to a safetensors file, each with memory of its own.
+
+    Raises:
+        UsageError: If a value is not finite.
+    """
+    require_finite(tensors)
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(own, file, metadata={"format": "pt"})
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UsageError that names the tensors in which a value is NaN or infinite, if there are any."""
+    spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if spoilt:
+        raise UsageError(
+            f"{some(spoilt)} hold values that are not finite, so nothing is written. Export a checkpoint from before "
+            "training failed."
+        )
 
 
 def _count(model: nn.Module) -> _Counts:
@@ -195,11 +210,8 @@ def _write_checked(
     draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any]
 ) -> tuple[float, float]:
     """Write, read back and compare; the difference and what it may be. ``entries`` gains what the form says."""
-    spoilt = [n for n, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-    if spoilt:
-        raise UsageError(
-            f"{len(spoilt)} of what was trained are not finite, the first {spoilt[0]!r}: nothing is written."
-        )
+    adapted = {f"{name}.{n}": p for name, a in adapters_in(model) for n, p in a.named_parameters(recurse=False)}
+    require_finite({**adapted, **trained_whole(model)})
     stage = stages(f"Exporting {form.name}", ["computing what it must give", "writing", "reading back"])
     next(stage)
     batch = terms.batch if terms.batch is not None else probe_batch(model)

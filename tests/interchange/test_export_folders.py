@@ -405,7 +405,7 @@ def test_models_that_are_no_trained_ones_are_refused(write, tmp_path):
     refused(off, "1 adapters are switched off, the first at 'bert")
     broken = as_trained(fresh())
     nn.init.constant_(broken.classifier.bias, float("nan"))
-    refused(broken, "of what was trained are not finite")
+    refused(broken, "hold values that are not finite, so nothing is written")
 
 
 def test_no_batch_can_be_made_for_a_module_of_ones_own(tmp_path):
