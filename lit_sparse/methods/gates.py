@@ -108,7 +108,10 @@ class ProximalGates:
         alike: dict[tuple[int, float], list[nn.Parameter]] = {}
         for adapter in adapters:
             gate = adapter.gate
-            if gate is not None and gate in step.group_of:  # a gate frozen by the user is in no optimizer
+            if gate is None or gate not in step.group_of:  # a gate frozen by the user is in no optimizer
+                continue
+            # Without a gradient the optimizer takes no step on a gate, and its metric has no step to correct.
+            if self.metric == "euclidean" or gate.grad is not None:
                 alike.setdefault((step.group_of[gate], self._strength(adapter)), []).append(gate)
         for (_, strength), gates in alike.items():
             operate_(gates, self._threshold(gates, strength, step))
@@ -204,9 +207,11 @@ def _metric_threshold(
 ) -> Tensor:
     state = optimizer.state[gate]
     second_moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    return optimizer_metric_threshold(
+    threshold = optimizer_metric_threshold(
         weight, group["lr"], second_moment, state["step"], group["betas"][1], group["eps"]
     )
+    # An entry whose gradients were all zero has not moved: all gates while B is zero, an expert that got no token.
+    return threshold.masked_fill(second_moment == 0, 0.0)
 
 
 def _require_adam(optimizer: torch.optim.Optimizer) -> None:

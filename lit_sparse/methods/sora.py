@@ -36,7 +36,7 @@ class SoRA(SparseMethod):
         operator: ``soft``: the proximal map of |g|. ``released``: the released code's, which after
             shrinking by t zeroes everything below t again, so that |g| < 2t vanishes.
         metric: ``euclidean``: one threshold for all gates, the paper's rule. ``optimizer``: the exact
-            proximal map in Adam's own metric, with the threshold lr · λ / (√v̂ + ε) for each entry.
+            proximal map in Adam's own metric, with the threshold lr · λ / (√v̂ + ε) for each entry that Adam stepped.
         gate_lr: Learning rate of the gates; None: that of the other parameters. A short run needs a larger one: a gate
             of size 1 takes 1 / (lr · λ) steps to zero.
         freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
