@@ -48,6 +48,8 @@ class Sparsify(Callback):
         self.method = method
         self._steps: SparseSteps | None = None
         self._steps_before = 0
+        self._propagated = False
+        """Whether the current batch had a backward pass; its ``training_step`` may have returned None instead."""
 
     @property
     def steps_taken(self) -> int:
@@ -76,15 +78,25 @@ class Sparsify(Callback):
         scheduler, total = _stepwise_scheduler(trainer, optimizer), total_steps(trainer)
         self._steps = SparseSteps(self.method, pl_module, optimizer, total, scheduler, self._steps_before)
 
-    def on_before_optimizer_step(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,  # noqa: ARG002
-        optimizer: Optimizer,
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """A new batch has had no backward pass yet."""
+        self._propagated = False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Note the backward pass."""
+        self._propagated = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Observe: gradients are unscaled and not yet clipped, weights are those that produced them."""
-        if self._steps is not None and optimizer is self._steps.optimizer:
-            self._steps.observe()
+        if self._steps is None or optimizer is not self._steps.optimizer:
+            return
+        # A fused optimizer unscales within its step, which is too late for the method. Where Lightning will skip the
+        # step, because training_step returned None, the scaler must not be told that gradients are unscaled.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        steps = self._propagated or not pl_module.automatic_optimization
+        if scaler is not None and steps and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        self._steps.observe()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Stop following the optimizer, and shout when nothing was ever pruned."""

@@ -124,6 +124,11 @@ class SparseSteps:
                 "observe() before every step. Under the Trainer it was stepped behind Lightning's back: with manual "
                 "optimization, step what self.optimizers() returns; run tuners before training, not within."
             )
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise UsageError(
+                f"{type(optimizer).__name__} is fused and unscales gradients within its step, so observe() saw them "
+                "scaled. Call scaler.unscale_(optimizer) before observe()."
+            )
         step = self._step(optimizer)
         observed, self._observed = self._observed, _NOTHING
         self.steps_taken = step.index

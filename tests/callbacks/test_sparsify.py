@@ -264,6 +264,45 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(fused: bool) -> No
 
 
 @pytest.mark.filterwarnings("ignore:density")
+@pytest.mark.filterwarnings("ignore:threshold")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["l1_weight", "sensitivity"])
+def test_under_a_gradient_scaler_the_method_sees_unscaled_gradients(kind: str, fused: bool) -> None:
+    def run(*plugins: Any) -> Tensor:
+        torch.manual_seed(3)
+        if kind == "sensitivity":
+            method: SparseMethod = ls.RoseLoRA(rank=RANK, density=0.5, begin=0, end=1)
+        else:
+            method = ls.SoRA(rank=RANK, threshold=0.01, l1_weight=5.0)
+        module = Regression(method, torch.optim.AdamW, decay=False, fused=fused).float()
+        fit(module, ls.Sparsify(method), precision=None if plugins else "32-true", plugins=list(plugins))
+        adapters = [adapter for _, adapter in ls.adapters_in(module)]
+        parts = ("sensitivity_A", "sensitivity_B_t", "lora_A") if kind == "sensitivity" else ("gate", "lora_A")
+        return torch.cat([getattr(adapter, part).detach().flatten() for adapter in adapters for part in parts])
+
+    class Float32(MixedPrecision):  # a scaler's arithmetic without half precision
+        def autocast_context_manager(self) -> Any:
+            return torch.autocast("cpu", enabled=False)
+
+    scaled = run(Float32("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16)))
+    torch.testing.assert_close(scaled, run(), rtol=0, atol=0)  # powers of two scale without rounding
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_without_a_loss_does_not_upset_the_gradient_scaler(fused: bool) -> None:
+    class Skips(Regression):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+            return None if batch_idx in (3, 4, 8) else super().training_step(batch, batch_idx)
+
+    method = CountCalls()
+    callback = ls.Sparsify(method)
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    module = Skips(method, torch.optim.AdamW, decay=False, fused=fused).float()
+    fit(module, callback, precision=None, plugins=[plugin], accumulate_grad_batches=2)
+    assert callback.steps_taken == STEPS // 2 - 1  # batch 3 ended a window of two, 4 and 8 only began one
+
+
+@pytest.mark.filterwarnings("ignore:density")
 def test_state_survives_a_checkpoint(tmp_path: Any) -> None:
     def run(max_epochs: int, **options: Any) -> tuple[Regression, ls.Sparsify, pl.Trainer]:
         method = ls.RoseLoRA(rank=RANK, density=0.3, begin=4, end=40)

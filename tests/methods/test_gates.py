@@ -38,8 +38,8 @@ def gates_while_training(steps_on_the_right: list[bool]) -> Iterator[tuple[Tenso
 
 
 def test_a_gate_that_was_never_stepped_stays_as_it_is() -> None:
-    for left, right, optimizer in gates_while_training([False] * 4):
-        assert torch.equal(right, torch.ones(3))
+    *_, (left, right, optimizer) = gates_while_training([False] * 4)
+    assert torch.equal(right, torch.ones(3))
     assert not torch.equal(left, torch.ones(3))
     assert sum("exp_avg_sq" in state for state in optimizer.state.values()) == 3  # A, B and gate of one layer
 

@@ -151,6 +151,19 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(fused: bool) -> No
     assert all(torch.isfinite(value).all() for value in skipped.state_dict().values())
 
 
+def test_observing_scaled_gradients_of_a_fused_optimizer_is_an_error() -> None:
+    method = METHODS["roselora"]()
+    net = network(method).float()
+    optimizer = optimizer_of(net, fused=True)
+    steps = ls.SparseSteps(method, net, optimizer, BATCHES)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    x, y = next(iter(batches()))
+    scaler.scale(nn.functional.mse_loss(net(x.float()), y.float())).backward()
+    steps.observe()
+    with pytest.raises(ls.UsageError, match=r"observe\(\) saw them scaled. Call scaler\.unscale_\(optimizer\)"):
+        scaler.step(optimizer)
+
+
 def test_a_loop_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     def run(begin: int, end: int) -> dict[str, Tensor]:
         fabric = Fabric(accelerator="cpu", devices=1)
