@@ -338,6 +338,11 @@ def change(checkpoint, file, *keys, value):
         (("state_dict", "head.weight"), torch.ones(1), r"holds \['head.weight'\], which lie outside the backbone"),
         (("hyper_parameters", "backbone_args"), {"trust_remote_code": True}, "wants to run code that comes with"),
         ((checkpoints.KEY,), None, "was not written by a lit_sparse module"),
+        (
+            (checkpoints.KEY, "method", "init_args", "target_modules"),
+            r"([a-z0-9._]+)+\d!",  # would keep re busy for minutes
+            "matches no linear layer",
+        ),
     ],
 )
 def test_checkpoints_that_cannot_be_exported(keys, value, message, checkpoint, refuse, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from lit_sparse.adapters.experts import AdaptedExperts, ExpertWeight, expert_wei
 from lit_sparse.adapters.head import output_embeddings, pretrained_bodies
 from lit_sparse.adapters.layers import Layer
 from lit_sparse.adapters.linear import FrozenLinear
+from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.quantized import is_quantized
 from lit_sparse.adapters.weight_reads import reads_weight
 from lit_sparse.errors import UsageError
@@ -239,8 +239,10 @@ def _matched(
     modules = {name: type(m) for name, m in model.named_modules() if name}
     known = dict.fromkeys([*modules, *candidates])
     chosen: set[str] = set()
+    expressions = NamePatterns(argument)
+    whole = isinstance(patterns, str)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [n for n in known if _matches(n, pattern, argument, whole=isinstance(patterns, str))]
+        found = [n for n in known if (expressions.matches(pattern, n) if whole else matches_tail(n, pattern))]
         layers = [candidates[n] for n in found if n in candidates]
         # The head is passed over as long as something else is meant too: "dense" is a part of many heads.
         usable = [c.name for c in layers if argument == "exclude_modules" or not _in_head(c)]
@@ -260,7 +262,7 @@ def _matched(
         else:
             how = (
                 "Give a list of trailing name parts, or a regular expression that matches a full name"
-                if isinstance(patterns, str)
+                if whole
                 else "Give whole trailing parts of a name, such as 'query' or 'attention.output.dense'"
             )
             raise UsageError(
@@ -271,15 +273,6 @@ def _matched(
 
 def _in_head(candidate: Candidate) -> bool:
     return candidate.refusal is not None and "task head" in candidate.refusal
-
-
-def _matches(name: str, pattern: str, argument: str, whole: bool) -> bool:
-    if not whole:
-        return matches_tail(name, pattern)
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UsageError(f"{argument} {pattern!r} is not a valid regular expression: {error}.") from error
 
 
 def _in_blocks(names: list[str], layers: Sequence[int]) -> list[str]:

@@ -18,6 +18,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.linear import LowRankLinear
+from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.engines import engine_notes
@@ -150,7 +151,8 @@ def _config(model: nn.Module, ranks: Mapping[str, int], largest: int, saved: lis
         task = None  # PEFT's model for the task would not adapt these, or look for those in vain
     _require_saved_exactly(saved, names, ranks)
     pattern = {_pattern_key(name, ranks): rank for name, rank in ranks.items() if rank != largest}
-    wrong = {name: rank for name, rank in ranks.items() if of_layer(pattern, name, largest) != rank}
+    known = NamePatterns("rank_pattern", tails=True)
+    wrong = {name: rank for name, rank in ranks.items() if of_layer(pattern, name, largest, known) != rank}
     if wrong:
         raise UsageError(f"No rank_pattern of PEFT's tells the layers {some(wrong)} from others. {_ELSE}")
     frozen = [m for name in ranks if isinstance(m := getattr(model.get_submodule(name), "base", None), nn.Module)]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError, some
 from lit_sparse.json_text import parse
@@ -92,7 +93,9 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
             factors.setdefault(match[1], {})[match[2] or match[3]] = tensor.flatten(1)
     if not factors:
         raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {some(named)}.")
-    return PeftLoRA(path, config, {name: _pair(path, config, name, own) for name, own in factors.items()}, whole)
+    known = NamePatterns(f"{path / CONFIG}: the pattern", tails=True)
+    pairs = {name: _pair(path, config, name, own, known) for name, own in factors.items()}
+    return PeftLoRA(path, config, pairs, whole)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -139,23 +142,25 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _pair(path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor]) -> LowRankPair:
+def _pair(
+    path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor], known: NamePatterns
+) -> LowRankPair:
     if len(factors) < 2:
         raise UsageError(f"{path / WEIGHTS} holds lora_{next(iter(factors))} of {name!r} alone.")
     rank = factors["A"].shape[0]
-    stated = of_layer(config.get("rank_pattern"), name, config["r"])
+    stated = of_layer(config.get("rank_pattern"), name, config["r"], known)
     if not rank == factors["B"].shape[1] == stated:
         raise UsageError(
             f"In {path} the rank of {name!r} is {rank} by lora_A, {factors['B'].shape[1]} by lora_B, and {stated} by "
             f"{CONFIG}: it is no plain LoRA of one rank. (In a convolution with groups, PEFT's is another function.)"
         )
-    alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"])
+    alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"], known)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRankPair(factors["A"], factors["B"], alpha, scale)
 
 
-def of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """PEFT's rule: a key is a regular expression for trailing parts of the name, the first that matches holds."""
-    keys = (key for key in patterns or {} if re.match(rf"(.*\.)?({key})$", name))
+def of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any, known: NamePatterns) -> Any:
+    """The value of the first pattern that matches a name, or ``otherwise``."""
+    keys = (key for key in patterns or {} if known.matches(key, name))
     key = next(keys, None)
     return otherwise if key is None or patterns is None else patterns[key]

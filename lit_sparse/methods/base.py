@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
+from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError
 
@@ -159,11 +159,14 @@ class SparseMethod:
                 or has fewer singular values than there are ranks.
         """
         patterns = self.overrides or {}
-        idle = [p for p in patterns if not any(names_layer(p, name) for name in layers)]
+        known = NamePatterns("overrides")
+        idle = [p for p in patterns if not any(names_layer(p, name, known) for name in layers)]
         if idle:
             leaves = sorted({name.rpartition(".")[2] for name in layers})
             raise UsageError(f"overrides {idle} match none of the {len(layers)} adapted layers, which end in {leaves}.")
-        found = {name: next((dict(v) for p, v in patterns.items() if names_layer(p, name)), {}) for name in layers}
+        found = {
+            name: next((dict(v) for p, v in patterns.items() if names_layer(p, name, known)), {}) for name in layers
+        }
         if self.init_weights == "pissa":
             for name, layer in layers.items():
                 require_principal(name, layer, int(found[name].get("rank", self.rank)))
@@ -257,9 +260,6 @@ def _require_rank_and_alpha(rank: float, alpha: float | None) -> None:
         raise UsageError(f"alpha must be positive, or the adapter would do nothing; got {alpha}.")
 
 
-def names_layer(pattern: str, name: str) -> bool:
+def names_layer(pattern: str, name: str, known: NamePatterns) -> bool:
     """Whether a key of ``overrides`` means the layer of this full name."""
-    try:
-        return matches_tail(name, pattern) or re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UsageError(f"overrides {pattern!r} is not a valid regular expression: {error}.") from error
+    return matches_tail(name, pattern) or known.matches(pattern, name)

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.callbacks.monitor import read_table
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.curves import Curves
@@ -176,6 +177,7 @@ def _layers_of(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: P
     names = record.get("ranks") or _once(weights)
     left: Mapping[str, int] = record.get("ranks_left") or record.get("ranks") or {}
     arguments = record.get("method", {}).get("init_args", {})
+    known = NamePatterns(f"{path}: overrides")
     layers = {}
     for name in names:
         A, B_t = weights.get(f"{name}.lora_A"), weights.get(f"{name}.lora_B_t")
@@ -184,7 +186,7 @@ def _layers_of(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: P
         rows = A.shape[0]
         copies = max(1, rows // left[name]) if left.get(name) else 1
         max_rank = names[name] if name in left else rows
-        alpha, scale = _scale(arguments, name, max_rank) if record else (None, None)
+        alpha, scale = _scale(arguments, name, max_rank, known) if record else (None, None)
         layers[name] = StoredLayer(name, A, B_t, weights.get(f"{name}.gate"), scale, alpha, copies, max_rank)
     return layers
 
@@ -199,13 +201,15 @@ def _once(weights: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(found.values())
 
 
-def _scale(arguments: Mapping[str, Any], name: str, rank: int) -> tuple[float | None, float | None]:
+def _scale(
+    arguments: Mapping[str, Any], name: str, rank: int, known: NamePatterns
+) -> tuple[float | None, float | None]:
     """Alpha and scale of a layer by the method's arguments, as :class:`~lit_sparse.SparseMethod` reckons them."""
     if "alpha" not in arguments:
         return None, None
     own = name.removeprefix("model.")  # the method was injected into the module's model
     overrides: Mapping[str, Mapping[str, float]] = arguments.get("overrides") or {}
-    values = next((v for pattern, v in overrides.items() if names_layer(pattern, own)), {})
+    values = next((v for pattern, v in overrides.items() if names_layer(pattern, own, known)), {})
     alpha = values.get("alpha", arguments["alpha"])
     alpha = float(rank if alpha is None else alpha)
     return alpha, alpha / (math.sqrt(rank) if arguments.get("use_rslora") else rank)

@@ -240,6 +240,20 @@ def test_no_tensor_is_left_over_or_missing(change, message, tmp_path):
         ls.load_peft(fresh(), tmp_path)
 
 
+def test_a_forged_pattern_cannot_hang(tmp_path):
+    """Both would keep ``re`` busy for minutes; the first matches no layer, so the folder is what it was."""
+    bert_folder(tmp_path)
+    whole = ls.load_peft(fresh(), tmp_path)
+    edit_config(tmp_path, rank_pattern={r"([a-z0-9._]+)+\d!": 3}, alpha_pattern={r"([a-z0-9._]+)+query": 3})
+    forged = ls.load_peft(fresh(), tmp_path)
+    assert {name: a.scale for name, a in forged.items()} == {
+        name: a.scale / 2 if name.endswith("query") else a.scale for name, a in whole.items()
+    }
+    edit_config(tmp_path, rank_pattern={r"(\w)\1": 3})
+    with pytest.raises(ls.UsageError, match=r"adapter_config.json: the pattern .* uses groupref, which patterns of"):
+        ls.load_peft(fresh(), tmp_path)
+
+
 def test_a_smaller_adapter_is_refused_with_the_rank_to_set(tmp_path):
     bert_folder(tmp_path, rank_pattern={"layer.1.attention.self.value": 9})
     model = fresh()

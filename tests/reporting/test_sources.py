@@ -108,6 +108,13 @@ def test_a_module_of_the_users_own_is_found_by_its_keys(tmp_path):
     assert (adapters.method, adapters.step, adapters.gates) == (None, 2, [])
 
 
+def test_a_forged_pattern_cannot_hang(run, tmp_path):
+    checkpoint = torch.load(run.checkpoint, weights_only=True)
+    checkpoint["lit_sparse"]["method"]["init_args"]["overrides"] = {r"([a-z0-9._]+)+\d!": {"alpha": 3}}
+    torch.save(checkpoint, tmp_path / "forged.ckpt")
+    assert {figures.alpha for figures in read_adapters(tmp_path / "forged.ckpt").figures} == {8}
+
+
 def test_a_folder_of_pefts(tmp_path):
     model = build_tiny(BertForSequenceClassification, num_hidden_layers=11)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["query", "dense"], rank_pattern={"query": 2})
