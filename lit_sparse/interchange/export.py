@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import UsageError, some
-from lit_sparse.interchange.card import Provenance, RankRow, model_card
+from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
+from lit_sparse.interchange.processors import save_processor
 from lit_sparse.interchange.remains import remains_of, trained_whole
+from lit_sparse.interchange.snippet import labels_of
 from lit_sparse.quiet import stages
 
 METADATA = "lit_sparse.json"
@@ -90,12 +92,14 @@ class Terms:
         batch: Arguments of the model to compare outputs on; None: made from its configuration.
         provenance: What the card says.
         push_to_hub: Repository on the hub to upload to.
+        processor: Name or folder of the tokenizer or processor to write too; None: the backbone's.
     """
 
     tolerance: float | None = None
     batch: Mapping[str, Tensor] | None = None
     provenance: Provenance | None = None
     push_to_hub: str | None = None
+    processor: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
     with new_folder(folder) as draft:
         entries = _entries(form.name, model, name, provenance)
         difference, tolerance = _write_checked(draft, model, form, terms, entries)
+        save_processor(terms.processor or name, draft)
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         notes = tuple(entries.get("notes", ()))
         report = ExportReport(
@@ -136,7 +141,10 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         )
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
         _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
-        card = model_card(form.name, model, name, provenance, counts.ranks, counts.head, notes)
+        place = terms.push_to_hub or str(folder)
+        files = [file.name for file in draft.iterdir()]
+        written = ExportedFolder(place, terms.push_to_hub is not None, files)
+        card = model_card(form.name, model, written, provenance, counts.ranks, counts.head, notes)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
         _push(report.folder, terms.push_to_hub)
@@ -240,6 +248,7 @@ def _entries(form: str, model: nn.Module, base_model: str | None, provenance: Pr
         "lit_sparse_version": __version__,
         "model_class": type(model).__name__,
         "base_model_name_or_path": base_model,
+        "labels": labels_of(model),
         **asdict(provenance),
     }
 

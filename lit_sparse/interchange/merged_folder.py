@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_sparse.adapters.merging import merge
 from lit_sparse.adapters.quantized import quantized_layers
@@ -19,12 +18,6 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export
 from lit_sparse.interchange.remains import require_trained
-
-# One of these is in every folder with a tokenizer, image processor, feature extractor or several of them.
-_PROCESSOR_FILES = (
-    *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"),
-    *("preprocessor_config.json", "processor_config.json"),
-)
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -70,21 +63,17 @@ def export_merged(
             "plain model back, and save that as you do."
         )
     wanted = _frozen_dtype(model) if dtype is None else getattr(torch, dtype)
-    source = processor if processor is not None else model.name_or_path
-    write = functools.partial(_write, model, wanted, source)
+    write = functools.partial(_write, model, wanted)
     form = Form("merged", write, functools.partial(_read, model, wanted), (wanted,))
-    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
+    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub, processor))
 
 
-def _write(
-    model: PreTrainedModel, dtype: torch.dtype, source: str | os.PathLike[str] | None, draft: Path
-) -> dict[str, Any]:
+def _write(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> dict[str, Any]:
     if not any(quantized_layers(model)):
         _cast(model, torch.promote_types(dtype, _frozen_dtype(model)))  # so that the sum is rounded once
     merge(model)
     _cast(model, dtype)
     model.save_pretrained(draft)
-    save_processor(source, draft)
     return {"dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -94,19 +83,6 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _read(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> nn.Module:
     return type(model).from_pretrained(draft, dtype=dtype).to(model.device)  # type: ignore[arg-type, no-any-return]
-
-
-def save_processor(source: str | os.PathLike[str] | None, draft: Path) -> None:
-    """Write the tokenizer or processor of a model beside another, if it has one; a warning says if it cannot be."""
-    if not source or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _PROCESSOR_FILES)):
-        return  # transformers would make a tokenizer without words
-    try:
-        AutoProcessor.from_pretrained(source).save_pretrained(draft)
-    except Exception as error:  # whatever a damaged file or a missing package makes of it: the model is worth more
-        reason = " ".join(str(error).split())
-        rank_zero_warn(
-            f"No tokenizer or processor is written beside the model: that of {source!r} has none ({reason})."
-        )
 
 
 def _frozen_dtype(model: nn.Module) -> torch.dtype:

@@ -1,0 +1,103 @@
+"""The lines of Python that load an exported folder and use it, as its model card shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+_TOKENIZER = "tokenizer_config.json"
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+
+
+def labels_of(model: nn.Module) -> list[str] | None:
+    """Names of the classes in the order of their numbers; None where the model has only LABEL_0, LABEL_1 and so on."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
+        return None
+    return [names[number] for number in sorted(names)]
+
+
+def snippet(
+    form: str, model: nn.Module, base: str | None, place: str, is_repository: bool, files: Collection[str]
+) -> str:
+    """Python code that loads a folder, and where it holds a tokenizer runs the model on a text.
+
+    Args:
+        form: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        model: The model that was exported, of which a program of transformers' can be made.
+        base: Hub id or existing folder of the pretrained model; None where it was built in Python.
+        place: The folder as the user named it, or the repository on the hub.
+        is_repository: Whether ``place`` is on the hub.
+        files: Names of the files in the folder.
+    """
+    kind = type(model).__name__
+    imports = {f"from {_module_of(model)} import {kind}"}
+    lines = [] if form == "merged" else _base(model, base)
+    if form == "merged":
+        lines.append(f"model = {kind}.from_pretrained({_quoted(place)})")
+    elif form == "peft":
+        imports.add("from peft import PeftModel")
+        lines.append(f"model = PeftModel.from_pretrained(model, {_quoted(place)})")
+    else:
+        imports.add("import lit_sparse as ls")
+        where = _quoted(place)
+        if is_repository:
+            imports.add("from huggingface_hub import snapshot_download")
+            where = f"snapshot_download({where})"
+        lines.append(f"ls.load_adapter(model, {where})")
+    lines.append("model.eval()")
+    if _TOKENIZER in files and getattr(model, "main_input_name", "") == "input_ids":
+        imports.add("from transformers import AutoTokenizer")
+        lines += ["", f"tokenizer = AutoTokenizer.from_pretrained({_quoted(place)})", *_use(model)]
+    elif any(name in files for name in _PROCESSOR):
+        loader = "AutoImageProcessor" if model.main_input_name == "pixel_values" else "AutoFeatureExtractor"
+        imports.add(f"from transformers import {loader}")
+        lines += ["", f"processor = {loader}.from_pretrained({_quoted(place)})"]
+    return "\n".join([*sorted(imports, key=lambda line: (not line.startswith("import "), line)), "", *lines])
+
+
+def _base(model: nn.Module, base: str | None) -> list[str]:
+    kind = type(model).__name__
+    if base is None or not isinstance(model, PreTrainedModel):
+        return [f"model = ...  # a {kind}, built as it was for training"]
+    lines, arguments = [], [_quoted(base), f"dtype={_quoted(str(model.dtype).removeprefix('torch.'))}"]
+    labels, count = labels_of(model), getattr(model.config, "num_labels", 2)
+    if labels is not None:
+        lines.append(f"labels = {json.dumps(labels, ensure_ascii=False)}")
+        arguments += ["id2label=dict(enumerate(labels))", "label2id={name: i for i, name in enumerate(labels)}"]
+    elif count != 2:  # what transformers assumes
+        arguments.append(f"num_labels={count}")
+    if len(arguments) > 2:
+        arguments.append("ignore_mismatched_sizes=True")  # the base may have a head for another task
+    inside = "".join(f"    {argument},\n" for argument in arguments)
+    return [*lines, f"model = {kind}.from_pretrained(\n{inside})"]
+
+
+def _use(model: Any) -> list[str]:
+    inputs = 'inputs = tokenizer("An example of a text.", return_tensors="pt")'
+    if model.can_generate():
+        return [inputs, "tokens = model.generate(**inputs, max_new_tokens=20)", "print(tokenizer.decode(tokens[0]))"]
+    kind, count = type(model).__name__, getattr(model.config, "num_labels", 2)
+    if kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        shown = "logits.item()" if count == 1 else "model.config.id2label[logits.argmax(-1).item()]"
+        return [inputs, "logits = model(**inputs).logits", f"print({shown})"]
+    if kind in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
+        tags = "[model.config.id2label[i] for i in model(**inputs).logits.argmax(-1)[0].tolist()]"
+        return [inputs, f"print({tags})"]
+    if kind in modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        return []
+    return [inputs, "print(model(**inputs))"]
+
+
+def _module_of(model: nn.Module) -> str:
+    return "transformers" if hasattr(transformers, type(model).__name__) else type(model).__module__
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
