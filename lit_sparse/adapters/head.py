@@ -58,6 +58,18 @@ def _is_wrapper(model: PreTrainedModel) -> bool:
     )
 
 
+def input_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers that turn token ids into vectors, of every Hugging Face model in ``model``."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                layer = module.get_input_embeddings()
+            except NotImplementedError:  # such as those of sounds
+                continue
+            if isinstance(getattr(layer, "weight", None), Tensor):
+                yield layer
+
+
 def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
     """The layers that turn hidden states into token scores, of every Hugging Face model in ``model``."""
     for module in model.modules():

@@ -170,7 +170,7 @@ def _inside(entries: Entries, size: int) -> bool:
     indices = entries.indices
     if indices is None or indices.shape != entries.values.shape or not len(indices):
         return False
-    return int(indices.min()) >= 0 and int(indices.max()) < size
+    return int(indices.min()) >= 0 and int(indices.max()) < size and len(indices.unique()) == len(indices)
 
 
 def _on(weight: Tensor, entries: Entries) -> tuple[Tensor | None, Tensor]:

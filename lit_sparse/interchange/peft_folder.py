@@ -23,7 +23,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+_FACTOR = re.compile(r"(.+)\.lora_([AB]\.weight|embedding_[AB])")
+_PARTS = {False: ("A.weight", "B.weight"), True: ("embedding_A", "embedding_B")}
 # Settings that are used here, or that say nothing of what the tensors mean. Any other must be unset: DoRA and its like
 # compute something else with the same tensors, and what PEFT will invent next is not known here.
 _UNDERSTOOD = {
@@ -45,12 +46,14 @@ class LowRankPair:
         lora_B: Shape ``(out_features, rank)``.
         alpha: Numerator of the scale.
         scale: What BA is multiplied by.
+        embedding: Whether the layer is an embedding, whose matrices PEFT names differently.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     alpha: float
     scale: float
+    embedding: bool
 
 
 @dataclass(frozen=True)
@@ -62,40 +65,82 @@ class PeftLoRA:
         config: What ``adapter_config.json`` says.
         pairs: Full layer name, within the model that PEFT adapted, to its matrices.
         whole: Full name to tensor, of all that is not low-rank: the task head, as a rule.
+        patterns: Matches the patterns of the configuration that mean whole names.
+        tails: Matches those that may mean the end of a name.
     """
 
     folder: Path
     config: dict[str, Any]
     pairs: dict[str, LowRankPair]
     whole: dict[str, Tensor]
+    patterns: NamePatterns
+    tails: NamePatterns
 
     def heads(self, model: nn.Module) -> list[str]:
         """Names of the modules of ``model`` that the folder brings whole: those of ``modules_to_save``."""
         saved = self.config.get("modules_to_save") or []
-        names = [name for name, _ in model.named_modules() if any(matches_tail(name, part) for part in saved)]
-        return [name for name in names if any(key.startswith(f"{name}.") for key in self.whole)]
+        return [name for name, _ in model.named_modules() if name and any(matches_tail(name, part) for part in saved)]
+
+    def targets(self, name: str) -> bool:
+        """Whether PEFT adapts the layer of this full name, by the settings of the folder."""
+        config, parts = self.config, name.split(".")
+        starts = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        saved = config.get("modules_to_save") or []
+        if self._is_named(config.get("exclude_modules") or [], name) or not self._is_named(
+            config["target_modules"], name
+        ):
+            return False
+        if any(self.tails.matches(module, start) for start in starts for module in saved):
+            return False
+        blocks = config.get("layers_to_transform")
+        if isinstance(config["target_modules"], str) or blocks is None or blocks == []:
+            return True
+        patterns = config.get("layers_pattern") or r".+\.[^.]*"
+        numbers = [(start, int(n)) for start, n in zip(starts, parts[1:-1], strict=False) if n.isdecimal()]
+        block = next(
+            (
+                number
+                for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+                for start, number in numbers
+                if self.tails.matches(pattern, start)
+            ),
+            None,
+        )
+        return block in ([blocks] if isinstance(blocks, int) else blocks)
+
+    def _is_named(self, patterns: str | list[str], name: str) -> bool:
+        if isinstance(patterns, str):
+            return self.patterns.matches(patterns, name)
+        return any(matches_tail(name, pattern) for pattern in patterns)
 
 
 def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
     """Read a folder of PEFT's; arguments and errors as those of :func:`load_peft`."""
     path = Path(folder)
     config = _read_config(path)
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in _read_tensors(path).items()}
+    tensors = _read_tensors(path)
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if len({name.startswith(PREFIX) for name in tensors}) > 1:  # so that one name would stand for two tensors
+        bare = [name for name in tensors if not name.startswith(PREFIX)]
+        raise UsageError(f"{path / WEIGHTS} holds {some(bare)} without the {PREFIX!r} that its other names begin with.")
     factors: dict[str, dict[str, Tensor]] = {}
     whole = {}
     for name, tensor in named.items():
         match = _FACTOR.fullmatch(name)
         if match is None:
             whole[name] = tensor
-        else:
-            if not tensor.is_floating_point():
-                raise UsageError(f"{path / WEIGHTS} holds {name!r} as {tensor.dtype}, not as floating-point numbers.")
-            factors.setdefault(match[1], {})[match[2] or match[3]] = tensor.flatten(1)
+            continue
+        if not tensor.is_floating_point() or tensor.ndim < 2:
+            raise UsageError(
+                f"{path / WEIGHTS} holds {name!r} of shape {tuple(tensor.shape)} as {tensor.dtype}, not as a matrix of "
+                "floating-point numbers."
+            )
+        factors.setdefault(match[1], {})[match[2]] = tensor.flatten(1)
     if not factors:
         raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {some(named)}.")
-    known = NamePatterns(f"{path / CONFIG}: the pattern", tails=True)
-    pairs = {name: _pair(path, config, name, own, known) for name, own in factors.items()}
-    return PeftLoRA(path, config, pairs, whole)
+    patterns, tails = (NamePatterns(f"{path / CONFIG}: the pattern", tails=tails) for tails in (False, True))
+    pairs = {name: _pair(path, config, name, own, tails) for name, own in factors.items()}
+    return PeftLoRA(path, config, pairs, whole, patterns, tails)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -112,6 +157,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} describes {config.get('peft_type')!r}; only LORA can be loaded.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{file} trains biases (bias: {config['bias']!r}), which stay frozen here.")
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        named = config.get(key)
+        pattern = isinstance(named, str) and key != "modules_to_save"
+        if not (named is None or pattern or (isinstance(named, list) and all(isinstance(n, str) for n in named))):
+            raise UsageError(f"{file} holds {named!r} as {key}, not names of modules.")
+    if not config.get("target_modules"):
+        raise UsageError(f"{file} names no target_modules, so that it is not known which layers it adapts.")
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise UsageError(
@@ -143,24 +195,27 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _pair(
-    path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor], known: NamePatterns
+    path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor], tails: NamePatterns
 ) -> LowRankPair:
-    if len(factors) < 2:
-        raise UsageError(f"{path / WEIGHTS} holds lora_{next(iter(factors))} of {name!r} alone.")
-    rank = factors["A"].shape[0]
-    stated = of_layer(config.get("rank_pattern"), name, config["r"], known)
-    if not rank == factors["B"].shape[1] == stated:
+    embedding = any(part.startswith("embedding") for part in factors)
+    if set(factors) != set(_PARTS[embedding]):
         raise UsageError(
-            f"In {path} the rank of {name!r} is {rank} by lora_A, {factors['B'].shape[1]} by lora_B, and {stated} by "
+            f"{path / WEIGHTS} holds {[f'lora_{part}' for part in factors]} of {name!r}, where two matrices A and B of "
+            "one layer are wanted."
+        )
+    lora_A, lora_B = (factors[part] for part in _PARTS[embedding])
+    rank = lora_A.shape[0]
+    stated = of_layer(config.get("rank_pattern"), name, config["r"], tails)
+    if not rank == lora_B.shape[1] == stated:
+        raise UsageError(
+            f"In {path} the rank of {name!r} is {rank} by lora_A, {lora_B.shape[1]} by lora_B, and {stated} by "
             f"{CONFIG}: it is no plain LoRA of one rank. (In a convolution with groups, PEFT's is another function.)"
         )
-    alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"], known)
+    alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"], tails)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRankPair(factors["A"], factors["B"], alpha, scale)
+    return LowRankPair(lora_A, lora_B, alpha, scale, embedding)
 
 
 def of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any, known: NamePatterns) -> Any:
     """The value of the first pattern that matches a name, or ``otherwise``."""
-    keys = (key for key in patterns or {} if known.matches(key, name))
-    key = next(keys, None)
-    return otherwise if key is None or patterns is None else patterns[key]
+    return next((value for key, value in (patterns or {}).items() if known.matches(key, name)), otherwise)

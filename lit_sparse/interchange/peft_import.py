@@ -16,6 +16,7 @@ from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.selection import matches_tail, survey
 from lit_sparse.errors import UsageError, some
+from lit_sparse.interchange.peft_check import require_complete, require_untied
 from lit_sparse.interchange.peft_folder import LowRankPair, PeftLoRA, read_peft
 from lit_sparse.methods.base import Overrides
 from lit_sparse.methods.lora import LoRA
@@ -57,9 +58,10 @@ def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
     adapters = dict(adapters_in(model))
     if adapters:
         _require_new(model, adapters)
+    require_complete(model, lora, adapters)
+    if adapters:
         _require_layers(model, lora, adapters)
     else:
-        _require_layers(model, lora, adapters)
         adapters = inject(model, _method(lora, lora.heads(model)))
     for name, pair in lora.pairs.items():
         _start(adapters[name], name, pair, max(p.lora_A.shape[0] for p in lora.pairs.values()))
@@ -88,20 +90,13 @@ def _require_new(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> No
 
 
 def _require_layers(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, LowRankAdapter]) -> None:
-    """Check that the folder's layers are those adapted here or, where none is yet, layers of this model."""
-    every = {*survey(model), *adapters}
-    absent = [name for name in lora.pairs if name not in every]
-    if absent:
-        raise UsageError(
-            f"{lora.folder} adapts {some(absent)}, and {type(model).__name__} has no such layers: its own are "
-            f"{some(every)}. Load the class of model that PEFT was given."
-        )
+    """Check that the folder's layers are those adapted here."""
     only_there = [name for name in lora.pairs if name not in adapters]
     only_here = [name for name in adapters if name not in lora.pairs]
-    if adapters and (only_there or only_here):
+    if only_there or only_here:
         raise UsageError(
             f"{lora.folder} and the method adapt other layers. In the folder only: {some(only_there)}. Here only: "
-            f"{some(only_here)}. Set target_modules to {_tails(lora.pairs, every)}."
+            f"{some(only_here)}. Set target_modules to {_tails(lora.pairs, {*survey(model), *adapters})}."
         )
 
 
@@ -171,9 +166,7 @@ def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     places = {**dict(model.named_buffers(remove_duplicate=False)), **parameters}
     brought = {name.replace(".base_layer.", ".base."): tensor for name, tensor in lora.whole.items()}
-    homeless = [name for name in brought if name not in places]
-    if homeless:
-        raise UsageError(f"{lora.folder} holds {some(homeless)}, for which {type(model).__name__} has no place.")
+    require_untied(model, lora, brought)
     for name, tensor in brought.items():
         here = places[name]
         if here.shape != tensor.shape:
@@ -187,20 +180,8 @@ def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
                 f"{lora.folder} trained {name!r}, which is frozen here and has other values. Set train_head to true, "
                 "or name the module in it."
             )
-    _require_untied(model, lora, parameters)
     for name, tensor in brought.items():
         places[name].copy_(tensor)
     alone = [n for n, p in parameters.items() if p.requires_grad and id(p) not in own and n not in brought]
     if alone:
         rank_zero_warn(f"{lora.folder} holds nothing for {some(alone)}: these start as the backbone has them.")
-
-
-def _require_untied(model: nn.Module, lora: PeftLoRA, parameters: Mapping[str, nn.Parameter]) -> None:
-    heads = tuple(f"{name}." for name in lora.heads(model))
-    saved = {id(parameters[name]): name for name in lora.whole if name.startswith(heads) and name in parameters}
-    tied = {name: saved[id(p)] for name, p in parameters.items() if id(p) in saved and not name.startswith(heads)}
-    if tied:
-        raise UsageError(
-            f"{lora.folder} trained a copy of what {type(model).__name__} shares: {tied}. Untie them in the backbone "
-            "(backbone_args: {tie_word_embeddings: false}) to load it."
-        )

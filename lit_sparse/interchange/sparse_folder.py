@@ -151,6 +151,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     adapters = _add_delta(model, saved) if saved.entries["format"] == "delta" else _inject(model, saved)
     places |= _places(model)  # a buffer of a head that went to float32 is another tensor
     for name, tensor in head.items():
+        same = [other for other in head if places[other] is places[name] and not torch.equal(head[other], tensor)]
+        if same:
+            raise UsageError(
+                f"{folder} holds two values for what {type(model).__name__} shares: {some([name, *same])}. Untie them "
+                "in the backbone (tie_word_embeddings=False) to load it."
+            )
         places[name].copy_(tensor)
     return adapters
 
@@ -189,9 +195,10 @@ def _write_delta(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft
 
 
 def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any], draft: Path) -> dict[str, Any]:
-    head = {f"{HEAD}{name}": tensor for name, tensor in trained_whole(model).items()}
-    save_tensors({**tensors, **head}, draft / WEIGHTS)
-    return {"version": VERSION, "layers": layers, "head_modules": whole_modules(model)}
+    head = trained_whole(model)
+    save_tensors({**tensors, **{f"{HEAD}{name}": tensor for name, tensor in head.items()}}, draft / WEIGHTS)
+    shapes = {name: list(tensor.shape) for name, tensor in head.items()}
+    return {"version": VERSION, "layers": layers, "head_modules": whole_modules(model), "head": shapes}
 
 
 def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.remains import Remains
 from lit_sparse.json_text import parse
@@ -80,7 +80,8 @@ def read_folder(folder: Path) -> Saved:
 
 
 def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Remains]:
-    """A and B of every layer, or one of several errors where the tensors are not those that the metadata say."""
+    """A and B of every layer, or one of several errors where the tensors are not those that the metadata describe."""
+    _require_exactly(entries, tensors)
     for name, tensor in tensors.items():
         if not name.startswith(HEAD) and name.endswith(".indices") == tensor.is_floating_point():
             raise ValueError(f"{name!r} is of {tensor.dtype}")
@@ -91,8 +92,6 @@ def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         if not all(isinstance(size, int) and size > 0 for size in entry["shape"]):
             raise ValueError(f"the shape of {name!r} is {entry['shape']}")
         if entries["format"] == "delta":
-            if f"{name}.values" not in tensors:
-                raise ValueError(f"there are no values for {name!r}")
             continue
         out_features, in_features = entry["shape"]
         ranks = tuple(entry["ranks"])
@@ -107,6 +106,26 @@ def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
                 )
         factors[name] = Remains(**found, ranks=ranks)
     return factors
+
+
+def _require_exactly(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless there is every tensor that the metadata describe, once, and no other."""
+    parts = [""] if entries["format"] == "delta" else [f".{part}" for part in PARTS]
+    wanted = set()
+    for stem in (f"{name}{part}" for name in entries["layers"] for part in parts):
+        if stem in tensors:
+            wanted.add(stem)  # a matrix that is stored whole
+        else:
+            wanted.add(f"{stem}.values")
+            # A patch of more than half of a weight is stored without places.
+            wanted |= {f"{stem}.indices"} if parts[0] or f"{stem}.indices" in tensors else set()
+    head = {f"{HEAD}{name}": shape for name, shape in entries.get("head", {}).items()}
+    wanted |= set(head) if "head" in entries else {name for name in tensors if name.startswith(HEAD)}
+    if wanted != set(tensors):
+        raise ValueError(f"missing are {some(wanted - set(tensors))}, unknown are {some(set(tensors) - wanted)}")
+    for name, shape in head.items():
+        if list(tensors[name].shape) != shape:
+            raise ValueError(f"{name!r} has the shape {tuple(tensors[name].shape)}, and {tuple(shape)} is wanted")
 
 
 def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
@@ -125,4 +144,6 @@ def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:
     if name in tensors:
         return tensors[name]
     values, columns = tensors[f"{name}.values"], tensors[f"{name}.indices"].long()
+    if not bool((columns.diff(dim=1) > 0).all()):
+        raise ValueError(f"the columns of {name!r} are not in order, each once")
     return torch.zeros(len(values), width, dtype=values.dtype).scatter_(1, columns, values)

@@ -227,7 +227,7 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{QUERY}.lora_B.weight"), "holds lora_A of '.*layer.0.attention.self.query' alone"),
+        (lambda t: t.pop(f"{QUERY}.lora_B.weight"), r"\['lora_A.weight'\] of '.*0.*query', where two"),
         (lambda t: t.update({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}), "holds .*lora_magnitude_vector'"),
         (lambda t: t.update({f"{QUERY}.lora_B.bias": torch.ones(32)}), r"holds .*lora_B\.bias'\], for which"),
         (lambda t: t.update({"base_model.model.pooler.x": torch.ones(2)}), r"holds \['pooler.x'\], for which Bert"),
