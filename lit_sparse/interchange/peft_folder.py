@@ -86,27 +86,18 @@ class PeftLoRA:
         config, parts = self.config, name.split(".")
         starts = [".".join(parts[: i + 1]) for i in range(len(parts))]
         saved = config.get("modules_to_save") or []
-        if self._is_named(config.get("exclude_modules") or [], name) or not self._is_named(
-            config["target_modules"], name
-        ):
-            return False
         if any(self.tails.matches(module, start) for start in starts for module in saved):
             return False
-        blocks = config.get("layers_to_transform")
-        if isinstance(config["target_modules"], str) or blocks is None or blocks == []:
-            return True
-        patterns = config.get("layers_pattern") or r".+\.[^.]*"
+        if self._is_named(config.get("exclude_modules") or [], name):
+            return False
+        targets, blocks = config["target_modules"], config.get("layers_to_transform")
+        if isinstance(targets, str) or blocks is None or blocks == []:
+            return self._is_named(targets, name)
+        stacks = config.get("layers_pattern") or r".+\.[^.]*"
+        stacks = [stacks] if isinstance(stacks, str) else stacks
         numbers = [(start, int(n)) for start, n in zip(starts, parts[1:-1], strict=False) if n.isdecimal()]
-        block = next(
-            (
-                number
-                for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-                for start, number in numbers
-                if self.tails.matches(pattern, start)
-            ),
-            None,
-        )
-        return block in ([blocks] if isinstance(blocks, int) else blocks)
+        found = (number for stack in stacks for start, number in numbers if self.tails.matches(stack, start))
+        return self._is_named(targets, name) and next(found, None) in ([blocks] if isinstance(blocks, int) else blocks)
 
     def _is_named(self, patterns: str | list[str], name: str) -> bool:
         if isinstance(patterns, str):

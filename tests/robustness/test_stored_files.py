@@ -133,7 +133,12 @@ REFUSED = [
         "rank",
         settings(PEFT_CONFIG, lambda c: c.update(r=7)),
     ),
-    Case("an adapter without one B", FROM_PEFT, "two matrices A and B", tensors(PEFT, lambda f: f.pop(first(f, "lora_B")))),
+    Case(
+        "an adapter without one B",
+        FROM_PEFT,
+        "two matrices A and B",
+        tensors(PEFT, lambda f: f.pop(first(f, "lora_B"))),
+    ),
     Case("an adapter with a tensor more", FROM_PEFT, "extra", tensors(PEFT, lambda f: f.update(extra=torch.ones(1)))),
     Case("an adapter with a narrower A", FROM_PEFT, "maps 31 features", tensors(PEFT, halve)),
     Case("an adapter with NaN", FROM_PEFT, "finite", tensors(PEFT, spoil)),
