@@ -68,7 +68,7 @@ def require_untied(model: nn.Module, lora: PeftLoRA, brought: Mapping[str, Tenso
     names: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
-    tied = {}
+    tied: dict[str, str] = {}
     for same in names.values():
         stored = [name for name in same if name in brought]
         pairs = [pair for pair in combinations(stored, 2) if not torch.equal(*(brought[name] for name in pair))]
