@@ -13,7 +13,7 @@ _DOCUMENT = "-DOCSTART-"  # the line that opens a document
 def read_conll(file: Path, split: str, words: str, tags: str) -> Dataset:
     """Read sentences of lines whose first column is a word and whose last column is its tag."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also part within words
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also part within words
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The file {str(file)!r} of the split {split!r} cannot be read: {error}.") from error
     sentences: list[list[tuple[str, str]]] = [[]]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_sparse.data.sources import require_text
+from lit_sparse.data.sources import DataFiles, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
@@ -28,7 +28,7 @@ _ALPACA_WITH_INPUT = (
 class InstructionData(TextData):
     """Prompts and responses for causal language models; the loss is on the response alone.
 
-    A row becomes the tokens of its prompt, the tokens of its response and the eos token. ``labels`` repeat the
+    A row becomes the tokens of its prompt, the tokens of its response and one eos token. ``labels`` repeat the
     response and eos, and are -100 on the prompt and on padding, which is on the right. The response is split
     into tokens as part of the whole text, so that it has the tokens that the model would see in running text;
     only where a token reaches across the end of the prompt is it tokenised on its own.
@@ -45,11 +45,13 @@ class InstructionData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         template: The prompt, with names of columns in braces: ``"Q: {question} A: "``. Braces that are meant
-            literally are doubled. None is the prompt of Stanford Alpaca, which many instruction sets came
+            literally are doubled. Special tokens that it spells stay where they are; a bos at its beginning is
+            not added again. None is the prompt of Stanford Alpaca, which many instruction sets came
             with: it takes the column ``instruction`` and, in rows where a column ``input`` holds some text,
             that too.
         response: Column of the response.
@@ -71,7 +73,7 @@ class InstructionData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         template: str | None = None,
         response: str = "output",
@@ -127,7 +129,8 @@ class InstructionData(TextData):
         if template is None:
             template = _ALPACA_WITH_INPUT if str(row.get("input") or "").strip() else _ALPACA
         columns = _columns_of(template)
-        return template.format(**{name: require_text(row[name], name, split, number, blank=False) for name in columns})
+        texts = {name: require_text(row[name], name, split, number, blank=False) for name in columns}
+        return _WholeNames().vformat(template, (), texts)
 
     def _responses(self, rows: Rows, numbers: list[int], split: str) -> list[str]:
         return [
@@ -144,7 +147,8 @@ class InstructionData(TextData):
             answer = whole[len(head) :]
             if whole[: len(head)] != head or not answer:  # a token reaches across the end of the prompt
                 answer = self._tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-            answers.append([*answer, self._eos()][: self._token_limit])
+            end = [] if answer[-1:] == [self._eos()] else [self._eos()]  # the response's own text may spell it
+            answers.append([*answer, *end][: self._token_limit])
         return answers
 
     def _eos(self) -> int:
@@ -192,6 +196,13 @@ class PadPromptAndResponse:
             padding_value=value,
             padding_side="left" if self.left else "right",
         )
+
+
+class _WholeNames(string.Formatter):
+    """Takes what stands in braces as the whole name of a column, be there dots or brackets in it."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:  # noqa: ARG002 - as the base
+        return kwargs[field_name], field_name
 
 
 def _columns_of(template: str) -> list[str]:

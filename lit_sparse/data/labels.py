@@ -23,8 +23,10 @@ class Classes:
 
     def number_of(self, value: Any, column: str, origin: str) -> int:
         """The number of one value; ``origin`` names its row in the error."""
-        if value in self.numbers:
-            return self.numbers[value]
+        # A column may be of numbers in one file and of text in another, where the same labels are among others.
+        for known in (value, *(key for key in self.numbers if str(key) == str(value))):
+            if known in self.numbers:
+                return self.numbers[known]
         known = list(self.numbers)
         more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
         raise UsageError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
-from lit_sparse.data.sources import require_text
+from lit_sparse.data.sources import DataFiles, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.errors import UsageError
 
@@ -30,7 +30,8 @@ class MaskedLMData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         text: Column of the text.
@@ -52,7 +53,7 @@ class MaskedLMData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         text: str = "text",
         mlm_probability: float = 0.15,

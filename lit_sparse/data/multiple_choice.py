@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lit_sparse.data.sources import Reader, distinct, require_columns, require_text
+from lit_sparse.data.sources import DataFiles, Reader, distinct, require_columns, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.errors import UsageError
 
@@ -40,7 +40,8 @@ class MultipleChoiceData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         question: Column of the question, or several columns whose texts are joined by spaces.
@@ -65,7 +66,7 @@ class MultipleChoiceData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         question: str | list[str] = "question",
         choices: str | list[str] = "choices",

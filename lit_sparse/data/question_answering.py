@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lit_sparse.data.sources import Reader, require_text
+from lit_sparse.data.sources import DataFiles, Reader, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.data.windows import OUTSIDE, PadQuestions, PadWindows, answer_tokens, one_window_a_row
 from lit_sparse.errors import UsageError
@@ -44,7 +44,8 @@ class QuestionAnsweringData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the questions of the training split, in (0, 1), to hold out as validation
             split where the source has none. The questions held out are the same in every run.
         id: Column of what names a question in the predictions.
@@ -73,7 +74,7 @@ class QuestionAnsweringData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         id: str = "id",  # noqa: A002
         question: str = "question",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lit_sparse.data.answers import RULES
 from lit_sparse.data.instructions import InstructionData, PadPromptAndResponse
-from lit_sparse.data.sources import Reader, read_files, require_text
+from lit_sparse.data.sources import Reader, require_text
+from lit_sparse.data.tables import read_files
 from lit_sparse.data.text import Collator, Rows
 from lit_sparse.errors import UsageError
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lit_sparse.data.sampling import ResumableLoader, RowSampler
-from lit_sparse.data.sources import Reader, open_source
+from lit_sparse.data.sources import DataFiles, Reader, open_source
 from lit_sparse.errors import UsageError
 
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -28,7 +28,8 @@ class RowData(LightningDataModule):
         path: Where the rows are; see the sub-classes.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         batch_size: Training rows per batch and device.
@@ -51,7 +52,7 @@ class RowData(LightningDataModule):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
-from lit_sparse.data.sources import require_text
+from lit_sparse.data.sources import DataFiles, require_text
 from lit_sparse.data.text import Collator, Rows, TextData
+from lit_sparse.data.tokenizers import added_tokens
 from lit_sparse.errors import UsageError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -29,7 +30,8 @@ class Seq2SeqData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         source: Column of the text that is read.
@@ -54,7 +56,7 @@ class Seq2SeqData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         source: str = "source",
         target: str = "target",
@@ -101,9 +103,7 @@ class Seq2SeqData(TextData):
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         if labelled:
             targets = self._filled(rows, self.target, numbers, split)
-            # text_target: the tokenizers of translation models mark the language of what is written.
-            ids = self._tokenizer(text_target=targets, verbose=False)["input_ids"]  # verbose: warns of the length
-            encoded["labels"] = [self._ended(tokens) for tokens in ids]
+            encoded["labels"] = self._targets(targets)
         return encoded
 
     def _filled(self, rows: Rows, column: str, numbers: list[int], split: str) -> list[str]:
@@ -111,10 +111,15 @@ class Seq2SeqData(TextData):
             require_text(text, column, split, n, blank=False) for text, n in zip(rows[column], numbers, strict=True)
         ]
 
-    def _ended(self, tokens: list[int]) -> list[int]:
-        """With an eos, which most tokenizers of encoder-decoders add themselves."""
+    def _targets(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of the targets with an eos at their end, once."""
         eos = self._tokenizer.eos_token_id
-        return tokens if eos is None or eos in tokens else [*tokens, eos]
+        # text_target: the tokenizers of translation models mark the language of what is written.
+        before, after = added_tokens(self._tokenizer, "text_target")
+        if eos is not None and eos not in after:
+            after = [*after, eos]
+        bare = self._tokenizer(text_target=texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [before + (ids[:-1] if after and ids[-1:] == after[:1] else ids) + after for ids in bare]
 
     def _collator(self, role: str) -> Collator:
         limit = min(self.max_target_length, self._tokenizer.model_max_length)

@@ -1,6 +1,6 @@
 """Where rows come from: local files, folders and the hub, with errors that name what is wrong."""
 
-import mmap
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,20 +11,12 @@ import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
+from lit_sparse.data.tables import ENDINGS, read_files
 from lit_sparse.errors import UsageError
 
 Reader = Callable[[], Dataset]  # reads one split
+DataFiles = dict[str, str | list[str]]  # split → file, or files of one kind that are read one after another
 
-# Ending of a file -> the loader in `datasets` and its options. Left alone, the csv loader takes words such
-# as "None", "NA" and "null" for missing values; they are words that a text may consist of.
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-_NULL_ROW = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
-_NULL_FIRST = re.compile(rb"\A\s*null")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")  # how the hub names the parts of a split
 
 
@@ -32,7 +24,7 @@ def open_source(
     path: str | None,
     name: str | None,
     revision: str | None,
-    data_files: dict[str, str] | None,
+    data_files: DataFiles | None,
     known_splits: Sequence[str],
 ) -> dict[str, Reader]:
     """Say for each split that a source has how to read it.
@@ -41,7 +33,7 @@ def open_source(
         path: Hub id, folder or file; see ``TextData``.
         name: Configuration on the hub.
         revision: Branch, tag or commit on the hub.
-        data_files: Split → file.
+        data_files: Split → file, or list of files.
         known_splits: Names of splits to look for in a folder and to accept in ``data_files``.
 
     Returns:
@@ -66,50 +58,38 @@ def open_source(
     return {split: partial(read_files, parts, split) for split, parts in files.items()}
 
 
-def read_files(files: Sequence[Path], split: str) -> Dataset:
-    """Read the files of one split, all of one kind.
+def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
+    """Raise a UsageError that lists the columns of ``rows`` unless all of ``columns`` are among them.
 
     Raises:
-        UsageError: If they hold nothing that can be read.
+        UsageError: Also if a column is missing, or one of ``columns`` holds conversations, because the rows are chats.
     """
-    loader, options = _LOADERS[files[0].suffix]
-    names = [str(file) for file in files]
-    if loader == "json":
-        _require_no_null_row(files, split)
-    try:
-        rows: Dataset = load_dataset(loader, data_files={split: names}, split=split, **options)
-        if loader == "json":
-            rows.data.table.validate(full=True)  # bytes that are no UTF-8 pass that reader, and no other
-        return rows
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # StopIteration: a json without rows
-        raise UsageError(
-            f"The split {split!r} is empty or cannot be read as {loader} from {', '.join(names)} "
-            f"({_one_line(error)}): mend the file."
-        ) from error
-
-
-def _require_no_null_row(files: Sequence[Path], split: str) -> None:
-    """A row that is null ends the process where it is the first of what pyarrow (26) parses at once."""
-    for file in files:
-        pattern = _NULL_ROW if file.suffix == ".jsonl" else _NULL_FIRST
-        if not file.is_file() or file.stat().st_size == 0:
-            continue
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = pattern.search(content)
-            if found is not None:
-                line = content[: found.start()].count(b"\n") + 1
-                raise UsageError(
-                    f"The split {split!r} has null where a row is wanted, in line {line} of {file}: mend the file."
-                )
-
-
-def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
-    """Raise a UsageError that lists the columns of ``rows`` unless all of ``columns`` are among them."""
     missing = [column for column in columns if column not in rows.column_names]
+    chats = _chat_columns(rows)
+    if chats and (missing or set(chats) & set(columns)):
+        raise UsageError(
+            f"The split {split!r} holds conversations, in the column {chats[0]!r}, and such chat rows are not read: "
+            "write each conversation into columns such as instruction and output with the tokenizer's "
+            "apply_chat_template, as docs/how-to.md shows."
+        )
     if missing:
         raise UsageError(
             f"The split {split!r} has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}."
         )
+
+
+def _chat_columns(rows: Dataset) -> list[str]:
+    """Columns of lists of turns, in the form of OpenAI (role, content) or of ShareGPT (from, value)."""
+    kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
+    nested = [name for name, kind in kinds.items() if kind in ("List", "LargeList", "list", "Json")]
+    if not nested or not len(rows):
+        return []
+    first = rows.select_columns(nested)[0]  # not the others: pictures would be decoded
+    return [name for name, turns in first.items() if isinstance(turns, list) and turns and _is_turn(turns[0])]
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
 def distinct(rows: Dataset, column: str) -> list[Any]:
@@ -139,12 +119,12 @@ def require_text(value: object, column: str, split: str, number: int, *, blank: 
 
 def _files_at(path: str, known_splits: Sequence[str]) -> dict[str, list[Path]]:
     """Split → files; empty if ``path`` is not a file and not a folder with files named by split."""
-    place = Path(path).expanduser()
+    place = local_path(path)
     if place.is_file():
         return {"train": [_of_known_kind(place)]}
     if place.is_dir():
         return _files_named_by_split(place, known_splits)
-    if place.suffix in _LOADERS or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if place.suffix in ENDINGS or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UsageError(f"The path {path!r} does not exist: give an existing file or folder, or a hub id.")
     return {}
 
@@ -153,7 +133,7 @@ def _files_named_by_split(folder: Path, known_splits: Sequence[str]) -> dict[str
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         split = _SHARD.sub("", file.stem)
-        if file.suffix in _LOADERS and split in known_splits:
+        if file.suffix in ENDINGS and split in known_splits:
             files.setdefault(split, []).append(file)
     for split, parts in files.items():
         if len(parts) > 1 and not all(_SHARD.search(part.stem) for part in parts):
@@ -164,23 +144,54 @@ def _files_named_by_split(folder: Path, known_splits: Sequence[str]) -> dict[str
     return files
 
 
-def _listed_files(data_files: dict[str, str], known_splits: Sequence[str]) -> dict[str, list[Path]]:
+def _listed_files(data_files: DataFiles, known_splits: Sequence[str]) -> dict[str, list[Path]]:
     if not data_files or not set(data_files) <= set(known_splits):
         raise UsageError(f"data_files gives files to some of {list(known_splits)}; got {data_files}.")
-    files = {split: Path(file).expanduser() for split, file in data_files.items()}
-    missing = [str(file) for file in files.values() if not file.is_file()]
+    files = {split: paths_of(given, split) for split, given in data_files.items()}
+    missing = [str(file) for parts in files.values() for file in parts if not file.is_file()]
     if missing:
         raise UsageError(f"data_files names files that do not exist: {', '.join(missing)}.")
-    return {split: [_of_known_kind(file)] for split, file in files.items()}
+    for split, parts in files.items():
+        if len({_of_known_kind(part).suffix.replace(".jsonl", ".json") for part in parts}) > 1:
+            raise UsageError(
+                f"The files of the split {split!r} must be of one kind; data_files has {list(map(str, parts))}."
+            )
+    return files
+
+
+def paths_of(given: str | list[str], split: str) -> list[Path]:
+    """The files that ``data_files`` gives to a split, which are read one after another.
+
+    Raises:
+        UsageError: If it is neither a file nor a list of files.
+    """
+    names = given if isinstance(given, (list, tuple)) else [given]
+    if not names or not all(isinstance(name, (str, os.PathLike)) for name in names):
+        raise UsageError(f"data_files gives each split a file or a list of files; the split {split!r} has {given!r}.")
+    return [local_path(name) for name in names]
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path, from the home folder of a user where it begins with ~; a file may also be called so."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
 
 
 def _of_known_kind(file: Path) -> Path:
-    if file.suffix not in _LOADERS:
-        raise UsageError(f"{file} is none of the kinds that can be read, which are {', '.join(_LOADERS)}.")
+    if file.suffix not in ENDINGS:
+        raise UsageError(f"{file} is none of the kinds that can be read, which are {', '.join(ENDINGS)}.")
     return file
 
 
 def _load_dataset_of_hub_form(path: str, name: str | None, revision: str | None) -> DatasetDict:
+    folder = local_path(path).absolute()
+    if folder.is_dir() and re.search(r"[][*?]|::", str(folder)):
+        raise UsageError(
+            f"The name of the folder {str(folder)!r} reads as a pattern, by which other folders would be found: rename "
+            "it, or name its files in data_files."
+        )
     try:
         return load_dataset(path, name, revision=revision)
     except (DatasetsError, OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from lit_sparse._version import __version__
 from lit_sparse.data.rows import Collator as Collator
 from lit_sparse.data.rows import RowData
 from lit_sparse.data.sampling import LengthGroupedSampler, RowSampler
-from lit_sparse.data.sources import Reader, require_columns
+from lit_sparse.data.sources import DataFiles, Reader, require_columns
 from lit_sparse.data.tokenizers import identify_tokenizer, load_tokenizer
 from lit_sparse.errors import UsageError
 
@@ -40,7 +40,8 @@ class TextData(RowData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
@@ -61,7 +62,7 @@ class TextData(RowData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         tokenizer: str | None = None,
         max_length: int = 128,

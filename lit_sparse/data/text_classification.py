@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from lit_sparse.data.labels import HIDDEN, Classes, has_labels, learn_classes
-from lit_sparse.data.sources import Reader, require_text
+from lit_sparse.data.sources import DataFiles, Reader, require_text
 from lit_sparse.data.text import Rows, TextData
 from lit_sparse.errors import UsageError
 
@@ -29,7 +29,8 @@ class TextClassificationData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         text: Column of the text.
@@ -60,7 +61,7 @@ class TextClassificationData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         text: str = "text",
         text_pair: str | None = None,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from lit_sparse.data.conll import ENDINGS, read_conll
-from lit_sparse.data.sources import Reader, open_source, require_columns
+from lit_sparse.data.sources import DataFiles, Reader, open_source, paths_of, require_columns
 from lit_sparse.data.text import Collator, Rows, TextData
 from lit_sparse.errors import UsageError
 
@@ -44,7 +44,8 @@ class TokenClassificationData(TextData):
             or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, for files that are not named by split.
+        data_files: Split → file, or list of files that are read one after another, for files that are not named by
+            split.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
             source has none. The rows held out are the same in every run.
         words: Column of the lists of words.
@@ -70,7 +71,7 @@ class TokenClassificationData(TextData):
         path: str | None = None,
         name: str | None = None,
         revision: str | None = None,
-        data_files: dict[str, str] | None = None,
+        data_files: DataFiles | None = None,
         validation_fraction: float | None = None,
         words: str = "tokens",
         tags: str = "ner_tags",
@@ -119,18 +120,23 @@ class TokenClassificationData(TextData):
             )
         others = {split: file for split, file in (self.data_files or {}).items() if split not in files}
         readers = open_source(None, None, None, others, self._split_names()) if others else {}
-        conll = {split: partial(read_conll, file, split, self.words, self.tags) for split, file in files.items()}
+        conll = {split: partial(self._read_conll, parts, split) for split, parts in files.items()}
         return {**readers, **conll}
 
-    def _conll_files(self) -> dict[str, Path]:
+    def _conll_files(self) -> dict[str, list[Path]]:
         if self.data_files is not None:
-            files = {split: Path(file).expanduser() for split, file in self.data_files.items()}
-            return {} if self.path is not None else {s: file for s, file in files.items() if file.suffix in ENDINGS}
+            if self.path is not None:
+                return {}
+            given = {split: paths_of(files, split) for split, files in self.data_files.items()}
+            return {split: files for split, files in given.items() if {file.suffix for file in files} <= set(ENDINGS)}
         place = Path(self.path or "").expanduser()
         if place.suffix in ENDINGS:
-            return {"train": place}
+            return {"train": [place]}
         named = [(split, place / f"{split}{ending}") for split in self._split_names() for ending in ENDINGS]
-        return {split: file for split, file in named if file.is_file()}
+        return {split: [file] for split, file in named if file.is_file()}
+
+    def _read_conll(self, files: list[Path], split: str) -> Dataset:
+        return concatenate_datasets([read_conll(file, split, self.words, self.tags) for file in files])
 
     def _load_tokenizer(self) -> None:
         super()._load_tokenizer()

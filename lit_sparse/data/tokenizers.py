@@ -36,11 +36,30 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> tuple[list[int], list[int]]:
+    """The special tokens that ``tokenizer`` adds on its own, before and after every text.
+
+    Args:
+        tokenizer: Of any model.
+        argument: How the text is passed; tokenizers of translation models add other tokens to ``text_target``.
+    """
+    probe: dict[str, str] = {argument: "a"}
+    bare = tokenizer(**probe, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(**probe)["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start], whole[start + len(bare) :]
+
+
 def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of texts that something will follow: with the bos, without the eos that a tokenizer may add."""
-    eos = tokenizer.eos_token_id
-    many: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]  # verbose: warns of lengths that are cut later
-    return [ids[:-1] if ids and ids[-1] == eos else ids for ids in many]
+    """Tokens of texts that are continued.
+
+    The tokenizer's bos stands in front, once: a text that begins with it gets no second one. An eos that the tokenizer
+    would add is left out; special tokens that the text itself spells stay where they are.
+    """
+    before, _ = added_tokens(tokenizer)
+    # verbose: warns of lengths that are cut later
+    many: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids if ids[: len(before)] == before else before + ids for ids in many]
 
 
 def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

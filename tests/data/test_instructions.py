@@ -114,16 +114,57 @@ def test_a_token_across_the_border_belongs_to_neither(write, llama):
     assert decode(llama, answer) == "wful film</s>"
 
 
-def test_eos_comes_once_after_tokenizers_that_add_it(write, llama, tmp_path):
+@pytest.fixture(params=["none", "bos", "eos", "bos and eos"])
+def adding(request, llama, tmp_path):
+    """Tokenizers that add these on their own."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
+    single = {"none": "$A", "bos": "<s> $A", "eos": "$A </s>", "bos and eos": "<s> $A </s>"}[request.param]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
+        single=single,
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")],
     )
-    tokenizer.save_pretrained(tmp_path / "eos")
-    head, answer = parts(batch_of(ROWS[:1], write, tokenizer=str(tmp_path / "eos"), template=QUESTION), 0)
-    assert decode(llama, head) == "<s>Q: Is the film good? A: "
-    assert decode(llama, answer) == "no</s>"
+    tokenizer.save_pretrained(tmp_path / "adding")
+    return str(tmp_path / "adding"), "<s>" if "bos" in request.param else ""
+
+
+def test_eos_comes_once_whatever_the_tokenizer_adds(write, adding):
+    tokenizer, bos = adding
+    head, answer = parts(batch_of(ROWS[:1], write, tokenizer=tokenizer, template=QUESTION), 0)
+    assert decode(tokenizer, head) == f"{bos}Q: Is the film good? A: "
+    assert decode(tokenizer, answer) == "no</s>"
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s></s>", "</s> A: ", "<s>"])
+def test_special_tokens_in_the_template_stay_where_they_are(end, write, adding):
+    tokenizer, bos = adding
+    template = f"{{instruction}}{end}"
+    head, answer = parts(batch_of(ROWS[:1], write, tokenizer=tokenizer, template=template), 0)
+    assert decode(tokenizer, head) == f"{bos}Is the film good?{end}"
+    assert decode(tokenizer, answer) == "no</s>"
+    asked = batch_of(ROWS[:1], write, "predict", tokenizer=tokenizer, template=template)["input_ids"][0]
+    assert asked.tolist() == head.tolist()
+
+
+def test_a_template_that_begins_with_bos_gets_no_second_one(write, adding):
+    tokenizer, _ = adding
+    template = "<s>[INST] {instruction} [/INST]"
+    head, answer = parts(batch_of(ROWS[:1], write, tokenizer=tokenizer, template=template), 0)
+    assert decode(tokenizer, head) == "<s>[INST] Is the film good? [/INST]"
+    assert decode(tokenizer, answer) == "no</s>"
+
+
+def test_a_response_that_ends_in_eos_gets_no_second_one(write, adding):
+    tokenizer, _ = adding
+    rows = [{"instruction": "one", "output": "no</s>"}, {"instruction": "the a", "output": "wful film</s>"}]
+    batch = batch_of(rows, write, tokenizer=tokenizer, template="{instruction}")
+    assert [decode(tokenizer, parts(batch, row)[1]) for row in (0, 1)] == ["no</s>", "wful film</s>"]
+
+
+@pytest.mark.parametrize("column", ["q.text", "q[0]", "a b", "0"])
+def test_braces_hold_the_whole_name_of_a_column(column, write, llama):
+    rows = [{column: "one", "output": "no"}]
+    head, _ = parts(batch_of(rows, write, tokenizer=llama, template=f"Q: {{{column}}} A:"), 0)
+    assert decode(llama, head) == "<s>Q: one A:"
 
 
 def test_a_long_prompt_loses_its_beginning_but_not_bos(write, llama):

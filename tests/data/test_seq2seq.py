@@ -79,6 +79,18 @@ def test_a_target_without_eos_of_its_tokenizer_gets_one(tmp_path):
     assert texts(tmp_path / "bare", batch["labels"]) == [f"{row['target']}</s>" for row in ROWS]
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_target_has_one_eos_at_its_end_whatever_its_text_spells(adds, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_bart(tmp_path / "bart"))
+    if not adds:
+        tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(tmp_path / "own")
+    rows = [{**ROWS[0], "target": "a dog</s>"}, {**ROWS[0], "target": "a</s> dog"}]
+    bos = "<s>" if adds else ""
+    written = texts(tmp_path / "own", batch_of(rows, tmp_path, str(tmp_path / "own"))["labels"])
+    assert written == [f"{bos}a dog</s>", f"{bos}a</s> dog</s>"]
+
+
 def test_prediction_needs_no_targets(t5, tmp_path):
     batch = batch_of([{"source": "the dog"}], tmp_path, t5, "predict")
     assert sorted(batch) == ["attention_mask", "input_ids"]

@@ -181,6 +181,15 @@ def test_with_names_labels_are_names_or_ids(values, write, tokenizer):
     assert next(iter(data.val_dataloader()))["labels"].tolist() == [1, 0]
 
 
+def test_labels_that_only_look_like_numbers_keep_their_names(write, tokenizer, tmp_path):
+    for split, labels in (("train", ["007", "7", "10"]), ("validation", ["10", "7"])):  # the latter a column of numbers
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(f"a film,{label}\n" for label in labels))
+    data = TextClassificationData(path=str(tmp_path), tokenizer=tokenizer)
+    data.setup("fit")
+    assert data.label_names == ["007", "10", "7"]
+    assert next(iter(data.val_dataloader()))["labels"].tolist() == [1, 2]
+
+
 def test_a_folder_of_the_hub_form_names_its_own_classes(write, tmp_path, tokenizer):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["worse", "better"])})
     rows = Dataset.from_dict({"text": ["bad film", "good film"], "label": [0, 1]}, features=features)

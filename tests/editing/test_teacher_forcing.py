@@ -75,6 +75,12 @@ def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_answer(folder):
     assert encode(tokenizer, PAIRS) == expected
 
 
+def test_special_tokens_in_a_prompt_stay_where_they_are(tokenizer):
+    (row,) = encode(tokenizer, [("<s>the cat</s>", "sat")])
+    assert tokenizer.decode(row.input_ids[: row.start]).replace(" ", "") == "<s>thecat</s>"
+    assert tokenizer.decode(row.answer).strip() == "sat"
+
+
 def test_the_loss_is_on_the_answers_alone(model, tokenizer):
     rows = encode(tokenizer, PAIRS)
     loss = model(**collate(tokenizer, rows)).loss

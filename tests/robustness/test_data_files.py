@@ -106,7 +106,9 @@ REFUSED = [
     Case("lines that are numbers", [], "train", instead("train.jsonl", "1\n2\n3\n")),
     Case("a row that is null", [], "null where a row", instead("train.jsonl", LABELLED.replace("?", '"x"') + "null\n")),
     Case("a file that begins with null", [], "in line 1", instead("train.json", 'null{"text": "x", "label": "yes"}\n')),
-    Case("JSON that is not in UTF-8", [], "UTF8", instead("train.jsonl", b'{"text": "caf\xe9", "label": "yes"}\n' * 4)),
+    Case(
+        "JSON that is not in UTF-8", [], "utf-8", instead("train.jsonl", b'{"text": "caf\xe9", "label": "yes"}\n' * 4)
+    ),
     Case("JSON that is a sentence", [], "train", instead("train.json", '"a film"')),
     Case("nested texts", [], "text", instead("train.jsonl", LABELLED.replace("?", '{"a": 1}'))),
     Case("lists in the place of texts", [], "text", instead("train.jsonl", LABELLED.replace("?", '["a"]'))),

@@ -1,0 +1,156 @@
+"""Read the rows of local files, with one type for each column over all of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
+
+from lit_sparse._version import __version__
+from lit_sparse.data.json_rows import JsonRows
+from lit_sparse.errors import UsageError
+
+_CHUNK_ROWS = 10_000  # rows of CSV that are parsed at a time
+
+# Numbers as a program writes them. Other text, such as 007, +5 or an id of 19 digits, would not come back as it was.
+_NUMBERS = {
+    pa.int64(): r"\A(0|-?[1-9][0-9]{0,17})\z",
+    pa.float64(): r"\A-?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\z",
+}
+
+
+def read_files(files: Sequence[Path], split: str) -> Dataset:
+    """Read the files of one split, all of one kind, one after another.
+
+    They are read into the cache of `datasets`, once for each state of the files. A column has the type that holds all
+    of its values, wherever they stand: numbers are fractions if one of them is, and text if one value is text.
+
+    Args:
+        files: Files that end in .csv, .json, .jsonl or .parquet.
+        split: For messages.
+
+    Raises:
+        UsageError: If a file cannot be read or holds no rows.
+    """
+    try:
+        states = [[str(file.absolute()), (stat := file.stat()).st_mtime_ns, stat.st_size] for file in files]
+    except OSError as error:
+        raise UsageError(f"The files of the split {split!r} cannot be read: {error}.") from error
+    digest = hashlib.sha256(json.dumps([states, __version__]).encode()).hexdigest()[:32]
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / "lit_sparse" / f"{digest}.arrow"
+    if not cached.is_file():
+        kind = _learn(files, split)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere until it is complete: several processes may read the same files at once.
+        with tempfile.TemporaryDirectory(dir=cached.parent, prefix=digest) as folder:
+            unfinished = Path(folder) / "rows.arrow"
+            with ArrowWriter(features=kind.features(), path=str(unfinished)) as writer:
+                for table in (table for file in files for table in kind.tables(file)):
+                    writer.write_table(table)
+                writer.finalize()
+            unfinished.replace(cached)
+    rows: Dataset = Dataset.from_file(str(cached))
+    rows._fingerprint = digest
+    return rows
+
+
+def _learn(files: Sequence[Path], split: str) -> _Kind:
+    kind = _KINDS[files[0].suffix]()
+    for file in files:
+        try:
+            kind.learn(file)
+            if any("\0" in name for name in kind.features()):
+                raise ValueError("the name of a column holds a NUL byte")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            kind_name = file.suffix[1:].removesuffix("l")
+            raise UsageError(
+                f"The split {split!r} is empty or cannot be read as {kind_name} from {file} ({reason}): mend the file."
+            ) from error
+    return kind
+
+
+class _Kind(Protocol):
+    """A kind of file: it sees all files once to learn the types of the columns, then reads them with these types."""
+
+    def learn(self, file: Path) -> None:
+        """Widen the types by those of the values in ``file``."""
+
+    def features(self) -> Features:
+        """The columns and their types."""
+
+    def tables(self, file: Path) -> Iterator[pa.Table]:
+        """The rows of ``file`` in parts, with these types."""
+
+
+class _Csv:
+    def __init__(self) -> None:
+        self._possible: dict[str, list[pa.DataType]] = {}  # column -> the types of number that all values have
+        self._rows = 0
+
+    def learn(self, file: Path) -> None:
+        for texts in _texts(file):
+            self._rows += len(texts)
+            for name, column in zip(texts.column_names, texts.columns, strict=True):
+                possible = self._possible.setdefault(name, list(_NUMBERS))
+                while possible and not _all_match(column, _NUMBERS[possible[0]]):
+                    possible.pop(0)
+
+    def features(self) -> Features:
+        if not self._rows:
+            raise ValueError("it has no rows")
+        return Features.from_arrow_schema(self._schema())
+
+    def _schema(self) -> pa.Schema:
+        return pa.schema({name: [*possible, pa.string()][0] for name, possible in self._possible.items()})
+
+    def tables(self, file: Path) -> Iterator[pa.Table]:
+        for texts in _texts(file):
+            yield texts.select(list(self._possible)).cast(self._schema())
+
+
+def _texts(file: Path) -> Iterator[pa.Table]:
+    """The cells of a CSV as they are written; only empty ones are missing: "None", "NA" and "null" are words too."""
+    frames = pd.read_csv(
+        file, dtype=str, chunksize=_CHUNK_ROWS, keep_default_na=False, na_values=[""], encoding="utf-8-sig"
+    )
+    for frame in frames:
+        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of rows
+            raise ValueError("its rows have more fields than its first line")
+        schema = pa.schema([(name, pa.string()) for name in frame.columns])
+        yield pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+
+
+def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
+    return pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False  # None: all are missing
+
+
+class _Parquet:
+    def __init__(self) -> None:
+        self._schemas: list[pa.Schema] = []
+
+    def learn(self, file: Path) -> None:
+        self._schemas.append(pq.read_schema(file))
+
+    def features(self) -> Features:
+        return Features.from_arrow_schema(pa.unify_schemas(self._schemas, promote_options="permissive"))
+
+    def tables(self, file: Path) -> Iterator[pa.Table]:
+        with pq.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(_CHUNK_ROWS):
+                yield pa.Table.from_batches([batch])
+
+
+_KINDS: dict[str, Callable[[], _Kind]] = {".csv": _Csv, ".json": JsonRows, ".jsonl": JsonRows, ".parquet": _Parquet}
+ENDINGS = tuple(_KINDS)

@@ -1,0 +1,213 @@
+"""lit_sparse.data.tables and json_rows: that very file, and one type for each column over all of its rows."""
+
+import json
+
+import datasets
+import pandas
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from lit_sparse import UsageError
+from lit_sparse.data import json_rows, tables
+from lit_sparse.data.sources import open_source
+from lit_sparse.data.tables import ENDINGS, read_files
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(tmp_path, monkeypatch):
+    """Parts of two rows or so, so that small files have several."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tables, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(json_rows, "_CHUNK", 32)
+    monkeypatch.chdir(tmp_path)
+
+
+def read(folder, name, content):
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_files([file], "train")
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "values"),
+    [
+        (["1", "2", "-3"], [1, 2, -3]),
+        (["1", "2", "3", "3.7"], [1.0, 2.0, 3.0, 3.7]),
+        (["1", "", "3"], [1, None, 3]),
+        (["1", "2", "3", "late"], ["1", "2", "3", "late"]),
+        (["007", "012"], ["007", "012"]),
+        (["7", "8", "9", "007"], ["7", "8", "9", "007"]),
+        (["+5", "6"], ["+5", "6"]),
+        (["1234567890123456789", "1"], ["1234567890123456789", "1"]),
+        (["-.5", "2e3", "1."], [-0.5, 2000.0, 1.0]),
+        (["nan", "1"], ["nan", "1"]),
+        (["true", "false"], ["true", "false"]),
+        (["NA", "None", "null"], ["NA", "None", "null"]),
+        (["2020-01-01", "x"], ["2020-01-01", "x"]),
+    ],
+)
+def test_a_column_of_csv_is_of_numbers_only_if_all_its_cells_are(cells, values, tmp_path):
+    rows = read(tmp_path, "a.csv", "other,cell\n" + "".join(f"x,{cell}\n" for cell in cells))
+    assert rows["cell"] == values
+    assert list(map(type, rows["cell"])) == list(map(type, values))
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ([1, 2, 3, 3.7], [1.0, 2.0, 3.0, 3.7]),
+        ([None, None, None, "late"], [None, None, None, "late"]),
+        ([[], [], [], ["late"]], [[], [], [], ["late"]]),
+        ([1, 2, 3, "late"], ["1", "2", "3", "late"]),
+        (["early", "b", "c", 4.5, True], ["early", "b", "c", "4.5", "true"]),
+        (["é", 1], ["é", "1"]),
+        (["2020-01-01"] * 3, ["2020-01-01"] * 3),
+        (["2020-01-01"] * 3 + ["late"], ["2020-01-01"] * 3 + ["late"]),
+        ([{"a": ["2020-01-01"]}] * 3, [{"a": ["2020-01-01"]}] * 3),
+        ([10**30, "late"], [str(10**30), "late"]),
+        ([{"a": 1}, {"a": 1}, {"b": "late"}], [{"a": 1, "b": None}, {"a": 1, "b": None}, {"a": None, "b": "late"}]),
+        # No type holds these: they stay as they are, for messages that name the row.
+        (["text", "text", {"a": 1}, None], ["text", "text", {"a": 1}, None]),
+        ([[1, "two"], None, [3]], [[1, "two"], None, [3]]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_column_of_json_has_the_type_that_holds_all_its_values(given, values, ending, tmp_path):
+    rows = [{"other": "x" * 20, "value": value} for value in given]
+    assert read(tmp_path, f"a.{ending}", json.dumps(rows) if ending == "json" else lines(*rows))["value"] == values
+
+
+def test_a_column_may_begin_late_and_end_early(tmp_path):
+    rows = read(tmp_path, "a.jsonl", lines({"a": "x" * 40}, {"a": "y", "b": 1}, {"b": 2}))
+    assert rows.to_list() == [{"a": "x" * 40, "b": None}, {"a": "y", "b": 1}, {"a": None, "b": 2}]
+
+
+def test_parts_of_a_split_share_their_types(tmp_path):
+    pandas.DataFrame({"label": [1, 2]}).to_parquet("a.parquet")
+    pandas.DataFrame({"label": [3.7]}).to_parquet("b.parquet")
+    assert read_files([tmp_path / "a.parquet", tmp_path / "b.parquet"], "train")["label"] == [1.0, 2.0, 3.7]
+    for name, content in (("a.csv", "label\n7\n"), ("b.csv", "label\n007\n")):
+        (tmp_path / name).write_text(content)
+    assert read_files([tmp_path / "a.csv", tmp_path / "b.csv"], "train")["label"] == ["7", "007"]
+
+
+def test_parquet_keeps_the_names_of_its_classes(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "a.parquet")
+    assert read_files([tmp_path / "a.parquet"], "train").features == features
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n'),
+        ("a.json", b'\xef\xbb\xbf[{"a": 1}, {"a": 2}]'),
+        ("a.csv", b"\xef\xbb\xbfa\n1\n2\n"),
+        ("a.csv", b"a\r\n1\r\n2"),
+        ("a.jsonl", b'\n{"a": 1}\n\n{"a": 2}'),
+        ("a.jsonl", b'[{"a": 1},\n{"a": 2}]'),
+    ],
+)
+def test_ways_to_write_the_same_rows(name, content, tmp_path):
+    assert read(tmp_path, name, content).to_list() == [{"a": 1}, {"a": 2}]
+
+
+def test_an_object_over_several_lines_is_one_row(tmp_path):
+    content = {"version": "1", "data": [{"title": "x" * 40}]}
+    assert read(tmp_path, "a.json", json.dumps(content, indent=1)).to_list() == [content]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}\n{"a":\n', r"as json from .*line 2, column 6"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": 2}\n[3]\n',
+            r"row 2, counted from 0, is '\[3\]'|row 0, counted from 0, is '\[3\]'",
+        ),
+        ("a.json", "[1, 2]", "row 0, counted from 0, is '1', and no object"),
+        ("a.json", '"x"', "it holds 'x', and no objects"),
+        ("a.json", "[]", "it has no rows"),
+        ("a.csv", "a,b\n", "it has no rows"),
+        ("a.csv", "a,b\n1,2,3\n4,5,6\n", "its rows have more fields than its first line"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, name, content)
+
+
+# Names of files.
+
+NAMES = ["train[1]", "[proj]/train", "a*/train?", "b::c/train::d", "e f/train", "{g}/train", "https:/train", "~h"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_that_very_file(name, ending, tmp_path):
+    frames = {name: pandas.DataFrame({"text": ["mine"]})}
+    others = ("train1", "p/train", "ax/trainx", "b/train")  # which the names match as patterns
+    frames |= {other: pandas.DataFrame({"text": ["another's"] * 2}) for other in others}
+    for stem, frame in frames.items():
+        file = tmp_path / f"{stem}{ending}"
+        file.parent.mkdir(exist_ok=True)
+        if ending == ".csv":
+            frame.to_csv(file, index=False)
+        elif ending == ".parquet":
+            frame.to_parquet(file)
+        else:
+            frame.to_json(file, orient="records", lines=ending == ".jsonl")
+    for given in (f"{tmp_path}/{name}{ending}", f"./{name}{ending}"):
+        readers = open_source(None, None, None, {"train": given}, ["train"])
+        assert readers["train"]()["text"] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["[p]roj", "a*", "b::c"])
+def test_a_folder_of_the_hub_form_whose_name_is_a_pattern_is_refused(name, tmp_path):
+    for folder in (name, "proj"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        (tmp_path / folder / "data" / "train-00000-of-00001.csv").write_text("text\na\n")
+    with pytest.raises(UsageError, match=r"reads as a pattern, .* rename it, or name its files in data_files"):
+        open_source(name, None, None, None, ["train"])
+
+
+def test_a_list_of_files_is_read_one_after_another(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(f"text\n{name}1\n{name}2\n")
+    files = [str(tmp_path / "b.csv"), tmp_path / "a.csv"]
+    readers = open_source(None, None, None, {"train": files}, ["train"])
+    assert readers["train"]()["text"] == ["b1", "b2", "a1", "a2"]
+
+
+@pytest.mark.parametrize("given", [[], 3, [["a.csv"]], None])
+def test_what_is_no_list_of_files_is_refused(given):
+    with pytest.raises(UsageError, match=r"each split a file or a list of files; the split 'train' has"):
+        open_source(None, None, None, {"train": given}, ["train"])
+
+
+def test_the_files_of_a_split_are_of_one_kind(tmp_path):
+    (tmp_path / "a.csv").write_text("text\na\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UsageError, match=r"the split 'train' must be of one kind; data_files has .*a\.csv.*a\.jsonl"):
+        open_source(None, None, None, {"train": ["a.csv", "a.jsonl"]}, ["train"])
+
+
+def test_of_several_files_the_one_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"te\n')
+    with pytest.raises(UsageError, match=r"from [^,]*b\.jsonl \(line 2"):
+        read_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "train")
+
+
+def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
+    first = read(tmp_path, "a.csv", "text\na\n")
+    monkeypatch.setattr(tables, "_texts", None)  # the file is not opened
+    assert read_files([tmp_path / "a.csv"], "train")._fingerprint == first._fingerprint
+    monkeypatch.undo()
+    assert read(tmp_path, "a.csv", "text\nbb\n")["text"] == ["bb"]
