@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.optimizer_state import keep_rows, require_cuttable
 from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.errors import UsageError
 
@@ -24,8 +25,10 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
     the first keeps one rank, so that there is something to differentiate. Experts of one weight keep equally many
     ranks, as many as the largest needs.
 
-    Parameters stay the objects that they are, so that optimizers, groups and schedulers go on with them; their
-    gradients are dropped. Not for a model under DDP or FSDP, which lay out buffers for the sizes at the start.
+    Call it between a step of the optimizer and the next forward pass. Parameters stay the same objects, so that
+    optimizers, schedulers, gradient scalers, hooks and lists of parameters go on with them, and a loss may be kept.
+    Their gradients are dropped. Graphs that are still to be differentiated and copies, such as an ``AveragedModel``,
+    keep the old shapes. Not for a model under DDP, which lays out buffers for the sizes at the start.
 
     Args:
         model: Model with adapters.
@@ -35,7 +38,9 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
         Full layer name to rank that is left.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, or all of them are as they were injected.
+        UsageError: If there is no adapter in ``model``, all of them are as they were injected, or ``optimizer`` keeps
+            a state that cannot be cut: moments have the parameter's shape and Adafactor's factors a part of it, but
+            quantized moments and the history of LBFGS belong to no rank. Nothing is changed then.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
@@ -60,10 +65,12 @@ def keep_ranks(
     counts = {name: int(n) for name, n in zip(live, _largest(adapters, live), strict=True)}  # the one host sync
     if counts and not any(counts.values()) and len(counts) == len(adapters):
         counts[next(iter(counts))] = 1
-    for name, rank in counts.items():
+    shrinking = {name: rank for name, rank in counts.items() if rank < adapters[name].rank}
+    if optimizer is not None:
+        require_cuttable(optimizer, (p for name in shrinking for p in adapters[name].parameters(recurse=False)))
+    for name, rank in shrinking.items():
         adapter = adapters[name]
-        if rank < adapter.rank:
-            _keep(adapter, _chosen(live[name].view(adapter.copies, -1), rank), optimizer)
+        _keep(adapter, _chosen(live[name].view(adapter.copies, -1), rank), optimizer)
 
 
 def shrink(adapter: LowRankAdapter, rank: int) -> None:
@@ -89,16 +96,14 @@ def _keep(adapter: LowRankAdapter, places: Tensor, optimizer: Optimizer | None) 
     rows = adapter.lora_A.shape[0]
     for parameter in list(adapter._parameters.values()):
         if parameter is not None:
-            _keep_in_state(parameter, places, optimizer)
-            parameter.data = parameter.data[places]
+            if optimizer is not None:
+                keep_rows(optimizer, parameter, places)
+            kept = parameter.data[places]
+            # Any living graph, such as that of a kept loss, keeps the node that accumulates gradients of the old shape.
+            # Torch drops it when the dtype changes, as it must for .half(), and makes a new one.
+            parameter.data = torch.empty(0, dtype=torch.float16, device=parameter.device)
+            parameter.data = kept
             parameter.grad = None
     for name, buffer in list(adapter._buffers.items()):
         if buffer is not None and buffer.ndim and buffer.shape[0] == rows:
             adapter._buffers[name] = buffer[places]
-
-
-def _keep_in_state(parameter: nn.Parameter, places: Tensor, optimizer: Optimizer | None) -> None:
-    state = optimizer.state.get(parameter) if optimizer is not None else None
-    for name, value in (state or {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[name] = value[places]  # type: ignore[index]

@@ -89,9 +89,10 @@ def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
         ``density_A``, ``density_B`` (share of non-zero entries, dead ranks counted as zero) and
         ``remaining_parameters``.
     """
-    live = torch.cat([live_ranks(adapter) for adapter in adapters])
-    nonzero_A = (_nonzero_per_rank([a.lora_A for a in adapters]) * live).sum()
-    nonzero_B = (_nonzero_per_rank([a.lora_B_t for a in adapters]) * live).sum()
+    per_rank_A = _nonzero_per_rank([a.lora_A for a in adapters])
+    per_rank_B = _nonzero_per_rank([a.lora_B_t for a in adapters])
+    live = _live(adapters, per_rank_A, per_rank_B)
+    nonzero_A, nonzero_B = (per_rank_A * live).sum(), (per_rank_B * live).sum()
     ranks = [adapter.copies * adapter.max_rank for adapter in adapters]  # those that compaction took out included
     return {
         "mean_rank": live.sum() / len(adapters),
@@ -121,8 +122,21 @@ def live_ranks(adapter: Factors) -> Tensor:
     Returns:
         Booleans, shape ``(copies · rank,)``, on the adapter's device.
     """
-    live = adapter.lora_A.any(1) & adapter.lora_B_t.any(1)
-    return live if adapter.gate is None else live & (adapter.gate != 0)
+    return live_ranks_of_all([adapter])
+
+
+@torch.no_grad()
+def live_ranks_of_all(adapters: Sequence[Factors]) -> Tensor:
+    """:func:`live_ranks` of several adapters, cheap enough for every step: no host sync, layers of one width together.
+
+    Args:
+        adapters: At least one, on one device.
+
+    Returns:
+        Booleans, shape ``(sum of copies · rank,)``, in the order of the adapters.
+    """
+    per_rank_A = _nonzero_per_rank([a.lora_A for a in adapters])
+    return _live(adapters, per_rank_A, _nonzero_per_rank([a.lora_B_t for a in adapters]))
 
 
 @torch.no_grad()
@@ -146,6 +160,13 @@ def sparsity_of_layer(name: str, adapter: Factors) -> LayerSparsity:
         remaining_parameters=nonzero_A + nonzero_B,
         adapted_parameters=adapter.copies * adapter.out_features * adapter.in_features,
     )
+
+
+def _live(adapters: Sequence[Factors], per_rank_A: Tensor, per_rank_B: Tensor) -> Tensor:
+    live = (per_rank_A > 0) & (per_rank_B > 0)
+    if all(adapter.gate is None for adapter in adapters):
+        return live
+    return live & torch.cat([a.lora_A.new_ones(len(a.lora_A)) if a.gate is None else a.gate for a in adapters]).ne(0)
 
 
 def _nonzero_per_rank(matrices: Sequence[Tensor]) -> Tensor:

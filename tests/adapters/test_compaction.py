@@ -1,6 +1,7 @@
 """lit_sparse.compact: the function stays, ranks at zero and what the optimizer remembers of them go."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import BertForSequenceClassification, MixtralForCausalLM
+from transformers.optimization import Adafactor
 
 import lit_sparse as ls
+from lit_sparse.adapters.optimizer_state import require_cuttable_after_a_step
 from lit_sparse.adapters.statistics import layer_sparsity, sparsity_of
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -153,6 +156,139 @@ def test_a_compacted_model_is_merged_and_counted():
         before = model(IDS).logits
         ls.compact(model)
         torch.testing.assert_close(ls.merge(model)(IDS).logits, before, rtol=0, atol=1e-10)
+
+
+OPTIMIZERS = {
+    "AdamW": functools.partial(torch.optim.AdamW, foreach=False),
+    "AdamW foreach": functools.partial(torch.optim.AdamW, foreach=True),
+    "AdamW fused": functools.partial(torch.optim.AdamW, fused=True),
+    "AMSGrad": functools.partial(torch.optim.AdamW, amsgrad=True),
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "NAdam": torch.optim.NAdam,
+    "Rprop": torch.optim.Rprop,
+    "Adafactor of torch": torch.optim.Adafactor,
+    "Adafactor of transformers": functools.partial(Adafactor, relative_step=False, scale_parameter=False),
+    "AdamW of bitsandbytes": lambda groups, lr: pytest.importorskip("bitsandbytes").optim.AdamW(
+        groups, lr=lr, optim_bits=32
+    ),
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_loop_goes_on_with_all_that_it_holds(kind, scaled):
+    """The last loss with its graph, the optimizer, its schedule, a list for clipping, hooks and a gradient scaler."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 7))
+    method = ls.SoRA(rank=5, threshold=0.1, gate_init="ones", train_head=False)
+    adapters = list(ls.inject(model, method).values())
+    optimizer = OPTIMIZERS[kind](ls.parameter_groups(model, method), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
+    steps = ls.SparseSteps(method, model, optimizer, total_steps=12)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled and "bitsandbytes" not in kind)
+    trained, hooked = [p for p in model.parameters() if p.requires_grad], []
+    adapters[0].lora_A.register_hook(lambda gradient: hooked.append(gradient.shape[0]))
+    losses, ranks = [], []
+    for number in range(12):
+        losses.append(model(torch.randn(8, 6)).square().sum())
+        scaler.scale(losses[-1]).backward()
+        scaler.unscale_(optimizer)
+        steps.observe()
+        assert nn.utils.clip_grad_norm_(trained, 1.0) > 0
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        schedule.step()
+        if number % 3 == 2:
+            with torch.no_grad():
+                adapters[0].gate[0] = 0
+                adapters[1].lora_B_t[-1] = 0
+            before = [p.detach().clone() for p in trained]
+            ls.compact(model, optimizer)
+            assert all(p.grad is None for p in trained)
+            assert any(p.shape != old.shape for p, old in zip(trained, before, strict=True))
+        ranks.append([adapter.rank for adapter in adapters])
+    assert ranks[0] == [5, 5]
+    assert max(ranks[-1]) <= 1
+    assert hooked == [rank for rank in (5, *(first for first, _ in ranks[:-1])) if rank]
+    assert all(torch.isfinite(p).all() for p in trained)
+
+
+@pytest.mark.parametrize("kind", ["Adafactor of torch", "Adafactor of transformers"])
+def test_the_factors_of_adafactor_lose_the_rows_of_the_ranks(kind):
+    model = nn.Sequential(nn.Linear(6, 10))
+    method = ls.SoRA("all-linear", rank=4, threshold=0.1, gate_init="ones", train_head=False)
+    adapter = ls.inject(model, method)["0"]
+    optimizer = OPTIMIZERS[kind](ls.parameter_groups(model, method), lr=1e-2)
+    for _ in range(2):
+        model(torch.randn(8, 6)).square().sum().backward()
+        optimizer.step()
+    row, column = ("row_var", "col_var") if "torch" in kind else ("exp_avg_sq_row", "exp_avg_sq_col")
+    with torch.no_grad():
+        adapter.gate[1] = 0
+    before = copy.deepcopy(optimizer.state[adapter.lora_A])
+    ls.compact(model, optimizer)
+    after = optimizer.state[adapter.lora_A]
+    assert torch.equal(after[row], before[row][[0, 2, 3]])
+    assert torch.equal(after[column], before[column])
+    assert after["step"] == before["step"]
+
+
+UNCUTTABLE = {
+    "bitsandbytes": (
+        lambda groups: pytest.importorskip("bitsandbytes").optim.AdamW8bit(groups, lr=1e-3),
+        "'state1', a Tensor of .* torch.uint8",
+    ),
+    "torchao": (
+        lambda groups: pytest.importorskip("torchao.optim").AdamW8bit(groups, lr=1e-3),
+        "'exp_avg', a OptimState8bit",
+    ),
+    "LBFGS": (
+        lambda groups: torch.optim.LBFGS([p for group in groups for p in group["params"]]),
+        "LBFGS trains: it keeps",
+    ),
+    "a square A": (
+        lambda groups: Adafactor(groups, lr=1e-3, relative_step=False),
+        r"'exp_avg_sq_row', a Tensor of shape \(512,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNCUTTABLE)
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_anything_changes(kind):
+    make, message = UNCUTTABLE[kind]
+    model = nn.Sequential(nn.Linear(512, 512))
+    method = ls.SoRA("all-linear", 512 if "square" in kind else 8, threshold=0.1, gate_init="ones", train_head=False)
+    adapter = ls.inject(model, method)["0"]
+    optimizer = make(ls.parameter_groups(model, method))
+    with pytest.raises(ls.UsageError, match=message):
+        require_cuttable_after_a_step(optimizer, adapter.parameters())
+    assert not optimizer.state
+
+    def loss():
+        optimizer.zero_grad()
+        value = model(torch.ones(4, 512)).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(torch.enable_grad()(loss))
+    with torch.no_grad():
+        adapter.gate[1] = 0
+    parameters, state = copy.deepcopy(adapter.state_dict()), {p: dict(s) for p, s in optimizer.state.items()}
+    with pytest.raises(ls.UsageError, match=message):
+        ls.compact(model, optimizer)
+    assert all(torch.equal(value, parameters[name]) for name, value in adapter.state_dict().items())
+    assert all(optimizer.state[p][key] is value for p, entries in state.items() for key, value in entries.items())
+
+
+def test_an_optimizer_whose_copy_cannot_step_is_refused():
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("needs the model")
+
+    parameter = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(ls.UsageError, match=r"a step of a copy, to see what it remembers, failed \(needs the model\)"):
+        require_cuttable_after_a_step(Own([parameter], lr=0.1), [parameter])
 
 
 def test_ranks_that_are_zero_without_a_gate_go_too():

@@ -99,11 +99,87 @@ def test_a_checkpoint_of_fewer_ranks_that_was_not_compacted_is_refused(bert, tmp
         trainer().fit(classifier(bert, ls.SoRA(rank=4, threshold=0.01)), rows(), ckpt_path=tmp_path / "two.ckpt")
 
 
+class RowsOfB(ls.SparseMethod):
+    """Zeroes rows of Bᵀ, without gates, after the steps in ``DEAD``; in the first layer all of them from step 13 on."""
+
+    DEAD = (range(5, 13), [10], range(9, 13), [])
+
+    def __init__(self, target_modules="all-linear", rank=4, alpha=8.0):
+        super().__init__(target_modules, rank, alpha)
+
+    def after_step(self, adapters, step, observed):
+        for adapter in adapters:
+            for row, steps in zip(adapter.lora_B_t, self.DEAD[4 - adapter.rank :], strict=True):
+                row.mul_(step.index not in steps)
+        if step.index >= 13:
+            adapters[0].lora_B_t.zero_()
+
+
+def test_ranks_go_without_gates_when_their_rows_stay_zero(bert, tmp_path):
+    """Looks after 6, 12, 18 and 24 steps, of which only the first row is dead from one to the next."""
+    whole, sizes = classifier(bert, RowsOfB(["query"])), Sizes()
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(ls.CompactRanks(6), sizes, keep, max_epochs=3).fit(whole, rows())
+    assert sizes.ranks == [8] * 11 + [6] * 6 + [3] * 7
+
+    resumed, sizes = classifier(bert, RowsOfB(["query"])), Sizes()
+    run = trainer(ls.CompactRanks(6), sizes, max_epochs=3)
+    run.fit(resumed, rows(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert sizes.ranks == [8] * 3 + [6] * 6 + [3] * 7
+    for (_, one), (_, other) in zip(ls.adapters_in(whole), ls.adapters_in(resumed), strict=True):
+        assert torch.equal(one.lora_A, other.lora_A)
+
+
+def test_an_adapter_that_has_learned_nothing_yet_stays_whole(bert):
+    class Unreached(ls.SequenceClassification):
+        """Leaves the loss of the first layer's adapter out until step 5."""
+
+        def training_step(self, batch, batch_idx):
+            adapter = next(a for _, a in ls.adapters_in(self))
+            adapter.enabled = self.global_step >= 5
+            return super().training_step(batch, batch_idx)
+
+    optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
+    module = Unreached(bert, RowsOfB(["query"]), num_labels=2, optimizer=optimizer)
+    sizes = Sizes()
+    trainer(ls.CompactRanks(2), sizes, max_epochs=1).fit(module, rows())
+    assert sizes.ranks == [8] * 5 + [6] * 3  # both lose their first row, dead since step 5
+
+
+@pytest.mark.parametrize("kind", ["keeps", "logs", "returns"])
+def test_a_module_may_keep_its_last_loss(bert, kind):
+    class Keeps(ls.SequenceClassification):
+        def training_step(self, batch, batch_idx):
+            output = self(**batch)
+            if kind == "keeps":
+                self.kept = output.loss
+            if kind == "logs":
+                self.log("loss", output.loss, on_epoch=True)
+            return {"loss": output.loss, "logits": output.logits} if kind == "returns" else output.loss
+
+    sizes = Sizes()
+    optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
+    trainer(ls.CompactRanks(4), sizes).fit(Keeps(bert, SORA, num_labels=2, optimizer=optimizer), rows())
+    assert sizes.ranks[-1] < sizes.ranks[0]
+
+
 def test_what_cannot_be_compacted_is_refused_before_training(bert):
     with pytest.raises(ls.UsageError, match="every_n_steps must be at least 1; got 0"):
         ls.CompactRanks(0)
-    with pytest.raises(ls.UsageError, match="no adapter has gates"):
-        trainer(ls.CompactRanks(1)).fit(classifier(bert, ls.RoseLoRA(rank=2, density=0.5)), rows())
+    plain = L.LightningModule()
+    plain.configure_optimizers = lambda: None
+    with pytest.raises(ls.UsageError, match="LightningModule holds no adapter to compact"):
+        ls.CompactRanks(1).on_fit_start(trainer(), plain)
+    module = ls.SequenceClassification(
+        bert,
+        SORA,
+        num_labels=2,
+        optimizer=lambda groups: torch.optim.LBFGS([p for group in groups for p in group["params"]]),
+    )
+    run = trainer(ls.CompactRanks(1))
+    with pytest.raises(ls.UsageError, match="Ranks cannot be taken out while LBFGS trains"):
+        run.fit(module, rows())
+    assert run.global_step == 0
     with pytest.raises(ls.UsageError, match="changes the shapes that EMAWeightAveraging averages"):
         trainer(ls.CompactRanks(1), EMAWeightAveraging()).fit(classifier(bert), rows())
     module = classifier(bert)

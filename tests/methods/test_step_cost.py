@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lit_sparse as ls
+from lit_sparse.adapters.statistics import live_ranks_of_all
 from lit_sparse.functional import masks
 
 METHODS = {
@@ -19,6 +20,8 @@ METHODS = {
     "RoseLoRA, masks kept": functools.partial(ls.RoseLoRA, density=0.2, begin=0, end=4, update_every=2),
     "GatedRoseLoRA": functools.partial(ls.GatedRoseLoRA, threshold=1e-3, density=0.2, begin=0, end=4),
 }
+# What .item(), bool(), a mask as an index and their like come to: on a GPU each of them waits for it.
+HOST_SYNCS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "unique"}
 VIEWS = {"detach", "view", "split_with_sizes", "unsqueeze", "t", "alias", "expand"}
 
 
@@ -61,6 +64,19 @@ def test_kernels_do_not_grow_with_the_layers(method: str) -> None:
     assert sum(many.values()) < 40
 
 
+def test_watching_for_dead_ranks_costs_as_many_kernels_for_many_layers_as_for_few() -> None:
+    counts = []
+    for layers in (3, 12):
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
+        adapters = ls.inject(model, ls.SoRA(r"\d+", rank=2, threshold=1e-3))
+        with Kernels() as kernels:
+            live_ranks_of_all(list(adapters.values()))
+        counts.append(kernels.counts)
+    assert counts[0] == counts[1]
+    assert sum(counts[1].values()) < 20
+    assert not counts[1].keys() & HOST_SYNCS
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_step_that_keeps_its_masks_selects_nothing() -> None:
     chosen, kept = (
@@ -77,5 +93,4 @@ def test_nothing_is_read_back_by_the_host(method: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(masks, "_is_at_hand", lambda _: False)  # as on a GPU
     counts = kernels_of_a_step(METHODS[method](rank=2, target_modules=r"\d+"), 3)
     assert counts
-    # What .item(), bool(), a mask as an index and their like come to: on a GPU each of them waits for it.
-    assert not counts.keys() & {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "unique"}
+    assert not counts.keys() & HOST_SYNCS

@@ -1,0 +1,121 @@
+"""What an optimizer remembers of parameters that lose rows, and which optimizers it can be cut for."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.errors import UsageError
+
+
+def require_cuttable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer whose state cannot be cut to the rows that ``parameters`` keep.
+
+    Raises:
+        UsageError: Naming what the state holds.
+    """
+    cut: set[Tensor] = set(parameters)
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            # LBFGS keeps lists of what it knows of all parameters with the first of them.
+            if isinstance(value, list | tuple | dict) or (parameter in cut and _has_rows(value, parameter) is None):
+                _refuse(optimizer, key, value, parameter)
+
+
+def require_cuttable_after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """As :func:`require_cuttable`, before the first step: a copy of the optimizer takes one on copies of parameters.
+
+    Raises:
+        UsageError: Naming what the state holds, or why the copy cannot take a step.
+    """
+    wanted = set(parameters)
+    twins: dict[int, nn.Parameter | None] = {}
+    for group in optimizer.param_groups:
+        seen: set[torch.Size] = set()
+        for parameter in group["params"]:
+            new = parameter in wanted and parameter.shape not in seen
+            twins[id(parameter)] = nn.Parameter(torch.zeros_like(parameter)) if new else None
+            seen.add(parameter.shape)
+    kept = [twin for twin in twins.values() if twin is not None]
+    try:
+        trial = _copy(optimizer, twins)
+        for twin in kept:
+            twin.grad = torch.ones_like(twin)
+        trial.step(lambda: 0.0)
+    except Exception as error:  # whatever an optimizer makes of being copied
+        raise UsageError(
+            f"Ranks cannot be taken out while {type(optimizer).__name__} trains: a step of a copy, to see what it "
+            f"remembers, failed ({error}). Compact after training, or use another optimizer, such as AdamW."
+        ) from error
+    require_cuttable(trial, kept)
+
+
+def keep_rows(optimizer: Optimizer, parameter: nn.Parameter, places: Tensor) -> None:
+    """Cut the state of ``parameter`` to these rows; call it before the parameter is cut."""
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if _has_rows(value, parameter):
+            state[key] = value[places]
+
+
+def _has_rows(value: Any, parameter: Tensor) -> bool | None:
+    """Whether ``value`` has a row for each of the parameter's; None if its type and shape do not tell.
+
+    Moments have the parameter's shape; the factors of Adafactor have it with a dimension left out or of size 1. Codes
+    of quantized moments are integers or a tensor class of their own, and their scales belong to blocks that may span
+    rows.
+    """
+    if not isinstance(value, Tensor):
+        return False if value is None or isinstance(value, bool | int | float | str) else None
+    if value.ndim == 0 or (value.numel() == 1 and parameter.numel() != 1):
+        return False
+    if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+        return None
+    found = {rows for shape, rows in _reduced(parameter.shape) if shape == value.shape}
+    return found.pop() if len(found) == 1 else None
+
+
+def _reduced(shape: torch.Size) -> Iterator[tuple[torch.Size, bool]]:
+    """The shapes that remain of ``shape`` when dimensions are left out or 1, and whether the first one is whole."""
+    shapes: list[tuple[tuple[int, ...], bool]] = [((), True)]
+    for index, size in enumerate(shape):
+        shapes = [
+            ((*before, *kept), rows and (index > 0 or kept == (size,)))
+            for before, rows in shapes
+            for kept in {(size,), (1,), ()}
+        ]
+    for found, rows in shapes:
+        yield torch.Size(found), rows
+
+
+def _copy(optimizer: Optimizer, twins: dict[int, nn.Parameter | None]) -> Optimizer:
+    """A copy without state and hooks that holds ``twins`` in the place of parameters, by their ids."""
+    attributes = {
+        name: value
+        for name, value in vars(optimizer).items()
+        # Hooks, and step as a learning-rate scheduler wraps it, belong to the run.
+        if name != "state" and not name.startswith("_optimizer_") and not callable(value)
+    }
+    attributes = copy.deepcopy(attributes, dict(twins))
+    for group in attributes["param_groups"]:
+        group["params"][:] = [twin for twin in group["params"] if twin is not None]
+    trial: Optimizer = object.__new__(type(optimizer))
+    trial.__setstate__({**attributes, "state": defaultdict(dict)})
+    return trial
+
+
+def _refuse(optimizer: Optimizer, key: str, value: Any, parameter: Tensor) -> None:
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        kind += f" of shape {tuple(value.shape)} and {value.dtype}"
+    raise UsageError(
+        f"Ranks cannot be taken out while {type(optimizer).__name__} trains: it keeps {key!r}, a {kind}, for a "
+        f"parameter of shape {tuple(parameter.shape)}, and nothing tells which part belongs to which rank. Compact "
+        "after training, or use another optimizer, such as AdamW."
+    )
