@@ -119,11 +119,26 @@ def _sums_pay(rows: Tensor, weight: Tensor) -> bool:
     """Whether one weight with the product of A and B in it is cheaper for these rows, and as exact.
 
     It takes rank · in · out products twice, and spares rank · rows · (in + out) of them and a pass over rows × out and
-    one over rows × in. In half precision a small product would be lost in the rounding of the weight.
+    one over rows × in. Where products round their operands, to half precision or to TF32, a small product of A and B
+    would be lost in the rounding of the weight.
     """
     out_features, in_features = weight.shape
     enough = rows.shape[0] * (out_features + in_features) >= _MANY_ROWS * out_features * in_features
-    return enough and rows.dtype == weight.dtype and rows.dtype in (torch.float32, torch.float64)
+    if not enough or rows.dtype != weight.dtype:
+        return False
+    return rows.dtype == torch.float64 or (rows.dtype == torch.float32 and _float32_is_exact(rows.device.type))
+
+
+def _float32_is_exact(device_type: str) -> bool:
+    """Whether products of float32 matrices use all of their bits, by the settings of torch for the device.
+
+    ``torch.set_float32_matmul_precision`` and the settings of ``torch.backends`` allow TF32 (10 bits of mantissa) or
+    bfloat16 (7 bits).
+    """
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9: one setting for all devices
+        return torch.get_float32_matmul_precision() == "highest"
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("ieee", "none")
 
 
 def _folded(B_t: Tensor, gate: Tensor | None, scale: float) -> Tensor:

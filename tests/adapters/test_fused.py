@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.adapters.fused import _sums_pay, fused_linear
+from lit_sparse.adapters.fused import _float32_is_exact, _sums_pay, fused_linear
 from lit_sparse.adapters.linear import LowRankLinear
 
 IN, OUT, RANK = 5, 4, 3
@@ -360,3 +361,71 @@ def test_dropout_drops_that_share_in_both_directions():
     assert shares.unique().tolist() == pytest.approx([0, 1 / 0.75])
     spread = math.sqrt(0.25 * 0.75 / shares.numel())
     assert (shares == 0).double().mean().item() == pytest.approx(0.25, abs=6 * spread)
+
+
+class TensorCores(TorchDispatchMode):
+    """Rounds what float32 products read to ``bits`` of mantissa: 10 as TF32, 7 as bfloat16."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        products = {"mm.default": 0, "addmm.default": 1, "addmm_.default": 1}
+        first = products.get(f"{operator.overloadpacket.__name__}.{operator._overloadname}")
+        if first is not None and args[first].dtype == torch.float32:
+            args = (*args[:first], *(self.rounded(operand) for operand in args[first : first + 2]), *args[first + 2 :])
+        return operator(*args, **(kwargs or {}))
+
+    def rounded(self, operand: Tensor) -> Tensor:
+        fraction, exponent = torch.frexp(operand)
+        return torch.ldexp((fraction * 2 ** (self.bits + 1)).round() / 2 ** (self.bits + 1), exponent)
+
+
+@pytest.fixture
+def matmul_precision():
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+def small_beside_its_weight(width: int, rows: int) -> tuple[LowRankLinear, Tensor]:
+    """An adapter with |BA| / |W| = 1e-3, and rows enough to add BA to W in full precision."""
+    torch.manual_seed(0)
+    adapter = LowRankLinear(nn.Linear(width, width), 8, 1.0)
+    x = torch.randn(rows, width, requires_grad=True)
+    with torch.no_grad():
+        adapter.lora_B_t.normal_()
+        adapter.lora_B_t *= 1e-3 * adapter.base.weight.abs().mean() / adapter.delta_weight().abs().mean()
+    return adapter, x
+
+
+@pytest.mark.parametrize(("setting", "bits"), [("high", 10), ("medium", 7)])
+def test_where_products_are_rounded_the_adapter_is_not_lost_beside_its_weight(setting, bits, matmul_precision):
+    adapter, x = small_beside_its_weight(64, 256)
+    delta = adapter.delta_weight().double()
+    upstream = torch.randn(256, 64)
+    exact = [x.detach().double() @ delta.t(), upstream.double() @ delta]
+    errors = {}
+    for chosen in ("highest", setting):
+        matmul_precision(chosen)
+        with TensorCores(bits):
+            y, base = adapter(x), adapter.base(x)
+            grads = [torch.autograd.grad(output, x, upstream)[0] for output in (y, base)]
+        found = [y.detach().double() - base.detach().double(), grads[0].double() - grads[1].double()]
+        errors[chosen] = [float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
+    assert max(errors[setting]) < 2.0 ** (1 - bits)
+    # The fault that this avoids, on hardware that rounds although the setting promises not to.
+    assert min(errors["highest"]) > 0.1
+
+
+def test_the_precision_of_each_device_counts(matmul_precision):
+    exact = {}
+    for setting in ("highest", "high", "medium"):
+        matmul_precision(setting)
+        exact[setting] = [_float32_is_exact("cuda"), _float32_is_exact("cpu")]
+        matmul_precision("highest")
+    assert exact == {"highest": [True, True], "high": [False, False], "medium": [False, False]}
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert not _float32_is_exact("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert _float32_is_exact("cuda")
