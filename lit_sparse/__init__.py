@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lit_sparse.adapters.injection import inject as inject
     from lit_sparse.adapters.linear import LowRankLinear as LowRankLinear
     from lit_sparse.adapters.merging import merge as merge
+    from lit_sparse.adapters.merging import unload as unload
+    from lit_sparse.adapters.merging import unmerge as unmerge
     from lit_sparse.bank import AdapterBank as AdapterBank
     from lit_sparse.callbacks.checkpoint_files import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
@@ -89,6 +91,8 @@ _HOME = {
     "inject": "adapters.injection",
     "LowRankLinear": "adapters.linear",
     "merge": "adapters.merging",
+    "unload": "adapters.merging",
+    "unmerge": "adapters.merging",
     "AdapterBank": "bank",
     "CompactRanks": "callbacks.compaction",
     "FiniteLoss": "callbacks.finite_loss",

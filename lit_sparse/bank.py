@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.frozen import frozen_entries
 from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.originals import forget_originals
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import read_peft
 from lit_sparse.interchange.peft_import import install
@@ -91,6 +92,7 @@ class AdapterBank:
             before = list(_everything(self.model))
             try:
                 (_load_folder if path.is_dir() else _load_checkpoint)(self.model, path)
+                forget_originals(self.model, known=False)
                 places = [_Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
             finally:
                 self.model.requires_grad_(False)

@@ -91,6 +91,15 @@ def keep_head_precision(head: nn.Module) -> None:
             head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
+def leave_head_precision(model: nn.Module) -> None:
+    """Stop casting what enters the heads of ``model``: undoes :func:`keep_head_precision` but for the dtype."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _cast_inputs:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _cast_inputs(
     head: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -13,6 +13,7 @@ from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.head import keep_head_precision, pretrained_bodies, task_head
 from lit_sparse.adapters.naming import clean_name
+from lit_sparse.adapters.originals import keep_originals, originals
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import require_trainable_around
 from lit_sparse.adapters.selection import select_layers
@@ -77,7 +78,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def take_out(model: nn.Module) -> None:
-    """Put the frozen layers back where adapters stand, without what these add: the model is what it was before.
+    """Put the frozen layers back where adapters stand; what is trained whole stays as it is.
 
     Parameters stay frozen as injection left them.
     """
@@ -95,28 +96,34 @@ def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module, head: bool = False) -> Iterator[None]:
     """Within the context, every adapted layer gives exactly the frozen layer's output.
 
-    Adapters that were switched off before stay off after. The task head is what it is: trained.
+    Adapters that were switched off before stay off after. With ``head`` the model is the pretrained one wholly, as a
+    reference in a loss needs it; without, what is trained whole has its trained values.
 
     Args:
         model: Model with adapters.
+        head: Give what is trained whole, such as the task head, the values that it had before injection too. A copy of
+            them is kept since then, on the device where they were, and moves to the model's at the first use. A head
+            that began at random is the same after a resume only if both runs were seeded alike.
 
     Raises:
-        UsageError: If there is no adapter in ``model``.
+        UsageError: If there is no adapter in ``model``; with ``head``, if the original values are not known, because a
+            parameter was unfrozen after injection or the adapters took their start out of the frozen weights.
     """
     adapters = [adapter for _, adapter in adapters_in(model)]
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to disable. Inject a method first.")
     before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+    with originals(model) if head else nullcontext():
+        for adapter in adapters:
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter, enabled in zip(adapters, before, strict=True):
+                adapter.enabled = enabled
 
 
 def _replacements(adapters: Mapping[str, LowRankAdapter]) -> dict[nn.Module, nn.Module]:
@@ -150,7 +157,11 @@ def _trained_head(model: nn.Module, train_head: bool | list[str]) -> list[str]:
 
 def _train(model: nn.Module, name: str) -> None:
     parent, _, leaf = name.rpartition(".")
-    part = getattr(model.get_submodule(parent), leaf)
+    owner = model.get_submodule(parent)
+    part = getattr(owner, leaf)
     part.requires_grad_(True)
     if isinstance(part, nn.Module):
+        keep_originals(part)
         keep_head_precision(part)
+    else:
+        keep_originals(owner, {leaf})

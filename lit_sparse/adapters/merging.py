@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts
-from lit_sparse.adapters.injection import adapters_in, replace_modules
+from lit_sparse.adapters.injection import adapters_in, replace_modules, take_out
+from lit_sparse.adapters.originals import forget_originals, restore_originals
 from lit_sparse.adapters.quantized import dequantized, forget_quantization
 from lit_sparse.errors import UsageError, some
 
+_MERGED = "_lit_sparse_merged"
+
+
+@dataclass(frozen=True, eq=False)
+class _Changed:
+    """Entries of a weight before they were changed: all of them if ``indices``, into the flat weight, is None."""
+
+    indices: Tensor | None
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    """What :func:`unmerge` puts back: the module with the adapters, and the weights below it by name."""
+
+    adapted: nn.Module
+    weights: dict[str, _Changed]
+
 
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Add every adapter's product to its frozen weight, and put the plain layers back, in place.
 
     The sum is formed in the adapters' precision, float32 or better, and rounded once to the weight's. Entries of a
@@ -28,13 +48,16 @@ def merge(model: nn.Module) -> nn.Module:
 
     Args:
         model: Model with adapters.
+        keep: Keep what :func:`unmerge` needs: the adapters, and the entries that change, with their places; at most a
+            copy of the weight, which is what a dense adapter comes to.
 
     Returns:
         ``model``, of the classes that it had before injection.
 
     Raises:
         UsageError: If there is no adapter in ``model``, an adapter is switched off, a sum is not finite, or a layer is
-            quantized by something else than torchao or bitsandbytes. ``model`` is then what it was.
+            quantized by something else than torchao or bitsandbytes, or at all if ``keep`` is set. ``model`` is then
+            what it was.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
@@ -45,6 +68,11 @@ def merge(model: nn.Module) -> nn.Module:
             f"{len(off)} adapters are switched off, the first at {off[0]!r}: switch them on to merge them."
         )
     plain = dequantized(model)
+    if keep and plain:
+        raise UsageError(
+            f"{len(plain)} layers are quantized: merging unpacks them, which unmerge cannot undo. Merge without keep, "
+            "or load the model a second time."
+        )
     packed = {a: a.base for a in adapters.values() if isinstance(a, LowRankLayer) and a.base in plain}
     for adapter, base in packed.items():
         adapter.base = plain.pop(base)
@@ -54,13 +82,96 @@ def merge(model: nn.Module) -> nn.Module:
         for adapter, base in packed.items():
             adapter.base = base
         raise
-    for folded in adapters.values():
-        folded.weight.copy_(_merged(folded))
+    undo: dict[nn.Module, dict[str, _Changed]] = {}
+    for name, folded in adapters.items():
+        merged = _merged(folded)
+        if keep:
+            own = "weight" if isinstance(folded, LowRankLayer) else name.rpartition(".")[2]
+            undo.setdefault(folded.layer, {})[own] = _changed(folded.weight, merged)
+        folded.weight.copy_(merged)
     replacements: dict[nn.Module, nn.Module] = {a: a.base for a in adapters.values() if isinstance(a, LowRankLayer)}
     replacements |= {module: module.base for module in model.modules() if isinstance(module, AdaptedExperts)}
+    for adapted, base in replacements.items():
+        if base in undo:
+            vars(base)[_MERGED] = _Merged(adapted, undo[base])
     replace_modules(model, {**replacements, **plain})
     forget_quantization(model)
+    if not keep:
+        forget_originals(model)
     return model
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> dict[str, LowRankAdapter]:
+    """Undo ``merge(model, keep=True)``: every weight is what it was, bit for bit, and the adapters are in their places.
+
+    Args:
+        model: As it was merged, also moved to another device or copied.
+
+    Returns:
+        Full layer name to adapter.
+
+    Raises:
+        UsageError: If ``model`` was not merged with ``keep``, or changed its dtype since.
+    """
+    merged = {module: vars(module)[_MERGED] for module in model.modules() if _MERGED in vars(module)}
+    if not merged:
+        raise UsageError(
+            f"{type(model).__name__} holds nothing to unmerge: only merge(model, keep=True) keeps the weights that it "
+            "changes. Load the model again, or its checkpoint."
+        )
+    if any(True for _ in adapters_in(model)):
+        raise UsageError(f"{type(model).__name__} holds adapters again since it was merged. Call unload(model) first.")
+    for module, undo in merged.items():
+        for name, before in undo.weights.items():
+            if module.get_parameter(name).dtype != before.values.dtype:
+                raise UsageError(
+                    f"The weights of {type(model).__name__} are {module.get_parameter(name).dtype} and were "
+                    f"{before.values.dtype} when they were merged: what they were cannot be put back bit for bit. "
+                    "Load the model again."
+                )
+    for module, undo in merged.items():
+        del vars(module)[_MERGED]
+        for name, before in undo.weights.items():
+            weight = module.get_parameter(name)
+            if before.indices is None:
+                weight.copy_(before.values)
+            else:
+                weight.put_(before.indices.to(weight.device), before.values.to(weight.device))
+            undo.adapted.to(weight.device).train(module.training)
+    replace_modules(model, {module: undo.adapted for module, undo in merged.items()})
+    return dict(adapters_in(model))
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take the adapters out and give the plain model back as it was before injection, its head included, in place.
+
+    Parameters stay frozen or trainable as they are.
+
+    Args:
+        model: Model with adapters.
+
+    Returns:
+        ``model``, of the classes that it had before injection.
+
+    Raises:
+        UsageError: If there is no adapter in ``model``, or its original values are not known, because a parameter was
+            unfrozen after injection or the adapters took their start out of the frozen weights.
+    """
+    if not any(True for _ in adapters_in(model)):
+        raise UsageError(f"{type(model).__name__} holds no adapter to unload.")
+    restore_originals(model)
+    take_out(model)
+    return model
+
+
+def _changed(weight: Tensor, merged: Tensor) -> _Changed:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]
+    # By the bits: -0.0 equals 0.0.
+    indices = (weight.view(integers) != merged.view(integers)).flatten().nonzero().flatten()
+    if len(indices) * (indices.dtype.itemsize + weight.dtype.itemsize) >= weight.nbytes or weight.dtype.itemsize == 1:
+        return _Changed(None, weight.detach().clone())
+    return _Changed(indices, weight.detach().take(indices))
 
 
 def _require_finite(adapters: Mapping[str, LowRankAdapter]) -> None:
