@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -21,8 +20,8 @@ from lit_sparse.quickstart import hub_id, resolve
 Format = Literal["peft", "sparse", "delta", "merged"]
 
 _INSIDE = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
-# Arguments that are of the training alone, or that are given otherwise.
-_NOT_REBUILT = ("backbone", "method", "optimizer", "start_from", "compile", "gradient_checkpointing", "backbone_args")
+# Arguments that only training needs, or that the record has.
+_NOT_REBUILT = ("optimizer", "start_from", "compile", "gradient_checkpointing", "_class_path")
 
 
 def export_checkpoint(
@@ -150,17 +149,12 @@ def restore(
             checkpoint does not hold, or trained something outside the backbone.
     """
     saved = checkpoint[checkpoints.KEY]
-    _require_rebuildable(checkpoint, path, trust_remote_code)
+    _require_rebuildable(checkpoint, path)
     kind = checkpoints.known_class(saved["module"], SparseModule)
-    hyperparameters: dict[str, Any] = checkpoint["hyper_parameters"]
-    backbone_args = {**(hyperparameters.get("backbone_args") or {})}
+    kept = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_REBUILT}
+    given = {"backbone": backbone or saved["backbone"], "method": checkpoints.saved_method(saved["method"])}
     try:
-        module = kind(
-            backbone=backbone or saved["backbone"],
-            method=checkpoints.saved_method(saved["method"]),
-            backbone_args=backbone_args,
-            **_arguments(kind, hyperparameters),
-        )
+        module = checkpoints.rebuild(kind, {"hyper_parameters": kept}, given, trust_remote_code)
     except TypeError as error:
         raise UsageError(
             f"{kind.__name__} cannot be made of {str(path)!r} alone ({error}). Build it in Python, load the "
@@ -185,7 +179,7 @@ def _require_options(form: str, layout: str, with_head: bool, dtype: str | None)
         raise UsageError(f"layout and with_head are for the format peft; this is {form}.")
 
 
-def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], trust_remote_code: bool) -> None:
+def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     saved = checkpoint[checkpoints.KEY]
     if "module" not in saved or "hyper_parameters" not in checkpoint:
         raise UsageError(
@@ -203,22 +197,6 @@ def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[
         raise UsageError(
             f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: an export would be without them."
         )
-    backbone_args = checkpoint["hyper_parameters"].get("backbone_args") or {}
-    if backbone_args.get("trust_remote_code") and not trust_remote_code:
-        raise UsageError(
-            f"{str(path)!r} wants to run code that comes with the backbone {saved['backbone']!r}. If you trust it, set "
-            "trust_remote_code to true."
-        )
-
-
-def _arguments(kind: type[SparseModule], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(kind).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {
-        name: value
-        for name, value in hyperparameters.items()
-        if name not in _NOT_REBUILT and not name.startswith("_") and (takes_any or name in parameters)
-    }
 
 
 def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_name: str) -> Provenance:

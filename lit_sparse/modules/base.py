@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.saving import _default_map_location
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -27,6 +30,9 @@ from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, parameter_groups
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SparseModule(LightningModule):
@@ -96,6 +102,49 @@ class SparseModule(LightningModule):
         self._sparsify = _OwnSparsify(method)
         self._frozen_sample: Tensor | None = None
         self._keep_hyperparameters()
+
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls,  # noqa: N805
+        checkpoint_path: str | os.PathLike[str] | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | os.PathLike[str] | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Build the module that wrote a checkpoint, and load what it trained.
+
+        A checkpoint cannot choose what code runs. Its method and optimizer must be classes of this library or of
+        modules that are imported already, and no other argument is made from a class path.
+
+        Args:
+            checkpoint_path: File, URL or open stream.
+            map_location: Where the tensors go, as in ``torch.load``.
+            hparams_file: YAML file with arguments in the place of those in the checkpoint.
+            strict: Whether all keys must match.
+            weights_only: False runs whatever pickle the file holds.
+            trust_remote_code: Whether the checkpoint may ask for code that comes with the backbone.
+            kwargs: Arguments that replace those of the checkpoint.
+
+        Raises:
+            UsageError: If the checkpoint cannot be read or does not fit, names a class that is not known, or wants to
+                run code.
+        """
+        checkpoint = checkpoints.load(
+            checkpoint_path,
+            map_location=map_location or _default_map_location,
+            weights_only=weights_only is not False,
+        )
+        if hparams_file is not None:
+            checkpoint["hyper_parameters"] = checkpoints.read_hyperparameters(hparams_file)
+        module = checkpoints.rebuild(cls, checkpoint, kwargs, trust_remote_code)
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], module.strict_loading if strict is None else strict)
+        stored = next(iter(checkpoint["state_dict"].values()), None)
+        return module if stored is None else module.to(stored.device)
 
     def load_model(self) -> nn.Module:
         """Load the backbone that ``backbone`` names, without adapters; for sub-classes to add arguments."""
@@ -210,10 +259,7 @@ class SparseModule(LightningModule):
         if "_instantiator" in self.hparams:
             self.save_hyperparameters()  # the command line hands over its configuration, which is plain
             return
-        plain = {
-            "method": _portable_method(self.method),
-            "_instantiator": "lightning.pytorch.cli.instantiate_module",
-        }
+        plain: dict[str, Any] = {"method": _portable_method(self.method)}
         if not self._built:
             plain["backbone"] = self.backbone
         if isinstance(self.optimizer, functools.partial) and isinstance(self.optimizer.func, type):
