@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, quality.md and editing.md, from the files that the benchmarks wrote.
+"""The tables of docs/performance.md, quality.md, editing.md and engines.md, from the files that the benchmarks wrote.
 
 Run:  python benchmarks/tables.py
 
@@ -20,7 +20,7 @@ from typing import Any
 from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
-PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing")]
+PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines")]
 METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 
 
@@ -335,6 +335,22 @@ def success_and_locality(cells: Sequence[dict[str, Any]]) -> tuple[float, float]
     return success, locality
 
 
+def of_engines(content: dict[str, Any]) -> str:
+    ranks: list[int] = content["ranks"]
+    lines = [
+        f"{len(ranks)} layers with ranks {ranks[0]} to {ranks[-1]} of {content['rank']}; without the adapter log "
+        f"probabilities differ by {content['effect']:.2g}. llama.cpp {content['llama.cpp']}, transformers "
+        f"{content['transformers']}.",
+        "",
+        f"| engine | format, layout | max difference of log probabilities | {content['tokens']} tokens equal |",
+        "|---|---|---|---|",
+    ]
+    for row in content["results"]:
+        equal = "yes" if row["tokens_equal"] else "no"
+        lines.append(f"| {row['engine']} | {row['layout']} | {row['difference']:.1e} | {equal} |")
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -343,6 +359,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": of_quality,
     "forgetting": of_forgetting,
     "editing": of_editing,
+    "engines": of_engines,
 }
 
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lit_sparse.exporting import export_checkpoint as export_checkpoint
     from lit_sparse.interchange.card import Provenance as Provenance
     from lit_sparse.interchange.export import ExportReport as ExportReport
+    from lit_sparse.interchange.gguf_export import export_gguf as export_gguf
     from lit_sparse.interchange.merged_folder import export_merged as export_merged
     from lit_sparse.interchange.peft_export import export_peft as export_peft
     from lit_sparse.interchange.peft_import import load_peft as load_peft
@@ -126,6 +127,7 @@ _HOME = {
     "Provenance": "interchange.card",
     "ExportReport": "interchange.export",
     "export_merged": "interchange.merged_folder",
+    "export_gguf": "interchange.gguf_export",
     "export_peft": "interchange.peft_export",
     "load_peft": "interchange.peft_import",
     "export_delta": "interchange.sparse_folder",

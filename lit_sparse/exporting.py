@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, require_free
+from lit_sparse.interchange.gguf_export import export_gguf
 from lit_sparse.interchange.merged_folder import Dtype, export_merged
 from lit_sparse.interchange.peft_export import Layout, export_peft
 from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
@@ -17,7 +18,7 @@ from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.quickstart import hub_id, resolve
 
-Format = Literal["peft", "sparse", "delta", "merged"]
+Format = Literal["peft", "gguf", "sparse", "delta", "merged"]
 
 _INSIDE = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
 # Arguments that only training needs, or that the record has.
@@ -43,8 +44,9 @@ def export_checkpoint(
     Args:
         ckpt_path: Checkpoint file of a SparseModule whose backbone was given by name.
         output: Folder to write; must not exist, or be empty.
-        format: peft: a plain LoRA, for PEFT and serving engines. sparse: of A and B only what is not zero. delta:
-            the entries of the frozen weights that change, a patch. merged: the whole model, for transformers.
+        format: peft: a plain LoRA, for PEFT and serving engines. gguf: one for llama.cpp. sparse: of A and B only what
+            is not zero. delta: the entries of the frozen weights that change, a patch. merged: the whole model, for
+            transformers.
         layout: For peft. padded: all layers with one rank, for every engine; ragged: each with its own, smaller, for
             PEFT and transformers only.
         with_head: For peft: write what was trained whole too.
@@ -79,7 +81,8 @@ def export_checkpoint(
         return export_peft(model, output, layout, with_head, **common)
     if format == "merged":
         return export_merged(model, output, dtype, resolve(module.backbone), **common)
-    return (save_adapter if format == "sparse" else export_delta)(model, output, **common)
+    write = {"gguf": export_gguf, "sparse": save_adapter, "delta": export_delta}[format]
+    return write(model, output, **common)
 
 
 def merge_checkpoint(

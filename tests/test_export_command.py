@@ -216,6 +216,14 @@ def test_a_checkpoint_of_any_module_is_enough(save_backbone, build, tmp_path):
     assert type(module.model).from_pretrained(tmp_path / "merged").dtype == module.model.dtype
 
 
+def test_a_lora_file_for_llama_cpp(capsys, tmp_path):
+    pytest.importorskip("gguf")
+    checkpoint = save(ls.CausalLM(save_tiny_llama(tmp_path / "base"), METHOD), tmp_path / "run.ckpt")
+    main(["export", "--ckpt_path", checkpoint, "--format", "gguf", "--output", "lora"])
+    assert re.search(r"Wrote lora \(gguf\): [\d,]+ bytes of weights.*\nFor llama.cpp and", capsys.readouterr().out)
+    assert (tmp_path / "lora" / "adapter.gguf").stat().st_size > 1000
+
+
 def test_a_padding_that_was_learned_from_the_data_is_kept(tmp_path):
     module = ls.SequenceClassification(save_tiny_gpt2(tmp_path / "gpt2"), METHOD, num_labels=2)
     module.configure_model()
@@ -278,10 +286,11 @@ def test_a_module_of_the_users_own_is_imported_when_they_say_so(project, refuse,
         (["--formt", "peft"], 2, "unrecognized arguments: --formt peft. Did you mean 'format'?"),
         (["--colour", "red"], 2, "unrecognized arguments: --colour red. --help lists what there is."),
         (
-            ["--format", "gguf"],
+            ["--format", "onnx"],
             2,
-            "Parser key \"format\": Expected a typing.Literal['peft', 'sparse', 'delta', 'merged']",
+            "Parser key \"format\": Expected a typing.Literal['peft', 'gguf', 'sparse', 'delta', 'merged']",
         ),
+        (["--format", "gguf"], 1, "No LoRA file for llama.cpp can be written for BertForSequenceClassification"),
         (["--tolerance", "small"], 2, 'Parser key "tolerance"'),
         (["--tolerance", "-1"], 1, "tolerance is the largest difference of outputs that is accepted; got -1.0"),
         (["--dtype", "float16"], 1, "dtype is for the format merged; peft keeps the precision of the adapters."),

@@ -66,6 +66,7 @@ class ExportedFolder:
 
 _WHAT = {
     "peft": "a LoRA in PEFT's format, of the ranks that training kept",
+    "gguf": "a LoRA in llama.cpp's format, of the ranks that training kept",
     "sparse": "sparse low-rank adapters: of A and B only what is not zero",
     "delta": "a patch: the entries of the frozen weights that training changed, and by how much",
     "merged": "a whole model, with the adapters added to its weights",
@@ -84,7 +85,7 @@ def model_card(
     """The text of ``README.md`` in the hub's form.
 
     Args:
-        form: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        form: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         model: The model, for its class and labels.
         folder: What is written, and where it can be loaded from.
         provenance: Where the export came from.
@@ -100,7 +101,7 @@ def model_card(
     method = (provenance.method or "adapters").lower()
     front = ModelCardData(
         base_model=base_model,
-        library_name="peft" if form == "peft" else "transformers",
+        library_name=form if form in ("peft", "gguf") else "transformers",
         license=provenance.license,
         tags=["lit-sparse", "lora", *([method] if provenance.method else [])],
     )
@@ -115,7 +116,7 @@ def model_card(
         f"{whole:,} trained whole.\n\n| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
         + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
         _labels(model),
-        f"## How to load\n\n```python\n{code}\n```\n",
+        f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",
         "## Engines\n\n" + "".join(f"- {note}\n" for note in notes) if notes else "",
     ]
     return "\n".join(part for part in parts if part)

@@ -37,7 +37,7 @@ class ExportReport:
 
     Args:
         folder: Where it is.
-        format: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        format: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         bytes: Size of its files of weights.
         remaining_parameters: Entries of A and B that are not zero, in ranks that contribute something.
         head_parameters: What was trained whole.
@@ -70,7 +70,7 @@ class Form:
     """One form of export.
 
     Args:
-        name: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        name: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         write: Fills an empty folder and returns this format's entries of the metadata. ``notes``, a list of sentences,
             are also printed and put on the card.
         read: Makes a model of the folder, in memory of its own.
@@ -134,7 +134,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         entries = _entries(form.name, model, name, provenance)
         difference, tolerance = _write_checked(draft, model, form, terms, entries)
         save_processor(terms.processor or name, draft)
-        size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in draft.iterdir() if file.suffix in (".safetensors", ".gguf"))
         notes = tuple(entries.get("notes", ()))
         report = ExportReport(
             Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, notes

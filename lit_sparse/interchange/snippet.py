@@ -1,9 +1,11 @@
-"""The lines of Python that load an exported folder and use it, as its model card shows them."""
+"""The lines of code that load an exported folder and use it, as its model card shows them."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -26,16 +28,18 @@ def labels_of(model: nn.Module) -> list[str] | None:
 def snippet(
     form: str, model: nn.Module, base: str | None, place: str, is_repository: bool, files: Collection[str]
 ) -> str:
-    """Python code that loads a folder, and where it holds a tokenizer runs the model on a text.
+    """Python code that loads a folder, and where it holds a tokenizer runs the model on a text; for gguf, commands.
 
     Args:
-        form: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        form: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         model: The model that was exported, of which a program of transformers' can be made.
         base: Hub id or existing folder of the pretrained model; None where it was built in Python.
         place: The folder as the user named it, or the repository on the hub.
         is_repository: Whether ``place`` is on the hub.
         files: Names of the files in the folder.
     """
+    if form == "gguf":
+        return _commands(base, place, is_repository)
     kind = type(model).__name__
     imports = {f"from {_module_of(model)} import {kind}"}
     lines = [] if form == "merged" else _base(model, base)
@@ -60,6 +64,18 @@ def snippet(
         imports.add(f"from transformers import {loader}")
         lines += ["", f"processor = {loader}.from_pretrained({_quoted(place)})"]
     return "\n".join([*sorted(imports, key=lambda line: (not line.startswith("import "), line)), "", *lines])
+
+
+def _commands(base: str | None, place: str, is_repository: bool) -> str:
+    """The shell's lines that make a GGUF file of the base model and run llama.cpp with the LoRA."""
+    source = base or "BASE"
+    remote = "" if base is None or Path(base).exists() else "--remote "
+    file = "adapter.gguf" if is_repository else f"{place}/adapter.gguf"
+    lines = ["# convert_hf_to_gguf.py and llama-cli are llama.cpp's"]
+    lines.append(f"python convert_hf_to_gguf.py {remote}{shlex.quote(source)} --outfile base.gguf")
+    if is_repository:
+        lines.append(f"hf download {shlex.quote(place)} {file} --local-dir .")
+    return "\n".join([*lines, f"llama-cli -m base.gguf --lora {shlex.quote(file)}"])
 
 
 def _base(model: nn.Module, base: str | None) -> list[str]:

@@ -56,7 +56,7 @@ def read_folder(folder: Path) -> Saved:
         raise UsageError(f"{file} cannot be read: it holds no names.")
     form = entries.get("format")
     if form not in ("sparse", "delta"):
-        how = {"peft": "load_peft", "merged": "the model class's from_pretrained"}.get(
+        how = {"peft": "load_peft", "gguf": "llama.cpp", "merged": "the model class's from_pretrained"}.get(
             str(form), "the version that wrote it"
         )
         raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {how}.")

@@ -1,13 +1,9 @@
 """What engines compute with a PEFT folder: their rules, applied to ours and compared with the live model."""
 
-import json
-from collections import defaultdict
-
 import pytest
 import torch
-import torch.nn.functional as F
 from backbones import build_tiny
-from safetensors.torch import load_file
+from engine_rules import apply, llama_cpp, read, tgi, vllm
 from trained import ROSELORA, SORA, as_trained, logits
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
@@ -18,49 +14,11 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 LAYERS = {"num_hidden_layers": 3}
 
 
-def read(folder):
-    """The configuration, and A and B of each layer by its full name."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    pairs = defaultdict(dict)
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        name, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        pairs[name][factor] = tensor
-    return config, pairs
-
-
-def vllm(config, pairs, model):
-    """One scale for all layers (vllm/lora/peft_helper.py and lora_weights.py); patterns are not read."""
-    assert not config["modules_to_save"]
-    assert all(pair["A"].shape[0] <= config["r"] for pair in pairs.values())  # copied into a buffer of rank r
-    return {name: config["lora_alpha"] / config["r"] * pair["B"] @ pair["A"] for name, pair in pairs.items()}
-
-
-def llama_cpp(config, pairs, model):
-    """alpha by the rank of the tensor (llama.cpp, src/llama-adapter.h, get_scale); patterns are not converted."""
-    return {name: config["lora_alpha"] / pair["B"].shape[1] * pair["B"] @ pair["A"] for name, pair in pairs.items()}
-
-
-def tgi(config, pairs, model):
-    """A projection is stacked over all layers of the model, ranks padded to 8, or dropped if one layer has none of it.
-
-    text-generation-inference, server/text_generation_server/adapters/lora.py, prepare_weights.
-    """
-    stacks = defaultdict(list)
-    for name in pairs:
-        stacks[name.rpartition(".")[2]].append(name)
-    whole = {leaf: names for leaf, names in stacks.items() if len(names) == model.config.num_hidden_layers}
-    for names in whole.values():
-        torch.stack([F.pad(pairs[name]["A"], (0, 0, 0, max(0, 8 - len(pairs[name]["A"])))) for name in names])
-    return vllm(config, {name: pairs[name] for names in whole.values() for name in names}, model)
-
-
 @torch.no_grad()
 def difference(rule, folder, live):
     """The largest difference of logits between the live model and what an engine makes of the folder."""
     plain = build_tiny(LlamaForCausalLM, **LAYERS).double()
-    for name, delta in rule(*read(folder), plain).items():
-        plain.get_submodule(name).weight += delta
-    return float((logits(plain, IDS) - logits(live, IDS)).abs().max())
+    return float((logits(apply(rule, folder, plain), IDS) - logits(live, IDS)).abs().max())
 
 
 @pytest.fixture(params=[SORA, ROSELORA], ids=lambda method: type(method).__name__)

@@ -101,7 +101,7 @@ CASES = [
     # Commands on files.
     Case("an export of nothing", ["export", "--ckpt_path", "no.ckpt", "--format", "peft", "--output", "o"], "no.ckpt"),
     Case(
-        "an export in a format of another", ["export", "--ckpt_path", "x", "--format", "gguf", "--output", "o"], "gguf"
+        "an export in a format of another", ["export", "--ckpt_path", "x", "--format", "onnx", "--output", "o"], "onnx"
     ),
     Case("inspect of nothing", ["inspect", "nowhere"], "nowhere"),
     Case("a checkpoint that is not there", ["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
