@@ -26,7 +26,7 @@ import lit_sparse as ls
 from lit_sparse.adapters.experts import AdaptedExperts
 from lit_sparse.adapters.head import task_head
 from lit_sparse.adapters.selection import left_out, survey
-from lit_sparse.adapters.statistics import layer_sparsity, sparsity_of
+from lit_sparse.adapters.statistics import layer_sparsity, live_ranks, sparsity_of
 
 DENSITY = 0.3
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "backbones.md"
@@ -209,7 +209,7 @@ def require_pruned(module: ls.SparseModule) -> None:
     for adapter in adapters:
         for matrix in (adapter.lora_A, adapter.lora_B_t):  # a row is one of A, or a column of B
             most = max(1, int(DENSITY * matrix.shape[1] + 1e-9))
-            assert (matrix.count_nonzero(dim=1) <= most).all()
+            assert (matrix[live_ranks(adapter)].count_nonzero(dim=1) <= most).all()  # idle ones have no scores
 
 
 def trained_values(checkpoint, model: nn.Module) -> dict[str, np.ndarray]:
@@ -227,7 +227,9 @@ def require_counted(model: nn.Module, values: dict[str, np.ndarray]) -> None:
         lora_A, lora_B_t = values[f"{name}.lora_A"], values[f"{name}.lora_B_t"]
         gate = values.get(f"{name}.gate", np.ones(len(lora_A)))
         by_hand[name] = sum(
-            int((a != 0).sum() + (b != 0).sum()) for a, b, g in zip(lora_A, lora_B_t, gate, strict=True) if g
+            int((a != 0).sum() + (b != 0).sum())
+            for a, b, g in zip(lora_A, lora_B_t, gate, strict=True)
+            if g and a.any() and b.any()
         )
     assert {layer.name: layer.remaining_parameters for layer in layer_sparsity(model)} == by_hand
     total = sparsity_of([adapter for _, adapter in ls.adapters_in(model)])["remaining_parameters"]

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_sparse.callbacks.averaging import keep_averages_sparse
+from lit_sparse.callbacks.averaging import Pair, copy_zeros, keep_averages_sparse
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder, require_trained_weights
@@ -30,9 +30,9 @@ class Sparsify(Callback):
     Manual optimization works when the step is taken by what ``self.optimizers()`` returns. Schedules over shares of
     the run then count one step for every batch: give ``begin`` and ``end`` as numbers of steps where you take fewer.
 
-    ``WeightAveraging`` and ``EMAWeightAveraging`` average what is not zero: a weight at zero has the average zero.
-    ``StochasticWeightAveraging`` is refused. A run that ``EarlyStopping`` ends has gone only part of the way of a
-    schedule over shares of the run.
+    ``WeightAveraging`` and ``EMAWeightAveraging`` average what is not zero: a weight at zero has the average zero,
+    after every step. ``StochasticWeightAveraging`` and schedule-free optimizers are refused. A run that
+    ``EarlyStopping`` ends has gone only part of the way of a schedule over shares of the run.
 
     Args:
         method: The method whose adapters were injected into the module.
@@ -40,14 +40,15 @@ class Sparsify(Callback):
     Raises:
         UsageError: At set-up, under a strategy that would not keep adapters equal in all processes, such as DeepSpeed.
             When training starts, if the module holds no adapters, holds those of another method, there are
-            two ``Sparsify`` or a ``StochasticWeightAveraging``, or one optimizer does not hold all trained adapter
-            parameters.
+            two ``Sparsify`` or a ``StochasticWeightAveraging``, one optimizer does not hold all trained adapter
+            parameters, or it evaluates other weights than those it trains.
     """
 
     def __init__(self, method: SparseMethod) -> None:
         self.method = method
         self._steps: SparseSteps | None = None
         self._steps_before = 0
+        self._averages: list[Pair] = []
         self._propagated = False
         """Whether the current batch had a backward pass; its ``training_step`` may have returned None instead."""
 
@@ -67,7 +68,7 @@ class Sparsify(Callback):
         """Check that method, optimizer and the other callbacks fit the adapters."""
         adapters = adapters_of(self.method, pl_module)
         require_trained_weights(self.method, holder(trainer.optimizers, adapters))
-        keep_averages_sparse(trainer.callbacks)  # type: ignore[attr-defined]
+        self._averages = keep_averages_sparse(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
         keep_buffers_local(trainer.strategy.model, adapters.items())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +98,10 @@ class Sparsify(Callback):
         if scaler is not None and steps and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
         self._steps.observe()
+
+    def on_train_batch_end(self, *args: Any) -> None:  # noqa: ARG002
+        """Keep averages as sparse as the weights, before they are validated or saved."""
+        copy_zeros(self._averages)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Stop following the optimizer, and shout when nothing was ever pruned."""

@@ -86,8 +86,9 @@ class ProximalGates:
             return []
         warnings = self._compare_groups(gates, run.optimizer)
         if run.total is not None and self.metric == "euclidean":  # else the thresholds depend on gradients to come
-            for strength in sorted({self._strength(adapter) for adapter in adapters}):
-                alike = _gates([adapter for adapter in adapters if self._strength(adapter) == strength])
+            trained = [a for a in adapters if a.gate is not None and a.gate.requires_grad]  # others have no lr
+            for strength in sorted({self._strength(adapter) for adapter in trained}):
+                alike = _gates([adapter for adapter in trained if self._strength(adapter) == strength])
                 warnings += self._foretell(alike, strength, run.learning_rates)
         return warnings
 

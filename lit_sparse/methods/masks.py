@@ -16,6 +16,10 @@ from lit_sparse.methods.base import Run, Step
 BROAD_CHANGE = 0.1
 """Share of W0's entries that BA may touch before the method is no longer a local change, and says so."""
 
+_FIRST_SCORES = 3
+"""The step whose gradients tell entries apart in any run: B moves away from zero at the first step, or at the second
+where a warm-up begins at a learning rate of zero."""
+
 
 class SensitivityMasks:
     """The row and column masks of a method: sensitivities, their average, the density schedule, the clamp.
@@ -138,7 +142,8 @@ class SensitivityMasks:
     def settled_after(self, total: int) -> int:
         """The first step after which masks have the final density."""
         steps = range(self.update_every, total + 1, self.update_every)
-        return next((step for step in steps if self.density_at(step, total, 0.5) == 0.5), total)
+        settled = (step for step in steps if step >= _FIRST_SCORES and self.density_at(step, total, 0.5) == 0.5)
+        return next(settled, total)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that ended before anything was masked."""
@@ -147,7 +152,7 @@ class SensitivityMasks:
             return None
         return (
             f"No entry of A or B was zeroed: the run ended before the schedule began (begin={self.begin}, "
-            f"end={self.end}). Train longer, or lower begin and end."
+            f"end={self.end}), or before any gradient told entries apart. Train longer, or lower begin and end."
         )
 
 
@@ -156,7 +161,9 @@ def keep_top_share_(
 ) -> None:
     """Zero, in every row, all but the ``density`` share with the highest scores.
 
-    Rows of equal width are ranked together, whichever layer they come from.
+    Rows of equal width are ranked together, whichever layer they come from. A row all of whose scores are zero stays
+    whole: nothing is known of its entries. So are all rows at first, as A has no influence while B is zero and the
+    entries of B none while they are; what were zeroed then would have no sensitivity ever after.
 
     Args:
         weights: Matrices of shape ``(rank, width)``, changed in place.
@@ -165,7 +172,9 @@ def keep_top_share_(
         masks: Boolean matrices of the same shapes, to write the choice into.
     """
     for indices in _by_width(weights):
-        mask = top_fraction_mask(torch.cat([scores[i] for i in indices]), density, dim=1)
+        stacked = torch.cat([scores[i] for i in indices])
+        mask = top_fraction_mask(stacked, density, dim=1)
+        mask |= stacked.amax(dim=1, keepdim=True) == 0
         _multiply_([weights[i] for i in indices], mask)
         if masks is not None:
             torch._foreach_copy_([masks[i] for i in indices], list(mask.split([weights[i].shape[0] for i in indices])))

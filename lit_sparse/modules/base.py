@@ -213,7 +213,9 @@ class SparseModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
         frozen = frozenset(frozen_entries(self))
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        for kind in ("state_dict", "current_model_state"):  # under weight averaging the first is the average
+            if kind in checkpoint:
+                checkpoint[kind] = {name: value for name, value in checkpoint[kind].items() if name not in frozen}
         checkpoint[checkpoints.KEY] = {
             **checkpoints.describe(self, self.backbone, _portable_method(self.method), self._frozen_sample),
             # What rebuilds the module without the configuration, beside the hyperparameters.
@@ -225,6 +227,10 @@ class SparseModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other adapters or of another backbone."""
         checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
+        if "current_model_state" in checkpoint:  # weight averaging expects the frozen weights in the average
+            own = self.state_dict()
+            frozen = {name: own[name] for name in frozen_entries(self)}
+            checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -205,6 +205,8 @@ def test_roselora_follows_the_written_out_loop(gated: bool, accumulate: int, eve
 
 
 def zero_all_but_top(values: Tensor, scores: Tensor, share: float) -> None:
+    if not scores.any():
+        return  # as at the first step, when B is zero: nothing is known of the entries
     order = sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))
     for i in order[max(1, math.floor(share * len(scores) + 1e-9)) :]:
         values[i] = 0.0

@@ -1,5 +1,6 @@
 """Arguments of the methods: each is checked when the method is made, and kept."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -212,7 +213,8 @@ def test_gates_are_an_optimizer_group_of_their_own() -> None:
     ("begin", "end", "every", "total", "after"),
     [
         (1, 4, 1, 10, 4),
-        (0, 0, 1, 10, 1),
+        (0, 0, 1, 10, 3),  # the first scores, after a warm-up from a learning rate of zero
+        (0, 0, 2, 10, 4),
         (3, 3, 1, 10, 4),
         (0.1, 0.45, 1, 10, 5),
         (1, 4, 3, 10, 6),
@@ -270,6 +272,39 @@ def test_a_run_that_masked_nothing_says_so(density: float, zeroed: bool, said: b
     assert (sentence is not None) == said
     if sentence is not None:
         assert sentence.startswith("No entry of A or B was zeroed: the run ended before the schedule began (begin=3")
+
+
+@pytest.mark.parametrize("method", [ls.RoseLoRA, functools.partial(ls.GatedRoseLoRA, threshold=1e-6)])
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_masks_wait_for_scores_that_tell_entries_apart(method: Any, warmup: bool) -> None:
+    """B is zero at first, and with it every score: then nothing is zeroed, least of all by the order of the entries."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 20))
+    sparse = method(["0", "1"], rank=2, density=0.2, begin=0, end=0, train_head=False)
+    first, unreached = ls.inject(model, sparse).values()
+    optimizer = torch.optim.Adam(ls.parameter_groups(model, sparse), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0 or not warmup))
+    steps = ls.SparseSteps(sparse, model, optimizer, total_steps=4)
+    for number in range(1, 5):
+        optimizer.zero_grad()
+        first(torch.randn(6, 20)).square().sum().backward()
+        scores = (first.lora_A * first.lora_A.grad).abs()  # type: ignore[operator]
+        steps.observe()
+        optimizer.step()
+        schedule.step()
+        kept = first.lora_A != 0
+        if number < 2 + warmup:
+            assert not scores.any()
+            assert kept.all()
+        if number == 2 + warmup:
+            expected = torch.zeros_like(kept).scatter_(1, scores.topk(4).indices, True)
+            assert torch.equal(kept, expected)
+            assert not torch.equal(kept, torch.arange(20).expand(2, 20) < 4)
+        if number > 2 + warmup:
+            assert kept.sum(1).tolist() == [4, 4]
+    assert (unreached.lora_A != 0).all()
+    assert not unreached.lora_B_t.any()
 
 
 def test_a_rank_is_whole() -> None:

@@ -234,6 +234,23 @@ def test_frozen_adapters_are_an_error() -> None:
         ls.SparseSteps(method, net, torch.optim.Adam(head.parameters()), BATCHES)
 
 
+def test_an_adapter_may_be_frozen_beside_others_that_are_trained() -> None:
+    method = METHODS["sora"]()
+    net = network(method)
+    (_, frozen), (_, trained) = ls.adapters_in(net)
+    frozen.requires_grad_(False)
+    before = [p.detach().clone() for p in frozen.parameters(recurse=False)]
+    optimizer = optimizer_of(net)
+    steps = ls.SparseSteps(method, net, optimizer, BATCHES)
+    for x, y in batches():
+        nn.functional.mse_loss(net(x), y).backward()
+        steps.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (trained.gate == 0).any()  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters(recurse=False), strict=True))
+
+
 class ScheduleFree(torch.optim.SGD):
     """Trains y and evaluates x, an average of it that ``eval`` swaps in: the contract of schedule-free optimizers."""
 
