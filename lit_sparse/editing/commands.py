@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,10 +64,7 @@ def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
     require_free(output)
     files = [file for name in edits for file in _files(name)]
     present = _present(model)
-    taken = [*present, *(file.name for file in files)]
-    twice = next((name for name in taken if taken.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"{twice!r} would be in the model twice: leave it out, or give the other file another name.")
+    _require_names([*present, *(file.name for file in files)])
     edited = _edited_model(model)
     for file in files:
         edit = load_edit(file)
@@ -142,6 +140,20 @@ def _parser(program: str) -> argparse.ArgumentParser:
     remove.add_argument("names", nargs="+", help="of the edits, as list shows them")
     remove.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
     return parser
+
+
+def _require_names(names: Sequence[str]) -> None:
+    """Refuse names of edits that a folder cannot hold beside each other, on any file system."""
+    taken: set[str] = set()
+    for name in names:
+        key = unicodedata.normalize("NFKC", name).casefold()
+        if key in (_ORIGINALS, _ORDER) or len(name.splitlines()) != 1:
+            raise UsageError(f"An edit cannot be named {name!r} within a model: give its file another name.")
+        if key in taken:
+            raise UsageError(
+                f"{name!r} would be in the model twice: leave it out, or give the other file another name."
+            )
+        taken.add(key)
 
 
 def _files(source: str) -> list[Path]:

@@ -200,11 +200,11 @@ class Editor(LightningModule):
         how = Training(self.method, self.steps, self.optimizer, self.stop_loss)
         trained = train(self.model, {key: value.to(self.device) for key, value in batch.items()}, how)
         edit = Edit(trained.patch, tuple(requests), (), repr(self.method), self._name(), trained.weights)
-        self._edited.add(edit)
+        self._edited.add(Edit(trained.patch))  # made for this model: nothing to compare
         seconds = time.perf_counter() - start
         measured = self._measurer.measure(questions, before)
         if self.save_edits:
-            edit.measured(measured).save(self._edit_file(requests))
+            self._edited.with_base(edit).measured(measured).save(self._edit_file(requests))
         if not self.sequential:
             start = time.perf_counter()
             self._edited.restore()

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_sparse._version import __version__
+from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.editing.bases import require_base, sample_of
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Entries, Patch, add, patch_from, put, require_fit, standing, tensors_of
@@ -24,6 +26,7 @@ from lit_sparse.json_text import parse
 SUFFIX = ".safetensors"
 _KEY = "lit_sparse_edit"
 _VERSION = 1
+_BASE = "base@"  # what the names of the base model's values begin with
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class Edit:
         method: How it was trained.
         base_model: The model that it was made for.
         weights: Entries of the weights that could have changed.
+        base: Some of the values that the changed weights had before any edit; empty if they are not known.
     """
 
     patch: Patch
@@ -45,6 +49,7 @@ class Edit:
     method: str = ""
     base_model: str = ""
     weights: int = 0
+    base: Patch = field(default_factory=dict)
 
     @property
     def changed(self) -> int:
@@ -68,7 +73,8 @@ class Edit:
             "requests": [asdict(request) for request in self.requests],
             **{name: getattr(self, name) for name in ("metrics", "method", "base_model", "weights")},
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(self.patch).items()}
+        stored = tensors_of(self.patch) | {f"{_BASE}{name}": t for name, t in tensors_of(self.base).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         # One entry only: safetensors writes several in any order, and equal edits are to be equal files.
         save_file(tensors, draft, metadata={_KEY: json.dumps(content)})
@@ -87,7 +93,9 @@ def load_edit(file: str | os.PathLike[str]) -> Edit:
     try:
         requests = tuple(_request(request) for request in content["requests"])
         named = {name: content[name] for name in ("method", "base_model", "weights")}
-        return Edit(patch_from(tensors), requests, tuple(content["metrics"]), **named)
+        base = {name.removeprefix(_BASE): tensor for name, tensor in tensors.items() if name.startswith(_BASE)}
+        patch = {name: tensor for name, tensor in tensors.items() if not name.startswith(_BASE)}
+        return Edit(patch_from(patch), requests, tuple(content["metrics"]), **named, base=patch_from(base))
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{str(file)!r} is no edit that can be read: something is missing or wrong in it ({error!r})."
@@ -142,15 +150,26 @@ class EditedModel:
             How many entries it changes that earlier edits changed too.
 
         Raises:
-            UsageError: If the model has no such weights.
+            UsageError: If the model has no such weights, they are quantized, or it is another than the edit's.
         """
+        packed = [layer for layer, _ in quantized_layers(self.model) if f"{layer}.weight" in edit.patch]
+        if packed:
+            raise UsageError(
+                f"{name} changes {packed[0]!r}, whose weight is quantized: it has no entries to add to. Load the model "
+                "without quantization."
+            )
         require_fit(self.model, edit.patch, name)
+        require_base(self.model, self.originals, edit.base, edit.base_model, name)
         conflicts = 0
         for weight, before in add(self.model, edit.patch).items():
             known = self.originals.get(weight)
             self.originals[weight], shared = _extended(known, before)
             conflicts += shared
         return conflicts
+
+    def with_base(self, edit: Edit) -> Edit:
+        """An edit that is in the model, with the values by which its base model is known."""
+        return replace(edit, base=sample_of({name: self.originals[name] for name in edit.patch}))
 
     def restore(self) -> None:
         """Take all edits out."""
@@ -193,7 +212,8 @@ def combine(edits: Sequence[Edit]) -> tuple[Edit, int]:
             conflicts += shared
     requests = tuple(request for edit in edits for request in edit.requests)
     metrics = tuple(found for edit in edits for found in edit.metrics)
-    return Edit(patch, requests, metrics, edits[0].method, bases[0], edits[0].weights), conflicts
+    base = {name: entries for edit in edits for name, entries in edit.base.items()}
+    return Edit(patch, requests, metrics, edits[0].method, bases[0], edits[0].weights, base), conflicts
 
 
 def _extended(known: Entries | None, more: Entries) -> tuple[Entries, int]:

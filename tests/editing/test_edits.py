@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 import lit_sparse as ls
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.commands import apply_edits
 from lit_sparse.editing.edits import Edit, EditedModel, combine, load_edit
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import collate, encode
@@ -306,3 +307,68 @@ def test_an_edit_of_another_model_is_refused_before_anything_changes(patch, mess
         EditedModel(model).add(Edit({"weight": Entries(torch.tensor([0]), torch.ones(1)), **patch}))
     assert message in str(error.value)
     assert torch.equal(model.weight, before)
+
+
+def made_for(model, tmp_path, base_model="llama"):
+    """The file of an edit that was made for a model, as the Editor writes it."""
+    patch = {"model.layers.0.self_attn.v_proj.weight": Entries(torch.tensor([1, 5, 9]), torch.tensor([0.5, 0.25, 1.0]))}
+    edited = EditedModel(model)
+    edited.add(Edit(patch))
+    edited.with_base(Edit(patch, base_model=base_model)).save(tmp_path / "made.safetensors")
+    edited.restore()
+    return tmp_path / "made.safetensors"
+
+
+def test_an_edit_of_a_model_with_other_weights_is_refused(model, folder, tmp_path):
+    file = made_for(model, tmp_path)
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.model.layers[0].self_attn.v_proj.weight)
+    before = bits(other)
+    with pytest.raises(UsageError, match="was made for the model 'llama', and this one has other values in"):
+        EditedModel(other).add(load_edit(file))
+    assert same(bits(other), before)
+
+
+def test_a_model_that_was_moved_rounded_or_edited_is_still_the_same(model, tmp_path, recwarn):
+    edit = load_edit(made_for(model, tmp_path))
+    EditedModel(copy.deepcopy(model).bfloat16()).add(edit)
+    twice = EditedModel(model)
+    twice.add(edit)
+    twice.add(combine([edit, edit])[0])
+    assert not [warning for warning in recwarn if "was made for" in str(warning.message)]
+
+
+def test_an_edit_without_values_of_its_base_warns_of_another_name(model):
+    patch = {"model.layers.0.self_attn.v_proj.weight": Entries(torch.tensor([1]), torch.tensor([0.5]))}
+    with pytest.warns(UserWarning, match="was made for 'another/model', and this model is"):
+        EditedModel(model).add(Edit(patch, base_model="another/model"))
+
+
+def test_a_quantized_model_is_refused(model):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    patch = {"model.layers.0.self_attn.v_proj.weight": Entries(torch.tensor([1]), torch.tensor([0.5]))}
+    with pytest.raises(UsageError, match="v_proj', whose weight is quantized: it has no entries to add to"):
+        EditedModel(model).add(Edit(patch))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["originals.safetensors"], "cannot be named 'originals.safetensors'"),
+        (["Originals.SafeTensors"], "cannot be named 'Originals.SafeTensors'"),
+        (["order.txt"], "cannot be named 'order.txt'"),
+        (["a\nb.safetensors"], "cannot be named"),
+        (["one.safetensors", "ONE.safetensors"], "would be in the model twice"),
+    ],
+)
+def test_names_that_collide_are_refused(names, message, model, folder, tmp_path):
+    file = made_for(model, tmp_path, folder)
+    for place, name in enumerate(names):
+        (tmp_path / str(place)).mkdir()
+        (tmp_path / str(place) / name).write_bytes(file.read_bytes())
+    files = [str(tmp_path / str(place) / name) for place, name in enumerate(names)]
+    with pytest.raises(UsageError, match=message):
+        apply_edits(folder, files, "edited")
