@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lit_sparse.adapters.merging import unload as unload
     from lit_sparse.adapters.merging import unmerge as unmerge
     from lit_sparse.bank import AdapterBank as AdapterBank
+    from lit_sparse.callbacks.checkpoint import SparseCheckpoint as SparseCheckpoint
     from lit_sparse.callbacks.checkpoint_files import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
@@ -104,6 +105,7 @@ _HOME = {
     "SlurmRequeue": "callbacks.requeue",
     "ExactResume": "callbacks.resume",
     "last_checkpoint": "callbacks.checkpoint_files",
+    "SparseCheckpoint": "callbacks.checkpoint",
     "Sparsify": "callbacks.sparsify",
     "ThresholdStages": "callbacks.stages",
     "AudioData": "data.audio",

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_sparse
 from lit_sparse import exporting
-from lit_sparse.callbacks.checkpoint_files import last_checkpoint, usable
+from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoint, usable
 from lit_sparse.completion import PrintCompletion
 from lit_sparse.editing import commands
 from lit_sparse.errors import TrainingError, UsageError
@@ -113,7 +113,8 @@ class SparseCLI(LightningCLI):
         if self.subcommand == "edit":
             _set_up_editing(config)
             return
-        config["ckpt_path"] = _checkpoint(config.get("ckpt_path"), config.get("weights_only"))
+        resumes = self.subcommand == "fit"
+        config["ckpt_path"] = _checkpoint(config.get("ckpt_path"), config.get("weights_only"), resumes)
         class_path = config.model.get("class_path", "")
         if config.trainer.strategy in _SHARDING and _is_sparse_module(class_path):
             kind, arguments = _SHARDING[config.trainer.strategy]
@@ -142,13 +143,13 @@ class SparseCLI(LightningCLI):
             return
         folders: list[str] = [getattr(c, "dirpath", None) or "" for c in self.trainer.checkpoint_callbacks]
         found = [last_checkpoint(folder) for folder in folders if folder]
-        # What SLURM's signal left is often newer.
+        # What SLURM's signal left is often further.
         found.append(last_checkpoint(self.trainer.default_root_dir, "hpc_ckpt_*.ckpt"))
         sound = [file for file in found if file is not None]
         if any(folders) or sound:
             # None the first time: a job that is requeued has the same command.
-            newest = max(sound, key=lambda file: file.stat().st_mtime_ns, default=None)
-            config["ckpt_path"] = None if newest is None else str(newest)
+            furthest = next(iter(furthest_first(sound)), None)
+            config["ckpt_path"] = None if furthest is None else str(furthest)
 
     def instantiate_classes(self) -> None:
         """Make the objects; what their constructors refuse comes out as they said it."""
@@ -273,12 +274,14 @@ def _other_lightning() -> EntryPoint | None:
     return next((entry for entry in found if entry.module != own), None)
 
 
-def _checkpoint(path: str | None, weights_only: bool | None) -> str | None:
+def _checkpoint(path: str | None, weights_only: bool | None, resumes: bool) -> str | None:
     if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen later, or not on this machine
         return path
     file = usable(path)
     if file.is_file() and weights_only is not False:
-        checkpoints.load(file, mmap=True)  # refused here in a line, before anything is built
+        found = checkpoints.load(file, mmap=True)  # refused here in a line, before anything is built
+        if resumes:
+            checkpoints.require_resumable(found, file)
     return str(file)
 
 

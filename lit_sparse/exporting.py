@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, require_free
@@ -14,6 +16,7 @@ from lit_sparse.interchange.gguf_export import export_gguf
 from lit_sparse.interchange.merged_folder import Dtype, export_merged
 from lit_sparse.interchange.peft_export import Layout, export_peft
 from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
+from lit_sparse.methods.progress import Progress
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.quickstart import hub_id, resolve
@@ -38,6 +41,7 @@ def export_checkpoint(
     push_to_hub: str | None = None,
     import_modules: list[str] | None = None,
     trust_remote_code: bool = False,
+    require_final: bool = False,
 ) -> ExportReport:
     """Export what a run trained, from its checkpoint alone.
 
@@ -57,19 +61,21 @@ def export_checkpoint(
         push_to_hub: Repository on the hub, such as me/my-adapter, to upload the folder to.
         import_modules: Python modules of yours to import first, with the classes that the checkpoint names.
         trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
+        require_final: Refuse a checkpoint that was saved before its sparsity was final; otherwise it is a warning.
 
     Returns:
         Sizes, and the difference that was found when the folder was read back.
 
     Raises:
         UsageError: If the checkpoint cannot be read or no model be made of it, an option does not belong to the format,
-            or the export is refused.
+            the export is refused, or ``require_final`` is set and the sparsity was not final.
     """
     _require_options(format, layout, with_head, dtype)
     require_free(output)  # before the backbone is loaded
     for name in import_modules or []:
         _import(name)
     checkpoint = checkpoints.read(ckpt_path)
+    _check_final(checkpoint, ckpt_path, require_final)
     module = restore(checkpoint, ckpt_path, backbone, trust_remote_code)
     model: Any = module.model
     common: dict[str, Any] = {
@@ -95,6 +101,7 @@ def merge_checkpoint(
     push_to_hub: str | None = None,
     import_modules: list[str] | None = None,
     trust_remote_code: bool = False,
+    require_final: bool = False,
 ) -> ExportReport:
     """Write the whole model of a run, with its adapters merged: export with the format merged.
 
@@ -108,6 +115,7 @@ def merge_checkpoint(
         push_to_hub: Repository on the hub, such as me/my-model, to upload the folder to.
         import_modules: Python modules of yours to import first, with the classes that the checkpoint names.
         trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
+        require_final: Refuse a checkpoint that was saved before its sparsity was final; otherwise it is a warning.
 
     Returns:
         Sizes, and the difference that was found when the folder was read back.
@@ -126,6 +134,7 @@ def merge_checkpoint(
         push_to_hub=push_to_hub,
         import_modules=import_modules,
         trust_remote_code=trust_remote_code,
+        require_final=require_final,
     )
 
 
@@ -210,7 +219,21 @@ def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_nam
             if monitor is not None and state.get(score) is not None:
                 metrics[name] = float(state[score])
     method = module.method
-    return Provenance(hub_id(module.backbone), type(method).__name__, method.init_args(), metrics, license_name)
+    backbone, progress = hub_id(module.backbone), Progress.in_checkpoint(checkpoint)
+    return Provenance(backbone, type(method).__name__, method.init_args(), metrics, license_name, progress)
+
+
+def _check_final(checkpoint: Mapping[str, Any], path: str, required: bool) -> None:
+    """Warn of a state that is less sparse than the run's end, or refuse it."""
+    progress = Progress.in_checkpoint(checkpoint)
+    if progress is None and required:
+        raise UsageError(f"{path!r} does not record whether its sparsity was final: it is of an earlier version.")
+    if progress is None or progress.final:
+        return
+    found = f"{path!r} is of {progress}: it is less sparse than the end of the run would be"
+    if required:
+        raise UsageError(f"{found}, and require_final is set. Finish the run by fit --ckpt_path, and export its end.")
+    rank_zero_warn(f"{found}. SparseCheckpoint keeps the end as last.ckpt.")
 
 
 def _import(name: str) -> None:

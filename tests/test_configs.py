@@ -147,7 +147,7 @@ def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
     checkpoint = torch.load(next(tmp_path.glob("**/epoch=0-step=1.ckpt")), weights_only=True)
     assert checkpoint["global_step"] == 1
     assert len(checkpoint["lit_sparse"]["ranks"]) >= 12
-    (kept,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    (kept,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith("SparseCheckpoint"))
     assert kept["best_model_score"] is not None  # the figure that the configuration monitors exists
 
 

@@ -126,7 +126,10 @@ def test_every_format_is_written_and_loads_back(project, checkpoint, expected, c
     for form in ("peft", "sparse", "delta", "merged"):
         main(["export", "--ckpt_path", checkpoint, "--format", form, "--output", f"out/{form}"])
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Wrote"))
-        pattern = rf"Wrote out/{form} \({form}\): [\d,]+ bytes of weights, [\d,]+ remaining parameters and 99 trained"
+        pattern = rf"Wrote out/{form} \({form}\): [\d,]+ bytes of weights; step 8 of 16, sparsity not final, "
+        pattern += (
+            r"[\d,]+ parameters in \d+ of \d+ ranks, [\d.]+ % of the adapted weights changed, and 99 parameters trained"
+        )
         assert re.match(pattern, line)
         difference, tolerance = re.search(r"live model's by (\S+) at most \(tolerance (\S+)\)", line).groups()
         assert float(difference) < 1e-6 < float(tolerance) < 1e-3

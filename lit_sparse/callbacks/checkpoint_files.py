@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import uuid
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -15,6 +18,11 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sparse.errors import TrainingError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -31,20 +39,19 @@ class WholeFiles(TorchCheckpointIO):
             return
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(f".{file.name}.*.part"):  # of a run that was killed while it wrote
-            left.unlink(missing_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        _remove_leftovers(file)
+        part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
         try:
             with part.open("wb") as stream:
+                _lock(stream)
                 torch.save(checkpoint, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            part.replace(file)
+                if fcntl is None:  # Windows renames no open file
+                    stream.close()
+                part.replace(file)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
-            raise TrainingError(
-                f"The checkpoint {str(file)!r} cannot be written ({error}): make room. What was written before is as "
-                "it was."
-            ) from error
+            raise TrainingError(_not_written(file, checkpoint, error)) from error
         finally:
             part.unlink(missing_ok=True)  # where it was not renamed
         _sync_folder(file.parent)
@@ -66,7 +73,7 @@ def usable(path: _PATH) -> Path:
         path: A file, or the folder of a sharded checkpoint.
 
     Returns:
-        ``path``, or the newest sound checkpoint in its folder where it is a damaged file named ``last…``.
+        ``path``, or the furthest sound checkpoint in its folder where it is a damaged file named ``last…``.
 
     Raises:
         UsageError: If there is nothing at ``path``, or it is damaged and nothing takes its place.
@@ -90,16 +97,39 @@ def usable(path: _PATH) -> Path:
 
 
 def last_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path | None:
-    """The newest sound checkpoint in a folder, to resume from whatever happened: ``trainer.fit(…, ckpt_path=…)``.
+    """The sound checkpoint in a folder that is furthest, to resume from: ``trainer.fit(…, ckpt_path=…)``.
 
     Args:
-        folder: Where a ``ModelCheckpoint`` writes, its ``dirpath``.
+        folder: Where a checkpoint callback writes, its ``dirpath``; of one run.
         pattern: What the names of the files look like.
 
     Returns:
-        The file that was written last among those of such a name that are not damaged, None if there is none.
+        The file of the highest optimizer step among those of such a name that are not damaged, None if there is none.
+        Of several of one step it is the one written last. Files that record no step come after those that do.
     """
-    return next((file for file in _newest_first(Path(folder).glob(pattern)) if is_sound(file)), None)
+    return next((file for file in furthest_first(Path(folder).glob(pattern)) if is_sound(file)), None)
+
+
+def furthest_first(files: Iterable[Path]) -> list[Path]:
+    """Checkpoint files by the optimizer step that they record, the highest first; damaged and foreign ones last."""
+    ordered = []
+    for file in files:
+        with suppress(FileNotFoundError):  # removed by a run that is still going on
+            step = read_lightly(file).get("global_step")
+            place = step if isinstance(step, int) else -1
+            ordered.append((place, file.stat().st_mtime_ns, str(file), file))
+    return [file for *_, file in sorted(ordered, reverse=True)]
+
+
+def read_lightly(file: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors are mapped, not read, which takes no time for large ones; empty if it is none."""
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception:  # whatever a damaged file, or one of another program, makes of it
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_sound(file: Path) -> bool:
@@ -111,12 +141,43 @@ def is_sound(file: Path) -> bool:
         return False
 
 
-def _newest_first(files: Iterable[Path]) -> list[Path]:
-    dated = []
-    for file in files:
-        with suppress(FileNotFoundError):  # removed by a run that is still going on
-            dated.append((file.stat().st_mtime_ns, str(file), file))
-    return [file for _, _, file in sorted(dated, reverse=True)]
+def _lock(stream: IO[bytes]) -> None:
+    """Mark a file as being written, until it is closed or its process is gone; on Windows nothing is marked."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def _remove_leftovers(file: Path) -> None:
+    """Remove what a killed process left half-written beside ``file``, but nothing that another process is writing."""
+    for part in file.parent.glob(f".{glob.escape(file.name)}.*.part") if fcntl is not None else ():
+        with suppress(OSError), part.open("rb+") as stream:  # locked, or gone
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if part.stat().st_size:  # else it was opened just now and is about to be locked
+                part.unlink()
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether there was no space left on a device, or within a quota, as the cause of an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _not_written(file: Path, checkpoint: Mapping[str, Any], error: BaseException) -> str:
+    kept = last_checkpoint(file.parent)
+    if kept is None:
+        remains = "there is no earlier one"
+    else:
+        remains = f"{str(kept)!r} of step {read_lightly(kept).get('global_step', 'unknown')} is kept"
+    if is_disk_full(error):
+        return (
+            f"The disk is full: the checkpoint {str(file)!r} of step {checkpoint.get('global_step', 'unknown')} cannot "
+            f"be written; {remains}. Make room, or name a folder on another disk in dirpath, and go on by --ckpt_path."
+        )
+    return f"The checkpoint {str(file)!r} cannot be written ({error}); {remains}."
 
 
 def _sync_folder(folder: Path) -> None:

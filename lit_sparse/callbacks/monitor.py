@@ -19,10 +19,12 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.naming import common_start, places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
+from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import pixels
 from lit_sparse.figures.gates import gate_figure
 from lit_sparse.figures.grid import rank_figure
+from lit_sparse.methods.progress import Progress, left, sentence
 from lit_sparse.quiet import is_quiet
 
 if TYPE_CHECKING:
@@ -115,7 +117,8 @@ class SparsityMonitor(Callback):
         if folder is not None:
             write_table(layers, Path(folder) / "sparsity.csv")
         if not is_quiet():
-            _show(layers)
+            sparsify = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
+            _show(layers, None if sparsify is None else sparsify.progress(trainer.global_step))
         if _MATPLOTLIB and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _log_pictures(trainer, layers, self._adapters)
 
@@ -165,7 +168,7 @@ def read_table(path: Path) -> list[LayerSparsity]:
         return [LayerSparsity(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
-def _show(layers: list[LayerSparsity]) -> None:
+def _show(layers: list[LayerSparsity], progress: Progress | None) -> None:
     header = ["layer", "rank", "A", "B", "BA", "bound", "left"]
     common = common_start([layer.name for layer in layers])
     rows = [
@@ -180,6 +183,7 @@ def _show(layers: list[LayerSparsity]) -> None:
         ]
         for layer in layers
     ]
+    ending = f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."
     title = f"Adapters in {common.rstrip('.') or 'the model'}: ranks, densities of A, B, BA, bound on BA's"
     if _RICH:
         from rich import box, get_console
@@ -200,20 +204,8 @@ def _show(layers: list[LayerSparsity]) -> None:
             table.add_row(*row)
         # The one that Lightning's progress bar draws on: it then makes room for the table.
         get_console().print(table)
-        get_console().print(summary(layers), highlight=False)
+        get_console().print(ending, highlight=False)
     else:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
-        rank_zero_info("\n".join([title, *lines, summary(layers)]))
-
-
-def summary(layers: Sequence[LayerSparsity]) -> str:
-    """How many ranks are zero, and what remains, in a sentence."""
-    held, left = sum(layer.max_rank for layer in layers), sum(layer.rank for layer in layers)
-    changed = sum(layer.density_BA * layer.adapted_parameters for layer in layers)
-    share = changed / sum(layer.adapted_parameters for layer in layers)
-    parameters = sum(layer.remaining_parameters for layer in layers)
-    return (
-        f"{held - left} of {held} ranks are zero ({(held - left) / held:.1%}); {parameters:,} adapter parameters "
-        f"remain and change {share:.2%} of the adapted weights."
-    )
+        rank_zero_info("\n".join([title, *lines, ending]))

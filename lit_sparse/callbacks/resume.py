@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import re
+import signal
 import tempfile
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 
 from lit_sparse.adapters.naming import clean_name
-from lit_sparse.callbacks.checkpoint_files import WholeFiles, is_remote, last_checkpoint
+from lit_sparse.callbacks.checkpoint_files import WholeFiles, furthest_first, is_remote, last_checkpoint, read_lightly
+from lit_sparse.callbacks.run_end import Interrupted
 from lit_sparse.errors import UsageError
 from lit_sparse.strategies.replicas import average_gradients, is_distributed
 
@@ -54,9 +58,14 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
         self._gradients: dict[str, Tensor] = {}
+        self._interrupt: Any = None
+        """The handler of Ctrl-C that was there before training."""
+        self._interrupted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Read and write checkpoints by :class:`WholeFiles`, unless the user has a plugin for that."""
+        """Read and write checkpoints by :class:`WholeFiles`, unless the user has a plugin for that, and come last."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
 
@@ -106,6 +115,7 @@ class ExactResume(Callback):
         parameters = {clean_name(name): parameter for name, parameter in pl_module.named_parameters()}
         for name, gradient in gradients.items():
             parameters[name].grad = gradient.to(parameters[name])
+        self._hold_interrupts(trainer)
         if states is None:
             return
         if len(states) != trainer.world_size:
@@ -116,8 +126,25 @@ class ExactResume(Callback):
             return
         _set_random_state(states[trainer.global_rank])
 
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Stop here if Ctrl-C was pressed during the batch."""
+        if self._interrupted:
+            raise Interrupted
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Give Ctrl-C back."""
+        self._release_interrupts()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Say in plain words where a run that was interrupted goes on, and when another process is gone."""
+        self._release_interrupts()
         if (
             isinstance(exception, KeyboardInterrupt)
             and trainer.state.fn == TrainerFn.FITTING
@@ -132,6 +159,27 @@ class ExactResume(Callback):
                 trainer.world_size,
             )
 
+    def _hold_interrupts(self, trainer: Trainer) -> None:
+        """Let Ctrl-C wait for the end of a batch, where one process trains in the main thread."""
+        self._interrupted = False
+        if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            return
+
+        def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            if self._interrupted or not trainer.training:
+                self._release_interrupts()
+                raise KeyboardInterrupt
+            self._interrupted = True
+            _log.warning("Stopping after this batch; press Ctrl-C again to stop at once.")
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._interrupt = signal.signal(signal.SIGINT, note)
+
+    def _release_interrupts(self) -> None:
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._interrupt = None
+
 
 def _checkpoint_folders(trainer: Trainer) -> list[str]:
     """Where its callbacks write, less what is not on a disk as usual."""
@@ -141,10 +189,11 @@ def _checkpoint_folders(trainer: Trainer) -> list[str]:
 
 def _way_on(trainer: Trainer) -> str:
     found = [last_checkpoint(folder) for folder in _checkpoint_folders(trainer)]
-    newest = max((file for file in found if file is not None), key=lambda file: file.stat().st_mtime_ns, default=None)
-    if newest is None:
+    furthest = next(iter(furthest_first(file for file in found if file is not None)), None)
+    if furthest is None:
         return "No checkpoint was written yet."
-    return f"The newest checkpoint is {newest}: fit --ckpt_path goes on there."
+    step = read_lightly(furthest).get("global_step", "unknown")
+    return f"The last checkpoint is {furthest}, of step {step}: fit --ckpt_path goes on there."
 
 
 def _is_accumulating(trainer: Trainer) -> bool:

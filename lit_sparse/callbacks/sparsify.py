@@ -10,9 +10,12 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.averaging import Pair, copy_zeros, keep_averages_sparse
+from lit_sparse.callbacks.run_end import finish_plain_checkpoints
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.progress import Progress
 from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder, require_trained_weights
 from lit_sparse.strategies.support import keep_buffers_local, require_exact
 
@@ -51,15 +54,32 @@ class Sparsify(Callback):
         self._averages: list[Pair] = []
         self._propagated = False
         """Whether the current batch had a backward pass; its ``training_step`` may have returned None instead."""
+        self._total: int | None = 0  # of no run yet
+        self._ended = False
+        self.last_stage = 1.0
+        """The share of the run after which its thresholds rise no more, where they rise in stages."""
 
     @property
     def steps_taken(self) -> int:
         """Optimizer steps since the start of the run, those before it was resumed included."""
         return self._steps_before if self._steps is None else self._steps.steps_taken
 
+    def progress(self, step: int) -> Progress | None:
+        """How far the run is, None before the first one.
+
+        Args:
+            step: The Trainer's ``global_step``.
+        """
+        if self._total == 0:
+            return None
+        total = self._total
+        at_end = self._ended or total is None or step >= total or step > round(self.last_stage * total)
+        return Progress(step, total, self.method.is_final(self.steps_taken, total, at_end))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Refuse a second ``Sparsify``, by which every step would be pruned twice, and what is not exact."""
         require_exact(trainer.strategy)
+        self.last_stage = 1.0  # unless ThresholdStages says otherwise
         count = sum(isinstance(callback, Sparsify) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if count > 1:
             raise UsageError(f"The Trainer has {count} Sparsify callbacks; each adapter takes one. Remove the others.")
@@ -76,8 +96,8 @@ class Sparsify(Callback):
         if trainer.global_step == 0:
             self._steps_before = 0  # the same callback in a second run
         optimizer = holder(trainer.optimizers, adapters_of(self.method, pl_module))
-        scheduler, total = _stepwise_scheduler(trainer, optimizer), total_steps(trainer)
-        self._steps = SparseSteps(self.method, pl_module, optimizer, total, scheduler, self._steps_before)
+        scheduler, self._total, self._ended = _stepwise_scheduler(trainer, optimizer), total_steps(trainer), False
+        self._steps = SparseSteps(self.method, pl_module, optimizer, self._total, scheduler, self._steps_before)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """A new batch has had no backward pass yet."""
@@ -104,14 +124,28 @@ class Sparsify(Callback):
         copy_zeros(self._averages)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Stop following the optimizer, and shout when nothing was ever pruned."""
+        """Stop following the optimizer, shout when nothing was ever pruned, and see that ``last`` is the last state."""
+        self._ended = not trainer.should_stop  # by no time limit, EarlyStopping or the like
         steps = self._release()
         if steps is not None:
             steps.finish()
+        finish_plain_checkpoints(trainer, self.progress(trainer.global_step))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Stop following the optimizer."""
         self._release()
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Record how far the run is."""
+        progress = self.progress(trainer.global_step)
+        if progress is not None:
+            adapters = [adapter for _, adapter in adapters_in(pl_module)]
+            checkpoint["callbacks"][self.state_key]["progress"] = progress.record(adapters)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken; everything else a method remembers lies in the adapters' buffers."""

@@ -101,7 +101,8 @@ class ThresholdStages(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a method without ξ, and find the folder."""
-        self._method = _method(trainer)
+        sparsify, self._method = _method(trainer)
+        sparsify.last_stage = sum(self.shares()[:-1])
         folder = self.folder or Path(trainer.log_dir or ".") / "stages"  # on every process: log_dir is broadcast
         self._folder = Path(folder)
         if self._method.threshold is None:
@@ -192,9 +193,9 @@ class ThresholdStages(Callback):
             save(stage_figure(self.rows, self.monitor), self._folder / "stages.png")
 
 
-def _method(trainer: Trainer) -> SoRA | GatedRoseLoRA:
-    methods = [c.method for c in trainer.callbacks if isinstance(c, Sparsify)]  # type: ignore[attr-defined]
-    if not methods or not isinstance(methods[0], SoRA | GatedRoseLoRA):
-        found = type(methods[0]).__name__ if methods else "no Sparsify"
-        raise UsageError(f"ThresholdStages is for SoRA and GatedRoseLoRA; the Trainer has {found}.")
-    return methods[0]
+def _method(trainer: Trainer) -> tuple[Sparsify, SoRA | GatedRoseLoRA]:
+    found = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
+    if found is None or not isinstance(found.method, SoRA | GatedRoseLoRA):
+        name = "no Sparsify" if found is None else type(found.method).__name__
+        raise UsageError(f"ThresholdStages is for SoRA and GatedRoseLoRA; the Trainer has {name}.")
+    return found, found.method

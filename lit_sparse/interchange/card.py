@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from lit_sparse.interchange.snippet import labels_of, snippet
+from lit_sparse.methods.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Provenance:
         arguments: The method's arguments.
         metrics: Name to value, as the checkpoint keeps them.
         license: The hub's word for the license of the export.
+        progress: How far the run was that trained it.
     """
 
     base_model: str | None = None
@@ -30,6 +32,7 @@ class Provenance:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     license: str = "unknown"
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def model_card(
     model: nn.Module,
     folder: ExportedFolder,
     provenance: Provenance,
+    state: str,
     ranks: Sequence[RankRow],
     whole: int,
     notes: Sequence[str] = (),
@@ -89,6 +93,7 @@ def model_card(
         model: The model, for its class and labels.
         folder: What is written, and where it can be loaded from.
         provenance: Where the export came from.
+        state: How far the run was, where that is known, and what is left of the adapters, in words.
         ranks: The adapters.
         whole: Number of parameters trained whole.
         notes: What a user of the folder must know of the programs that read it.
@@ -105,15 +110,13 @@ def model_card(
         license=provenance.license,
         tags=["lit-sparse", "lora", *([method] if provenance.method else [])],
     )
-    remaining = sum(row.remaining for row in ranks)
-    kept = sum(row.rank for row in ranks)
     parts = [
         f"---\n{front.to_yaml()}\n---\n\n# {provenance.method or 'Sparse adapters'} on {base_model or model_class}\n",
         f"This folder holds {_WHAT[form]}, written by lit_sparse.\n",
         _method(provenance),
         _metrics(provenance.metrics),
-        f"## What remains\n\n{remaining:,} parameters in {kept} of {sum(row.max_rank for row in ranks)} ranks, and "
-        f"{whole:,} trained whole.\n\n| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
+        f"## What remains\n\n{state[0].upper()}{state[1:]}, and {whole:,} parameters trained whole.\n\n"
+        f"| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
         + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
         _labels(model),
         f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
 from lit_sparse.interchange.remains import remains_of, trained_whole
 from lit_sparse.interchange.snippet import labels_of
+from lit_sparse.methods.progress import Trained, sentence
 from lit_sparse.quiet import stages
 
 METADATA = "lit_sparse.json"
@@ -43,6 +45,7 @@ class ExportReport:
         head_parameters: What was trained whole.
         difference: Largest difference of any output from the live model's, on the batch that was tried.
         tolerance: What it may be at most.
+        state: How far the run was, where that is known, and what is left of the adapters, in words.
         notes: What a user of the folder must know, a sentence or two each.
     """
 
@@ -53,13 +56,14 @@ class ExportReport:
     head_parameters: int
     difference: float
     tolerance: float
+    state: str
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """For a terminal: a line with the figures, and one for each note."""
         figures = (
-            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights, {self.remaining_parameters:,} "
-            f"remaining parameters and {self.head_parameters:,} trained whole. Read back, its outputs differ from the "
+            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights; {self.state}, and "
+            f"{self.head_parameters:,} parameters trained whole. Read back, its outputs differ from the "
             f"live model's by {self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
         )
         return "\n".join((figures, *self.notes))
@@ -129,22 +133,24 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
     counts = _count(model)
     provenance = terms.provenance or Provenance()
+    layers = layer_sparsity(model)
+    state = sentence(provenance.progress, layers)
     name = getattr(model, "name_or_path", None) or None
     with new_folder(folder) as draft:
-        entries = _entries(form.name, model, name, provenance)
+        entries = {**_entries(form.name, model, name, provenance), "trained": asdict(Trained.of(layers))}
         difference, tolerance = _write_checked(draft, model, form, terms, entries)
         save_processor(terms.processor or name, draft)
         size = sum(file.stat().st_size for file in draft.iterdir() if file.suffix in (".safetensors", ".gguf"))
         notes = tuple(entries.get("notes", ()))
         report = ExportReport(
-            Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, notes
+            Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, state, notes
         )
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
         _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
         place = terms.push_to_hub or str(folder)
         files = [file.name for file in draft.iterdir()]
         written = ExportedFolder(place, terms.push_to_hub is not None, files)
-        card = model_card(form.name, model, written, provenance, counts.ranks, counts.head, notes)
+        card = model_card(form.name, model, written, provenance, state, counts.ranks, counts.head, notes)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
         _push(report.folder, terms.push_to_hub)

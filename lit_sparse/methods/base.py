@@ -238,6 +238,21 @@ class SparseMethod:
         """
         return 0
 
+    def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
+        """Whether adapters are as sparse as this method makes them in the run.
+
+        Masks are final when their schedule has settled. Gates are pulled towards zero at every step, so that a method
+        with gates is final only at the end of the run, or at any time in a run without end.
+
+        Args:
+            step: Optimizer steps taken.
+            total: Optimizer steps of the whole run, None when the Trainer has no end.
+            at_end: Whether the run has come to its end, or to the last of several stages of thresholds.
+        """
+        if self.gated and not at_end:
+            return False
+        return self.settled_after(step + 1 if total is None else total) <= step
+
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:  # noqa: ARG002
         """At the end of a run: a sentence that says that nothing was pruned and what to change, or None."""
         return None

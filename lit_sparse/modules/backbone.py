@@ -100,6 +100,18 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
     return model.train()  # type: ignore[no-any-return]
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the model recompute activations in the backward pass; a UsageError if it cannot."""
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UsageError(
+            f"gradient_checkpointing needs a Hugging Face model; {type(model).__name__} has no "
+            "gradient_checkpointing_enable."
+        )
+    # The reentrant form would cut the graph before the first adapter: inputs of frozen embeddings need no gradient.
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _require_body(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
     """Refuse a backbone with a part of its weights: transformers fills what is missing with random numbers."""
     head = tuple(f"{part}." for part in task_head(model))

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.saving import _default_map_location
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
-from lit_sparse.modules.backbone import load_backbone
+from lit_sparse.modules.backbone import checkpoint_activations, load_backbone
 from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class SparseModule(LightningModule):
             load_peft(model, self.start_from)
             self.hparams.update(start_from=None)  # a checkpoint is past its start: it loads without the folder
         if self.gradient_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         if self.compile_model:
             model.compile()
         self.model = model
@@ -216,8 +217,9 @@ class SparseModule(LightningModule):
         for kind in ("state_dict", "current_model_state"):  # under weight averaging the first is the average
             if kind in checkpoint:
                 checkpoint[kind] = {name: value for name, value in checkpoint[kind].items() if name not in frozen}
+        progress = None if self._trainer is None else self._sparsify.progress(self._trainer.global_step)
         checkpoint[checkpoints.KEY] = {
-            **checkpoints.describe(self, self.backbone, _portable_method(self.method), self._frozen_sample),
+            **checkpoints.describe(self, self.backbone, _portable_method(self.method), self._frozen_sample, progress),
             # What rebuilds the module without the configuration, beside the hyperparameters.
             "module": _path_of(type(self)),
             "built": bool(self._built),
@@ -225,7 +227,9 @@ class SparseModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other adapters or of another backbone."""
+        """Refuse a checkpoint of other adapters or of another backbone, or to resume from one of weights alone."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
         checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
         if "current_model_state" in checkpoint:  # weight averaging expects the frozen weights in the average
             own = self.state_dict()
@@ -296,14 +300,3 @@ def _path_of(kind: type) -> str:
 def _name_of(model: nn.Module) -> str:
     name = getattr(model, "name_or_path", "")
     return name if isinstance(name, str) and name else type(model).__name__
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise UsageError(
-            f"gradient_checkpointing needs a Hugging Face model; {type(model).__name__} has no "
-            "gradient_checkpointing_enable."
-        )
-    # The reentrant form would cut the graph before the first adapter: inputs of frozen embeddings need no gradient.
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})

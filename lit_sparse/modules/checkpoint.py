@@ -24,6 +24,7 @@ from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.progress import Progress
 
 Kind = TypeVar("Kind")
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,7 +39,9 @@ _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _ROUNDING = 2.0**-6
 
 
-def describe(model: nn.Module, backbone: str, method: dict[str, Any], sample: Tensor | None) -> dict[str, Any]:
+def describe(
+    model: nn.Module, backbone: str, method: dict[str, Any], sample: Tensor | None, progress: Progress | None
+) -> dict[str, Any]:
     """The entry ``checkpoint[KEY]``: plain values and tensors, so that ``weights_only`` loading works.
 
     Args:
@@ -46,6 +49,7 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any], sample: Te
         backbone: Name of its backbone.
         method: Class path and arguments of its method.
         sample: The :func:`~lit_sparse.adapters.frozen.frozen_sample` of the model, taken when it was whole.
+        progress: How far the run is that trains it; None if it is not known.
     """
     return {
         "version": __version__,
@@ -54,6 +58,7 @@ def describe(model: nn.Module, backbone: str, method: dict[str, Any], sample: Te
         "ranks": {name: adapter.max_rank for name, adapter in adapters_in(model)},
         "ranks_left": {name: adapter.rank for name, adapter in adapters_in(model)},
         "backbone_sample": sample,
+        "progress": None if progress is None else progress.record([a for _, a in adapters_in(model)]),
     }
 
 
@@ -152,6 +157,16 @@ def read_hyperparameters(file: str | os.PathLike[str]) -> Any:
         return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{str(file)!r} cannot be read as hyperparameters: {' '.join(str(error).split())}.") from error
+
+
+def require_resumable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> None:
+    """Raise a UsageError if training cannot go on from a checkpoint: it was saved without the optimizer's state."""
+    if "optimizer_states" not in checkpoint:
+        raise UsageError(
+            f"{'The checkpoint' if path is None else repr(str(path))} holds weights only (save_weights_only), and "
+            "training cannot go on from it. Resume from a whole checkpoint, or start a new run from these weights: "
+            "export them in PEFT's format, and give that folder as start_from."
+        )
 
 
 def saved_method(saved: Mapping[str, Any]) -> SparseMethod:

@@ -87,10 +87,11 @@ def _title(adapters: Adapters) -> str:
 
 
 def _facts(adapters: Adapters) -> str:
+    steps = f"{adapters.step:,}" if adapters.step is not None else None
     facts = {
         "method": adapters.method,
         "backbone": adapters.backbone,
-        "steps": f"{adapters.step:,}" if adapters.step is not None else None,
+        "state": str(adapters.progress) if adapters.progress else steps and f"step {steps}",
         "read from": adapters.kind,
     }
     known = {name: fact for name, fact in facts.items() if fact}
@@ -110,7 +111,7 @@ def _arguments(arguments: Mapping[str, Any]) -> str:
 
 
 def _tiles(adapters: Adapters) -> list[str]:
-    together = totals(adapters.figures)
+    together = totals(adapters)
     layers = len(adapters.figures)
     empty = f"{together.empty_layers} of {layers} layers have none" if together.empty_layers else f"in {layers} layers"
     held = _parameters_at_start(adapters)

@@ -25,6 +25,7 @@ from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.stored_folder import read_factors
 from lit_sparse.json_text import parse
 from lit_sparse.methods.base import names_layer
+from lit_sparse.methods.progress import Progress, Trained
 from lit_sparse.modules.checkpoint import KEY, load
 from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics
 from lit_sparse.reporting.stored import LayerFigures, StoredLayer, figures_of, stored_layer
@@ -45,6 +46,8 @@ class Adapters:
         arguments: The method's arguments.
         backbone: Name of the backbone.
         step: Optimizer steps taken; None if not known.
+        progress: How far the run was, of how many steps; None if not known.
+        trained: What the run began with; None if all of its layers are here.
         curves: What the run logged.
     """
 
@@ -56,6 +59,8 @@ class Adapters:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     backbone: str | None = None
     step: int | None = None
+    progress: Progress | None = None
+    trained: Trained | None = None
     curves: Curves = field(default_factory=dict)
 
     @property
@@ -167,6 +172,7 @@ def _read_checkpoint(path: Path) -> Adapters:
         arguments=method.get("init_args", {}),
         backbone=record.get("backbone"),
         step=checkpoint.get("global_step"),
+        progress=Progress.in_checkpoint(checkpoint),
         curves={} if logged is None else read_metrics(logged),
     )
 
@@ -222,6 +228,7 @@ def _read_peft(path: Path) -> Adapters:
         pair = lora.pairs[name]
         rank, B_t = pair.lora_A.shape[0], pair.lora_B.t()
         layers[name] = StoredLayer(name, pair.lora_A, B_t, None, pair.scale, pair.alpha, 1, rank)
+    entries = _metadata(path)
     shown = ("r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "modules_to_save", "task_type")
     return Adapters(
         name=str(path),
@@ -231,6 +238,8 @@ def _read_peft(path: Path) -> Adapters:
         method="LoRA",
         arguments={key: lora.config[key] for key in shown if lora.config.get(key)},
         backbone=lora.config.get("base_model_name_or_path"),
+        progress=Progress.of(entries.get("progress")),
+        trained=_trained(entries),
     )
 
 
@@ -246,7 +255,7 @@ def _read_sparse(path: Path) -> Adapters:
         layers[name] = StoredLayer(name, A, B_t, None, 1.0, float(rank), copies, rank)
     if not layers:
         raise UsageError(f"{str(path)!r} holds no adapters: nothing was left of any.")
-    entries = parse((path / METADATA).read_text(encoding="utf-8"))
+    entries = _metadata(path)
     return Adapters(
         name=str(path),
         kind="a folder of save_adapter",
@@ -255,7 +264,23 @@ def _read_sparse(path: Path) -> Adapters:
         method=entries.get("method"),
         arguments=entries.get("arguments") or {},
         backbone=entries.get("base_model_name_or_path"),
+        progress=Progress.of(entries.get("progress")),
+        trained=_trained(entries),
     )
+
+
+def _trained(entries: Mapping[str, Any]) -> Trained | None:
+    record = entries.get("trained")
+    found = record if isinstance(record, dict) else {}
+    ranks, weights = found.get("ranks"), found.get("weights")
+    return Trained(ranks, weights) if isinstance(ranks, int) and isinstance(weights, int) and weights > 0 else None
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    """What an export of this library says beside its weights; nothing in a folder of another program."""
+    file = path / METADATA
+    entries = parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

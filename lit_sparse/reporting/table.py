@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lit_sparse.adapters.naming import common_start
-from lit_sparse.callbacks.monitor import summary
+from lit_sparse.methods.progress import Trained, left
 from lit_sparse.reporting.sources import Adapters
 from lit_sparse.reporting.stored import LayerFigures
 
@@ -72,17 +72,17 @@ class Totals:
     bytes: int | None
 
 
-def totals(figures: Sequence[LayerFigures]) -> Totals:
+def totals(adapters: Adapters) -> Totals:
     """Add the layers up."""
-    layers = [figure.sparsity for figure in figures]
-    sizes = [figure.bytes for figure in figures if figure.bytes is not None]
+    layers = [figure.sparsity for figure in adapters.figures]
+    sizes = [figure.bytes for figure in adapters.figures if figure.bytes is not None]
+    began = adapters.trained or Trained.of(layers)
     return Totals(
         rank=sum(layer.rank for layer in layers),
-        max_rank=sum(layer.max_rank for layer in layers),
+        max_rank=began.ranks,
         empty_layers=sum(layer.rank == 0 for layer in layers),
         remaining_parameters=sum(layer.remaining_parameters for layer in layers),
-        changed=sum(layer.density_BA * layer.adapted_parameters for layer in layers)
-        / sum(layer.adapted_parameters for layer in layers),
+        changed=sum(layer.density_BA * layer.adapted_parameters for layer in layers) / began.weights,
         bytes=sum(sizes) if len(sizes) == len(layers) else None,
     )
 
@@ -100,7 +100,7 @@ def text_table(adapters: Adapters) -> str:
         ]
         for figure in adapters.figures
     ]
-    together = totals(adapters.figures)
+    together = totals(adapters)
     last = {"left": together.remaining_parameters, "bytes": together.bytes}
     sums = [f"{last[c.head]:,}" if c.head in last else "" for c in columns]
     ending = ["all layers", f"{together.rank}/{together.max_rank}", *sums]
@@ -115,7 +115,7 @@ def text_table(adapters: Adapters) -> str:
             "",
             *[written[0], rule, *written[1:-1], rule, written[-1]],
             "",
-            summary([figure.sparsity for figure in adapters.figures]),
+            f"{left([figure.sparsity for figure in adapters.figures], adapters.trained)}.",
             *notes(adapters),
         ]
     )
@@ -125,6 +125,7 @@ def heading(adapters: Adapters) -> str:
     """What was read, in one line."""
     method = f" of {adapters.method}" if adapters.method else ""
     step = f", {adapters.step:,} steps" if adapters.step is not None else ""
+    step = step if adapters.progress is None else f", {adapters.progress}"
     on = f", on {adapters.backbone}" if adapters.backbone else ""
     return f"{adapters.name}: {adapters.kind}{method}{step}{on}"
 

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 import lit_sparse as ls
-from lit_sparse.callbacks.checkpoint_files import WholeFiles, is_sound, usable
+from lit_sparse.callbacks.checkpoint_files import WholeFiles, furthest_first, is_sound, usable
 from lit_sparse.callbacks.resume import GRADIENTS, RANDOM_STATES
 
 METHODS = {
@@ -321,9 +323,7 @@ every_damage = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def kept(tmp_path):
     trainer, _ = small_run(tmp_path / "kept")
     trainer.fit(BoringModel())
-    for number, file in enumerate(sorted((tmp_path / "kept").glob("step*.ckpt"))):
-        os.utime(file, (number, number))
-    os.utime(tmp_path / "kept" / "last.ckpt", (99, 99))
+    os.utime(tmp_path / "kept" / "step=8.ckpt", (1, 1))  # of the same step as the last
     return tmp_path / "kept"
 
 
@@ -357,22 +357,132 @@ def test_a_damaged_checkpoint_that_was_named_is_an_error(damage, kept):
         usable(kept / "none.ckpt")
 
 
+def test_the_checkpoint_to_resume_from_is_the_furthest_whatever_the_clock_says(kept):
+    os.utime(kept / "step=3.ckpt", (2**32, 2**32))
+    (kept / "last.ckpt").unlink()
+    assert ls.last_checkpoint(kept) == kept / "step=8.ckpt"
+    # Files of other programs, which record no step, come after all that do, and among them the newest first.
+    torch.save({"weights": torch.ones(2)}, kept / "foreign.ckpt")
+    torch.save([1, 2], kept / "list.ckpt")
+    (kept / "notes.ckpt").write_text("no checkpoint")
+    for number, name in enumerate(("list", "foreign", "notes")):
+        os.utime(kept / f"{name}.ckpt", (2**32 + number, 2**32 + number))
+    assert ls.last_checkpoint(kept) == kept / "step=8.ckpt"
+    for file in kept.glob("step=*"):
+        file.unlink()
+    assert ls.last_checkpoint(kept) == kept / "foreign.ckpt"
+
+
+def test_the_step_is_found_without_reading_the_tensors(tmp_path):
+    file = tmp_path / "large.ckpt"
+    torch.save({"global_step": 7, "weights": torch.ones(2**24)}, file)  # 64 MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert [found.name for found in furthest_first([file])] == ["large.ckpt"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**14  # KiB
+
+
 def test_a_write_that_is_cut_short_leaves_the_old_file(kept, monkeypatch):
     old = (kept / "last.ckpt").read_bytes()
 
     def fail(checkpoint, stream):
         stream.write(b"the beginning")
-        raise OSError("No space left on device")
+        raise OSError("Input/output error")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(ls.TrainingError, match=r"cannot be written .No space left.*as it was"):
+    with pytest.raises(
+        ls.TrainingError, match=r"cannot be written .Input/output error.; '.*last\.ckpt' of step 8 is kept"
+    ):
         WholeFiles().save_checkpoint({}, kept / "last.ckpt")
     assert (kept / "last.ckpt").read_bytes() == old
     monkeypatch.undo()
-    (kept / ".last.ckpt.123.part").write_bytes(b"of a process that was killed")
     WholeFiles().save_checkpoint({"new": 1}, kept / "last.ckpt")
     assert WholeFiles().load_checkpoint(kept / "last.ckpt") == {"new": 1}
     assert not list(kept.glob(".*"))
+
+
+WRITER = """
+import sys, time
+import torch
+from lit_sparse.callbacks.checkpoint_files import WholeFiles
+
+def slow(checkpoint, stream):
+    stream.write(b"the beginning")
+    stream.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+    stream.truncate(0)
+    stream.seek(0)
+    save(checkpoint, stream)
+
+save, torch.save = torch.save, slow
+WholeFiles().save_checkpoint({"of": "another job"}, "last.ckpt")
+"""
+
+
+def test_two_jobs_in_one_folder_leave_each_others_half_written_files_alone(tmp_path):
+    """A job that still writes keeps its file; what a killed one left is removed."""
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for job in jobs:
+        assert job.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.glob(".last.ckpt.*.part"))) == 2
+    jobs[1].kill()
+    jobs[1].wait(30)
+    WholeFiles().save_checkpoint({"of": "this job"}, tmp_path / "last.ckpt")
+    assert len(list(tmp_path.glob(".last.ckpt.*.part"))) == 1
+    assert torch.load(tmp_path / "last.ckpt") == {"of": "this job"}
+    jobs[0].communicate("", timeout=30)
+    assert jobs[0].returncode == 0
+    assert torch.load(tmp_path / "last.ckpt") == {"of": "another job"}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 KiB, where the user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True)
+    if not done or done.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_full_disk_is_named_as_such_and_what_was_saved_stays(small_disk):
+    module = BoringModel()
+    trainer, _ = small_run(small_disk / "kept")
+    trainer.callbacks.insert(0, Fill(small_disk, step=5))
+    with pytest.raises(ls.TrainingError, match="The disk is full: ") as raised:
+        trainer.fit(module)
+    message = str(raised.value)
+    assert re.search(r"'.*step=5\.ckpt' of step 5 cannot be written; '.*kept/last\.ckpt' of step 4 is kept", message)
+    assert "Make room, or name a folder on another disk in dirpath" in message
+    assert torch.load(small_disk / "kept" / "last.ckpt")["global_step"] == 4
+    assert not list((small_disk / "kept").glob(".*"))
+    (small_disk / "filled").unlink()
+    again, _ = small_run(small_disk / "kept")
+    again.fit(BoringModel(), ckpt_path=ls.last_checkpoint(small_disk / "kept"))
+    assert again.global_step == 8
+
+
+class Fill(L.Callback):
+    """Write until a disk is full, at the end of a step."""
+
+    def __init__(self, folder, step):
+        self.file, self.step = folder / "filled", step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            with suppress(OSError), self.file.open("wb", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(1024))
 
 
 def test_a_checkpoint_plugin_of_the_users_own_stays(tmp_path):

@@ -31,7 +31,9 @@ def cells_of(text):
 def test_the_table_has_a_line_for_each_layer_and_totals(run, capsys):
     main(["inspect", str(run.checkpoint)])
     text = capsys.readouterr().out
-    assert text.splitlines()[0].startswith(f"{run.checkpoint}: a checkpoint of SoRA, 16 steps, on ")
+    assert text.splitlines()[0].startswith(
+        f"{run.checkpoint}: a checkpoint of SoRA, step 16 of 16, sparsity final, on "
+    )
     head = text.splitlines()[3].split()
     assert head == ["layer", "rank", "alpha", "A", "B", "BA", "bound", "|A|", "|B|", "|ΔW|", "left", "bytes"]
     cells, layers = cells_of(text), layer_sparsity(run.module)
@@ -51,8 +53,9 @@ def test_the_table_has_a_line_for_each_layer_and_totals(run, capsys):
         size = adapter.lora_A.nbytes + adapter.lora_B_t.nbytes + adapter.gate.nbytes
         assert row["bytes"] == f"{size:,}"
     left, held = sum(layer.rank for layer in layers), sum(layer.max_rank for layer in layers)
+    parameters = sum(layer.remaining_parameters for layer in layers)
     assert re.search(rf"\nall layers +{left}/{held} ", text)
-    assert f"{held - left} of {held} ranks are zero" in text
+    assert f"{parameters:,} parameters in {left} of {held} ranks, " in text
     assert held > left
 
 

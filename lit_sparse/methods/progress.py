@@ -1,0 +1,95 @@
+"""How far a run has come and what is left of its adapters: recorded in checkpoints, and said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.statistics import LayerSparsity, live_ranks, sparsity_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come.
+
+    Args:
+        step: Optimizer steps taken.
+        total: Optimizer steps of the whole run, None when the Trainer had no end.
+        final: Whether adapters were as sparse as the method makes them in the run.
+    """
+
+    step: int
+    total: int | None
+    final: bool
+
+    def __str__(self) -> str:
+        """As in ``step 40 of 100, sparsity not final``."""
+        total = "" if self.total is None else f" of {self.total:,}"
+        return f"step {self.step:,}{total}, sparsity {'final' if self.final else 'not final'}"
+
+    def record(self, adapters: Sequence[LowRankAdapter]) -> dict[str, Any]:
+        """Plain values for a file: these, live ranks, non-zero parameters in them, and their share of A and B."""
+        entries = sum(a.copies * a.max_rank * (a.in_features + a.out_features) for a in adapters)
+        ranks = torch.stack([live_ranks(adapter).sum() for adapter in adapters]).sum()
+        parameters = int(sparsity_of(adapters)["remaining_parameters"])
+        return {**asdict(self), "ranks": int(ranks), "parameters": parameters, "density": parameters / entries}
+
+    @classmethod
+    def of(cls, record: object) -> Progress | None:
+        """What :meth:`record` returned, read back; None if it is something else."""
+        if not isinstance(record, Mapping) or not {"step", "total", "final"} <= set(record):
+            return None
+        step, total = record["step"], record["total"]
+        if not isinstance(step, int) or not isinstance(total, int | None):
+            return None
+        return cls(step, total, record["final"] is True)
+
+    @classmethod
+    def in_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Progress | None:
+        """What a checkpoint records: of a ``SparseModule``, or of any module that was trained with ``Sparsify``."""
+        callbacks = checkpoint.get("callbacks")
+        states = list(callbacks.values()) if isinstance(callbacks, Mapping) else []
+        holders = [state for state in (checkpoint.get("lit_sparse"), *states) if isinstance(state, Mapping)]
+        return next((found for state in holders if (found := cls.of(state.get("progress")))), None)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run began with: an export leaves out layers and ranks of which nothing is left.
+
+    Args:
+        ranks: Ranks of all adapters.
+        weights: Entries of all frozen weights that were adapted.
+    """
+
+    ranks: int
+    weights: int
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerSparsity]) -> Trained:
+        """Add up all layers of a run."""
+        return cls(sum(layer.max_rank for layer in layers), sum(layer.adapted_parameters for layer in layers))
+
+
+def left(layers: Sequence[LayerSparsity], trained: Trained | None = None) -> str:
+    """What is left of adapters, as in ``33,536 parameters in 288 of 296 ranks, 6.15 % of the adapted weights changed``.
+
+    Args:
+        layers: At least one; weights count as changed where BA can be other than zero.
+        trained: What the run began with; None: the layers are all there were.
+    """
+    began = trained or Trained.of(layers)
+    ranks, parameters = sum(layer.rank for layer in layers), sum(layer.remaining_parameters for layer in layers)
+    share = 100 * sum(layer.density_BA * layer.adapted_parameters for layer in layers) / began.weights
+    return (
+        f"{parameters:,} parameters in {ranks:,} of {began.ranks:,} ranks, {share:.2f} % of the adapted weights changed"
+    )
+
+
+def sentence(progress: Progress | None, layers: Sequence[LayerSparsity]) -> str:
+    """How far a run had come, where that is known, and what is left of its adapters."""
+    return left(layers) if progress is None else f"{progress}, {left(layers)}"

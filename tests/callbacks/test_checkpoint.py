@@ -1,0 +1,423 @@
+"""lit_sparse.SparseCheckpoint: "last" is the end of the run, "best" is as sparse as it, and every table agrees."""
+
+import csv
+import functools
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from backbones import save_tiny_bert
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from projects import write_config
+
+import lit_sparse as ls
+from lit_sparse.callbacks.monitor import read_table
+from lit_sparse.cli import main
+from lit_sparse.exporting import export_checkpoint, merge_checkpoint
+from lit_sparse.methods.progress import Progress, left
+from lit_sparse.reporting.command import inspect_adapters
+
+BATCHES, EPOCHS = 4, 3
+STEPS = BATCHES * EPOCHS
+METHODS = {
+    "SoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.05},
+    "RoseLoRA": {"rank": 4, "density": 0.2, "begin": 0.1, "end": 0.6},
+    "GatedRoseLoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.05, "density": 0.2, "begin": 0.1, "end": 0.6},
+}
+SETTLED = 8  # the step at which RoseLoRA's masks above are final: 0.6 of 12, rounded up
+pytestmark = pytest.mark.filterwarnings("ignore")
+by_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    save_tiny_bert(folder / "bert")
+    for split, count in (("train", 4 * BATCHES), ("validation", 8)):
+        with (folder / f"{split}.csv").open("w", newline="") as stream:
+            rows = [(f"{('good', 'bad')[i % 2]} film {i}", ("yes", "no")[i % 2]) for i in range(count)]
+            csv.writer(stream).writerows([("text", "label"), *rows])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-sparse"])
+
+
+class At(Callback):
+    """Do something when a batch begins that leads to a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step - 1:
+            self.act(trainer)
+
+
+class Falls(Callback):
+    """A metric that is better the earlier it is measured: what chooses by it keeps the first."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("early", -float(trainer.global_step))
+
+
+def fit(project, method, *callbacks, ckpt_path=None, **options):
+    """Train for twelve steps; returns the Trainer."""
+    L.seed_everything(1, verbose=False)
+    arguments = METHODS.get(method, {"rank": 4})
+    module = ls.SequenceClassification(
+        str(project / "bert"), getattr(ls, method)(**arguments), optimizer=functools.partial(torch.optim.AdamW, lr=0.02)
+    )
+    data = ls.TextClassificationData(str(project), batch_size=4, seed=3)
+    settings = {"logger": False, "max_epochs": EPOCHS, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **options}
+    trainer = L.Trainer(
+        accelerator="cpu", callbacks=list(callbacks), enable_progress_bar=False, enable_model_summary=False, **settings
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def progress_of(file):
+    return Progress.in_checkpoint(torch.load(file, weights_only=True))
+
+
+def same_weights(one, other):
+    states = [torch.load(file, weights_only=True)["state_dict"] for file in (one, other)]
+    return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def figures(text):
+    """Parameters, live ranks, all ranks and share of changed weights, as the one sentence in a text says them."""
+    pattern = r"([\d,]+) parameters in ([\d,]+) of ([\d,]+) ranks, ([\d.]+) % of the adapted weights changed"
+    (found,) = set(re.findall(pattern, " ".join(text.split())))
+    return found
+
+
+def kill(trainer):
+    raise RuntimeError("killed")
+
+
+# The tables of a run, of its checkpoint and of its exports.
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["straight", "killed-and-resumed"])
+@pytest.mark.parametrize("monitor", [{}, {"monitor": "early", "mode": "max"}], ids=["not-monitored", "monitored"])
+@by_method
+def test_all_tables_of_a_run_agree(method, monitor, interrupted, project, capsys):
+    """The monitor, sparsity.csv, the checkpoint, the exports and inspect of each say the same of ranks and entries."""
+
+    def run(*callbacks, **options):
+        keep = ls.SparseCheckpoint("kept", **monitor)
+        return fit(project, method, keep, Falls(), *callbacks, logger=CSVLogger("logs"), **options)
+
+    if interrupted:
+        with pytest.raises(RuntimeError, match="killed"):
+            run(At(STEPS - 1, kill))
+        before = STEPS - BATCHES
+        assert progress_of("kept/last.ckpt") == Progress(before, STEPS, final=method == "RoseLoRA")
+        capsys.readouterr()
+    trainer = run(ckpt_path=ls.last_checkpoint("kept") if interrupted else None)
+    printed = capsys.readouterr().out
+    assert f"The run ended at step {STEPS} of {STEPS}, sparsity final, " in " ".join(printed.split())
+    told = figures(printed)
+    assert told == figures(left(read_table(Path(trainer.log_dir) / "sparsity.csv")))
+    saved = torch.load("kept/last.ckpt", weights_only=True)["lit_sparse"]["progress"]
+    assert (saved["step"], saved["total"], saved["final"]) == (STEPS, STEPS, True)
+    assert (f"{saved['parameters']:,}", f"{saved['ranks']:,}") == told[:2]
+    inspect_adapters("kept/last.ckpt")
+    assert told == figures(capsys.readouterr().out)
+    for form in ("peft", "sparse"):
+        report = export_checkpoint("kept/last.ckpt", form, form)
+        assert told == figures(str(report)) == figures(Path(form, "README.md").read_text())
+        assert str(report).count(f"step {STEPS} of {STEPS}, sparsity final") == 1
+        inspect_adapters(form)
+        shown = capsys.readouterr().out
+        assert told == figures(shown)
+        assert re.search(rf"\nall layers +{told[1]}/{told[2]} ", shown)
+        assert f"step {STEPS} of {STEPS}, sparsity final" in shown
+
+
+def test_the_commands_print_what_the_folder_holds(project, capsys):
+    """The same from the command line: fit with a metric that falls, then the command that exports ``last.ckpt``."""
+    method = {"class_path": "lit_sparse.RoseLoRA", "init_args": METHODS["RoseLoRA"]}
+    init_args = {"backbone": str(project / "bert"), "method": method}
+    model = {"class_path": "lit_sparse.SequenceClassification", "init_args": init_args}
+    data = {"class_path": "lit_sparse.TextClassificationData", "init_args": {"path": str(project), "batch_size": 4}}
+    keep = {"class_path": "lit_sparse.SparseCheckpoint", "init_args": {"dirpath": "kept", "monitor": "val_accuracy"}}
+    config = write_config(Path("config.yaml"), model, data, 0.02, max_epochs=EPOCHS, callbacks=[keep])
+    main(["fit", "--config", config])
+    told = figures(capsys.readouterr().out)
+    main(["export", "--ckpt_path", "kept/last.ckpt", "--format", "peft", "--require_final", "true", "--output", "lora"])
+    assert told == figures(capsys.readouterr().out)
+    main(["inspect", "lora"])
+    assert told == figures(capsys.readouterr().out)
+
+
+# What "last" is.
+
+
+def step_of(file):
+    return torch.load(file, weights_only=True)["global_step"]
+
+
+ENDS = {
+    "max_steps": ({"max_steps": 6}, ()),
+    "max_epochs": ({}, ()),
+    "rare validation": ({"check_val_every_n_epoch": 2}, ()),
+    "EarlyStopping": ({}, (lambda: EarlyStopping("early", mode="max", patience=1),)),
+    "max_time": ({}, (lambda: At(7, lambda trainer: setattr(trainer, "should_stop", True)),)),
+}
+
+
+@pytest.mark.parametrize("keep", [ls.SparseCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize("end", ENDS)
+def test_last_is_the_end_of_the_run_however_it_ends(end, keep, project):
+    """Also that of Lightning's own callback, once the run has ended."""
+    options, others = ENDS[end]
+    callback = keep("kept", monitor="early", mode="max", save_last=True)
+    trainer = fit(project, "RoseLoRA", callback, Falls(), *(make() for make in others), **options)
+    trainer.save_checkpoint("end.ckpt")
+    assert step_of("kept/last.ckpt") == trainer.global_step == step_of("end.ckpt")
+    assert same_weights("kept/last.ckpt", "end.ckpt")
+    assert progress_of("kept/last.ckpt").step == trainer.global_step
+
+
+@pytest.mark.parametrize("options", [{}, {"check_val_every_n_epoch": 2}, {"max_steps": 6}], ids=str)
+def test_the_checkpoint_of_a_trainer_without_callbacks_is_the_end_of_the_run(options, project, tmp_path):
+    trainer = fit(project, "SoRA", default_root_dir=tmp_path, **options)
+    (file,) = tmp_path.rglob("*.ckpt")
+    assert str(file) == trainer.checkpoint_callback.best_model_path
+    assert step_of(file) == trainer.global_step
+
+
+def test_last_is_rewritten_where_the_metric_did_not_improve_or_is_not_there_yet(project):
+    steps = []
+
+    class Read(Callback):
+        def on_train_batch_start(self, *_):
+            steps.append(step_of("kept/last.ckpt") if Path("kept/last.ckpt").exists() else None)
+
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", every_n_train_steps=3)
+    fit(project, "LoRA", keep, Falls(), Read())
+    # After steps 3, 6, 9; the first validation is after step 4.
+    assert steps == [None] * 3 + [3] * 3 + [6] * 3 + [9] * 3
+    assert step_of("kept/last.ckpt") == STEPS
+    assert step_of(keep.best_model_path) == 6  # where the metric of step 4 was the last known
+
+
+def test_nothing_is_kept_under_the_name_of_last_but_the_last():
+    with pytest.raises(ls.UsageError, match="save_last is true or false"):
+        ls.SparseCheckpoint(save_last="link")
+    with pytest.raises(ls.UsageError, match="filename 'last' is the name of the run's last state"):
+        ls.SparseCheckpoint(filename="last")
+    with pytest.raises(ls.UsageError, match="best_of must be 'final' or 'all'; got 'some'"):
+        ls.SparseCheckpoint(best_of="some")
+
+
+def test_any_module_can_use_it(tmp_path):
+    keep = ls.SparseCheckpoint(tmp_path, monitor="early", mode="max")
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        callbacks=[keep, Falls()],
+        **options,
+    )
+    trainer.fit(BoringModel())
+    assert (step_of(keep.best_model_path), step_of(tmp_path / "last.ckpt")) == (2, 6)
+
+
+def test_a_module_of_the_users_own_records_how_far_it_was(project, tmp_path):
+    class Own(BoringModel):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Sequential(torch.nn.Linear(32, 2))
+            ls.inject(self, method)
+
+    method = ls.RoseLoRA(["0"], rank=2, density=0.5, begin=0, end=4)
+    keep = ls.SparseCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=6, limit_val_batches=0, callbacks=[keep, ls.Sparsify(method)], **options
+    )
+    trainer.fit(Own())
+    assert [progress_of(tmp_path / f"step={n}.ckpt").final for n in (2, 4, 6)] == [False, True, True]
+    assert str(progress_of(tmp_path / "last.ckpt")) == "step 6 of 6, sparsity final"
+
+
+# What "best" is.
+
+
+@pytest.mark.parametrize(
+    ("method", "best"), [("LoRA", BATCHES), ("RoseLoRA", SETTLED), ("SoRA", STEPS), ("GatedRoseLoRA", STEPS)]
+)
+def test_best_is_chosen_among_states_whose_sparsity_is_final(method, best, project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")
+    fit(project, method, keep, Falls())
+    assert step_of(keep.best_model_path) == best
+    assert keep.best_model_score == -best
+    assert progress_of(keep.best_model_path).final
+    assert len(list(Path("kept").iterdir())) == 2
+
+
+def test_best_may_be_chosen_among_all_states(project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", best_of="all")
+    fit(project, "SoRA", keep, Falls())
+    assert step_of(keep.best_model_path) == BATCHES
+    assert not progress_of(keep.best_model_path).final
+
+
+def test_all_states_are_kept_but_best_is_one_whose_sparsity_is_final(project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", save_top_k=-1, filename="{step}")
+    fit(project, "RoseLoRA", keep, Falls())
+    assert {step_of(file) for file in Path("kept").glob("step=*")} == {BATCHES, SETTLED, STEPS}
+    assert step_of(keep.best_model_path) == SETTLED
+
+
+def test_a_metric_of_a_validation_before_the_sparsity_was_final_chooses_nothing(project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", every_n_train_steps=3)
+    fit(project, "RoseLoRA", keep, Falls())
+    # Saved after steps 3, 6, 9, 12; validated after 4, 8, 12; final from 8 on.
+    assert step_of(keep.best_model_path) == 9
+
+
+def test_a_state_that_is_saved_before_it_is_validated_may_be_the_best(project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", every_n_train_steps=4)
+    fit(project, "SoRA", keep, Falls())
+    assert step_of(keep.best_model_path) == STEPS
+    assert keep.best_model_score == -STEPS
+
+
+@pytest.mark.parametrize("save_last", [True, False])
+def test_where_no_validated_state_was_final_best_is_the_last(save_last, project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", save_last=save_last)
+    with pytest.warns(UserWarning, match=r"No state was validated by 'early' once its sparsity was final: the best"):
+        trainer = fit(project, "SoRA", keep, Falls(), max_steps=6, max_epochs=-1, val_check_interval=4)
+    assert step_of(keep.best_model_path) == trainer.global_step == 6
+    assert (Path(keep.best_model_path).name == "last.ckpt") == save_last
+
+
+def test_a_metric_that_is_not_logged_is_told_at_the_first_validation(project):
+    with pytest.raises(Exception, match="could not find the monitored key"):
+        fit(project, "SoRA", ls.SparseCheckpoint("kept", monitor="nothing"), max_epochs=EPOCHS)
+
+
+def test_the_last_stage_of_thresholds_is_final(project):
+    stages = ls.ThresholdStages(0.01, 0.05, count=2, monitor="early", first_epochs=1, epochs=2, folder="stages")
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")
+    module = ls.SequenceClassification(str(project / "bert"), ls.SoRA(rank=4, threshold=0.01))
+    data = ls.TextClassificationData(str(project), batch_size=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=3, callbacks=[stages, keep, Falls()], **quiet)
+    trainer.fit(module, data)
+    assert not progress_of("stages/stage-1.ckpt").final
+    assert progress_of("stages/stage-2.ckpt").final
+    assert step_of(keep.best_model_path) == 2 * BATCHES
+
+
+def test_a_best_of_lightnings_own_that_is_dense_is_told(project):
+    keep = ModelCheckpoint("kept", monitor="early", mode="max", save_last=True)
+    with pytest.warns(
+        UserWarning, match=r"best checkpoint by 'early' is of step 4 of 12, sparsity not final: .*step=4"
+    ):
+        fit(project, "SoRA", keep, Falls())
+
+
+def test_the_score_beside_the_last_is_that_of_the_last(project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", every_n_epochs=1)
+    fit(project, "LoRA", keep, Falls())
+
+    def score(file):
+        states = torch.load(file, weights_only=True)["callbacks"]
+        return next(s for name, s in states.items() if name.startswith("SparseCheckpoint"))["current_score"]
+
+    assert (score(keep.best_model_path), score("kept/last.ckpt")) == (-BATCHES, -STEPS)
+
+
+# Interruptions.
+
+
+def interrupt(number):
+    return lambda trainer: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(number, project):
+    keep = {"monitor": "early", "mode": "max"}
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), At(7, interrupt(number)))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert step_of("kept/last.ckpt") == 7
+    again = fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), ckpt_path="kept/last.ckpt")
+    again.save_checkpoint("again.ckpt")
+    fit(project, "RoseLoRA", enable_checkpointing=False).save_checkpoint("straight.ckpt")
+    assert same_weights("again.ckpt", "straight.ckpt")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(project):
+    handler = signal.getsignal(signal.SIGINT)
+    twice = [At(7, interrupt(signal.SIGINT)), At(7, interrupt(signal.SIGINT))]
+    try:
+        with pytest.raises(SystemExit):
+            fit(project, "RoseLoRA", ls.SparseCheckpoint("kept"), *twice)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert step_of("kept/last.ckpt") == BATCHES
+
+
+# What export and merge say of a state that is not final.
+
+
+@pytest.fixture
+def early(project):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", best_of="all", filename="early")
+    fit(project, "SoRA", keep, Falls())
+    return "kept/early.ckpt"
+
+
+@pytest.mark.parametrize("command", [export_checkpoint, merge_checkpoint])
+def test_a_state_that_is_not_final_is_told_or_refused(command, early):
+    found = r"'kept/early.ckpt' is of step 4 of 12, sparsity not final: it is less sparse"
+    with pytest.warns(UserWarning, match=found):
+        report = command(early, "out")
+    assert "step 4 of 12, sparsity not final" in str(report)
+    assert "Step 4 of 12, sparsity not final" in Path("out/README.md").read_text()
+    with pytest.raises(ls.UsageError, match=found + ".*require_final is set"):
+        command(early, "other", require_final=True)
+    assert not Path("other").exists()
+    command("kept/last.ckpt", "other", require_final=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_exported_but_not_as_final(early):
+    checkpoint = torch.load(early, weights_only=True)
+    del checkpoint["lit_sparse"]["progress"], checkpoint["callbacks"]
+    torch.save(checkpoint, "old.ckpt")
+    export_checkpoint("old.ckpt", "out")
+    with pytest.raises(ls.UsageError, match="does not record whether its sparsity was final"):
+        export_checkpoint("old.ckpt", "other", require_final=True)
+
+
+# Weights alone.
+
+
+def test_weights_alone_are_exported_but_not_resumed(project, capsys):
+    fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", save_weights_only=True))
+    assert progress_of("kept/last.ckpt") == Progress(STEPS, STEPS, final=True)
+    export_checkpoint("kept/last.ckpt", "out", require_final=True)
+    with pytest.raises(ls.UsageError, match=r"last\.ckpt' holds weights only .*start_from"):
+        fit(project, "RoseLoRA", ckpt_path="kept/last.ckpt", enable_checkpointing=False)
