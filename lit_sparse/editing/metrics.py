@@ -150,6 +150,9 @@ class Portability(RequestMean):
     Averaged over the prompts of a kind, then over the kinds that a request has: ``portability``, and
     ``portability/<kind>`` for each kind.
 
+    EasyEdit's scripts for KnowEdit ask for the first name only. Where an answer has several names, this figure is as
+    high as theirs or higher, so the two cannot be compared; see the page on editing.
+
     Args:
         kinds: Those that requests may have.
     """

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 
+from lit_sparse.editing.records import Probe as Probe
+from lit_sparse.editing.records import Record, read_records, short
 from lit_sparse.errors import UsageError
-from lit_sparse.json_text import parse
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A prompt, and the texts that answer it.
-
-    Args:
-        prompt: What the model goes on from.
-        answers: Names of the same thing, any of which is right; at least one.
-    """
-
-    prompt: str
-    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,9 +43,11 @@ def read_requests(file: str | os.PathLike[str]) -> list[EditRequest]:
     """Read a file of edit requests as it was published.
 
     A record is told by its fields: KnowEdit's (``prompt``, ``target_new``, and for WikiBio ``text``, ``labels``), those
-    of ZsRE as MEND and EasyEdit have it (``src``, ``alt``), of CounterFact (``requested_rewrite``), and of EasyEdit's
-    flat files (``prompt`` with ``locality_prompt``). Fields that a record may lack (rephrased prompts, portability,
-    locality, each of their kinds) are measured where they are.
+    of ZsRE as MEND and EasyEdit have it (``src``, ``alt``), of CounterFact (``requested_rewrite``), of CKnowEdit (lists
+    of probes, with ``answer``), and of EasyEdit's flat files (``prompt`` with ``locality_prompt``, or with the names of
+    its arguments: ``rephrase_prompts``, ``portability_inputs``, ``locality_inputs``). Fields that a record may lack
+    (rephrased prompts, portability, locality, each of their kinds) are measured where they are. ``{}`` in a prompt
+    stands for the subject. Other fields are left alone; a warning names those that look like probes.
 
     Args:
         file: A list of records as JSON, or JSON Lines.
@@ -70,123 +61,59 @@ def read_requests(file: str | os.PathLike[str]) -> list[EditRequest]:
             message names the record, counted from 0, and the field.
     """
     path = Path(file)
-    records = _records(path)
+    records = read_records(path)
     unchanged = [i for i, record in enumerate(records) if isinstance(record, dict) and record.get("alt") == ""]
     if unchanged:
         rank_zero_warn(f"{path}: {len(unchanged)} records have an empty new answer (alt) and are left out.")
-    requests = [_request(path, i, record) for i, record in enumerate(records) if i not in set(unchanged)]
+    ignored: set[str] = set()
+    requests = [_request(path, i, record, ignored) for i, record in enumerate(records) if i not in set(unchanged)]
+    if ignored:
+        rank_zero_warn(
+            f"{path}: the fields {', '.join(sorted(ignored))} are not read, though they look like prompts to measure "
+            "by. Those that are read: rephrase, portability and locality, as docs/editing.md describes them."
+        )
     if not requests:
         raise UsageError(f"{path} holds no edit request.")
     return requests
 
 
-def _records(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The edit requests {str(path)!r} cannot be read: {error}.") from error
-    try:
-        if path.suffix == ".jsonl":
-            # Not splitlines(): texts may have other ends of lines in them.
-            return [parse(line) for line in text.split("\n") if line.strip()]
-        records = parse(text)
-    except ValueError as error:
-        raise UsageError(f"The edit requests {str(path)!r} are no JSON: {error}.") from error
-    if not isinstance(records, list):
-        raise UsageError(f"{path} must be a list of records; it is a {type(records).__name__}.")
-    return records
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One record, with its place for messages."""
-
-    path: Path
-    index: int
-    content: Mapping[str, Any]
-
-    def fail(self, name: str, what: str) -> UsageError:
-        return UsageError(f"{self.path}, record {self.index} (counted from 0), field {name!r}: {what}.")
-
-    def text(self, *names: str) -> str:
-        """The text in the first of these fields that there is."""
-        name = next((name for name in names if name in self.content), None)
-        if name is None:
-            raise self.fail(names[0], f"is missing; the record has {sorted(self.content)}")
-        return self.as_text(name, self.content[name])
-
-    def as_text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise self.fail(name, f"must be a text; it is {_short(value)}")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """The texts of a field that may be missing, or one text."""
-        value = self.content.get(name)
-        if value is None or value == "":
-            return ()
-        return tuple(self.as_text(name, text) for text in (value if isinstance(value, list) else [value]))
-
-    def probes(self, name: str) -> dict[str, tuple[Probe, ...]]:
-        """Kind to probes; empty where the record has none."""
-        kinds = self.content.get(name)
-        if kinds is None:
-            return {}
-        if not isinstance(kinds, dict):
-            raise self.fail(name, f"must map kinds to lists of probes; it is {_short(kinds)}")
-        found = {kind: tuple(self._listed(f"{name}.{kind}", probes)) for kind, probes in kinds.items() if probes}
-        return {kind: probes for kind, probes in found.items() if probes}
-
-    def _listed(self, name: str, probes: Any) -> Iterator[Probe]:
-        if not isinstance(probes, list):
-            raise self.fail(name, f"must be a list of probes; it is {_short(probes)}")
-        for number, probe in enumerate(probes):
-            place = f"{name}[{number}]"
-            if not isinstance(probe, dict):
-                raise self.fail(place, f"must have prompt and ground_truth; it is {_short(probe)}")
-            prompts = probe.get("prompt")
-            for prompt in prompts if isinstance(prompts, list) and prompts else [prompts]:
-                yield self.probe(place, prompt, probe.get("ground_truth"))
-
-    def probe(self, name: str, prompt: Any, answers: Any) -> Probe:
-        """A probe, whose answers may be nested lists of names."""
-        return Probe(
-            self.as_text(f"{name}.prompt", prompt), tuple(dict.fromkeys(self._answers(f"{name}.ground_truth", answers)))
-        )
-
-    def _answers(self, name: str, value: Any) -> list[str]:
-        if isinstance(value, list) and value:
-            return [text for part in value for text in self._answers(name, part)]
-        return [self.as_text(name, value)]
-
-
-def _request(path: Path, index: int, content: Any) -> EditRequest:
-    record = _Record(path, index, content)
+def _request(path: Path, index: int, content: Any, ignored: set[str]) -> EditRequest:
+    """The request of a record; the names of fields that it should perhaps have had are added to ``ignored``."""
+    record = Record(path, index, content)
     if not isinstance(content, dict):
-        raise UsageError(f"{path}, record {index} (counted from 0), must be an object; it is {_short(content)}.")
+        raise UsageError(f"{path}, record {index} (counted from 0), must be an object; it is {short(content)}.")
     read = next((read for mark, read in _FORMATS.items() if mark in content), None)
     if read is None:
         raise record.fail("prompt", f"is missing, and no other format is known with the fields {sorted(content)}")
-    return read(record)
+    request = read(record)
+    ignored |= {name for name in set(content) - record.asked if content[name] and _PROBES.search(name)}
+    return request
 
 
-def _knowedit(record: _Record) -> EditRequest:
-    locality = record.probes("locality")
+def _knowedit(record: Record) -> EditRequest:
+    locality = {**record.probes("locality"), **record.inputs("locality_inputs")}
     if "locality_prompt" in record.content:  # EasyEdit's flat files
-        answers = record.content.get("locality_ground_truth")
-        locality["Neighborhood"] = (record.probe("locality", record.content["locality_prompt"], answers),)
+        prompt, answers = record.get("locality_prompt"), record.get("locality_ground_truth")
+        locality["Neighborhood"] = (record.probe("locality", prompt, answers),)
+    subject = "".join(record.texts("subject"))
+    rephrases = [text for name in ("rephrase", "rephrase_prompt", "rephrase_prompts") for text in record.texts(name)]
     return EditRequest(
         record.index,
-        record.text("prompt"),
+        _about(subject, record.text("prompt")),
         record.text("target_new"),
-        "".join(record.texts("subject")),
-        (*record.texts("rephrase"), *record.texts("rephrase_prompt")),
-        record.probes("portability"),
+        subject,
+        tuple(_about(subject, text) for text in rephrases),
+        {**record.probes("portability"), **record.inputs("portability_inputs")},
         locality,
     )
 
 
-def _wikibio(record: _Record) -> EditRequest:
+def _about(subject: str, prompt: str) -> str:
+    """``prompt`` with the subject in the place of ``{}``, where there is one."""
+    return prompt.replace("{}", subject) if subject else prompt
+
+
+def _wikibio(record: Record) -> EditRequest:
     return EditRequest(
         record.index,
         record.text("text"),
@@ -197,17 +124,17 @@ def _wikibio(record: _Record) -> EditRequest:
     )
 
 
-def _mend(record: _Record) -> EditRequest:
+def _mend(record: Record) -> EditRequest:
     content = record.content
     portability: dict[str, tuple[Probe, ...]] = {}
-    asked = content.get("portability")
+    asked = record.get("portability")
     if asked is not None:
         if not isinstance(asked, dict):
-            raise record.fail("portability", f"must have New Question and New Answer; it is {_short(asked)}")
+            raise record.fail("portability", f"must have New Question and New Answer; it is {short(asked)}")
         portability["Reasoning"] = (record.probe("portability", asked.get("New Question"), asked.get("New Answer")),)
     locality: dict[str, tuple[Probe, ...]] = {}
     if "loc" in content:
-        locality["Neighborhood"] = (record.probe("loc", content["loc"], content.get("loc_ans")),)
+        locality["Neighborhood"] = (record.probe("loc", record.get("loc"), record.get("loc_ans")),)
     return EditRequest(
         record.index,
         record.text("src"),
@@ -219,11 +146,11 @@ def _mend(record: _Record) -> EditRequest:
     )
 
 
-def _counterfact(record: _Record) -> EditRequest:
-    rewrite = record.content["requested_rewrite"]
+def _counterfact(record: Record) -> EditRequest:
+    rewrite = record.get("requested_rewrite")
     if not isinstance(rewrite, dict):
-        raise record.fail("requested_rewrite", f"must be an object; it is {_short(rewrite)}")
-    inner = _Record(record.path, record.index, rewrite)
+        raise record.fail("requested_rewrite", f"must be an object; it is {short(rewrite)}")
+    inner = Record(record.path, record.index, rewrite)
     subject = inner.text("subject")
     targets = {
         name: inner.as_text(f"{name}.str", value.get("str") if isinstance(value, dict) else value)
@@ -238,7 +165,7 @@ def _counterfact(record: _Record) -> EditRequest:
     probes = tuple(Probe(prompt, (targets["target_true"],)) for prompt in neighbours)
     return EditRequest(
         record.index,
-        inner.text("prompt").replace("{}", subject),
+        _about(subject, inner.text("prompt")),
         targets["target_new"],
         subject,
         record.texts("paraphrase_prompts"),
@@ -246,15 +173,12 @@ def _counterfact(record: _Record) -> EditRequest:
     )
 
 
+_PROBES = re.compile("local|portab|rephras|paraphras|neighbo", re.IGNORECASE)
+
 # Told by a field that those after it lack.
-_FORMATS: dict[str, Callable[[_Record], EditRequest]] = {
+_FORMATS: dict[str, Callable[[Record], EditRequest]] = {
     "requested_rewrite": _counterfact,
     "src": _mend,
     "prompt": _knowedit,
     "labels": _wikibio,
 }
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -148,6 +148,73 @@ def test_wikibio_and_flat_files(tmp_path):
     assert flat.locality == {"Neighborhood": (Probe("Jean Gabin, a native", ("French",)),)}
 
 
+INPUTS = {
+    "prompt": "The capital of {} is",
+    "target_new": "Rome",
+    "subject": "France",
+    "rephrase_prompts": ["The capital city of {}:", "France is governed from"],
+    "locality_inputs": {
+        "neighborhood": {"prompt": ["Rome is in", "Lyon is in"], "ground_truth": ["Italy", ["France", "the Republic"]]},
+        "distracting": {"prompt": "The cat", "ground_truth": "sat"},
+    },
+    "portability_inputs": {"one_hop": {"prompt": ["Louvre is in"], "ground_truth": ["Rome"]}, "none": None},
+}
+
+
+def test_the_names_of_easyedits_arguments(tmp_path):
+    (request,) = read_requests(write(tmp_path, [INPUTS]))
+    assert request == EditRequest(
+        0,
+        "The capital of France is",
+        "Rome",
+        "France",
+        ("The capital city of France:", "France is governed from"),
+        {"one_hop": (Probe("Louvre is in", ("Rome",)),)},
+        {
+            "neighborhood": (Probe("Rome is in", ("Italy",)), Probe("Lyon is in", ("France", "the Republic"))),
+            "distracting": (Probe("The cat", ("sat",)),),
+        },
+    )
+
+
+def test_cknowedit(tmp_path):
+    record = {
+        "prompt": "p",
+        "target_old": "old",
+        "target_new": "new",
+        "subject": "s",
+        "rephrase": ["r"],
+        "portability": [{"prompt": "q", "answer": "a"}, {"prompt": "q2", "answer": "b"}],
+        "locality": [{}, {"prompt": "l", "answer": "c"}],
+    }
+    (request,) = read_requests(write(tmp_path, [record]))
+    assert request.portability == {"por_hop": (Probe("q", ("a",)), Probe("q2", ("b",)))}
+    assert request.locality == {"loc_hop": (Probe("l", ("c",)),)}
+
+
+def test_braces_stay_in_the_prompt_of_a_record_without_subject(tmp_path):
+    (request,) = read_requests(write(tmp_path, [{"prompt": "In Python, {} is", "target_new": "a set"}]))
+    assert request.prompt == "In Python, {} is"
+
+
+@pytest.mark.parametrize("record", [KNOWEDIT, MEND, COUNTERFACT, WIKIBIO, FLAT, INPUTS])
+def test_fields_that_look_like_probes_and_are_not_read_are_named_once(tmp_path, record, recwarn):
+    read_requests(write(tmp_path, [record] * 3))
+    assert not recwarn.list
+    unread = {"locality_prompts": ["l"], "Portability_r": [PROBE], "paraphrases": ["p"], "rephrased": "", "id": 7}
+    read_requests(write(tmp_path, [record, {**record, **unread}, {**record, **unread}]))
+    (warning,) = recwarn.list
+    assert "the fields Portability_r, locality_prompts, paraphrases are not read" in str(warning.message)
+
+
+@pytest.mark.parametrize("name", ["edits.json", "edits.jsonl"])
+def test_a_byte_order_mark(tmp_path, name):
+    file = Path(write(tmp_path, [KNOWEDIT, KNOWEDIT], name))
+    expected = read_requests(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_requests(file) == expected
+
+
 @pytest.mark.parametrize("missing", ["rephrase", "portability", "locality", "subject", "ground_truth"])
 def test_fields_may_be_missing_or_null(tmp_path, missing):
     without, null = read_requests(
@@ -169,7 +236,20 @@ PROBE = {"prompt": "p", "ground_truth": "a"}
         ({"prompt": "p"}, "target_new", "is missing; the record has ['prompt']"),
         ({"question": "p", "answer": "a"}, "prompt", "no other format is known with the fields ['answer', 'question']"),
         ({**KNOWEDIT, "rephrase": ["a", ""]}, "rephrase", "must be a text; it is ''"),
-        ({**KNOWEDIT, "portability": [PROBE]}, "portability", "must map kinds to lists"),
+        ({**KNOWEDIT, "portability": "p"}, "portability", "must map kinds to lists"),
+        ({**KNOWEDIT, "portability": ["p"]}, "portability.por_hop[0]", "must have prompt and ground_truth"),
+        ({**KNOWEDIT, "portability_inputs": [PROBE]}, "portability_inputs", "must map kinds to prompt"),
+        ({**KNOWEDIT, "locality_inputs": {"n": "p"}}, "locality_inputs.n", "must have prompt and ground_truth"),
+        (
+            {**KNOWEDIT, "locality_inputs": {"n": {"prompt": ["p", "q"], "ground_truth": ["a"]}}},
+            "locality_inputs.n.ground_truth",
+            "must have 2 answers, one for each prompt",
+        ),
+        (
+            {**KNOWEDIT, "locality_inputs": {"n": {"prompt": ["p", "q"], "ground_truth": ["a", ""]}}},
+            "locality_inputs.n[1].ground_truth",
+            "must be a text",
+        ),
         ({**KNOWEDIT, "portability": {"Reasoning": PROBE}}, "portability.Reasoning", "must be a list of probes"),
         ({**KNOWEDIT, "locality": {"F": [PROBE, "p"]}}, "locality.F[1]", "must have prompt and ground_truth"),
         ({**KNOWEDIT, "locality": {"F": [{"prompt": "p"}]}}, "locality.F[0].ground_truth", "it is None"),
