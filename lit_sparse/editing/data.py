@@ -17,8 +17,8 @@ class EditingData(LightningDataModule):
     """Edit requests from the usual files, unchanged, for an :class:`~lit_sparse.Editor`.
 
     Reads KnowEdit (WikiData recent and counterfact, ZsRE, WikiBio), ZsRE as MEND and EasyEdit have it, CounterFact,
-    CKnowEdit, and EasyEdit's flat files, as JSON or JSON Lines; :func:`~lit_sparse.editing.requests.read_requests` says how. Every
-    process of a run takes its share of the requests, none twice.
+    CKnowEdit, and EasyEdit's flat files, as JSON or JSON Lines; :func:`~lit_sparse.editing.requests.read_requests` says
+    how. Every process of a run takes its share of the requests, none twice.
 
     Args:
         path: File of the requests.
