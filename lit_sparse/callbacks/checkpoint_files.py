@@ -63,7 +63,9 @@ class WholeFiles(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Read ``path``, or what takes its place."""
-        return super().load_checkpoint(path if is_remote(path) else usable(path), map_location, weights_only)
+        # Lightning would run the pickle that a URL gives, unless it is told not to.
+        safe = weights_only is not False
+        return super().load_checkpoint(path if is_remote(path) else usable(path), map_location, safe)
 
 
 def usable(path: _PATH) -> Path:

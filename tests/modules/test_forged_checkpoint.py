@@ -1,7 +1,11 @@
 """A checkpoint that others made must not choose what code runs, unless the caller lets it."""
 
+import functools
 import json
+import pickle
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from backbones import save_tiny_bert
 from torch import nn
 
 import lit_sparse as ls
+from lit_sparse.callbacks.checkpoint_files import WholeFiles
 
 MODELING = """
 from pathlib import Path
@@ -154,7 +159,9 @@ def test_a_known_subclass_is_built_and_its_objects_are_passed(forge):
     assert type(ls.SequenceClassification.load_from_checkpoint(file, loss=nn.MSELoss())) is Mine
 
 
-def test_a_checkpoint_at_a_url_is_no_pickle_either(tmp_path):
+def test_a_checkpoint_at_a_url_is_no_pickle_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -162,4 +169,12 @@ def test_a_checkpoint_at_a_url_is_no_pickle_either(tmp_path):
     torch.save({"state_dict": {}, "x": Evil()}, tmp_path / "evil.ckpt")
     with pytest.raises(ls.UsageError, match="cannot be read as a checkpoint"):
         ls.SequenceClassification.load_from_checkpoint((tmp_path / "evil.ckpt").as_uri())
+    assert not (tmp_path / "ran").exists()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(pickle.UnpicklingError):
+            WholeFiles().load_checkpoint(f"http://127.0.0.1:{server.server_port}/evil.ckpt")
+    finally:
+        server.shutdown()
     assert not (tmp_path / "ran").exists()
