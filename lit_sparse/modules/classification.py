@@ -13,6 +13,7 @@ from lit_sparse.callbacks.measuring import Figures
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.modules.labels import name_classes
 from lit_sparse.modules.metrics import CLASSIFICATION, REGRESSION, build_metrics, predictions
 from lit_sparse.modules.optimization import LrSchedule
 
@@ -75,13 +76,18 @@ class Classification(SparseModule):
     def load_model(self) -> nn.Module:
         """Load the backbone with a new head of ``num_labels`` outputs, unless it has one of that size."""
         self.backbone_args = {**self._head_arguments(), **self.backbone_args}
-        return super().load_model()
+        model = super().load_model()
+        if self.label_names is not None:
+            name_classes(model, self.label_names, self.method.train_head)
+        return model
 
     def configure_model(self) -> None:
         """Learn labels and metrics from the data module, load, inject, and make the metrics."""
         if self.model is not None:
             return
         self._ask_data()
+        if self._built and self.label_names is not None:
+            name_classes(self._built[0], self.label_names, self.method.train_head)
         super().configure_model()
         count = self._known_num_labels()
         # In the checkpoint, so that it loads without a data module.
@@ -171,11 +177,7 @@ class Classification(SparseModule):
     def _head_arguments(self) -> dict[str, Any]:
         """What ``from_pretrained`` must know to make the head."""
         # A head of another task, such as MNLI's three classes for RTE, gives way to a new one.
-        labels: dict[str, Any] = {"num_labels": self._known_num_labels(), "ignore_mismatched_sizes": True}
-        if self.label_names is not None:
-            labels["id2label"] = dict(enumerate(self.label_names))
-            labels["label2id"] = {name: number for number, name in enumerate(self.label_names)}
-        return labels
+        return {"num_labels": self._known_num_labels(), "ignore_mismatched_sizes": True}
 
     def _known_num_labels(self) -> int:
         if self.num_labels is not None:
