@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from lit_sparse.errors import UsageError
 
@@ -63,6 +64,8 @@ def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
 def update_moving_average_(averages: Sequence[Tensor], values: Sequence[Tensor], beta: float) -> None:
     """Apply :func:`moving_average` to many averages in place, in a handful of kernels, without gradients.
 
+    Where a value is not finite the average stays as it is: one infinite gradient would otherwise never leave it.
+
     Args:
         averages: Any shapes.
         values: One for each average, of its shape.
@@ -76,8 +79,27 @@ def update_moving_average_(averages: Sequence[Tensor], values: Sequence[Tensor],
         raise UsageError(f"Got {len(values)} values for {len(averages)} averages; give one for each.")
     if not averages:
         return
-    cast = [value.to(average.dtype) for average, value in zip(averages, values, strict=True)]
+    finite = where_finite(values, averages)
+    cast = [value.to(average.dtype) for average, value in zip(averages, finite, strict=True)]
     torch._foreach_lerp_(list(averages), cast, 1 - beta)
+
+
+@torch.no_grad()
+def where_finite(values: Sequence[Tensor], otherwise: Sequence[Tensor]) -> list[Tensor]:
+    """Replace every entry that is NaN or infinite, in a handful of kernels and without waiting for the device.
+
+    Args:
+        values: Any shapes, all on one device.
+        otherwise: What to take instead: one for each value, of its shape.
+
+    Returns:
+        ``values`` themselves when they are found to be finite, on a CPU; else views of a copy.
+    """
+    if not values or (values[0].device.type == "cpu" and bool(get_total_norm(values).isfinite())):
+        return list(values)
+    flat, spare = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (values, otherwise))
+    pieces = torch.where(flat.isfinite(), flat, spare).split([value.numel() for value in values])
+    return [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
 
 
 def _require_decay(beta: float) -> None:

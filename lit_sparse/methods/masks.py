@@ -11,6 +11,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.errors import UsageError
 from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
 from lit_sparse.functional.schedules import resolve_step
+from lit_sparse.functional.sensitivity import where_finite
 from lit_sparse.methods.base import Run, Step
 
 BROAD_CHANGE = 0.1
@@ -107,7 +108,9 @@ class SensitivityMasks:
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
         averages = _buffers(adapters, "sensitivity")
         if step.index == 1:
-            torch._foreach_copy_(averages, observed)  # the average starts at the first value, as released
+            torch._foreach_copy_(
+                averages, where_finite(observed, averages)
+            )  # the average starts at the first value, as released
         else:
             update_moving_average_(averages, observed, self.beta)
         by_density: dict[float, list[LowRankAdapter]] = {}

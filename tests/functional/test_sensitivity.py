@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lit_sparse as ls
 from lit_sparse.errors import UsageError
 from lit_sparse.functional import moving_average, sensitivities, sensitivity, update_moving_average_
 
@@ -86,3 +87,32 @@ def test_many_sensitivities_are_those_of_each() -> None:
     grads = [torch.randn(3, 4), torch.randn(5)]
     for many, weight, grad in zip(sensitivities(weights, grads), weights, grads, strict=True):
         assert torch.equal(many, sensitivity(weight, grad))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_average_forgets_nothing_and_learns_nothing_from_a_value_that_is_not_finite(bad):
+    averages = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    update_moving_average_(averages, [torch.tensor([bad, 4.0]), torch.tensor([[5.0]])], 0.5)
+    assert [average.tolist() for average in averages] == [[1.0, 3.0], [[4.0]]]
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_an_infinite_gradient_that_clipping_tamed_leaves_no_trace_in_the_sensitivities(first):
+    torch.manual_seed(0)
+    method = ls.RoseLoRA(["0"], rank=2, density=0.5, begin=0, end=4, train_head=False)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    adapter = ls.inject(net, method)["0"]
+    optimizer = torch.optim.Adam(ls.parameter_groups(net, method), lr=1e-2)
+    steps = ls.SparseSteps(method, net, optimizer, 8)
+    for step in range(8):
+        net(torch.randn(4, 6)).square().mean().backward()
+        if step == first:
+            adapter.lora_A.grad[0, 0] = math.inf
+            adapter.lora_B_t.grad[1, 1] = -math.inf  # times zero at the start: NaN
+        steps.observe()
+        torch.nn.utils.clip_grad_value_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for buffer in (adapter.sensitivity_A, adapter.sensitivity_B_t):
+        assert buffer.isfinite().all()
+        assert buffer.any()
