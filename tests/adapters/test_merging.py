@@ -58,6 +58,21 @@ def test_a_sum_that_is_too_large_for_the_weights_is_refused():
     assert ls.merge(model.float()).bert.encoder.layer[0].attention.self.query.weight.max() > 80_000
 
 
+def test_a_quantized_model_that_is_not_merged_stays_quantized():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = build_tiny(BertForSequenceClassification)
+    torchao.quantize_(model.bert.encoder, torchao.Int8WeightOnlyConfig())
+    adapters = ls.inject(model.eval(), ls.LoRA(["query"], rank=2))
+    before, layers = model(IDS).logits, [adapter.base for adapter in adapters.values()]
+    with torch.no_grad():
+        next(iter(adapters.values())).lora_A[0, 0] = float("inf")
+    with pytest.raises(ls.UsageError, match="so nothing is merged"):
+        ls.merge(model)
+    assert [adapter.base for adapter in adapters.values()] == layers
+    next(iter(adapters.values())).reset_parameters()
+    assert torch.equal(model(IDS).logits, before)
+
+
 def test_what_was_infinite_in_the_backbone_may_stay_so():
     model = build_tiny(BertForSequenceClassification)
     model.bert.encoder.layer[0].attention.self.query.weight.data[0, 0] = -float("inf")

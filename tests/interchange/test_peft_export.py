@@ -95,10 +95,11 @@ def test_peft_agrees_in_float32(model_class, inputs, tmp_path):
     torch.testing.assert_close(logits(loaded.merge_and_unload(), inputs), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
 @pytest.mark.parametrize("model_class", [BertForSequenceClassification, GPT2LMHeadModel])
-def test_transformers_loads_the_folder_by_itself(model_class, tmp_path):
+def test_transformers_loads_the_folder_by_itself(model_class, layout, tmp_path):
     model = as_trained(build_tiny(model_class))
-    ls.export_peft(model, tmp_path / "lora")
+    ls.export_peft(model, tmp_path / "lora", layout)
     plain = build_tiny(model_class)
     plain.load_adapter(str(tmp_path / "lora"))
     torch.testing.assert_close(logits(plain, IDS), logits(model, IDS), rtol=0, atol=1e-5)
@@ -188,16 +189,21 @@ def test_a_rank_with_a_zero_row_of_a_or_b_is_dropped(tmp_path):
     assert torch.equal(A, next(iter(adapters.values())).lora_A[[1, 3]])  # bit for bit: gate and scale are in B
 
 
-def test_embeddings_and_convolutions(tmp_path):
+@pytest.mark.parametrize("pruned", [False, True])
+def test_embeddings_and_convolutions(pruned, tmp_path):
     model = as_trained(fresh(LlamaForCausalLM), ls.SoRA(["embed_tokens", "q_proj"], rank=4, threshold=0.1))
     for _, adapter in ls.adapters_in(model):
         nn.init.ones_(adapter.gate)
+    if pruned:
+        nn.init.zeros_(model.model.embed_tokens.gate)
     ls.export_peft(model, tmp_path / "embedding")
     loaded = load(fresh(LlamaForCausalLM), tmp_path / "embedding")
     torch.testing.assert_close(logits(loaded, IDS), logits(model, IDS), rtol=0, atol=1e-10)
     assert any("lora_embedding_A" in name for name in load_file(tmp_path / "embedding" / "adapter_model.safetensors"))
 
     model = as_trained(fresh(ViTForImageClassification), ls.LoRA(["projection", "q_proj"], rank=3))
+    if pruned:
+        nn.init.zeros_(model.vit.embeddings.patch_embeddings.projection.lora_B_t)
     ls.export_peft(model, tmp_path / "convolution")
     loaded = load(fresh(ViTForImageClassification), tmp_path / "convolution")
     torch.testing.assert_close(logits(loaded, IMAGES), logits(model, IMAGES), rtol=0, atol=1e-10)
