@@ -1,5 +1,6 @@
 """Export the quickstart runs as a user does, and hold the folders to what the README says of them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 import lit_sparse as ls
 from lit_sparse import quickstart
+from lit_sparse.reporting.sources import read_adapters
+from lit_sparse.reporting.table import text_table
 
 TEXTS = 64
 
@@ -36,6 +39,11 @@ def plain() -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
 
+def state_of(text: str) -> str:
+    (found,) = set(re.findall(r"[\d,]+ parameters in \d+ of \d+ ranks, [\d.]+ % of the adapted weights", text))
+    return found
+
+
 def main() -> None:
     runs = Path(sys.argv[1])
     data = ls.QuickstartReviews(tokenizer="quickstart://all-MiniLM-L6-v2", batch_size=TEXTS)
@@ -56,6 +64,10 @@ def main() -> None:
         sparse, delta = plain(), plain()
         ls.load_adapter(sparse, folders["sparse"])
         ls.load_adapter(delta, folders["delta"])
+        states = {state_of(text_table(read_adapters(source))) for source in (run, folders["peft"], folders["sparse"])}
+        states |= {state_of((folder / "README.md").read_text(encoding="utf-8")) for folder in folders.values()}
+        print(f"{name:9} {' or '.join(sorted(states))}")
+        kept[f"{name}'s logs, folders and cards hold the same"] = len(states) == 1
         found = {
             "PEFT": logits(unmerged),
             "PEFT, merged": logits(unmerged.merge_and_unload()),

@@ -1,5 +1,7 @@
 """Do what docs/index.md says, in order and word by word, with nothing but a copy of the repository: files and commands.
 
+The run must prune, and what it prints at its end must be what the exported folder holds.
+
 Run:  python .ci/first_steps.py FOLDER, which must not exist: the copy.
 """
 
@@ -12,6 +14,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+STATE = re.compile(
+    r"step (\d+) of (\d+), sparsity final, ([\d,]+ parameters in (\d+) of (\d+) ranks, [\d.]+ % of the adapted)"
+)
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
 
 
@@ -41,6 +46,14 @@ def main() -> None:
     )  # fmt: skip
     print(done.stdout[-2000:])
     assert (clone / "my-lora" / "adapter_config.json").is_file()
+    told = list(STATE.finditer(" ".join(done.stdout.split())))
+    own, exported = told[-2], told[-1]  # of own.yaml's run and of its export; the quickstart's is before them
+    assert own[0] == exported[0], (own[0], exported[0])
+    assert own[1] == own[2], own[0]
+    assert int(own[4]) < int(own[5]), f"nothing was pruned: {own[0]}"
+    command = [clone / ".venv" / "bin" / "lit-sparse", "inspect", "my-lora"]
+    shown = subprocess.run(command, cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert own[3] in " ".join(shown.split()), (own[3], shown)
     rows = re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", done.stdout[done.stdout.rindex("tensor(") :])
     assert len(rows) == 2, "predict.py scores two texts"
     assert all(abs(float(a) + float(b) - 1) < 1e-3 for a, b in rows)
