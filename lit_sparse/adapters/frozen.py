@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,21 @@ def frozen_entries(module: nn.Module) -> set[str]:
     for name, layer in quantized_layers(module):
         names.update(f"{name}.{entry}" for entry in layer.state_dict())
     return names
+
+
+def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take the frozen weights out of a checkpoint; under Lightning's ``WeightAveraging`` it holds two states."""
+    frozen = frozen_entries(module)
+    for state in ("state_dict", "current_model_state"):
+        if state in checkpoint:
+            checkpoint[state] = {name: value for name, value in checkpoint[state].items() if name not in frozen}
+
+
+def complete_average(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put the frozen weights back into an average that was saved without: ``WeightAveraging`` expects them there."""
+    if "current_model_state" in checkpoint:
+        own = module.state_dict()
+        checkpoint["state_dict"] = {**{name: own[name] for name in frozen_entries(module)}, **checkpoint["state_dict"]}
 
 
 def frozen_sample(model: nn.Module) -> Tensor | None:

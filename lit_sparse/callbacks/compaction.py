@@ -118,4 +118,4 @@ class CompactRanks(Callback):
         after = self._ranks()
         self._live = self._live.new_zeros(sum(after))
         if sum(after) < sum(before):
-            rank_zero_info(f"Step {self._step}: {sum(before) - sum(after)} dead ranks taken out, {sum(after)} remain.")
+            rank_zero_info(f"Step {self._step}: dead ranks taken out: {sum(before) - sum(after)}; {sum(after)} remain.")

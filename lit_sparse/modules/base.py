@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
+from lit_sparse.adapters.frozen import complete_average, frozen_entries, frozen_sample, leave_out_frozen
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
@@ -213,10 +213,7 @@ class SparseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
-        frozen = frozenset(frozen_entries(self))
-        for kind in ("state_dict", "current_model_state"):  # under weight averaging the first is the average
-            if kind in checkpoint:
-                checkpoint[kind] = {name: value for name, value in checkpoint[kind].items() if name not in frozen}
+        leave_out_frozen(self, checkpoint)
         progress = None if self._trainer is None else self._sparsify.progress(self._trainer.global_step)
         checkpoint[checkpoints.KEY] = {
             **checkpoints.describe(self, self.backbone, _portable_method(self.method), self._frozen_sample, progress),
@@ -231,10 +228,7 @@ class SparseModule(LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
         checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
-        if "current_model_state" in checkpoint:  # weight averaging expects the frozen weights in the average
-            own = self.state_dict()
-            frozen = {name: own[name] for name in frozen_entries(self)}
-            checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+        complete_average(self, checkpoint)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
