@@ -26,7 +26,7 @@ from lit_sparse.editing import commands
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.parsing import SparseParser, fail
+from lit_sparse.parsing import SparseParser, fail, refused_by_lightning
 from lit_sparse.quiet import be_quiet, loud_again, say
 from lit_sparse.reporting import command
 from lit_sparse.trainer import SaveRunConfig, SparseTrainer
@@ -204,6 +204,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.errno not in _NO_PLACE or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         fail(f"A file cannot be written or read: {error}.", status=1)
+    except (RuntimeError, ValueError) as error:
+        if not refused_by_lightning(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
+            raise
+        fail(str(error), status=1)
 
 
 def _run(words: Sequence[str], typed: bool) -> None:

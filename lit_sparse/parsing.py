@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -59,6 +60,17 @@ class SparseParser(LightningArgumentParser):
                 ": neither the configuration nor the words of the command line name a model (model: {class_path: …})."
             )
         fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
+
+
+def refused_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself raised ``error``, as it does about what a user asked of it.
+
+    Its other errors than ``MisconfigurationException`` have no type of their own: EarlyStopping raises a RuntimeError
+    for a metric that is not there. One that comes from deeper, in torch or a module, is none of these.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return isinstance(error, RuntimeError | ValueError) and raised_in.startswith("lightning.")
 
 
 def fail(message: str, status: int) -> NoReturn:

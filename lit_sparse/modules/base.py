@@ -21,6 +21,7 @@ from lit_sparse.adapters.frozen import complete_average, frozen_entries, frozen_
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
+from lit_sparse.callbacks.preflight import Preflight
 from lit_sparse.callbacks.requeue import SlurmRequeue
 from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
@@ -176,7 +177,7 @@ class SparseModule(LightningModule):
                 f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take that out of its "
                 "callbacks."
             )
-        kinds = (SparsityMonitor, FiniteLoss, ExactResume, SlurmRequeue)
+        kinds = (SparsityMonitor, FiniteLoss, ExactResume, SlurmRequeue, Preflight)
         wanted = [kind() for kind in kinds if not any(isinstance(c, kind) for c in present)]
         return [self._sparsify, *wanted]
 

@@ -15,6 +15,8 @@ def written(text: str | bytes, name: str = "bad.yaml"):
 
 BAD = ["fit", "--config", "bad.yaml"]
 
+STOPPING = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
+
 CASES = [
     # YAML.
     Case("a YAML of no mapping", BAD, "bad.yaml", written("- fit\n- me\n")),
@@ -98,6 +100,10 @@ CASES = [
     Case("texts of 0 tokens", [f"{DATA}max_length", "0"], "max_length"),
     Case("minus one worker", [f"{DATA}num_workers", "-1"], "num_workers"),
     Case("two epochs and a half", ["--trainer.max_epochs", "2.5"], "max_epochs"),
+    # Callbacks of Lightning's.
+    Case("a validation metric that is not logged", [*STOPPING, "val_acc"], "Did you mean 'val_accuracy'"),
+    Case("a training metric that is not logged", [*STOPPING, "train_acc"], "metric `train_acc` which is not available"),
+    Case("a search for a learning rate", ["--trainer.callbacks+=LearningRateFinder"], "optimizer's lr"),
     # Commands on files.
     Case("an export of nothing", ["export", "--ckpt_path", "no.ckpt", "--format", "peft", "--output", "o"], "no.ckpt"),
     Case(

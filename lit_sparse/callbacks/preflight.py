@@ -1,0 +1,42 @@
+"""Refuse, before training, callbacks of Lightning's that would fail later."""
+
+from __future__ import annotations
+
+import difflib
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+
+from lit_sparse.errors import UsageError, some
+
+
+class Preflight(Callback):
+    """Refuses a search for a learning rate, and to monitor a validation metric that the module does not log.
+
+    The short validation before training logs what every validation logs, so a misspelt name need not wait for the end
+    of the first epoch. Metrics of training are only known later; Lightning looks for these at its first check.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Refuse ``LearningRateFinder``."""
+        if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UsageError(
+                f"LearningRateFinder sets one attribute lr of a module, but {type(pl_module).__name__} takes the rates "
+                "of weights and gates from its optimizer. Take the callback out, and compare the losses of short runs "
+                "with several values of the optimizer's lr."
+            )
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare what EarlyStopping and ModelCheckpoint monitor with what was logged."""
+        if not type(pl_module).__module__.startswith("lit_sparse."):
+            return  # a module of the user's own may leave metrics out of this validation
+        logged = list(trainer.callback_metrics)
+        for callback in [*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks]:
+            monitor = getattr(callback, "monitor", None)
+            if monitor is None or not monitor.startswith("val") or monitor in logged:
+                continue
+            close = difflib.get_close_matches(monitor, logged, n=1)
+            raise UsageError(
+                f"{type(callback).__name__} monitors {monitor!r}, but validation logs {some(logged)} only."
+                + (f" Did you mean {close[0]!r}?" if close else "")
+            )
