@@ -1,5 +1,6 @@
 """The errors that a user can mend by changing an argument, a file or a configuration."""
 
+import errno
 from collections.abc import Iterable
 
 
@@ -23,3 +24,13 @@ def some(names: Iterable[str]) -> str:
     shown = ", ".join(repr(name) for name in ordered[:6])
     more = f" and {len(ordered) - 6} more" if len(ordered) > 6 else ""
     return f"[{shown}]{more}"
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error was caused by a device without space, or an exhausted quota."""
+    while error is not None:
+        found = error.errno if isinstance(error, OSError) else None
+        if found in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):  # safetensors'
+            return True
+        error = error.__cause__ or error.__context__
+    return False

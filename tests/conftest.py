@@ -1,7 +1,10 @@
 """What every test relies on: one thread each, no hub, caches in a folder of the run."""
 
 import os
+import shutil
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and datasets are imported, which read these once.
@@ -29,3 +32,16 @@ def _seed() -> None:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logs and checkpoints of a test go into its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB, where the user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    words = ["-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if mount is None or subprocess.run([mount, *words], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

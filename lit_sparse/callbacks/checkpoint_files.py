@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import uuid
@@ -17,7 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_sparse.errors import TrainingError, UsageError
+from lit_sparse.errors import TrainingError, UsageError, is_disk_full
 
 try:
     import fcntl
@@ -157,15 +156,6 @@ def _remove_leftovers(file: Path) -> None:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if part.stat().st_size:  # else it was opened just now and is about to be locked
                 part.unlink()
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether there was no space left on a device, or within a quota, as the cause of an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _not_written(file: Path, checkpoint: Mapping[str, Any], error: BaseException) -> str:

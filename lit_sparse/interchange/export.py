@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, is_disk_full, some
 from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
@@ -170,7 +170,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder that becomes ``folder`` when the context ends well, and vanishes when it does not.
 
     Raises:
-        UsageError: If there is something at ``folder`` that is no empty folder, or it cannot be made.
+        UsageError: If there is something at ``folder`` that is no empty folder, it cannot be made, or the disk is full.
     """
     require_free(folder)
     target = Path(folder)
@@ -186,8 +186,13 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         draft.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if is_disk_full(error):
+            raise UsageError(
+                f"The disk is full: {str(folder)!r} cannot be written, and nothing of it is left. Make room, or name a "
+                "folder on another disk."
+            ) from error
         raise
 
 

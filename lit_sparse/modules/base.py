@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.saving import _default_map_location
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -226,7 +225,7 @@ class SparseModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other adapters or of another backbone, or to resume from one of weights alone."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self._trainer.state.fn == "fit":
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
         checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
         complete_average(self, checkpoint)

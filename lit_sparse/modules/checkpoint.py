@@ -163,9 +163,8 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str
     """Raise a UsageError if training cannot go on from a checkpoint: it was saved without the optimizer's state."""
     if "optimizer_states" not in checkpoint:
         raise UsageError(
-            f"{'The checkpoint' if path is None else repr(str(path))} holds weights only (save_weights_only), and "
-            "training cannot go on from it. Resume from a whole checkpoint, or start a new run from these weights: "
-            "export them in PEFT's format, and give that folder as start_from."
+            f"{'The checkpoint' if path is None else repr(str(path))} holds weights only (save_weights_only): training "
+            "cannot go on from it. To start a new run from them, export them for PEFT and give start_from that folder."
         )
 
 

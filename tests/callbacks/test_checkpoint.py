@@ -412,6 +412,14 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_but_not_as_final(early):
         export_checkpoint("old.ckpt", "other", require_final=True)
 
 
+@pytest.mark.parametrize("form", ["peft", "sparse", "merged"])
+def test_an_export_to_a_full_disk_is_named_as_such_and_leaves_nothing(form, early, small_disk):
+    (small_disk / "full").write_bytes(bytes(280 * 1024))
+    with pytest.raises(ls.UsageError, match=r"The disk is full: '.*/out' cannot be written, and nothing of it is left"):
+        export_checkpoint(early, str(small_disk / "out"), form)
+    assert [file.name for file in small_disk.iterdir()] == ["full"]
+
+
 # Weights alone.
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -439,19 +438,6 @@ def test_two_jobs_in_one_folder_leave_each_others_half_written_files_alone(tmp_p
     assert jobs[0].returncode == 0
     assert torch.load(tmp_path / "last.ckpt") == {"of": "another job"}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 KiB, where the user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True)
-    if not done or done.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.filterwarnings("ignore")
