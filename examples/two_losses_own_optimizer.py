@@ -35,7 +35,7 @@ class StayClose(ls.SparseModule):
 
     def training_step(self, batch, batch_idx):
         output = self(**batch, output_hidden_states=True)
-        with torch.no_grad(), ls.disable_adapters(self.model, head=True):
+        with torch.no_grad(), ls.disable_adapters(self.model):
             before = self(**batch, output_hidden_states=True).hidden_states[-1]
         drift = torch.nn.functional.mse_loss(output.hidden_states[-1], before)
         self.log_dict({"train_loss": output.loss, "drift": drift}, prog_bar=True)

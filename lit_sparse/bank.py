@@ -48,8 +48,8 @@ class AdapterBank:
     labels (then without letting the model compute a loss, which goes by its own number). All share the frozen weights:
     a bank costs the memory of one backbone and of each adapter's A, B, sensitivities and head. Switching puts modules
     in the places of others and copies nothing. The model is then what :func:`~lit_sparse.inject` makes of it, at its
-    speed; statistics and :func:`~lit_sparse.disable_adapters` see the adapter in use. :func:`~lit_sparse.merge` changes
-    the shared weights: it is the end of the bank.
+    speed; statistics see the adapter in use, and :meth:`using` with None gives the plain backbone.
+    :func:`~lit_sparse.merge` changes the shared weights: it is the end of the bank.
 
     Put the model into its dtype before the first adapter comes; its device and training mode may change at any time.
 

@@ -67,6 +67,11 @@ def test_it_lists_layers_and_counts_without_weights_or_gpus(config, capsys):
     assert not Path("lightning_logs").exists()
 
 
+def test_layers_may_be_one_number(config, capsys):
+    main(["inspect", "--config", config, "--model.init_args.method.init_args.layers", "1"])
+    assert re.search(r"Adapted: 6 layers\n.*bert\.encoder\.layer\.1\.attention", capsys.readouterr().out)
+
+
 def test_a_wrong_target_ends_in_one_line(config, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["inspect", "--config", config, "--model.init_args.method.init_args.target_modules", "[quary]"])

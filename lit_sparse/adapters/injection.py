@@ -96,17 +96,17 @@ def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module, head: bool = False) -> Iterator[None]:
-    """Within the context, every adapted layer gives exactly the frozen layer's output.
+def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
+    """Within the context, the model is the pretrained one wholly, as a reference in a loss needs it.
 
-    Adapters that were switched off before stay off after. With ``head`` the model is the pretrained one wholly, as a
-    reference in a loss needs it; without, what is trained whole has its trained values.
+    Every adapted layer gives exactly the frozen layer's output, and what is trained whole, such as the task head, has
+    the values that it had before injection. Adapters that were switched off before stay off after.
 
     Args:
         model: Model with adapters.
-        head: Give what is trained whole, such as the task head, the values that it had before injection too. A copy of
-            them is kept since then, on the device where they were, and moves to the model's at the first use. A head
-            that began at random is the same after a resume only if both runs were seeded alike.
+        head: False: leave what is trained whole as it is, and only switch the adapters off. True needs a copy of its
+            original values, kept since injection on the device where they were; it moves to the model's at the first
+            use. A head that began at random is the same after a resume only if both runs were seeded alike.
 
     Raises:
         UsageError: If there is no adapter in ``model``; with ``head``, if the original values are not known, because a

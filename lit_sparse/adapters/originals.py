@@ -83,7 +83,7 @@ def _swaps(model: nn.Module) -> list[_Swap]:
         if own is None:
             raise UsageError(
                 f"The head that {type(model).__name__} had before its adapter came is not kept in it. For the plain "
-                "backbone use the bank's using(None)."
+                "backbone use the bank's using(None); disable_adapters(model, head=False) keeps this head."
             )
         for name, value in own.items():
             current = (module._parameters if name in module._parameters else module._buffers)[name]
@@ -114,11 +114,13 @@ def _require_all_kept(model: nn.Module, kept: dict[int, Tensor]) -> None:
     if unknown:
         raise UsageError(
             f"{some(unknown)} are trained, but were frozen when the adapters were injected: their original values were "
-            "not kept. Name their modules in the method's train_head instead of unfreezing them."
+            "not kept. Name their modules in the method's train_head instead of unfreezing them, or disable adapters "
+            "alone by head=False."
         )
     changed = [adapter for adapter in adapters if adapter.took_from_weight]
     if changed:
         raise UsageError(
             f"{len(changed)} adapters took their start out of the frozen weights (init_weights 'pissa'), which are no "
-            "longer the pretrained ones. Load the pretrained model a second time."
+            "longer the pretrained ones. Load the pretrained model a second time, or disable adapters alone by "
+            "head=False."
         )

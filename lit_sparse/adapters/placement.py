@@ -27,8 +27,9 @@ def require_whole(model: nn.Module) -> None:
     name = type(model).__name__
     tuned = [n for n, module in model.named_modules() if isinstance(module, _peft_classes())]
     if tuned:
+        first = next(filter(None, tuned), name)
         raise UsageError(
-            f"PEFT adapted {name} already, the first at {tuned[0]!r}: its A and B would be adapted and frozen. Fold "
+            f"PEFT adapted {name} already, the first at {first!r}: its A and B would be adapted and frozen. Fold "
             "them in first with model = model.merge_and_unload(), or load the plain backbone and start from the "
             "folder of the adapter with load_peft."
         )
