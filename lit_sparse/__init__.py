@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lit_sparse.adapters.merging import merge as merge
     from lit_sparse.adapters.merging import unload as unload
     from lit_sparse.adapters.merging import unmerge as unmerge
+    from lit_sparse.adapters.token_rows import add_tokens as add_tokens
     from lit_sparse.bank import AdapterBank as AdapterBank
     from lit_sparse.callbacks.checkpoint import SparseCheckpoint as SparseCheckpoint
     from lit_sparse.callbacks.checkpoint_files import last_checkpoint as last_checkpoint
@@ -95,6 +96,7 @@ _HOME = {
     "merge": "adapters.merging",
     "unload": "adapters.merging",
     "unmerge": "adapters.merging",
+    "add_tokens": "adapters.token_rows",
     "AdapterBank": "bank",
     "CompactRanks": "callbacks.compaction",
     "FiniteLoss": "callbacks.finite_loss",

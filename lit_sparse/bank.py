@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.frozen import frozen_entries
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.originals import forget_originals
+from lit_sparse.adapters.token_rows import embedding_count
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import read_peft
 from lit_sparse.interchange.peft_import import install
@@ -187,6 +188,7 @@ def _load_folder(model: nn.Module, path: Path) -> None:
     lora = read_peft(path)
     heads = tuple(f"{name}." for name in lora.heads(model))
     _make_room(model, {name: tensor for name, tensor in lora.whole.items() if name.startswith(heads)}, path)
+    _require_rows(model, path, [rows.ids for rows in lora.tokens.values()])
     install(model, lora)
 
 
@@ -202,6 +204,7 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         raise UsageError(f"{str(path)!r} was trained with init_weights 'pissa', which changed the shared weights.")
     _make_room(model, {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}, path)
     inject(model, method)
+    _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
     holder = nn.ModuleDict({_MODEL[:-1]: model})
     name = getattr(model, "name_or_path", "") or type(model).__name__
     checkpoints.require_fit(holder, name, saved, checkpoint)
@@ -211,6 +214,16 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         raise UsageError(
             f"The weights in {str(path)!r} do not fit {name!r}: missing {sorted(missing)[:3]}, unknown "
             f"{keys.unexpected_keys[:3]}."
+        )
+
+
+def _require_rows(model: nn.Module, path: Path, tokens: Iterable[Iterable[int]]) -> None:
+    """Refuse an adapter with tokens for which the shared embeddings would have to grow."""
+    largest = max((i for ids in tokens for i in ids), default=-1)
+    if largest >= 0 and largest >= embedding_count(model):
+        raise UsageError(
+            f"{str(path)!r} has a row for the token {largest}, and the backbone that the bank shares has "
+            f"{embedding_count(model)}. Call model.resize_token_embeddings({largest + 1}) before you make the bank."
         )
 
 

@@ -25,7 +25,7 @@ Format = Literal["peft", "gguf", "sparse", "delta", "merged"]
 
 _INSIDE = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
 # Arguments that only training needs, or that the record has.
-_NOT_REBUILT = ("optimizer", "start_from", "compile", "gradient_checkpointing", "_class_path")
+_NOT_REBUILT = ("optimizer", "start_from", "compile", "gradient_checkpointing", "new_tokens", "_class_path")
 
 
 def export_checkpoint(

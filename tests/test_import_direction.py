@@ -18,7 +18,8 @@ LEVELS = [
     {"interchange", "strategies"},
     {"callbacks"},
     {"quickstart"},
-    {"modules", "data"},
+    {"data"},
+    {"modules"},
     {"reporting", "editing"},
     {"plotting", "inspection", "bank", "exporting"},
     {"__init__"},  # offers the public names of all of the above

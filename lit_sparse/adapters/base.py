@@ -13,7 +13,25 @@ from lit_sparse.adapters.saving import guard_saving
 from lit_sparse.errors import UsageError
 
 
-class LowRankAdapter(nn.Module):
+class KeepsPrecision(nn.Module):
+    """A module whose own parameters stay float32 or better under ``.half()``, ``.to(dtype)`` and their like."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsPrecision:
+        # Every .to(), .half() and .cuda() of nn.Module comes through here.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(moved.device) if narrowed else moved
+
+        applied: Any = super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        return applied  # type: ignore[no-any-return]
+
+
+class LowRankAdapter(KeepsPrecision):
     """Adds ``scale · B diag(gate) A`` to a frozen weight, seen as a matrix of shape ``(out_features, in_features)``.
 
     B is stored rank-major, as :attr:`lora_B_t` of shape ``(rank, out_features)``: every rank is then one
@@ -167,20 +185,6 @@ class LowRankAdapter(nn.Module):
     def _as_weight(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`_as_matrix`."""
         return matrix
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankAdapter:
-        # Every .to(), .half() and .cuda() of nn.Module comes through here.
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(moved.device) if narrowed else moved
-
-        applied: Any = super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
-        return applied  # type: ignore[no-any-return]
 
 
 class LowRankLayer(LowRankAdapter):

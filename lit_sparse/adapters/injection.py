@@ -16,7 +16,9 @@ from lit_sparse.adapters.naming import clean_name
 from lit_sparse.adapters.originals import keep_originals, originals
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import require_trainable_around
+from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.selection import select_layers
+from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,21 +70,13 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
     return adapters
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, wherever in ``model`` they stand; one with several names gets all of them."""
-    for parent in list(model.modules()):
-        # Not named_children(): it leaves out a second name of the same layer.
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements and parent is not replacements[child]:
-                setattr(parent, name, replacements[child])
-
-
 def take_out(model: nn.Module) -> None:
     """Put the frozen layers back where adapters stand; what is trained whole stays as it is.
 
     Parameters stay frozen as injection left them.
     """
-    replace_modules(model, {m: m.base for m in model.modules() if isinstance(m, LowRankLayer | AdaptedExperts)})
+    kinds = LowRankLayer | AdaptedExperts | TokenRows
+    replace_modules(model, {m: m.base for m in model.modules() if isinstance(m, kinds)})
 
 
 def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
@@ -112,9 +106,10 @@ def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
         UsageError: If there is no adapter in ``model``; with ``head``, if the original values are not known, because a
             parameter was unfrozen after injection or the adapters took their start out of the frozen weights.
     """
-    adapters = [adapter for _, adapter in adapters_in(model)]
+    adapters: list[LowRankAdapter | TokenRows] = [adapter for _, adapter in adapters_in(model)]
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to disable. Inject a method first.")
+    adapters += [layer for _, layer in token_rows_in(model)]
     before = [adapter.enabled for adapter in adapters]
     with originals(model) if head else nullcontext():
         for adapter in adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts
-from lit_sparse.adapters.injection import adapters_in, replace_modules, take_out
+from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.adapters.originals import forget_originals, restore_originals
 from lit_sparse.adapters.quantized import dequantized, forget_quantization
+from lit_sparse.adapters.replacing import replace_modules
+from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError, some
 
 _MERGED = "_lit_sparse_merged"
@@ -56,8 +58,8 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
 
     Raises:
         UsageError: If there is no adapter in ``model``, an adapter is switched off, a sum is not finite, or a layer is
-            quantized by something else than torchao or bitsandbytes, or at all if ``keep`` is set. ``model`` is then
-            what it was.
+            quantized by something else than torchao or bitsandbytes, or at all if ``keep`` is set, which rows of new
+            tokens forbid too. ``model`` is then what it was.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
@@ -73,11 +75,13 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
             f"{len(plain)} layers are quantized: merging unpacks them, which unmerge cannot undo. Merge without keep, "
             "or load the model a second time."
         )
+    if keep and any(True for _ in token_rows_in(model)):
+        raise UsageError("Merging writes the rows of new tokens into the embeddings, which unmerge cannot undo.")
     packed = {a: a.base for a in adapters.values() if isinstance(a, LowRankLayer) and a.base in plain}
     for adapter, base in packed.items():
         adapter.base = plain.pop(base)
     try:
-        _require_finite(adapters)
+        _require_finite(adapters, list(token_rows_in(model)))
     except UsageError:
         for adapter, base in packed.items():
             adapter.base = base
@@ -91,6 +95,9 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
         folded.weight.copy_(merged)
     replacements: dict[nn.Module, nn.Module] = {a: a.base for a in adapters.values() if isinstance(a, LowRankLayer)}
     replacements |= {module: module.base for module in model.modules() if isinstance(module, AdaptedExperts)}
+    for _, layer in token_rows_in(model):
+        layer.fold()
+        replacements[layer] = layer.base
     for adapted, base in replacements.items():
         if base in undo:
             vars(base)[_MERGED] = _Merged(adapted, undo[base])
@@ -174,7 +181,7 @@ def _changed(weight: Tensor, merged: Tensor) -> _Changed:
     return _Changed(indices, weight.detach().take(indices))
 
 
-def _require_finite(adapters: Mapping[str, LowRankAdapter]) -> None:
+def _require_finite(adapters: Mapping[str, LowRankAdapter], rows: Sequence[tuple[str, TokenRows]]) -> None:
     """Raise a UsageError, before any weight is changed, if a sum would bring a NaN or an infinity into one."""
     spoilt = []
     for name, adapter in adapters.items():
@@ -182,6 +189,7 @@ def _require_finite(adapters: Mapping[str, LowRankAdapter]) -> None:
         before, after = (t.to(adapter.lora_A.dtype) for t in (adapter.weight, _merged(adapter)))
         if not (after.isfinite() | ~before.isfinite()).all():
             spoilt.append(name)
+    spoilt += [name for name, layer in rows if not layer.rows.isfinite().all()]
     if spoilt:
         raise UsageError(
             f"{some(spoilt)} would have weights that are not finite, so nothing is merged: A, B or gate hold a NaN or "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.head import leave_head_precision
+from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError, some
 
 _KEPT = "_lit_sparse_originals"
@@ -109,7 +110,8 @@ def _like(original: Tensor, current: Tensor) -> Tensor:
 
 def _require_all_kept(model: nn.Module, kept: dict[int, Tensor]) -> None:
     adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
-    known = {*kept, *(id(p) for adapter in adapters for p in adapter.parameters(recurse=False))}
+    own = [*adapters, *(layer for _, layer in token_rows_in(model))]
+    known = {*kept, *(id(p) for module in own for p in module.parameters(recurse=False))}
     unknown = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if unknown:
         raise UsageError(

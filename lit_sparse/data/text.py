@@ -136,9 +136,19 @@ class TextData(RowData):
         }
 
     def _load_tokenizer(self) -> None:
-        self._tokenizer = load_tokenizer(self.tokenizer or self._backbone())
+        self._tokenizer = load_tokenizer(self.tokenizer or self._backbone(), self._new_tokens())
         self._tokenizer_hash = identify_tokenizer(self._tokenizer)
         self._token_limit = min(self.max_length, self._tokenizer.model_max_length)
+
+    def _new_tokens(self) -> list[str]:
+        """Those of the Trainer's module."""
+        new: list[str] = getattr(getattr(self.trainer, "lightning_module", None), "new_tokens", None) or []
+        if new and self.tokenizer is not None and self.tokenizer != self._backbone():
+            raise UsageError(
+                f"The module's new_tokens extend the tokenizer of its backbone {self._backbone()!r}, and the data "
+                f"names {self.tokenizer!r}: leave tokenizer out."
+            )
+        return new
 
     def _backbone(self) -> str:
         return self._backbone_of("tokenizer")
@@ -189,6 +199,6 @@ class TextData(RowData):
         if largest is not None and largest >= words:
             raise UsageError(
                 f"The rows hold the token {largest}, and the backbone has embeddings for {words}: its tokenizer is "
-                "another model's, or was given more tokens. Resize the embeddings and save the backbone, or name the "
-                "right tokenizer."
+                "another model's, or was given more tokens. Name the right tokenizer, or the tokens in the model's "
+                "new_tokens."
             )

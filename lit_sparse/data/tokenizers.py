@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -10,11 +11,12 @@ from lit_sparse import quickstart
 from lit_sparse.errors import UsageError
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without pad token pads with its eos token.
 
     Args:
         name: Hub id, folder, or quickstart:// name.
+        new_tokens: Tokens to add to it.
 
     Raises:
         UsageError: If it cannot be loaded or has nothing to pad with.
@@ -33,6 +35,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if tokenizer.eos_token is None:
             raise UsageError(f"The tokenizer {name!r} has neither a pad nor an eos token: give it one.")
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+    tokenizer.add_tokens(list(new_tokens))
     return tokenizer
 
 

@@ -60,11 +60,13 @@ class ExportedFolder:
         place: Its path as the user gave it, or the repository on the hub.
         is_repository: Whether ``place`` is on the hub.
         files: Names of the files in it.
+        vocabulary: Number of rows that embeddings must have for it; None: as many as the pretrained model has.
     """
 
     place: str
     is_repository: bool
     files: Collection[str]
+    vocabulary: int | None = None
 
 
 _WHAT = {
@@ -101,7 +103,9 @@ def model_card(
     name = getattr(model, "name_or_path", None) or None
     base_model = _hub_id(provenance.base_model) or _hub_id(name)
     here = name if name is not None and Path(name).exists() and not folder.is_repository else None
-    code = snippet(form, model, here or base_model or name, folder.place, folder.is_repository, folder.files)
+    code = snippet(
+        form, model, here or base_model or name, folder.place, folder.is_repository, folder.files, folder.vocabulary
+    )
     model_class = type(model).__name__
     method = (provenance.method or "adapters").lower()
     front = ModelCardData(

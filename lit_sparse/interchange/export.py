@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.adapters.token_rows import embedding_count
 from lit_sparse.errors import UsageError, is_disk_full, some
 from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
 from lit_sparse.interchange.remains import remains_of, trained_whole
 from lit_sparse.interchange.snippet import labels_of
+from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes
 from lit_sparse.methods.progress import Trained, sentence
 from lit_sparse.quiet import stages
 
@@ -131,17 +133,21 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
     """
     if terms.tolerance is not None and not terms.tolerance >= 0:
         raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
-    counts = _count(model)
+    tokens = rows_of(model, by_hand=form.name != "merged")  # what is whole needs no list of its rows
+    counts = _count(model, tokens)
     provenance = terms.provenance or Provenance()
     layers = layer_sparsity(model)
     state = sentence(provenance.progress, layers)
     name = getattr(model, "name_or_path", None) or None
     with new_folder(folder) as draft:
         entries = {**_entries(form.name, model, name, provenance), "trained": asdict(Trained.of(layers))}
-        difference, tolerance = _write_checked(draft, model, form, terms, entries)
-        save_processor(terms.processor or name, draft)
+        vocabulary = embedding_count(model) if tokens else None
+        if tokens:
+            entries["new_tokens"] = texts_of(tokens)
+        difference, tolerance = _write_checked(draft, model, form, terms, entries, tokens)
+        save_processor(terms.processor or name, draft, texts_of(tokens))
         size = sum(file.stat().st_size for file in draft.iterdir() if file.suffix in (".safetensors", ".gguf"))
-        notes = tuple(entries.get("notes", ()))
+        notes = (*entries.get("notes", ()), *token_notes(form.name, texts_of(tokens)))
         report = ExportReport(
             Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, state, notes
         )
@@ -149,7 +155,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
         place = terms.push_to_hub or str(folder)
         files = [file.name for file in draft.iterdir()]
-        written = ExportedFolder(place, terms.push_to_hub is not None, files)
+        written = ExportedFolder(place, terms.push_to_hub is not None, files, vocabulary)
         card = model_card(form.name, model, written, provenance, state, counts.ranks, counts.head, notes)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
@@ -217,23 +223,24 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _count(model: nn.Module) -> _Counts:
+def _count(model: nn.Module, tokens: Mapping[str, StoredRows]) -> _Counts:
     rows = []
     for name, adapter in adapters_in(model):
         remains = remains_of(adapter)
         rows.append(RankRow(name, sum(remains.ranks), adapter.copies * adapter.max_rank, remains.parameters))
-    return _Counts(rows, sum(tensor.numel() for tensor in trained_whole(model).values()))
+    whole = [*trained_whole(model).values(), *(t for s in tokens.values() for t in (s.rows, s.bias) if t is not None)]
+    return _Counts(rows, sum(tensor.numel() for tensor in whole))
 
 
 def _write_checked(
-    draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any]
+    draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any], tokens: Mapping[str, StoredRows]
 ) -> tuple[float, float]:
     """Write, read back and compare; the difference and what it may be. ``entries`` gains what the form says."""
     adapted = {f"{name}.{n}": p for name, a in adapters_in(model) for n, p in a.named_parameters(recurse=False)}
-    require_finite({**adapted, **trained_whole(model)})
+    require_finite({**adapted, **trained_whole(model), **{name: rows.rows for name, rows in tokens.items()}})
     stage = stages(f"Exporting {form.name}", ["computing what it must give", "writing", "reading back"])
     next(stage)
-    batch = terms.batch if terms.batch is not None else probe_batch(model)
+    batch = terms.batch if terms.batch is not None else probe_batch(model, list(texts_of(tokens)))
     expected = outputs_of(model, batch)
     tolerance = terms.tolerance
     if tolerance is None:

@@ -109,9 +109,9 @@ def _require_whole(model: nn.Module, lora: PeftLoRA) -> None:
         )
     vocabulary = {id(layer) for layer in (*input_embeddings(model), *output_embeddings(model))}
     for name, layer in ((n, m) for n, m in model.named_modules() if id(m) in vocabulary):
-        adapted = name in lora.pairs
-        frozen = layer.layer if isinstance(layer, LowRankAdapter) else layer
-        wanted |= {f"{name}.base_layer.{key}" if adapted else f"{name}.{key}" for key in frozen.state_dict()}
+        inside = "base_layer." if name in lora.pairs else "token_adapter.base_layer." if name in lora.tokens else ""
+        frozen = layer.layer if isinstance(layer, LowRankAdapter) else getattr(layer, "base", layer)
+        wanted |= {f"{name}.{inside}{key}" for key in frozen.state_dict()}
     extra = set(lora.whole) - wanted
     if extra:
         raise UsageError(

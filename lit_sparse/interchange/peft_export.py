@@ -19,11 +19,12 @@ from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.patterns import NamePatterns
+from lit_sparse.adapters.token_rows import vocabulary_layers
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.engines import engine_notes
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
-from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, WEIGHTS, of_layer
+from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, ROWS, WEIGHTS, of_layer
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.remains import (
     Remains,
@@ -36,6 +37,7 @@ from lit_sparse.interchange.remains import (
     trained_whole,
     whole_modules,
 )
+from lit_sparse.interchange.vocabulary import rows_of
 
 Layout = Literal["ragged", "padded"]
 
@@ -92,6 +94,7 @@ def export_peft(
     adapters = require_trained(model)
     require_original_weights(adapters, "a LoRA")
     _require_expressible(model, adapters)
+    _require_expressible_rows(model)
     write = functools.partial(_write, model, adapters, layout, with_head)
     form = Form("peft", write, functools.partial(_read, model, with_head))
     return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
@@ -117,8 +120,11 @@ def _write(
     for module in saved:
         state = model.get_submodule(module).state_dict()
         tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in state.items()}
+    tokens = rows_of(model)
+    tensors |= {f"{PREFIX}{name}{ROWS}": stored.rows for name, stored in tokens.items()}
     save_tensors(tensors, draft / WEIGHTS)
     config = _config(model, {name: pair[0].shape[0] for name, pair in factors.items()}, largest, saved)
+    config["trainable_token_indices"] = {name: stored.ids for name, stored in tokens.items()} or None
     (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     notes = engine_notes(layout, largest, _bytes(written), _bytes(_ragged(remains)), saved)
     return {"layout": layout, "with_head": with_head, "notes": notes}
@@ -232,6 +238,23 @@ def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter
     if reasons:
         listed = "; ".join(f"{some(found)} {reason}" for reason, found in reasons.items())
         raise UsageError(f"PEFT cannot express these adapters: {listed}. {_ELSE}")
+
+
+def _require_expressible_rows(model: nn.Module) -> None:
+    """PEFT replaces rows without the bias of a layer, and finds out what is tied from the configuration."""
+    stored = rows_of(model)
+    layers = vocabulary_layers(model) if stored else {}
+    for name, rows in stored.items():
+        tied = [other for other, layer in layers.items() if layer.weight is layers[name].weight]
+        reason = None
+        if rows.bias is not None:
+            reason = "has a bias, which PEFT leaves out"
+        elif len(tied) > 1 and not getattr(model.config, "tie_word_embeddings", False):
+            reason = f"shares its weight with {some(tied[1:])} in another way than PEFT knows"
+        elif any(other.endswith(name) and other not in tied for other, _ in model.named_modules()):
+            reason = "has a name that ends another, which PEFT would take for it"
+        if reason is not None:
+            raise UsageError(f"PEFT cannot express the rows of new tokens: {name!r} {reason}. {_ELSE}")
 
 
 def _inexpressible(adapter: LowRankAdapter) -> str | None:

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError, some
+from lit_sparse.interchange.vocabulary import StoredRows
 from lit_sparse.json_text import parse
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+ROWS = ".token_adapter.trainable_tokens_delta"
+"""What the name of a tensor ends with that holds rows of some tokens."""
 _FACTOR = re.compile(r"(.+)\.lora_([AB]\.weight|embedding_[AB])")
 _PARTS = {False: ("A.weight", "B.weight"), True: ("embedding_A", "embedding_B")}
 # Settings that are used here, or that say nothing of what the tensors mean. Any other must be unset: DoRA and its like
@@ -31,6 +34,7 @@ _UNDERSTOOD = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    "trainable_token_indices",
     *("fan_in_fan_out", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
 }
 # The other ways to start (pissa, olora, corda, loftq …) change the frozen weights, and the folder does not hold those.
@@ -65,6 +69,7 @@ class PeftLoRA:
         config: What ``adapter_config.json`` says.
         pairs: Full layer name, within the model that PEFT adapted, to its matrices.
         whole: Full name to tensor, of all that is not low-rank: the task head, as a rule.
+        tokens: Full name of an embedding or output layer to its rows of some tokens.
         patterns: Matches the patterns of the configuration that mean whole names.
         tails: Matches those that may mean the end of a name.
     """
@@ -73,6 +78,7 @@ class PeftLoRA:
     config: dict[str, Any]
     pairs: dict[str, LowRankPair]
     whole: dict[str, Tensor]
+    tokens: dict[str, StoredRows]
     patterns: NamePatterns
     tails: NamePatterns
 
@@ -115,11 +121,12 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
         bare = [name for name in tensors if not name.startswith(PREFIX)]
         raise UsageError(f"{path / WEIGHTS} holds {some(bare)} without the {PREFIX!r} that its other names begin with.")
     factors: dict[str, dict[str, Tensor]] = {}
-    whole = {}
+    whole: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for name, tensor in named.items():
         match = _FACTOR.fullmatch(name)
         if match is None:
-            whole[name] = tensor
+            (rows if name.endswith(ROWS) else whole)[name.removesuffix(ROWS)] = tensor
             continue
         if not tensor.is_floating_point() or tensor.ndim < 2:
             raise UsageError(
@@ -131,7 +138,32 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
         raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {some(named)}.")
     patterns, tails = (NamePatterns(f"{path / CONFIG}: the pattern", tails=tails) for tails in (False, True))
     pairs = {name: _pair(path, config, name, own, tails) for name, own in factors.items()}
-    return PeftLoRA(path, config, pairs, whole, patterns, tails)
+    return PeftLoRA(path, config, pairs, whole, _tokens(path, config, rows), patterns, tails)
+
+
+def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -> dict[str, StoredRows]:
+    """The rows of tokens, after a comparison with ``trainable_token_indices``, both ways."""
+    stated: Any = config.get("trainable_token_indices") or {}
+    stated = dict.fromkeys(rows, stated) if isinstance(stated, list) else stated
+    found = {}
+    named = set()
+    for name, tensor in rows.items():
+        keys = [key for key in stated if matches_tail(name, key)]
+        ids: Any = stated[keys[0]] if len(keys) == 1 else None
+        plain = isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids) and tensor.ndim == 2
+        if not plain or len(set(ids)) < len(ids) or len(ids) != len(tensor):
+            raise UsageError(
+                f"{path / WEIGHTS} holds rows of tokens for {name!r} of shape {tuple(tensor.shape)}, and {CONFIG} "
+                f"names {ids} for it: there must be a row for each token, once."
+            )
+        named.add(keys[0])
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        found[name] = StoredRows(sorted(ids), [], tensor[order], None)
+    # Of layers that share a matrix, PEFT stores the rows once.
+    lacking = [key for key in stated if key not in named and not any(stated[key] == stated[other] for other in named)]
+    if lacking or (config.get("trainable_token_indices") and not rows):
+        raise UsageError(f"{path / WEIGHTS} lacks the rows of tokens that {CONFIG} names for {lacking or stated}.")
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

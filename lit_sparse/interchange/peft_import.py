@@ -8,16 +8,18 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.selection import matches_tail, survey
+from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.peft_check import require_complete, require_untied
 from lit_sparse.interchange.peft_folder import LowRankPair, PeftLoRA, read_peft
+from lit_sparse.interchange.vocabulary import put_rows
 from lit_sparse.methods.base import Overrides
 from lit_sparse.methods.lora import LoRA
 
@@ -33,7 +35,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Low
     Into a model without adapters, a :class:`~lit_sparse.LoRA` is injected just as the folder says, layer by layer, for
     inference or to go on densely.
 
-    The task head in the folder (``modules_to_save``) goes into the model's, which must be trained.
+    The task head in the folder (``modules_to_save``) goes into the model's, which must be trained. Rows of tokens in it
+    (``trainable_token_indices``) are trained here too; embeddings grow to hold them.
 
     Args:
         model: The model that PEFT was given (not PEFT's), with or without adapters.
@@ -65,8 +68,9 @@ def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
         adapters = inject(model, _method(lora, lora.heads(model)))
     for name, pair in lora.pairs.items():
         _start(adapters[name], name, pair, max(p.lora_A.shape[0] for p in lora.pairs.values()))
-    own = {id(p) for adapter in adapters.values() for p in adapter.parameters(recurse=False)}
-    _load_whole(model, lora, own)
+    put_rows(model, lora.tokens)
+    held = [*adapters.values(), *(layer for _, layer in token_rows_in(model))]
+    _load_whole(model, lora, {id(p) for module in held for p in module.parameters(recurse=False)})
     return adapters
 
 
@@ -161,11 +165,20 @@ def _start(adapter: LowRankAdapter, name: str, pair: LowRankPair, largest: int) 
         adapter.gate.fill_(1)
 
 
+def _is_same(model: nn.Module, name: str, here: Tensor, stored: Tensor) -> bool:
+    """Whether a frozen tensor is the stored one, but for the rows in the place of which others are trained."""
+    owner = model.get_submodule(name.rpartition(".base.")[0]) if ".base." in name else None
+    if isinstance(owner, TokenRows):
+        stored = stored.index_copy(0, owner.ids, here[owner.ids])
+    return torch.equal(here, stored)
+
+
 def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
     """Load the task head; what else the folder brings must be what the model has."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     places = {**dict(model.named_buffers(remove_duplicate=False)), **parameters}
-    brought = {name.replace(".base_layer.", ".base."): tensor for name, tensor in lora.whole.items()}
+    places_in = re.compile(r"(\.token_adapter)?\.base_layer\.")
+    brought = {places_in.sub(".base.", name): tensor for name, tensor in lora.whole.items()}
     require_untied(model, lora, brought)
     for name, tensor in brought.items():
         here = places[name]
@@ -175,7 +188,7 @@ def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
                 "for another number of labels, or another vocabulary."
             )
         frozen = name in parameters and not here.requires_grad
-        if frozen and not here.is_meta and not torch.equal(here, tensor.to(here)):
+        if frozen and not here.is_meta and not _is_same(model, name, here, tensor.to(here)):
             raise UsageError(
                 f"{lora.folder} trained {name!r}, which is frozen here and has other values. Set train_head to true, "
                 "or name the module in it."

@@ -25,11 +25,12 @@ _SMALL = 0.1  # outputs that cancel out to less are no measure of rounding
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def probe_batch(model: nn.Module) -> dict[str, Tensor]:
+def probe_batch(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tensor]:
     """One row of input, always the same for models of one configuration.
 
     Args:
         model: A Hugging Face model, or a module that holds one and passes its arguments on.
+        tokens: Ids that are to be among the first half of the input, as many as there is room for.
 
     Returns:
         ``input_ids``, ``pixel_values``, ``input_values`` or ``input_features``, whichever the model reads, and what
@@ -45,6 +46,9 @@ def probe_batch(model: nn.Module) -> dict[str, Tensor]:
             f"No input can be made from the configuration of {type(model).__name__} to compare outputs on: give one as "
             "batch, a dictionary of the model's arguments."
         )
+    if tokens and "input_ids" in batch:
+        chosen = list(tokens)[-_LENGTH // 2 :]
+        batch["input_ids"][..., : len(chosen)] = torch.tensor(chosen)
     dtype = next((p.dtype for p in inner.parameters() if p.is_floating_point()), torch.float32)
     return {k: v.to(inner.device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from lightning.fabric.utilities import rank_zero_warn
 from transformers import AutoFeatureExtractor, AutoProcessor
@@ -15,8 +17,16 @@ _PROCESSOR_FILES = (
 )
 
 
-def save_processor(source: str | os.PathLike[str] | None, draft: Path) -> None:
-    """Write the tokenizer or processor of the model ``source`` into ``draft``; warn if it has none that loads."""
+def save_processor(
+    source: str | os.PathLike[str] | None, draft: Path, tokens: Mapping[int, str | None] = MappingProxyType({})
+) -> None:
+    """Write the tokenizer or processor of a model, with new tokens; warn if it has none that loads and takes them.
+
+    Args:
+        source: Name or folder of the model.
+        draft: Folder to write.
+        tokens: Id to text of the tokens to add, in ascending order; None where the text is not known.
+    """
     if not source or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _PROCESSOR_FILES)):
         return  # transformers would make a tokenizer without words
     try:
@@ -24,9 +34,13 @@ def save_processor(source: str | os.PathLike[str] | None, draft: Path) -> None:
             processor = AutoProcessor.from_pretrained(source)
         except Exception:  # a model that only hears has no tokenizer, and some processors insist on one
             processor = AutoFeatureExtractor.from_pretrained(source)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        for number, text in tokens.items():
+            if text and tokenizer.add_tokens([text]) is not None and tokenizer.convert_tokens_to_ids(text) != number:
+                raise ValueError(f"it has another number than {number} for {text!r}")
         processor.save_pretrained(draft)
     except Exception as error:  # whatever a damaged file or a missing package makes of it: the model is worth more
         reason = " ".join(str(error).split())
         rank_zero_warn(
-            f"No tokenizer or processor is written beside the model: that of {source!r} has none ({reason})."
+            f"No tokenizer or processor is written beside the model: that of {source!r} cannot be ({reason})."
         )

@@ -15,7 +15,9 @@ from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.adapters.statistics import live_ranks
+from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError
+from lit_sparse.interchange.vocabulary import forget_rows, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,8 @@ def trained_whole(model: nn.Module) -> dict[str, Tensor]:
 
     Buffers of modules that are trained from end to end, such as the running means of a norm, belong to it.
     """
-    own = {id(p) for _, adapter in adapters_in(model) for p in adapter.parameters(recurse=False)}
+    held = [*adapters_in(model), *token_rows_in(model)]
+    own = {id(p) for _, module in held for p in module.parameters(recurse=False)}
     found = {
         plain_name(model, n): p.detach() for n, p in model.named_parameters() if p.requires_grad and id(p) not in own
     }
@@ -146,7 +149,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     parts: list[str] = []
     holder: nn.Module | None = model
     for part in name.split("."):
-        if not (part == "base" and isinstance(holder, LowRankLayer | AdaptedExperts)):
+        if not (part == "base" and isinstance(holder, LowRankLayer | AdaptedExperts | TokenRows)):
             parts.append(part)
         holder = holder._modules.get(part) if holder is not None else None
     return ".".join(parts)
@@ -158,11 +161,13 @@ def plain_copy(model: nn.Module, forget_head: bool = True) -> nn.Module:
 
     Args:
         model: Left as it is.
-        forget_head: Set to zero what was trained whole, so that its absence from the export would show.
+        forget_head: Set to zero what was trained whole, so that its absence from the export would show. Rows of new
+            tokens are always taken out.
     """
     copied = copy.deepcopy(model)
     trained = trained_whole(copied)
     take_out(copied)
+    forget_rows(copied, rows_of(model))
     for tensor in trained.values() if forget_head else ():
         tensor.zero_()  # shares its memory with the parameter
     return copied

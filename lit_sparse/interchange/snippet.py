@@ -26,7 +26,13 @@ def labels_of(model: nn.Module) -> list[str] | None:
 
 
 def snippet(
-    form: str, model: nn.Module, base: str | None, place: str, is_repository: bool, files: Collection[str]
+    form: str,
+    model: nn.Module,
+    base: str | None,
+    place: str,
+    is_repository: bool,
+    files: Collection[str],
+    vocabulary: int | None = None,
 ) -> str:
     """Python code that loads a folder, and where it holds a tokenizer runs the model on a text; for gguf, commands.
 
@@ -37,6 +43,7 @@ def snippet(
         place: The folder as the user named it, or the repository on the hub.
         is_repository: Whether ``place`` is on the hub.
         files: Names of the files in the folder.
+        vocabulary: Number of rows that PEFT needs embeddings to have; None: as many as the pretrained model has.
     """
     if form == "gguf":
         return _commands(base, place, is_repository)
@@ -47,6 +54,8 @@ def snippet(
         lines.append(f"model = {kind}.from_pretrained({_quoted(place)})")
     elif form == "peft":
         imports.add("from peft import PeftModel")
+        if vocabulary is not None:
+            lines.append(f"model.resize_token_embeddings({vocabulary}, mean_resizing=False)  # the folder has the rows")
         lines.append(f"model = PeftModel.from_pretrained(model, {_quoted(place)})")
     else:
         imports.add("import lit_sparse as ls")

@@ -16,7 +16,9 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.selection import survey
+from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
@@ -32,7 +34,8 @@ from lit_sparse.interchange.remains import (
     weight_name,
     whole_modules,
 )
-from lit_sparse.interchange.stored_folder import HEAD, PARTS, VERSION, WEIGHTS, Saved, read_folder
+from lit_sparse.interchange.stored_folder import HEAD, PARTS, TOKENS, VERSION, WEIGHTS, Saved, read_folder
+from lit_sparse.interchange.vocabulary import put_rows, rows_of
 from lit_sparse.methods.lora import LoRA
 
 # A patch of more entries than this is no local edit, and larger than A and B.
@@ -149,6 +152,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     places = _places(model)
     _require_places(model, saved, places, {name: list(tensor.shape) for name, tensor in head.items()})
     adapters = _add_delta(model, saved) if saved.entries["format"] == "delta" else _inject(model, saved)
+    put_rows(model, saved.tokens)
+    if saved.entries["format"] == "delta":
+        for _, layer in list(token_rows_in(model)):
+            layer.fold()
+            replace_modules(model, {layer: layer.base})
     places |= _places(model)  # a buffer of a head that went to float32 is another tensor
     for name, tensor in head.items():
         same = [other for other in head if places[other] is places[name] and not torch.equal(head[other], tensor)]
@@ -195,10 +203,19 @@ def _write_delta(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft
 
 
 def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any], draft: Path) -> dict[str, Any]:
-    head = trained_whole(model)
+    head, rows = trained_whole(model), rows_of(model)
+    parts = {f"{TOKENS}{name}.{part}": getattr(new, part) for name, new in rows.items() for part in ("rows", "bias")}
+    tensors |= {name: tensor for name, tensor in parts.items() if tensor is not None}
     save_tensors({**tensors, **{f"{HEAD}{name}": tensor for name, tensor in head.items()}}, draft / WEIGHTS)
+    tokens = {name: {"ids": n.ids, "texts": n.texts, "bias": n.bias is not None} for name, n in rows.items()}
     shapes = {name: list(tensor.shape) for name, tensor in head.items()}
-    return {"version": VERSION, "layers": layers, "head_modules": whole_modules(model), "head": shapes}
+    return {
+        "version": VERSION,
+        "layers": layers,
+        "head_modules": whole_modules(model),
+        "head": shapes,
+        "tokens": tokens,
+    }
 
 
 def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:

@@ -16,12 +16,15 @@ from torch import Tensor
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.remains import Remains
+from lit_sparse.interchange.vocabulary import StoredRows
 from lit_sparse.json_text import parse
 
 WEIGHTS = "adapter.safetensors"
 PARTS = ("lora_A", "lora_B_t")
 HEAD = "head."
 """What the names of tensors begin with that were trained whole."""
+TOKENS = "tokens."
+"""What the names of tensors begin with that are rows of new tokens."""
 VERSION = 1
 
 
@@ -34,6 +37,8 @@ class Saved:
     tensors: dict[str, Tensor]
     factors: dict[str, Remains]
     """A and B of every layer; empty for a patch."""
+    tokens: dict[str, StoredRows]
+    """Name of an embedding or output layer to its rows of new tokens."""
 
 
 def read_folder(folder: Path) -> Saved:
@@ -71,12 +76,13 @@ def read_folder(folder: Path) -> Saved:
         raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
     try:
         factors = _factors(entries, tensors)
+        tokens = {name: _rows(name, entry, tensors) for name, entry in entries.get("tokens", {}).items()}
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{str(folder)!r} is damaged: {METADATA} and {WEIGHTS} do not fit together "
             f"({' '.join(str(error).split())})."
         ) from error
-    return Saved(folder, entries, tensors, factors)
+    return Saved(folder, entries, tensors, factors, tokens)
 
 
 def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Remains]:
@@ -121,11 +127,23 @@ def _require_exactly(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
             wanted |= {f"{stem}.indices"} if parts[0] or f"{stem}.indices" in tensors else set()
     head = {f"{HEAD}{name}": shape for name, shape in entries.get("head", {}).items()}
     wanted |= set(head) if "head" in entries else {name for name in tensors if name.startswith(HEAD)}
+    for name, entry in entries.get("tokens", {}).items():
+        wanted |= {f"{TOKENS}{name}.{part}" for part in ("rows", "bias") if part == "rows" or entry["bias"]}
     if wanted != set(tensors):
         raise ValueError(f"missing are {some(wanted - set(tensors))}, unknown are {some(set(tensors) - wanted)}")
     for name, shape in head.items():
         if list(tensors[name].shape) != shape:
             raise ValueError(f"{name!r} has the shape {tuple(tensors[name].shape)}, and {tuple(shape)} is wanted")
+
+
+def _rows(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredRows:
+    ids, texts, stem = entry["ids"], entry["texts"], f"{TOKENS}{name}"
+    rows, bias = tensors[f"{stem}.rows"], tensors.get(f"{stem}.bias")
+    ascending = all(isinstance(i, int) and i >= 0 for i in ids) and ids == sorted(set(ids))
+    counts = {len(ids), len(rows), len(texts) or len(ids), len(ids) if bias is None else len(bias)}
+    if not ascending or not ids or len(counts) > 1 or rows.ndim != 2:
+        raise ValueError(f"the rows of {name!r} are not those of its tokens")
+    return StoredRows(ids, texts, rows, bias)
 
 
 def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lit_sparse.adapters.frozen import complete_average, frozen_entries, frozen_sample, leave_out_frozen
 from lit_sparse.adapters.injection import inject
+from lit_sparse.adapters.token_rows import add_tokens, text_model
 from lit_sparse.callbacks.finite_loss import FiniteLoss
 from lit_sparse.callbacks.monitor import SparsityMonitor
 from lit_sparse.callbacks.preflight import Preflight
@@ -25,6 +26,7 @@ from lit_sparse.callbacks.requeue import SlurmRequeue
 from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.stages import ThresholdStages
+from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.methods.base import SparseMethod
@@ -59,6 +61,8 @@ class SparseModule(LightningModule):
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
         start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
             :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
+        new_tokens: Tokens to add to the backbone's tokenizer and to its embeddings, of which only the new rows are
+            trained (:func:`~lit_sparse.add_tokens`).
 
     Raises:
         UsageError: If an argument is outside its range, or the backbone cannot be loaded.
@@ -80,6 +84,7 @@ class SparseModule(LightningModule):
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
         start_from: str | None = None,
+        new_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup < 1:
@@ -100,6 +105,7 @@ class SparseModule(LightningModule):
         self.compile_model = compile
         self.backbone_args = backbone_args or {}
         self.start_from = start_from
+        self.new_tokens = new_tokens
         self._sparsify = _OwnSparsify(method)
         self._frozen_sample: Tensor | None = None
         self._keep_hyperparameters()
@@ -152,11 +158,14 @@ class SparseModule(LightningModule):
         return load_backbone(self.backbone, self.auto_class, **self.backbone_args)
 
     def configure_model(self) -> None:
-        """Load the backbone, inject the method and start from ``start_from``, once."""
+        """Load the backbone, inject the method, add ``new_tokens`` and start from ``start_from``, once."""
         if self.model is not None:
             return
         model = self._built[0].train() if self._built else self.load_model()
         inject(model, self.method)
+        if self.new_tokens is not None:
+            text_model(model)  # refused before a tokenizer is looked for
+            add_tokens(model, load_tokenizer(self.backbone), self.new_tokens)
         if self.start_from is not None:
             load_peft(model, self.start_from)
             self.hparams.update(start_from=None)  # a checkpoint is past its start: it loads without the folder
@@ -229,6 +238,8 @@ class SparseModule(LightningModule):
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
         checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
         complete_average(self, checkpoint)
+        if checkpoint[checkpoints.KEY].get("token_rows"):
+            self._frozen_sample = frozen_sample(self)  # embeddings may have grown
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

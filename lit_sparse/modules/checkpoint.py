@@ -22,6 +22,7 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.compaction import shrink
 from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.token_rows import token_record, train_rows
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.progress import Progress
@@ -59,6 +60,7 @@ def describe(
         "ranks_left": {name: adapter.rank for name, adapter in adapters_in(model)},
         "backbone_sample": sample,
         "progress": None if progress is None else progress.record([a for _, a in adapters_in(model)]),
+        "token_rows": token_record(model),
     }
 
 
@@ -237,7 +239,8 @@ def _code_in(backbone_args: Mapping[str, Any]) -> dict[str, Any]:
 def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint belongs to these adapters and to this backbone.
 
-    If it was compacted, the adapters are cut to the ranks that it has left.
+    If it was compacted, the adapters are cut to the ranks that it has left. If it trained rows of tokens and the model
+    does not yet, the model does after this.
 
     Args:
         model: The model that is to be restored, with its adapters.
@@ -267,6 +270,7 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
             f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
             f"trained with {saved['method']['init_args']}; use the same arguments."
         )
+    _require_token_rows(model, saved.get("token_rows", {}))
     sample = frozen_sample(model)
     if sample is not None and saved["backbone_sample"] is not None:
         if sample.shape != saved["backbone_sample"].shape:
@@ -282,6 +286,22 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
     for name, left in saved.get("ranks_left", {}).items():
         if left < adapters[name].rank:
             shrink(adapters[name], left)
+
+
+def _require_token_rows(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    own = {name: entry["ids"] for name, entry in token_record(model).items()}
+    if own and own != {name: entry["ids"] for name, entry in saved.items()}:
+        here = _tokens(token_record(model))
+        raise UsageError(
+            f"The checkpoint trains rows of the tokens {_tokens(saved)}, the model those of {here}. Set new_tokens to "
+            "what the run had."
+        )
+    for name, entry in saved.items() if not own else ():
+        train_rows(model, entry["ids"], entry["texts"], only=name)
+
+
+def _tokens(record: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    return next((entry["texts"] or entry["ids"] for entry in record.values()), [])
 
 
 def _subclasses(kind: type[Kind]) -> Iterator[type[Kind]]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 
@@ -24,8 +25,9 @@ LrSchedule = Literal["linear", "cosine", "constant"]
 def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, Any]]:
     """Optimizer groups of everything that is trained.
 
-    Matrices decay as the optimizer says; biases and the weights of norms (one-dimensional all) do not; and the
-    groups that the method asks for, such as gates, come as it asks.
+    Matrices decay as the optimizer says; biases, the weights of norms (one-dimensional all) and the rows of new tokens,
+    which start from the mean of the others, do not; and the groups that the method asks for, such as gates, come as it
+    asks.
 
     Args:
         model: Model after injection.
@@ -37,9 +39,10 @@ def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, A
     own = method.parameter_groups([adapter for _, adapter in adapters_in(model)])
     taken = {p for group in own for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    rows = {layer.rows for _, layer in token_rows_in(model)}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1]},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1 and p not in rows]},
+        {"params": [p for p in rest if p.ndim <= 1 or p in rows], "weight_decay": 0.0},
         *own,
     ]
     return [group for group in groups if group["params"]]

@@ -45,6 +45,8 @@ class Seq2SeqLM(LanguageModel):
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
         start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
             :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
+        new_tokens: Tokens to add to the backbone's tokenizer and to its embeddings, of which only the new rows are
+            trained (:func:`~lit_sparse.add_tokens`).
 
     Raises:
         UsageError: If an argument is outside its range, or the backbone cannot be loaded or has no decoder that
@@ -66,9 +68,19 @@ class Seq2SeqLM(LanguageModel):
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
         start_from: str | None = None,
+        new_tokens: list[str] | None = None,
     ) -> None:
         super().__init__(
-            backbone, method, optimizer, lr_schedule, warmup, gradient_checkpointing, compile, backbone_args, start_from
+            backbone,
+            method,
+            optimizer,
+            lr_schedule,
+            warmup,
+            gradient_checkpointing,
+            compile,
+            backbone_args,
+            start_from,
+            new_tokens,
         )
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")

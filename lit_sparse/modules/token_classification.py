@@ -54,6 +54,8 @@ class TokenClassification(Classification):
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
         start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
             :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
+        new_tokens: Tokens to add to the backbone's tokenizer and to its embeddings, of which only the new rows are
+            trained (:func:`~lit_sparse.add_tokens`).
 
     Raises:
         UsageError: If an argument is outside its range, the backbone cannot be loaded, the number of tags is not
@@ -75,6 +77,7 @@ class TokenClassification(Classification):
         compile: bool = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
         start_from: str | None = None,
+        new_tokens: list[str] | None = None,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -88,6 +91,7 @@ class TokenClassification(Classification):
             compile=compile,
             backbone_args=backbone_args,
             start_from=start_from,
+            new_tokens=new_tokens,
         )
 
     def configure_model(self) -> None:

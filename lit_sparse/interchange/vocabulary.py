@@ -1,0 +1,191 @@
+"""The rows of new tokens on their way into a folder and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.token_rows import (
+    TokenRows,
+    embedding_count,
+    text_model,
+    token_rows_in,
+    train_rows,
+    vocabulary_layers,
+)
+from lit_sparse.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of one matrix that a folder holds.
+
+    Args:
+        ids: The tokens, in ascending order.
+        texts: The tokens as text in that order; empty where that is not known.
+        rows: Shape ``(tokens, width)``.
+        bias: Shape ``(tokens,)``; None where no layer with this matrix has a bias.
+    """
+
+    ids: list[int]
+    texts: list[str]
+    rows: Tensor
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module, by_hand: bool = True) -> dict[str, StoredRows]:
+    """The rows that the pretrained model lacks: those that are trained, and all that were added by hand.
+
+    Rows added by hand (``resize_token_embeddings``) are told from the configuration in the folder that the model was
+    loaded from. They are frozen, but no copy of the pretrained model has them.
+
+    Args:
+        model: With adapters.
+        by_hand: Whether rows that were added by hand count too.
+
+    Returns:
+        Name of a layer, for each weight one, to its rows.
+
+    Raises:
+        UsageError: If rows were taken away by hand, or added to embeddings that are adapted.
+    """
+    try:
+        host = text_model(model)
+    except UsageError:
+        return {}
+    groups: dict[int, list[tuple[str, Any]]] = {}
+    first = host.get_input_embeddings()  # by whose name PEFT finds what is tied to it
+    for name, layer in sorted(vocabulary_layers(model).items(), key=lambda item: item[1] is not first):
+        groups.setdefault(id(layer.weight), []).append((name, layer))
+    added = _added_by_hand(model, host) if by_hand else set()
+    found = {group[0][0]: _rows_of(model, group, added) for group in groups.values()}
+    return {name: stored for name, stored in found.items() if stored.ids}
+
+
+@torch.no_grad()
+def put_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
+    """Give a model stored rows, to compute with and to train on; its embeddings grow to hold them.
+
+    Args:
+        model: Without rows of its own, or with rows of the same tokens.
+        stored: Name of a layer to its rows.
+
+    Raises:
+        UsageError: If the model has no such layer, or one of another width, or trains other rows.
+    """
+    for name, new in stored.items():
+        layers = [layer for own, layer in token_rows_in(model) if own == name]
+        if layers and layers[0].ids.tolist() != new.ids:
+            raise UsageError(
+                f"{name!r} trains rows of other tokens than those that are loaded: set new_tokens to them."
+            )
+        rows = layers[0].rows if layers else train_rows(model, new.ids, new.texts, only=name)[0].rows
+        if rows.shape != new.rows.shape:
+            raise UsageError(
+                f"Rows of {name!r} have the shape {tuple(new.rows.shape)}, here it is {tuple(rows.shape)}: they were "
+                "trained on another model."
+            )
+        rows.copy_(new.rows)
+        for _, layer in token_rows_in(model):
+            if layer.rows is rows and layer.bias_rows is not None and new.bias is not None:
+                layer.bias_rows.copy_(new.bias)
+
+
+@torch.no_grad()
+def forget_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
+    """Take stored rows out of a plain model: it is then as large as what a user loads before the folder."""
+    if not stored:
+        return
+    layers = vocabulary_layers(model)
+    whole = len({id(layer.weight) for layer in layers.values()}) == len(stored)
+    covered = set.intersection(*(set(rows.ids) for rows in stored.values())) if whole else set()
+    size = embedding_count(model)
+    first = next(i for i in range(size, 0, -1) if i - 1 not in covered)
+    for name, rows in stored.items():
+        layers[name].weight[rows.ids] = 0
+    if first < size:
+        text_model(model).resize_token_embeddings(first, mean_resizing=False)
+
+
+def texts_of(stored: Mapping[str, StoredRows]) -> dict[int, str | None]:
+    """Id to text of every token with a stored row; None where the text is not known."""
+    found: dict[int, str | None] = {}
+    for rows in stored.values():
+        found |= {number: rows.texts[i] if rows.texts else None for i, number in enumerate(rows.ids)}
+    return dict(sorted(found.items()))
+
+
+def token_notes(form: str, texts: Mapping[int, str | None]) -> list[str]:
+    """Sentences for the card of a folder and for the terminal.
+
+    Args:
+        form: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        texts: Id to text of the tokens with a stored row.
+    """
+    notes = []
+    known = [repr(text) for text in texts.values() if text]
+    if known:
+        listed = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+        notes.append(f"The rows of these tokens were trained: {listed}. The tokenizer must know them.")
+    if len(known) < len(texts):
+        notes.append(
+            f"The embeddings were resized by hand: {len(texts) - len(known)} rows, the last of the token {max(texts)}, "
+            "are stored as they are. The tokenizer of the pretrained model does not know tokens that were added."
+        )
+    if texts and form == "peft":
+        notes.append(
+            "vLLM, llama.cpp and TGI cannot read rows of tokens from a LoRA: serve the format merged there. PEFT needs "
+            "the embeddings resized before it loads the folder, as above; AutoPeftModel does that by the tokenizer."
+        )
+    return notes
+
+
+def _rows_of(model: nn.Module, group: list[tuple[str, Any]], added: set[int]) -> StoredRows:
+    own = next((layer for _, layer in group if isinstance(layer, TokenRows)), None)
+    texts = dict(zip(own.ids.tolist(), own.texts or [""] * len(own.ids), strict=True)) if own is not None else {}
+    missing = sorted(added - set(texts))
+    if missing and any(isinstance(layer, LowRankAdapter) for _, layer in group):
+        raise UsageError(
+            f"The vocabulary of {type(model).__name__} was resized by hand, and {group[0][0]!r} is adapted: adapters "
+            "of a larger matrix fit no copy of the pretrained model. Use export_merged (format merged)."
+        )
+    if missing and any(p.requires_grad for _, layer in group for p in [layer.weight]):
+        missing = []  # trained whole, and so stored whole
+    ids = sorted({*texts, *missing})
+    first = group[0][1]
+    weight = first.weight.detach()[ids].to(torch.promote_types(first.weight.dtype, torch.float32))
+    biased: Any = next((layer for _, layer in group if getattr(layer, "bias", None) is not None), None)
+    bias = None if biased is None else biased.bias.detach()[ids].to(weight.dtype)
+    if own is not None:
+        places = [ids.index(i) for i in own.ids.tolist()]
+        weight[places] = own.rows.detach()
+        if bias is not None and biased.bias_rows is not None:
+            bias[places] = biased.bias_rows.detach()
+    known = any(texts.values())
+    return StoredRows(
+        ids, [texts.get(i, "") for i in ids] if known else [], weight.cpu(), None if bias is None else bias.cpu()
+    )
+
+
+def _added_by_hand(model: nn.Module, host: PreTrainedModel) -> set[int]:
+    try:
+        base = type(host.config).from_pretrained(host.name_or_path or "", local_files_only=True)
+    except Exception:  # built in Python, moved, or not in the cache: there is nothing to compare with
+        return set()
+    before = getattr(base.get_text_config(), "vocab_size", None)
+    now = getattr(host.config.get_text_config(), "vocab_size", None)
+    if before is None or now is None or now == before:
+        return set()
+    if now < before:
+        raise UsageError(
+            f"The vocabulary of {type(model).__name__} was cut by hand, from {before} to {now}: adapters of it fit no "
+            "copy of the pretrained model. Use export_merged (format merged)."
+        )
+    return set(range(before, embedding_count(model)))
