@@ -77,9 +77,10 @@ class TokenRows(KeepsPrecision):
     @torch.no_grad()
     def fold(self) -> None:
         """Write the rows into the frozen weight."""
-        self.base.weight[self.ids] = self.rows.to(self.base.weight.dtype)
-        if self.bias_rows is not None and self.base.bias is not None:
-            self.base.bias[self.ids] = self.bias_rows.to(self.base.bias.dtype)
+        base: Any = self.base
+        base.weight[self.ids] = self.rows.to(base.weight.dtype)
+        if self.bias_rows is not None:
+            base.bias[self.ids] = self.bias_rows.to(base.bias.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # What a backbone asks of the layer itself: num_embeddings, padding_idx, bias.

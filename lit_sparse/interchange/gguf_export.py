@@ -28,6 +28,7 @@ from lit_sparse.interchange.remains import (
     require_trained,
     trained_whole,
 )
+from lit_sparse.interchange.vocabulary import rows_of
 from lit_sparse.methods.lora import LoRA
 
 FILE = "adapter.gguf"
@@ -93,6 +94,11 @@ def export_gguf(
     """
     adapters = require_trained(model)
     require_original_weights(adapters, "a LoRA")
+    if rows_of(model):
+        raise UsageError(
+            "New tokens have no place in a LoRA file of llama.cpp: use export_merged and llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
     names = _tensor_names(model, adapters)
     write = functools.partial(_write, model, adapters, names)
     form = Form("gguf", write, functools.partial(_read, model, names), (torch.float32,))

@@ -125,7 +125,7 @@ def test_images_have_no_tokens(tmp_path):
 
 @pytest.mark.parametrize("kind", [ls.SequenceClassification, ls.TokenClassification, ls.MultipleChoice, ls.MaskedLM])
 def test_every_module_of_text_takes_them(kind, tmp_path):
-    options = {} if kind in (ls.MultipleChoice, ls.MaskedLM) else {"num_labels": 2}
+    options = {} if kind is ls.MaskedLM else {"num_labels": 2}
     method = ls.LoRA(["query", "value"], rank=2)
     module = kind(save_tiny_bert(tmp_path / "bert"), method, new_tokens=NEW, **options)
     module.configure_model()
