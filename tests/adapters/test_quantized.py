@@ -422,6 +422,17 @@ def test_entries_that_roselora_cannot_reach_merge_to_the_unpacked_weight(quantiz
         assert (weight[support] != plain[name][support]).float().mean() > 0.99
 
 
+@every_kind
+def test_a_merge_that_unpacks_cannot_be_undone_and_says_so(quantization, bert):
+    model = load(bert, quantization)
+    adapters = ls.inject(model, ls.LoRA(rank=2))
+    with pytest.raises(ls.UsageError, match=r"layers are quantized: merging unpacks them, which unmerge cannot undo"):
+        ls.merge(model, keep=True)
+    assert len(dict(ls.adapters_in(model))) == len(adapters)
+    ls.unload(model)
+    assert not any(True for _ in ls.adapters_in(model))
+
+
 def _by_name(model, plain):
     return {name: plain[layer] for name, layer in quantized_layers(model)}
 
