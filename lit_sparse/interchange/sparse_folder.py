@@ -16,9 +16,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
-from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.selection import survey
-from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError, some
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
@@ -35,7 +33,7 @@ from lit_sparse.interchange.remains import (
     whole_modules,
 )
 from lit_sparse.interchange.stored_folder import HEAD, PARTS, TOKENS, VERSION, WEIGHTS, Saved, read_folder
-from lit_sparse.interchange.vocabulary import put_rows, rows_of
+from lit_sparse.interchange.vocabulary import put_rows, rows_of, write_rows
 from lit_sparse.methods.lora import LoRA
 
 # A patch of more entries than this is no local edit, and larger than A and B.
@@ -152,11 +150,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     places = _places(model)
     _require_places(model, saved, places, {name: list(tensor.shape) for name, tensor in head.items()})
     adapters = _add_delta(model, saved) if saved.entries["format"] == "delta" else _inject(model, saved)
-    put_rows(model, saved.tokens)
-    if saved.entries["format"] == "delta":
-        for _, layer in list(token_rows_in(model)):
-            layer.fold()
-            replace_modules(model, {layer: layer.base})
+    (write_rows if saved.entries["format"] == "delta" else put_rows)(model, saved.tokens)
     places |= _places(model)  # a buffer of a head that went to float32 is another tensor
     for name, tensor in head.items():
         same = [other for other in head if places[other] is places[name] and not torch.equal(head[other], tensor)]

@@ -14,6 +14,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.token_rows import (
     TokenRows,
     embedding_count,
+    grow,
     text_model,
     token_rows_in,
     train_rows,
@@ -99,6 +100,28 @@ def put_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
 
 
 @torch.no_grad()
+def write_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
+    """Write stored rows into the weights of a plain model; its embeddings grow to hold them.
+
+    Raises:
+        UsageError: If the model has no such layer, or one of another width.
+    """
+    for name, new in stored.items():
+        grow(text_model(model), max(new.ids) + 1)
+        layers = vocabulary_layers(model)
+        if name not in layers or layers[name].weight.shape[1:] != new.rows.shape[1:]:
+            raise UsageError(f"{type(model).__name__} has no {name!r} for rows of {new.rows.shape[1]} numbers.")
+        layers[name].weight[new.ids] = new.rows.to(layers[name].weight)
+        for layer in layers.values():
+            if (
+                layer.weight is layers[name].weight
+                and new.bias is not None
+                and getattr(layer, "bias", None) is not None
+            ):
+                layer.bias[new.ids] = new.bias.to(layer.bias)
+
+
+@torch.no_grad()
 def forget_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
     """Take stored rows out of a plain model: it is then as large as what a user loads before the folder."""
     if not stored:
@@ -142,7 +165,7 @@ def token_notes(form: str, texts: Mapping[int, str | None]) -> list[str]:
     if texts and form == "peft":
         notes.append(
             "vLLM, llama.cpp and TGI cannot read rows of tokens from a LoRA: serve the format merged there. PEFT needs "
-            "the embeddings resized before it loads the folder, as above; AutoPeftModel does that by the tokenizer."
+            "the embeddings resized before it loads the folder, as above."
         )
     return notes
 

@@ -7,7 +7,7 @@ import torch
 from backbones import build_tiny, save_tiny_bert, save_tiny_llama
 from safetensors.torch import load_file
 from trained import as_trained, logits
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM, LlamaForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.adapters.token_rows import token_rows_in
@@ -149,7 +149,7 @@ def test_rows_that_were_added_by_hand_are_stored_as_they_are(form, base, tmp_pat
 def test_reading_back_starts_from_the_pretrained_model(base, tmp_path, monkeypatch):
     model = resized(base, 3)
     monkeypatch.setattr("lit_sparse.interchange.peft_export.rows_of", lambda _: {})  # an export that forgets them
-    with pytest.raises(ls.UsageError, match="differ from the live model's by inf"):
+    with pytest.raises(ls.UsageError, match=r"does not run on .* index out of range"):
         ls.export_peft(model, tmp_path / "lora")
 
 
@@ -168,9 +168,10 @@ def test_what_no_folder_can_hold_is_refused(base, tmp_path):
 
 
 def test_peft_cannot_express_rows_with_a_bias(tmp_path):
-    model = AutoModelForMaskedLM.from_pretrained(save_tiny_bert(tmp_path / "bert"))
-    as_trained(model, ls.LoRA(["query"], rank=2))
-    ids = ls.add_tokens(model, AutoTokenizer.from_pretrained(tmp_path / "bert"), NEW)
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_bert(tmp_path / "bert"))
+    plain = build_tiny(BertForMaskedLM, vocab_size=len(tokenizer))
+    model = as_trained(build_tiny(BertForMaskedLM, vocab_size=len(tokenizer)), ls.LoRA(["query"], rank=2))
+    ids = ls.add_tokens(model, tokenizer, NEW)
     with pytest.raises(ls.UsageError, match=r"PEFT cannot express the rows of new tokens: .* has a bias"):
         ls.export_peft(model, tmp_path / "lora")
     with torch.no_grad():
@@ -178,7 +179,6 @@ def test_peft_cannot_express_rows_with_a_bias(tmp_path):
             if layer.bias_rows is not None:
                 layer.bias_rows.add_(1)
     ls.save_adapter(model, tmp_path / "sparse")
-    plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "bert")
     ls.load_adapter(plain, tmp_path / "sparse")
     batch = torch.tensor([[5, *ids, 7]])
     torch.testing.assert_close(logits(plain, batch), logits(model, batch), rtol=0, atol=1e-5)
