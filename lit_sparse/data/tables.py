@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -56,7 +57,7 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
         with tempfile.TemporaryDirectory(dir=cached.parent, prefix=digest) as folder:
             unfinished = Path(folder) / "rows.arrow"
             with ArrowWriter(features=kind.features(), path=str(unfinished)) as writer:
-                for table in (table for file in files for table in kind.tables(file)):
+                for table in (table for file in files for table in _tables(kind, file, split)):
                     writer.write_table(table)
                 writer.finalize()
             unfinished.replace(cached)
@@ -68,17 +69,34 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
 def _learn(files: Sequence[Path], split: str) -> _Kind:
     kind = _KINDS[files[0].suffix]()
     for file in files:
-        try:
+        with _named(file, split):
             kind.learn(file)
             if any("\0" in name for name in kind.features()):
                 raise ValueError("the name of a column holds a NUL byte")
-        except (OSError, ValueError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            kind_name = file.suffix[1:].removesuffix("l")
-            raise UsageError(
-                f"The split {split!r} is empty or cannot be read as {kind_name} from {file} ({reason}): mend the file."
-            ) from error
     return kind
+
+
+def _tables(kind: _Kind, file: Path, split: str) -> Iterator[pa.Table]:
+    tables = kind.tables(file)
+    while True:
+        with _named(file, split):
+            table = next(tables, None)
+        if table is None:
+            return
+        yield table
+
+
+@contextmanager
+def _named(file: Path, split: str) -> Iterator[None]:
+    """Name the file in errors of reading it."""
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kind = file.suffix[1:].removesuffix("l")
+        raise UsageError(
+            f"The split {split!r} is empty or cannot be read as {kind} from {file} ({reason}): mend the file."
+        ) from error
 
 
 class _Kind(Protocol):

@@ -205,6 +205,17 @@ def test_of_several_files_the_one_that_cannot_be_read_is_named(tmp_path):
         read_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], "train")
 
 
+def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    pandas.DataFrame({"text": ["a film"] * 9}).to_parquet(file)
+    content = bytearray(file.read_bytes())
+    content[4:12] = b"\0" * 8  # the footer with the schema stays
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot be read as parquet from .*a\.parquet"):
+        read_files([file], "train")
+    assert not list((tmp_path / "cache" / "lit_sparse").iterdir())
+
+
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
     first = read(tmp_path, "a.csv", "text\na\n")
     monkeypatch.setattr(tables, "_texts", None)  # the file is not opened
