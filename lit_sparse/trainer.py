@@ -57,7 +57,8 @@ class SparseTrainer(Trainer):
             # An edit puts its adapters in and takes them out again; none is in the model between edits.
             if not isinstance(model.method, SparseMethod):
                 raise UsageError(f"inspect lists adapters, and {type(model.method).__name__} has none.")
-            inject(model.model, model.method)
+            with torch.device("meta"):
+                inject(model.model, model.method)
         backbone = model.model if isinstance(model, SparseModule | Editor) else None
         sys.stdout.write(describe(backbone or model) + "\n")
 
