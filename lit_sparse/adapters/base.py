@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.adapters.head import never_narrowing
 from lit_sparse.adapters.saving import guard_saving
 from lit_sparse.errors import UsageError
 
@@ -22,12 +23,7 @@ class KeepsPrecision(nn.Module):
             for child in self.children():
                 child._apply(fn)
 
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(moved.device) if narrowed else moved
-
-        applied: Any = super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        applied: Any = super()._apply(never_narrowing(fn), recurse=False)  # type: ignore[no-untyped-call]
         return applied  # type: ignore[no-any-return]
 
 

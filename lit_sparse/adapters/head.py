@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def task_head(model: nn.Module) -> list[str]:
@@ -79,21 +81,79 @@ def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-def keep_head_precision(head: nn.Module) -> None:
-    """Train a half-precision head in float32, and cast what enters it.
+def keep_precision(trained: nn.Module | nn.Parameter, owner: nn.Module) -> None:
+    """Train in float32, whatever half precision the model has or is given later.
+
+    ``.half()``, ``.to(dtype)`` and Lightning's true half precision move what is trained, but do not narrow it: updates
+    of size lr · 1 vanish in 8 bits of mantissa. What enters a module that is wider than the rest of the model is cast.
 
     Args:
-        head: Trained head module; left alone when its parameters are float32 already.
+        trained: A module that is trained whole, or a parameter.
+        owner: The module that holds it.
     """
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
-        head.float()
-        if _cast_inputs not in head._forward_pre_hooks.values():
-            head.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    if isinstance(trained, nn.Parameter):
+        trained.data = _widened(trained.data)
+        held = [trained]
+    else:
+        if any(p.dtype in _HALF for p in trained.parameters()):
+            trained.float()
+            _cast_what_enters(trained)
+        owner, held = trained, None
+    before = owner.__dict__.get("_apply")
+    if isinstance(before, _Keeping) and held is not None and before.held is not None:
+        held = [*before.held, *held]
+    owner._apply = _Keeping(owner, held)  # type: ignore[method-assign]
+
+
+class _Keeping:
+    """Stands in for a module's ``_apply``, through which every ``.to()``, ``.half()`` and ``.cuda()`` comes.
+
+    Args:
+        module: The module.
+        held: Its parameters that keep their precision; None: everything in it.
+    """
+
+    def __init__(self, module: nn.Module, held: list[nn.Parameter] | None) -> None:
+        self.module, self.held = module, held
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = None if self.held is None else {id(t) for p in self.held for t in (p, p.grad)}
+        wide = never_narrowing(fn)
+
+        def apply(tensor: Tensor) -> Tensor:
+            return wide(tensor) if kept is None or id(tensor) in kept else fn(tensor)
+
+        type(self.module)._apply(self.module, apply, recurse)  # type: ignore[no-untyped-call]
+        if self.held is None and fn(torch.empty(0)).dtype in _HALF:
+            _cast_what_enters(self.module)
+        return self.module
+
+
+def never_narrowing(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``nn.Module._apply`` is given, but leaving tensors of 32 bits and more at their precision."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+        return tensor.to(moved.device) if narrowed else moved
+
+    return move
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _cast_what_enters(module: nn.Module) -> None:
+    if _cast_inputs not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
 def leave_head_precision(model: nn.Module) -> None:
-    """Stop casting what enters the heads of ``model``: undoes :func:`keep_head_precision` but for the dtype."""
+    """Undo :func:`keep_precision` in all of ``model``, but for the dtype."""
     for module in model.modules():
+        if isinstance(module.__dict__.get("_apply"), _Keeping):
+            del module._apply
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _cast_inputs:
                 del module._forward_pre_hooks[key]

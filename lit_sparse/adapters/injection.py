@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
-from lit_sparse.adapters.head import keep_head_precision, pretrained_bodies, task_head
+from lit_sparse.adapters.head import keep_precision, pretrained_bodies, task_head
 from lit_sparse.adapters.naming import clean_name
 from lit_sparse.adapters.originals import keep_originals, originals
 from lit_sparse.adapters.placement import require_whole
@@ -157,6 +157,6 @@ def _train(model: nn.Module, name: str) -> None:
     part.requires_grad_(True)
     if isinstance(part, nn.Module):
         keep_originals(part)
-        keep_head_precision(part)
     else:
         keep_originals(owner, {leaf})
+    keep_precision(part, owner)

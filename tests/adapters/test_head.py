@@ -1,13 +1,15 @@
 """lit_sparse.adapters.head on the models whose heads it must find, and on half-precision heads end to end."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 import transformers
 from backbones import build_tiny
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,10 +19,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lit_sparse.adapters.head import keep_head_precision, output_embeddings, pretrained_bodies, task_head
+from lit_sparse.adapters.head import keep_precision, output_embeddings, pretrained_bodies, task_head
 from lit_sparse.adapters.injection import inject
 from lit_sparse.adapters.selection import left_out
 from lit_sparse.methods.lora import LoRA
+from lit_sparse.modules.base import SparseModule
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 
@@ -230,7 +233,7 @@ def test_inputs_are_cast_however_they_are_passed_and_integers_are_not():
             return self.linear(hidden)[index]
 
     head = Head().to(torch.bfloat16)
-    keep_head_precision(head)
+    keep_precision(head, head)
     hidden, index = torch.randn(3, 4, dtype=torch.bfloat16), torch.tensor([2, 0])
     expected = head.linear(hidden.float())[index]
     assert torch.equal(head(hidden, index=index, name="x"), expected)
@@ -240,7 +243,66 @@ def test_inputs_are_cast_however_they_are_passed_and_integers_are_not():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_head_in_full_precision_is_left_alone(dtype):
     head = nn.Linear(4, 2, dtype=dtype)
-    keep_head_precision(head)
+    keep_precision(head, head)
     assert head.weight.dtype == dtype
     with pytest.raises(RuntimeError, match="dtype"):  # nothing is cast on the way in
         head(torch.randn(1, 4, dtype=torch.bfloat16))
+
+
+def parts_of(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class Normed(Own):
+    """With a buffer of running statistics in the head, which is trained with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 3))
+
+
+@pytest.mark.parametrize("narrow", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+def test_what_is_trained_stays_float32_whatever_the_rest_becomes(narrow):
+    model = Normed()
+    inject(model, LoRA(["query"], rank=2))
+    before = [parameter.detach().clone() for parameter in parts_of(model)]
+    assert len(before) > 5  # adapters, a module and a bare parameter
+    model(IDS).sum().backward()
+    for changed in (model, copy.deepcopy(model)):
+        narrow(changed)
+        trained = parts_of(changed)
+        assert all(torch.equal(now, then) for now, then in zip(trained, before, strict=True))
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in trained)  # a copy has none
+        assert changed.out[0].running_mean.dtype == torch.float32
+        assert changed.encoder.pooler.dense.weight.dtype == narrow(nn.Linear(1, 1)).weight.dtype
+    narrow(model)(IDS).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in parts_of(model))
+
+
+def test_a_head_that_was_never_narrowed_pays_nothing():
+    model = Own()
+    inject(model, LoRA(["query"], rank=2))
+    model.to("cpu")
+    assert not model.out._forward_pre_hooks
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.tensor([0.25, -1.5])], ids=["classes", "numbers"])
+def test_the_head_learns_in_float32_under_true_half_precision(precision, labels):
+    numbers = labels.is_floating_point()
+    model = build_tiny(BertForSequenceClassification, num_labels=1 if numbers else 2)
+    module = SparseModule(
+        model,
+        LoRA(["query"], rank=2),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-6),
+        lr_schedule="constant",
+        warmup=0.0,
+    )
+    start = model.classifier.weight.detach().clone()
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    rows = [{"input_ids": IDS, "labels": labels}]
+    Trainer(max_steps=1, precision=precision, **options).fit(module, DataLoader(rows, batch_size=None))
+    assert model.bert.pooler.dense.weight.itemsize == 2
+    assert model.classifier.weight.dtype == torch.float32
+    # Steps of lr · gradient, which half precision would round away.
+    assert 0 < (model.classifier.weight - start).abs().max() < 1e-4
