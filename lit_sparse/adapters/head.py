@@ -123,7 +123,7 @@ class _Keeping:
         def apply(tensor: Tensor) -> Tensor:
             return wide(tensor) if kept is None or id(tensor) in kept else fn(tensor)
 
-        type(self.module)._apply(self.module, apply, recurse)  # type: ignore[no-untyped-call]
+        type(self.module)._apply(self.module, apply, recurse)
         if self.held is None and fn(torch.empty(0)).dtype in _HALF:
             _cast_what_enters(self.module)
         return self.module
