@@ -46,7 +46,10 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> 
         tokenizer: Of any model.
         argument: How the text is passed; tokenizers of translation models add other tokens to ``text_target``.
     """
-    probe: dict[str, str] = {argument: "a"}
+    special = set(tokenizer.all_special_ids)
+    words = (str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special)
+    # A word of its own: a tokenizer of words may have no token for what it does not know.
+    probe: dict[str, str] = {argument: next((word for word in words if word.isalnum()), "a")}
     bare = tokenizer(**probe, add_special_tokens=False)["input_ids"]
     whole = tokenizer(**probe)["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
