@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lit_sparse.errors import UsageError
@@ -34,7 +33,7 @@ def require_base(model: nn.Module, originals: Patch, sample: Patch, base: str, w
         what: The edit, for messages.
 
     Raises:
-        UsageError: If the model has other values than the sample.
+        UsageError: If the model has other values than the sample, or without a sample another name.
     """
     require_fit(model, sample, what)
     found = standing(model, sample)
@@ -52,7 +51,7 @@ def require_base(model: nn.Module, originals: Patch, sample: Patch, base: str, w
             )
     here = str(getattr(model, "name_or_path", ""))
     if not sample and base and here and base.rstrip("/") != here.rstrip("/"):
-        rank_zero_warn(
-            f"{what} was made for {base!r}, and this model is {here!r}: if that is not another name for the same "
-            "weights, the edit is worth nothing here. Its file is older, and holds no values to compare."
+        raise UsageError(
+            f"{what} was made for {base!r}, and this model is {here!r}. Its file is of an earlier version, without "
+            "values to compare the weights by. Make the edit again, or name the model as it was named then."
         )

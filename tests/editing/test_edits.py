@@ -329,19 +329,21 @@ def test_an_edit_of_a_model_with_other_weights_is_refused(model, folder, tmp_pat
     assert same(bits(other), before)
 
 
-def test_a_model_that_was_moved_rounded_or_edited_is_still_the_same(model, tmp_path, recwarn):
+def test_a_model_that_was_moved_rounded_or_edited_is_still_the_same(model, tmp_path):
     edit = load_edit(made_for(model, tmp_path))
     EditedModel(copy.deepcopy(model).bfloat16()).add(edit)
     twice = EditedModel(model)
     twice.add(edit)
     twice.add(combine([edit, edit])[0])
-    assert not [warning for warning in recwarn if "was made for" in str(warning.message)]
 
 
-def test_an_edit_without_values_of_its_base_warns_of_another_name(model):
+def test_an_edit_without_values_of_its_base_is_refused_under_another_name(model):
     patch = {"model.layers.0.self_attn.v_proj.weight": Entries(torch.tensor([1]), torch.tensor([0.5]))}
-    with pytest.warns(UserWarning, match="was made for 'another/model', and this model is"):
+    before = bits(model)
+    with pytest.raises(UsageError, match="was made for 'another/model', and this model is"):
         EditedModel(model).add(Edit(patch, base_model="another/model"))
+    assert same(bits(model), before)
+    EditedModel(model).add(Edit(patch, base_model=model.name_or_path))
 
 
 def test_a_quantized_model_is_refused(model):
