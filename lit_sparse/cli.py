@@ -6,6 +6,7 @@ import errno
 import inspect
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_sparse
 from lit_sparse import exporting
@@ -30,7 +32,7 @@ from lit_sparse.parsing import SparseParser, fail, refused_by_lightning
 from lit_sparse.quiet import be_quiet, loud_again, say
 from lit_sparse.reporting import command
 from lit_sparse.trainer import SaveRunConfig, SparseTrainer
-from lit_sparse.words import require_readable, with_packaged_configs, without_quiet
+from lit_sparse.words import require_readable, spelled_out, with_packaged_configs, without_quiet
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours: lightning fit
 --config my.yaml --trainer.max_epochs 1. The configurations of the package are at hand everywhere, as --config
@@ -46,7 +48,6 @@ _SUMMARIES = {
 
 # A word that is not ours goes to the lightning command of another package, if there is one.
 COMMANDS = ("fit", "validate", "test", "predict", "inspect", "edit", *exporting.COMMANDS)
-
 
 # The disk is full, or what is there may not be written or read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -64,7 +65,6 @@ _NO_RUN = {
     "enable_checkpointing": False,
 }
 
-
 # What these words of the Trainer's mean for a module of ours, which keeps adapters whole in every process.
 _SHARDING: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp": ("lit_sparse.SparseFSDPStrategy", {}),
@@ -72,7 +72,6 @@ _SHARDING: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2": ("lit_sparse.SparseFSDP2Strategy", {}),
     "fsdp2_cpu_offload": ("lit_sparse.SparseFSDP2Strategy", {"cpu_offload": True}),
 }
-
 
 _EDITING = {"inference_mode": False, "enable_checkpointing": False}
 
@@ -182,7 +181,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Errors that a user can mend are printed in one line, with status 1, or 2 when the configuration does not
-    parse; anything else keeps its traceback. ``LIT_SPARSE_TRACEBACK=1`` shows the traceback of the former too.
+    parse; anything else keeps its traceback. ``LIT_SPARSE_TRACEBACK=1`` shows the traceback of the former too. A run
+    that SIGTERM stopped ends with status 143, as a shell reports the signal.
 
     Args:
         args: Words after the program's name; None: those of the process.
@@ -196,6 +196,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with loud_again():
             _run(words, typed=args is None)
+    except SIGTERMException:  # it has no status of its own, and so would end with 0
+        raise SystemExit(128 + signal.SIGTERM) from None
     except (UsageError, TrainingError, MisconfigurationException) as error:
         if os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
@@ -256,7 +258,7 @@ def lightning_main() -> None:
 
 def _export(name: str, words: Sequence[str]) -> None:
     parser = _export_parser(name, prog=f"{_program()} {name}")
-    report = exporting.COMMANDS[name](**parser.parse_args(words).as_dict())
+    report = exporting.COMMANDS[name](**parser.parse_args(spelled_out(words, exporting.COMMANDS[name])).as_dict())
     say(str(report))
 
 

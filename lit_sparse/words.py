@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,6 +38,28 @@ def with_packaged_configs(words: Sequence[str]) -> list[str]:
 def without_quiet(words: Sequence[str]) -> list[str]:
     """The words but ``--quiet``, for commands whose parsers do not know it."""
     return [word for word in words if word != "--quiet"]
+
+
+def spelled_out(words: Sequence[str], command: Callable[..., object]) -> list[str]:
+    """Options of a command as its parser knows them: ``--require-final`` is ``--require_final=true``.
+
+    Args:
+        words: As typed, after the name of the command.
+        command: What the command calls. Dashes in names of its arguments may stand for underscores, and an argument
+            whose default is true or false needs no value.
+    """
+    options = inspect.signature(command).parameters
+    changed = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in options:
+            changed.append(word)
+            continue
+        if not equals and isinstance(options[name].default, bool) and following.startswith("-"):
+            equals, value = "=", "true"
+        changed.append(f"--{name}{equals}{value}")
+    return changed
 
 
 def _found(value: str) -> str:

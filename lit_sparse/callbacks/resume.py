@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
 
 from lit_sparse.adapters.naming import clean_name
@@ -146,7 +147,7 @@ class ExactResume(Callback):
         """Say in plain words where a run that was interrupted goes on, and when another process is gone."""
         self._release_interrupts()
         if (
-            isinstance(exception, KeyboardInterrupt)
+            isinstance(exception, KeyboardInterrupt | SIGTERMException)
             and trainer.state.fn == TrainerFn.FITTING
             and trainer.is_global_zero
         ):

@@ -147,15 +147,19 @@ def test_all_tables_of_a_run_agree(method, monitor, interrupted, project, capsys
         assert f"step {STEPS} of {STEPS}, sparsity final" in shown
 
 
-def test_the_commands_print_what_the_folder_holds(project, capsys):
-    """The same from the command line: fit with a metric that falls, then the command that exports ``last.ckpt``."""
+def configuration(project):
+    """Of a run on the command line, with a metric that falls."""
     method = {"class_path": "lit_sparse.RoseLoRA", "init_args": METHODS["RoseLoRA"]}
     init_args = {"backbone": str(project / "bert"), "method": method}
     model = {"class_path": "lit_sparse.SequenceClassification", "init_args": init_args}
     data = {"class_path": "lit_sparse.TextClassificationData", "init_args": {"path": str(project), "batch_size": 4}}
     keep = {"class_path": "lit_sparse.SparseCheckpoint", "init_args": {"dirpath": "kept", "monitor": "val_accuracy"}}
-    config = write_config(Path("config.yaml"), model, data, 0.02, max_epochs=EPOCHS, callbacks=[keep])
-    main(["fit", "--config", config])
+    return write_config(Path("config.yaml"), model, data, 0.02, max_epochs=EPOCHS, callbacks=[keep])
+
+
+def test_the_commands_print_what_the_folder_holds(project, capsys):
+    """The same from the command line: fit, then the command that exports ``last.ckpt``."""
+    main(["fit", "--config", configuration(project)])
     told = figures(capsys.readouterr().out)
     main(["export", "--ckpt_path", "kept/last.ckpt", "--format", "peft", "--require_final", "true", "--output", "lora"])
     assert told == figures(capsys.readouterr().out)
@@ -354,7 +358,7 @@ def interrupt(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(number, project):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(number, project, caplog):
     keep = {"monitor": "early", "mode": "max"}
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -363,10 +367,19 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(number, project):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert step_of("kept/last.ckpt") == 7
+    assert re.search(r"The last checkpoint is .*last.ckpt, of step 7: fit --ckpt_path goes on there", caplog.text)
     again = fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), ckpt_path="kept/last.ckpt")
     again.save_checkpoint("again.ckpt")
     fit(project, "RoseLoRA", enable_checkpointing=False).save_checkpoint("straight.ckpt")
     assert same_weights("again.ckpt", "straight.ckpt")
+
+
+def test_the_command_ends_with_the_status_of_sigterm(project, monkeypatch):
+    """With status 0, ``fit … && export …`` would export a part of a run."""
+    monkeypatch.setattr(ls.SparseCheckpoint, "on_train_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", configuration(project)])
+    assert ended.value.code == 143
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(project):
