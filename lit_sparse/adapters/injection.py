@@ -39,10 +39,9 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
         Full layer name to adapter, in the model's order.
 
     Raises:
-        UsageError: If the model holds adapters already, ours or PEFT's, is offloaded or spread over several devices, a
-            target matches nothing or something that cannot be
-            adapted, a module named in ``train_head`` does not exist or is quantized, or no gradient passes through a
-            quantized layer.
+        UsageError: If the model holds adapters already, ours or PEFT's, or is offloaded or spread over several
+            devices, a target matches nothing or something that cannot be adapted, a module named in ``train_head`` does
+            not exist or is quantized, or no gradient passes through a quantized layer.
     """
     present = [name for name, _ in adapters_in(model)]
     if present:

@@ -51,23 +51,26 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     Args:
         model: Model with adapters.
         keep: Keep what :func:`unmerge` needs: the adapters, and the entries that change, with their places; at most a
-            copy of the weight, which is what a dense adapter comes to.
+            copy of the weight, which is what a dense adapter comes to. Without it, what an earlier merge kept is given
+            up.
 
     Returns:
         ``model``, of the classes that it had before injection.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, an adapter is switched off, a sum is not finite, or a layer is
-            quantized by something else than torchao or bitsandbytes, or at all if ``keep`` is set, which rows of new
-            tokens forbid too. ``model`` is then what it was.
+        UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, a sum is
+            not finite, or a layer is quantized by something else than torchao or bitsandbytes. With ``keep``, also if
+            a layer is quantized at all, there are rows of new tokens, or an earlier merge with ``keep`` was not
+            undone. ``model`` is then what it was.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to merge. Inject a method first.")
-    off = [name for name, adapter in adapters.items() if not adapter.enabled]
-    if off:
+    _require_on(model, "merge")
+    if keep and any(_MERGED in vars(module) for module in model.modules()):
         raise UsageError(
-            f"{len(off)} adapters are switched off, the first at {off[0]!r}: switch them on to merge them."
+            f"{type(model).__name__} was merged with keep before, and only one merge can be undone. Call unload(model) "
+            "and unmerge(model) first, or merge without keep, after which neither merge can be undone."
         )
     plain = dequantized(model)
     if keep and plain:
@@ -105,6 +108,8 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     forget_quantization(model)
     if not keep:
         forget_originals(model)
+        for module in model.modules():
+            vars(module).pop(_MERGED, None)  # from before this merge: unmerge would undo half
     return model
 
 
@@ -119,13 +124,14 @@ def unmerge(model: nn.Module) -> dict[str, LowRankAdapter]:
         Full layer name to adapter.
 
     Raises:
-        UsageError: If ``model`` was not merged with ``keep``, or changed its dtype since.
+        UsageError: If ``model`` was not merged with ``keep``, was merged again without it, holds adapters again, or
+            changed its dtype since.
     """
     merged = {module: vars(module)[_MERGED] for module in model.modules() if _MERGED in vars(module)}
     if not merged:
         raise UsageError(
             f"{type(model).__name__} holds nothing to unmerge: only merge(model, keep=True) keeps the weights that it "
-            "changes. Load the model again, or its checkpoint."
+            "changes, and a later merge(model) gives them up. Load the model again, or its checkpoint."
         )
     if any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds adapters again since it was merged. Call unload(model) first.")
@@ -162,14 +168,25 @@ def unload(model: nn.Module) -> nn.Module:
         ``model``, of the classes that it had before injection.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, or its original values are not known, because a parameter was
-            unfrozen after injection or the adapters took their start out of the frozen weights.
+        UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, as all are
+            within :func:`disable_adapters`, or the original values are not known, because a parameter was unfrozen
+            after injection or the adapters took their start out of the frozen weights. ``model`` is then what it was.
     """
     if not any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds no adapter to unload.")
+    _require_on(model, "unload")
     restore_originals(model)
     take_out(model)
     return model
+
+
+def _require_on(model: nn.Module, function: str) -> None:
+    off = [name for name, part in (*adapters_in(model), *token_rows_in(model)) if not part.enabled]
+    if off:
+        raise UsageError(
+            f"Adapters or rows of new tokens are switched off at {some(off)}. Call {function} outside of "
+            "disable_adapters, and with all of them switched on."
+        )
 
 
 def _changed(weight: Tensor, merged: Tensor) -> _Changed:

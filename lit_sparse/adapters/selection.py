@@ -126,7 +126,8 @@ def select_layers(
         Full name to layer, in the order of ``model.named_modules()``; never empty.
 
     Raises:
-        UsageError: If a pattern matches nothing, or something that cannot be adapted, or nothing is left.
+        UsageError: If a pattern matches nothing, or something that cannot be adapted, ``layers`` holds a bool or a
+            block that does not exist, or nothing is left.
     """
     candidates = survey(model, head)
     if not candidates:
@@ -276,6 +277,11 @@ def _in_head(candidate: Candidate) -> bool:
 
 
 def _in_blocks(names: list[str], layers: Sequence[int]) -> list[str]:
+    if any(isinstance(number, bool) for number in layers):
+        raise UsageError(
+            f"layers takes the numbers of transformer blocks, such as 1 or [0, 1]; got {list(layers)}. Leave it out to "
+            "adapt all."
+        )
     block = {n: next((int(part) for part in n.split(".") if part.isdigit()), None) for n in names}
     present = {b for b in block.values() if b is not None}
     absent = sorted(set(layers) - present, key=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,20 +115,23 @@ def add_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Seq
 
     Raises:
         UsageError: If the tokens are none or the same, ``model`` reads no tokens, has no adapters or such rows already,
-            or its embeddings are adapted, trained whole, quantized, or read without being called.
+            or its embeddings are adapted, trained whole, quantized, or read without being called. ``tokenizer`` is
+            then what it was.
     """
     if not tokens or len(set(tokens)) < len(tokens) or not all(isinstance(t, str) and t.strip() for t in tokens):
         raise UsageError(f"new_tokens are texts of tokens, each once; got {list(tokens)}.")
     if not any(isinstance(module, LowRankAdapter) for module in model.modules()):
         raise UsageError(f"{type(model).__name__} holds no adapters: inject a method first, then add tokens.")
     known = set(tokenizer.get_vocab())
-    tokenizer.add_tokens(list(tokens))
-    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+    trial = copy.deepcopy(tokenizer)  # nothing takes added tokens out again
+    trial.add_tokens(list(tokens))
+    ids: list[int] = [trial.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
     texts = dict(sorted(zip(ids, tokens, strict=True)))
     if len(texts) < len(tokens):
         raise UsageError(f"The tokenizer takes several of new_tokens {list(tokens)} for one token.")
     before = embedding_count(model)
     layers = train_rows(model, list(texts), list(texts.values()))
+    tokenizer.add_tokens(list(tokens))
     fresh = [i for i, (number, text) in enumerate(texts.items()) if text not in known and number < before]
     with torch.no_grad():
         for layer in layers:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
+from lit_sparse.adapters.token_rows import TokenRows, train_rows
 from lit_sparse.errors import UsageError
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
@@ -216,6 +217,30 @@ def test_there_must_be_something_to_unload():
         ls.unload(build_tiny(BertForSequenceClassification))
 
 
+@pytest.mark.parametrize("use", [ls.unload, ls.merge])
+def test_what_is_switched_off_is_not_taken_out(use):
+    model = build_tiny(BertForSequenceClassification)
+    plain = state(model)
+    as_trained(model)
+    before = state(model)
+    message = rf"switched off at \['bert.* more. Call {use.__name__} outside of disable_adapters"
+    with ls.disable_adapters(model), pytest.raises(UsageError, match=message):
+        use(model)
+    require_same_bits(model, before)
+    ls.unload(model)
+    require_same_bits(model, plain)
+
+
+@pytest.mark.parametrize("use", [ls.unload, ls.merge])
+def test_rows_of_tokens_that_are_switched_off_are_not_taken_out(use):
+    model = as_trained(build_tiny(LlamaForCausalLM), ls.RoseLoRA(["q_proj"], rank=2))
+    train_rows(model, [64])
+    model.get_input_embeddings().enabled = False
+    with pytest.raises(UsageError, match=rf"\['model.embed_tokens'\]. Call {use.__name__} outside"):
+        use(model)
+    assert isinstance(model.get_input_embeddings(), TokenRows)
+
+
 # merge(keep=True), unmerge.
 
 
@@ -289,6 +314,35 @@ def test_what_cannot_be_unmerged_says_so():
     ls.inject(model, ls.LoRA())
     with pytest.raises(UsageError, match=r"holds adapters again since it was merged. Call unload\(model\) first."):
         ls.unmerge(model)
+
+
+def test_a_second_merge_is_not_kept_beside_the_first():
+    model = as_trained(build_tiny(BertForSequenceClassification))
+    before = state(model)
+    ls.merge(model, keep=True)
+    merged = state(model)
+    as_trained(model, ls.RoseLoRA(["query"], rank=2))
+    second, expected = dict(ls.adapters_in(model)), state(model)
+    with pytest.raises(UsageError, match=r"was merged with keep before, and only one merge can be undone. Call unload"):
+        ls.merge(model, keep=True)
+    assert dict(ls.adapters_in(model)) == second
+    require_same_bits(model, expected)
+    ls.unload(model)
+    require_same_bits(model, merged)
+    ls.unmerge(model)
+    require_same_bits(model, before)
+
+
+def test_a_second_merge_without_keep_gives_up_the_first():
+    model = as_trained(build_tiny(BertForSequenceClassification))
+    ls.merge(model, keep=True)
+    as_trained(model, ls.RoseLoRA(["query"], rank=2))
+    ls.merge(model)
+    merged = state(model)
+    with pytest.raises(UsageError, match=r"holds nothing to unmerge: .* and a later merge\(model\) gives them up"):
+        ls.unmerge(model)
+    require_same_bits(model, merged)
+    assert not any(name.startswith("_lit_sparse") for module in model.modules() for name in vars(module))
 
 
 def test_a_plain_merge_keeps_nothing():

@@ -149,6 +149,12 @@ def test_one_number_is_one_block():
         select_layers(BERT, ["query"], 2)
 
 
+@pytest.mark.parametrize("layers", [True, False, [True], [0, True]], ids=str)
+def test_true_and_false_are_no_blocks(layers):
+    with pytest.raises(UsageError, match=r"layers takes the numbers of transformer blocks, .*; got \[.*(True|False)\]"):
+        select_layers(BERT, ["query"], layers)
+
+
 @pytest.mark.parametrize(("layers", "named"), [([0, 5, 2], [2, 5]), ([-1], [-1]), ([], [])], ids=str)
 def test_blocks_that_do_not_exist_are_named(layers, named):
     message = f"layers {named} match no chosen layer; the chosen ones stand in blocks [0, 1]."

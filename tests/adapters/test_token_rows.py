@@ -213,13 +213,16 @@ def test_only_new_rows_learn_and_none_decays(tokenizer):
     ],
 )
 def test_what_cannot_be_is_refused(name, method, tokens, message, tokenizer):
+    before = tokenizer.get_vocab()
     with pytest.raises(ls.UsageError, match=message):
         ls.add_tokens(injected(name, **method), tokenizer, tokens)
+    assert tokenizer.get_vocab() == before
 
 
 def test_models_without_tokens_or_adapters_are_refused(tokenizer):
     model = build_tiny(ViTForImageClassification)
     ls.inject(model, ls.LoRA("all-linear", rank=2))
+    before = tokenizer.get_vocab()
     with pytest.raises(ls.UsageError, match=r"ViTForImageClassification is no model of text .*\['pixel_values'\]"):
         ls.add_tokens(model, tokenizer, NEW)
     with pytest.raises(ls.UsageError, match="holds no adapters: inject a method first"):
@@ -228,6 +231,7 @@ def test_models_without_tokens_or_adapters_are_refused(tokenizer):
     train_rows(twice, [64])
     with pytest.raises(ls.UsageError, match="trains rows of tokens already"):
         ls.add_tokens(twice, tokenizer, NEW)
+    assert tokenizer.get_vocab() == before
 
 
 def test_tokens_that_a_tokenizer_takes_for_one_are_refused(tmp_path):
