@@ -237,6 +237,13 @@ def token_record(model: nn.Module) -> dict[str, Mapping[str, Any]]:
     return {name: {"ids": layer.ids.tolist(), "texts": list(layer.texts)} for name, layer in found.values()}
 
 
+def same_tokens(ids: list[int], texts: Sequence[str], other_ids: list[int], other_texts: Sequence[str]) -> bool:
+    """Whether two lists of tokens are the same: by their ids, and by their texts where both are known."""
+    return ids == other_ids and all(
+        text == other for text, other in zip(texts, other_texts, strict=False) if text and other
+    )
+
+
 def _layers(model: nn.Module, only: str | None) -> dict[str, Any]:
     layers = vocabulary_layers(model)
     if only is not None and only not in layers:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError, some
+from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.vocabulary import StoredRows
 from lit_sparse.json_text import parse
 
@@ -145,6 +146,7 @@ def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -
     """The rows of tokens, after a comparison with ``trainable_token_indices``, both ways."""
     stated: Any = config.get("trainable_token_indices") or {}
     stated = dict.fromkeys(rows, stated) if isinstance(stated, list) else stated
+    texts = _texts(path) if rows else {}
     found = {}
     named = set()
     for name, tensor in rows.items():
@@ -158,12 +160,23 @@ def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -
             )
         named.add(keys[0])
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        found[name] = StoredRows(sorted(ids), [], tensor[order], None)
+        known = [texts.get(i, "") for i in sorted(ids)]
+        found[name] = StoredRows(sorted(ids), known if any(known) else [], tensor[order], None)
     # Of layers that share a matrix, PEFT stores the rows once.
     lacking = [key for key in stated if key not in named and not any(stated[key] == stated[other] for other in named)]
     if lacking or (config.get("trainable_token_indices") and not rows):
         raise UsageError(f"{path / WEIGHTS} lacks the rows of tokens that {CONFIG} names for {lacking or stated}.")
     return found
+
+
+def _texts(path: Path) -> dict[int, str]:
+    """Id to text of the tokens that an export of this library names beside what PEFT reads."""
+    file = path / METADATA
+    try:
+        entries: Any = parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return {int(number): str(text) for number, text in entries.get("new_tokens", {}).items() if text}
+    except (AttributeError, ValueError) as error:
+        raise UsageError(f"{str(file)!r} is damaged: {error}.") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

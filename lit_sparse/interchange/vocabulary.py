@@ -15,6 +15,7 @@ from lit_sparse.adapters.token_rows import (
     TokenRows,
     embedding_count,
     grow,
+    same_tokens,
     text_model,
     token_rows_in,
     train_rows,
@@ -83,9 +84,10 @@ def put_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
     """
     for name, new in stored.items():
         layers = [layer for own, layer in token_rows_in(model) if own == name]
-        if layers and layers[0].ids.tolist() != new.ids:
+        if layers and not same_tokens(layers[0].ids.tolist(), layers[0].texts, new.ids, new.texts):
             raise UsageError(
-                f"{name!r} trains rows of other tokens than those that are loaded: set new_tokens to them."
+                f"{name!r} trains rows of other tokens than those that are loaded: set new_tokens to "
+                f"{new.texts or 'them'}."
             )
         rows = layers[0].rows if layers else train_rows(model, new.ids, new.texts, only=name)[0].rows
         if rows.shape != new.rows.shape:

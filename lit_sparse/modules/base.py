@@ -236,7 +236,8 @@ class SparseModule(LightningModule):
         """Refuse a checkpoint of other adapters or of another backbone, or to resume from one of weights alone."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
-        checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint)
+        told = self._trainer is None or self.new_tokens is not None  # data ask the Trainer's module for its tokens
+        checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint, told)
         complete_average(self, checkpoint)
         if checkpoint[checkpoints.KEY].get("token_rows"):
             self._frozen_sample = frozen_sample(self)  # embeddings may have grown

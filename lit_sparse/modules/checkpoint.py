@@ -22,7 +22,7 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.compaction import shrink
 from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.token_rows import token_record, train_rows
+from lit_sparse.adapters.token_rows import same_tokens, token_record, train_rows
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.progress import Progress
@@ -236,7 +236,13 @@ def _code_in(backbone_args: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+def require_fit(
+    model: nn.Module,
+    backbone: str,
+    method: dict[str, Any],
+    checkpoint: dict[str, Any],
+    new_tokens: bool = True,
+) -> None:
     """Check that a checkpoint belongs to these adapters and to this backbone.
 
     If it was compacted, the adapters are cut to the ranks that it has left. If it trained rows of tokens and the model
@@ -247,9 +253,10 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
         backbone: Name of its backbone, for the message.
         method: Class path and arguments of its method.
         checkpoint: The checkpoint as loaded.
+        new_tokens: False: refuse a checkpoint of new tokens if the model has no rows of tokens.
 
     Raises:
-        UsageError: If it was not written by this library, or its adapters or frozen weights are others.
+        UsageError: If it was not written by this library, or its adapters, tokens or frozen weights are others.
     """
     if KEY not in checkpoint:
         raise UsageError(
@@ -270,7 +277,7 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
             f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
             f"trained with {saved['method']['init_args']}; use the same arguments."
         )
-    _require_token_rows(model, saved.get("token_rows", {}))
+    _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
     sample = frozen_sample(model)
     if sample is not None and saved["backbone_sample"] is not None:
         if sample.shape != saved["backbone_sample"].shape:
@@ -288,13 +295,21 @@ def require_fit(model: nn.Module, backbone: str, method: dict[str, Any], checkpo
             shrink(adapters[name], left)
 
 
-def _require_token_rows(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    own = {name: entry["ids"] for name, entry in token_record(model).items()}
-    if own and own != {name: entry["ids"] for name, entry in saved.items()}:
-        here = _tokens(token_record(model))
+def _require_token_rows(model: nn.Module, saved: Mapping[str, Mapping[str, Any]], new_tokens: bool) -> None:
+    own = token_record(model)
+    same = own.keys() == saved.keys() and all(
+        same_tokens(entry["ids"], entry["texts"], saved[name]["ids"], saved[name]["texts"])
+        for name, entry in own.items()
+    )
+    if own and not same:
         raise UsageError(
-            f"The checkpoint trains rows of the tokens {_tokens(saved)}, the model those of {here}. Set new_tokens to "
-            "what the run had."
+            f"The checkpoint trains rows of the tokens {_tokens(saved)}, the model those of {_tokens(own)}. Set "
+            "new_tokens to what the run had."
+        )
+    if not own and not new_tokens and any(text for entry in saved.values() for text in entry["texts"]):
+        raise UsageError(
+            f"The checkpoint trains rows of the tokens {_tokens(saved)}, and the module has no new_tokens, so the "
+            f"data's tokenizer would not know them: give new_tokens: {_tokens(saved)}."
         )
     for name, entry in saved.items() if not own else ():
         train_rows(model, entry["ids"], entry["texts"], only=name)

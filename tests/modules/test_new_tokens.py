@@ -108,6 +108,32 @@ def test_a_checkpoint_of_other_tokens_is_refused(llama, rows, tmp_path):
         Trainer(**QUIET).validate(other, data(rows), ckpt_path=path)
 
 
+def test_other_tokens_of_the_same_ids_are_refused(rows, tmp_path):
+    llama = save_tiny_llama(tmp_path / "llama")
+    module = causal(llama)
+    path = fit(module, rows, tmp_path / "kept", 1)
+    ls.export_peft(module.model, tmp_path / "peft")
+    for tokens in (["<city>", "<person>"], ["<a>", "<b>"]):
+        other = causal(llama, new_tokens=tokens)
+        with pytest.raises(ls.UsageError, match=r"the tokens \['<person>', '<city>'\], the model those of"):
+            Trainer(**QUIET).validate(other, data(rows), ckpt_path=path)
+        message = r"other tokens than those that are loaded: set new_tokens to \['<person>', '<city>'\]"
+        with pytest.raises(ls.UsageError, match=message):
+            causal(llama, new_tokens=tokens, start_from=str(tmp_path / "peft")).configure_model()
+    causal(llama, start_from=str(tmp_path / "peft")).configure_model()
+
+
+def test_a_run_without_new_tokens_is_refused_a_checkpoint_with_them(rows, tmp_path):
+    llama = save_tiny_llama(tmp_path / "llama")
+    path = fit(causal(llama), rows, tmp_path / "kept", 1)
+    message = r"the module has no new_tokens, .* give new_tokens: \['<person>', '<city>'\]"
+    for run in (Trainer.fit, Trainer.validate):
+        with pytest.raises(ls.UsageError, match=message):
+            run(Trainer(**QUIET, max_steps=2), causal(llama, new_tokens=None), datamodule=data(rows), ckpt_path=path)
+    again = ls.CausalLM.load_from_checkpoint(path)
+    Trainer(**QUIET, limit_val_batches=1).validate(again, data(rows), ckpt_path=path)
+
+
 def test_another_tokenizer_in_the_data_is_refused(llama, rows, tmp_path):
     save_tiny_t5(tmp_path / "t5")
     trainer = Trainer(**QUIET, max_steps=1, enable_checkpointing=False)
