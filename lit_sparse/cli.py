@@ -36,8 +36,7 @@ from lit_sparse.words import require_readable, spelled_out, with_packaged_config
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours: lightning fit
 --config my.yaml --trainer.max_epochs 1. The configurations of the package are at hand everywhere, as --config
-lit_sparse://quickstart.yaml. Every command takes --quiet, to show results, warnings and errors only."""
-
+lit_sparse://quickstart.yaml. Every command takes --quiet, to show warnings, errors and what is asked for."""
 # Lightning's own words for these end in the middle of a sentence.
 _SUMMARIES = {
     "fit": "Train what a configuration describes; words after it override its keys.",
@@ -72,7 +71,6 @@ _SHARDING: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2": ("lit_sparse.SparseFSDP2Strategy", {}),
     "fsdp2_cpu_offload": ("lit_sparse.SparseFSDP2Strategy", {"cpu_offload": True}),
 }
-
 _EDITING = {"inference_mode": False, "enable_checkpointing": False}
 
 
@@ -86,7 +84,7 @@ class SparseCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--quiet``."""
-        parser.add_argument("--quiet", action="store_true", help="Show results, warnings and errors only.")
+        parser.add_argument("--quiet", action="store_true", help="Show only warnings, errors and what is asked for.")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         for name, summary in _SUMMARIES.items():

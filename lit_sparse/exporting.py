@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -224,16 +225,21 @@ def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_nam
 
 
 def _check_final(checkpoint: Mapping[str, Any], path: str, required: bool) -> None:
-    """Warn of a state that is less sparse than the run's end, or refuse it."""
+    """Warn of a state that is not as sparse as at the end of the run, or refuse it."""
     progress = Progress.in_checkpoint(checkpoint)
     if progress is None and required:
         raise UsageError(f"{path!r} does not record whether its sparsity was final: it is of an earlier version.")
     if progress is None or progress.final:
         return
-    found = f"{path!r} is of {progress}: it is less sparse than the end of the run would be"
+    if Path(path).name.startswith("last"):
+        why = "the run was stopped before its sparsity was final (EarlyStopping, a time limit or a kill)"
+        advice = "fit --ckpt_path goes on there, without what stopped it."
+    else:
+        why, advice = "it is not as sparse as at the end of the run", "SparseCheckpoint keeps the end as last.ckpt."
+    found = f"{path!r} is of {progress}: {why}"
     if required:
-        raise UsageError(f"{found}, and require_final is set. Finish the run by fit --ckpt_path, and export its end.")
-    rank_zero_warn(f"{found}. SparseCheckpoint keeps the end as last.ckpt.")
+        raise UsageError(f"{found}, and require_final is set. {advice}")
+    rank_zero_warn(f"{found}. {advice}")
 
 
 def _import(name: str) -> None:

@@ -15,7 +15,7 @@ from lit_sparse.callbacks.averaging import Pair, copy_zeros, keep_averages_spars
 from lit_sparse.callbacks.run_end import finish_plain_checkpoints
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.progress import Progress
+from lit_sparse.methods.progress import Progress, warn_if_nothing_is_left
 from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder, require_trained_weights
 from lit_sparse.strategies.support import keep_buffers_local, require_exact
 
@@ -123,12 +123,14 @@ class Sparsify(Callback):
         """Keep averages as sparse as the weights, before they are validated or saved."""
         copy_zeros(self._averages)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop following the optimizer, shout when nothing was ever pruned, and see that ``last`` is the last state."""
         self._ended = not trainer.should_stop  # by no time limit, EarlyStopping or the like
         steps = self._release()
         if steps is not None:
             steps.finish()
+            if self._steps_before > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                warn_if_nothing_is_left([adapter for _, adapter in adapters_in(pl_module)])
         finish_plain_checkpoints(trainer, self.progress(trainer.global_step))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002

@@ -44,8 +44,8 @@ def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Seq
         )
     if saved:
         notes.append(
-            f"{', '.join(saved)} were trained whole and are in modules_to_save. PEFT and transformers load them. vLLM "
-            "refuses modules_to_save (since August 2026 it takes score and classifier), llama.cpp's converter stops at "
-            "them, and TGI leaves them out: serve the format merged there, or train with train_head false."
+            f"Trained whole and in modules_to_save: {', '.join(saved)}. PEFT and transformers load these. vLLM "
+            "refuses them (since August 2026 it takes score and classifier), llama.cpp's converter stops at them, TGI "
+            "leaves them out: serve the format merged there, or train with train_head false."
         )
     return notes

@@ -28,7 +28,7 @@ from lit_sparse.interchange.processors import save_processor
 from lit_sparse.interchange.remains import remains_of, trained_whole
 from lit_sparse.interchange.snippet import labels_of
 from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes
-from lit_sparse.methods.progress import Trained, sentence
+from lit_sparse.methods.progress import Trained, sentence, warn_if_nothing_is_left
 from lit_sparse.quiet import stages
 
 METADATA = "lit_sparse.json"
@@ -137,6 +137,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
     counts = _count(model, tokens)
     provenance = terms.provenance or Provenance()
     layers = layer_sparsity(model)
+    warn_if_nothing_is_left([adapter for _, adapter in adapters_in(model)])
     state = sentence(provenance.progress, layers)
     name = getattr(model, "name_or_path", None) or None
     with new_folder(folder) as draft:

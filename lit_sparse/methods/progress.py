@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.statistics import LayerSparsity, live_ranks, sparsity_of
@@ -88,6 +89,15 @@ def left(layers: Sequence[LayerSparsity], trained: Trained | None = None) -> str
     return (
         f"{parameters:,} parameters in {ranks:,} of {began.ranks:,} ranks, {share:.2f} % of the adapted weights changed"
     )
+
+
+def warn_if_nothing_is_left(adapters: Sequence[LowRankAdapter]) -> None:
+    """Warn where no adapter has a live rank."""
+    if adapters and not any(bool(live_ranks(adapter).any()) for adapter in adapters):
+        rank_zero_warn(
+            "No rank is left: the adapters change nothing. Prune less (by a lower threshold or sparsity_weight, or a "
+            "higher density), or train longer."
+        )
 
 
 def sentence(progress: Progress | None, layers: Sequence[LayerSparsity]) -> str:

@@ -71,6 +71,15 @@ class Falls(Callback):
         pl_module.log("early", -float(trainer.global_step))
 
 
+class Emptied(Callback):
+    """Leaves no rank of an adapter."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for _, adapter in ls.adapters_in(pl_module):
+            adapter.lora_B_t.zero_()
+
+
 def fit(project, method, *callbacks, ckpt_path=None, **options):
     """Train for twelve steps; returns the Trainer."""
     L.seed_everything(1, verbose=False)
@@ -405,7 +414,7 @@ def early(project):
 
 @pytest.mark.parametrize("command", [export_checkpoint, merge_checkpoint])
 def test_a_state_that_is_not_final_is_told_or_refused(command, early):
-    found = r"'kept/early.ckpt' is of step 4 of 12, sparsity not final: it is less sparse"
+    found = r"'kept/early.ckpt' is of step 4 of 12, sparsity not final: it is not as sparse as at the end of the run"
     with pytest.warns(UserWarning, match=found):
         report = command(early, "out")
     assert "step 4 of 12, sparsity not final" in str(report)
@@ -414,6 +423,24 @@ def test_a_state_that_is_not_final_is_told_or_refused(command, early):
         command(early, "other", require_final=True)
     assert not Path("other").exists()
     command("kept/last.ckpt", "other", require_final=True)
+
+
+def test_the_end_of_a_run_that_was_stopped_is_told_as_such(early):
+    Path(early).rename("kept/last.ckpt")
+    stopped = r"'kept/last.ckpt' is of step 4 of 12, sparsity not final: the run was stopped before"
+    with pytest.warns(UserWarning, match=stopped) as told:
+        export_checkpoint("kept/last.ckpt", "out")
+    assert not [warning for warning in told if "keeps the end as last.ckpt" in str(warning.message)]
+    with pytest.raises(ls.UsageError, match=stopped + ".*require_final is set. fit --ckpt_path goes on there"):
+        export_checkpoint("kept/last.ckpt", "other", require_final=True)
+
+
+def test_an_adapter_without_ranks_is_told_at_the_end_of_fit_and_in_export(project):
+    nothing = "No rank is left: the adapters change nothing"
+    with pytest.warns(UserWarning, match=nothing):
+        fit(project, "LoRA", ls.SparseCheckpoint("kept"), Emptied())
+    with pytest.warns(UserWarning, match=nothing):
+        export_checkpoint("kept/last.ckpt", "out")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_exported_but_not_as_final(early):

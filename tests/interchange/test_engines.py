@@ -71,6 +71,6 @@ def test_ranks_that_vllm_must_be_told_of_are_said(rank, note):
 def test_a_head_that_engines_refuse_is_said(tmp_path):
     model = as_trained(build_tiny(BertForSequenceClassification), SORA)
     report = ls.export_peft(model, tmp_path / "lora")
-    assert "classifier were trained whole and are in modules_to_save" in str(report)
-    assert "vLLM refuses modules_to_save" in (tmp_path / "lora" / "README.md").read_text()
+    assert "Trained whole and in modules_to_save: classifier. PEFT" in str(report)
+    assert "vLLM refuses them" in (tmp_path / "lora" / "README.md").read_text()
     assert "modules_to_save" not in str(ls.export_peft(model, tmp_path / "no-head", with_head=False))
