@@ -176,7 +176,10 @@ def restore(
     try:
         module.configure_model()
     except UsageError as error:
-        raise UsageError(f"{error} (If the backbone was moved, say where it is by backbone.)") from error
+        hint = "If the backbone was moved, say where it is by backbone."
+        if backbone is not None:
+            hint = f"The checkpoint was trained on the backbone {saved['backbone']!r}, and backbone is {backbone!r}."
+        raise UsageError(f"{error} ({hint})") from error
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"])
     config: Any = getattr(module.model, "config", None)

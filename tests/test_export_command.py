@@ -182,6 +182,15 @@ def test_a_backbone_that_was_moved(project, checkpoint, expected, refuse, tmp_pa
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_another_backbone_is_named_as_the_cause(project, checkpoint, refuse, tmp_path):
+    llama = str(save_tiny_llama(tmp_path / "llama"))
+    _, error = refuse("merge", "--ckpt_path", checkpoint, "--output", "out", "--backbone", llama)
+    assert f"it was trained on {str(project / 'bert')!r}, this is {llama!r}" in error
+    assert "Give the backbone that it was trained on." in error
+    assert "use the same arguments" not in error
+
+
 # Any module.
 
 

@@ -85,7 +85,7 @@ def model_card(
     provenance: Provenance,
     state: str,
     ranks: Sequence[RankRow],
-    whole: int,
+    whole: str,
     notes: Sequence[str] = (),
 ) -> str:
     """The text of ``README.md`` in the hub's form.
@@ -97,7 +97,7 @@ def model_card(
         provenance: Where the export came from.
         state: How far the run was, where that is known, and what is left of the adapters, in words.
         ranks: The adapters.
-        whole: Number of parameters trained whole.
+        whole: What is stored beside the adapters, in words.
         notes: What a user of the folder must know of the programs that read it.
     """
     name = getattr(model, "name_or_path", None) or None
@@ -119,7 +119,7 @@ def model_card(
         f"This folder holds {_WHAT[form]}, written by lit_sparse.\n",
         _method(provenance),
         _metrics(provenance.metrics),
-        f"## What remains\n\n{state[0].upper()}{state[1:]}, and {whole:,} parameters trained whole.\n\n"
+        f"## What remains\n\n{state[0].upper()}{state[1:]}; {whole}.\n\n"
         f"| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
         + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
         _labels(model),

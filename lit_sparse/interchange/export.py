@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
-from lit_sparse.adapters.token_rows import embedding_count
+from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
 from lit_sparse.errors import UsageError, is_disk_full, some
 from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
 from lit_sparse.interchange.remains import remains_of, trained_whole
 from lit_sparse.interchange.snippet import labels_of
-from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes
+from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes, whole_sentence
 from lit_sparse.methods.progress import Trained, sentence, warn_if_nothing_is_left
 from lit_sparse.quiet import stages
 
@@ -44,10 +44,11 @@ class ExportReport:
         format: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         bytes: Size of its files of weights.
         remaining_parameters: Entries of A and B that are not zero, in ranks that contribute something.
-        head_parameters: What was trained whole.
+        head_parameters: What was trained whole, without rows of tokens.
         difference: Largest difference of any output from the live model's, on the batch that was tried.
         tolerance: What it may be at most.
         state: How far the run was, where that is known, and what is left of the adapters, in words.
+        whole: What is stored beside the adapters, in words.
         notes: What a user of the folder must know, a sentence or two each.
     """
 
@@ -59,14 +60,15 @@ class ExportReport:
     difference: float
     tolerance: float
     state: str
+    whole: str
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """For a terminal: a line with the figures, and one for each note."""
         figures = (
-            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights; {self.state}, and "
-            f"{self.head_parameters:,} parameters trained whole. Read back, its outputs differ from the "
-            f"live model's by {self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
+            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights; {self.state}; "
+            f"{self.whole}. Read back, its outputs differ from the live model's by "
+            f"{self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
         )
         return "\n".join((figures, *self.notes))
 
@@ -134,7 +136,9 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
     if terms.tolerance is not None and not terms.tolerance >= 0:
         raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
     tokens = rows_of(model, by_hand=form.name != "merged")  # what is whole needs no list of its rows
-    counts = _count(model, tokens)
+    counts = _count(model)
+    trained = {i for _, layer in token_rows_in(model) for i in layer.ids.tolist()}
+    whole = whole_sentence(counts.head, texts_of(tokens), trained)
     provenance = terms.provenance or Provenance()
     layers = layer_sparsity(model)
     warn_if_nothing_is_left([adapter for _, adapter in adapters_in(model)])
@@ -150,14 +154,14 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         size = sum(file.stat().st_size for file in draft.iterdir() if file.suffix in (".safetensors", ".gguf"))
         notes = (*entries.get("notes", ()), *token_notes(form.name, texts_of(tokens)))
         report = ExportReport(
-            Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, state, notes
+            Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, state, whole, notes
         )
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
         _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
         place = terms.push_to_hub or str(folder)
         files = [file.name for file in draft.iterdir()]
         written = ExportedFolder(place, terms.push_to_hub is not None, files, vocabulary)
-        card = model_card(form.name, model, written, provenance, state, counts.ranks, counts.head, notes)
+        card = model_card(form.name, model, written, provenance, state, counts.ranks, whole, notes)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
         _push(report.folder, terms.push_to_hub)
@@ -224,13 +228,12 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _count(model: nn.Module, tokens: Mapping[str, StoredRows]) -> _Counts:
+def _count(model: nn.Module) -> _Counts:
     rows = []
     for name, adapter in adapters_in(model):
         remains = remains_of(adapter)
         rows.append(RankRow(name, sum(remains.ranks), adapter.copies * adapter.max_rank, remains.parameters))
-    whole = [*trained_whole(model).values(), *(t for s in tokens.values() for t in (s.rows, s.bias) if t is not None)]
-    return _Counts(rows, sum(tensor.numel() for tensor in whole))
+    return _Counts(rows, sum(tensor.numel() for tensor in trained_whole(model).values()))
 
 
 def _write_checked(

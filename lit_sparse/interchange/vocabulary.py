@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,20 @@ def texts_of(stored: Mapping[str, StoredRows]) -> dict[int, str | None]:
     return dict(sorted(found.items()))
 
 
+def whole_sentence(head: int, tokens: Collection[int], trained: Collection[int]) -> str:
+    """What is stored beside the adapters.
+
+    Args:
+        head: Number of parameters trained whole.
+        tokens: Ids of the tokens with a stored row.
+        trained: Ids of those whose rows were trained.
+    """
+    parts = [f"{head:,} parameters trained whole"]
+    counts = {"": len(set(tokens) & set(trained)), " stored as they are": len(set(tokens) - set(trained))}
+    parts += [f"rows of {count:,} token{'s' * (count > 1)}{end}" for end, count in counts.items() if count]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def token_notes(form: str, texts: Mapping[int, str | None]) -> list[str]:
     """Sentences for the card of a folder and for the terminal.
 
@@ -168,6 +182,10 @@ def token_notes(form: str, texts: Mapping[int, str | None]) -> list[str]:
         notes.append(
             "vLLM, llama.cpp and TGI cannot read rows of tokens from a LoRA: serve the format merged there. PEFT needs "
             "the embeddings resized before it loads the folder, as above."
+        )
+        notes.append(
+            "transformers alone (AutoModel….from_pretrained of this folder, load_adapter) does not resize the "
+            "embeddings, and ends with an IndexError at the first new token: use PEFT's AutoPeftModel, or resize first."
         )
     return notes
 

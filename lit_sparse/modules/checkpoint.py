@@ -273,9 +273,14 @@ def require_fit(
     adapters = dict(adapters_in(model))
     ranks = {name: adapter.max_rank for name, adapter in adapters.items()}
     if saved["ranks"] != ranks:
+        cause = f"It was trained with {saved['method']['init_args']}; use the same arguments."
+        if saved["method"]["init_args"].items() <= method["init_args"].items():
+            cause = (
+                f"The arguments are the same, so the backbone must be another: it was trained on {saved['backbone']!r}"
+                f", this is {backbone!r}. Give the backbone that it was trained on."
+            )
         raise UsageError(
-            f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. It was "
-            f"trained with {saved['method']['init_args']}; use the same arguments."
+            f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. {cause}"
         )
     _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
     sample = frozen_sample(model)

@@ -46,7 +46,8 @@ def test_a_folder_gives_its_rows_to_the_plain_model(form, base, tmp_path):
     write, read = ADAPTERS[form]
     report = write(model, tmp_path / form, tolerance=1e-3)
     assert report.difference < 1e-4
-    assert report.head_parameters == sum(p.numel() for p in {layer.rows for _, layer in token_rows_in(model)})
+    assert report.head_parameters == 0
+    assert "; 0 parameters trained whole and rows of 2 tokens. " in str(report)
     plain = load(base)
     read(plain, tmp_path / form)
     torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=0, atol=1e-4)
@@ -71,6 +72,7 @@ def test_peft_computes_the_same_by_the_code_of_the_card(base, tmp_path):
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)  # noqa: S102
     torch.testing.assert_close(logits(names["model"], ids), logits(model, ids), rtol=0, atol=1e-4)
     assert names["tokenizer"].convert_tokens_to_ids(NEW) == ids[0, 1:3].tolist()
+    assert "ends with an IndexError at the first new token: use PEFT's AutoPeftModel, or resize first" in card
     assert "vLLM, llama.cpp and TGI cannot read rows of tokens from a LoRA: serve the format merged" in card
 
 
@@ -144,6 +146,13 @@ def test_rows_that_were_added_by_hand_are_stored_as_they_are(form, base, tmp_pat
     elsewhere.resize_token_embeddings(size)  # other rows, as another seed gives them
     read(elsewhere, tmp_path / form)
     torch.testing.assert_close(logits(elsewhere, ids), logits(model, ids), rtol=0, atol=1e-4)
+
+
+def test_rows_added_by_hand_are_not_counted_as_trained(base, tmp_path):
+    report = ls.save_adapter(resized(base, 5), tmp_path / "sparse")
+    assert report.head_parameters == 0
+    assert report.whole == "0 parameters trained whole and rows of 5 tokens stored as they are"
+    assert report.whole in (tmp_path / "sparse" / "README.md").read_text()
 
 
 def test_reading_back_starts_from_the_pretrained_model(base, tmp_path, monkeypatch):
