@@ -298,14 +298,12 @@ class Overflows(BreaksAt):
     bad = math.inf
 
 
-@pytest.mark.parametrize(("kind", "word"), [(BreaksAt, "nan"), (Overflows, "inf")])
-def test_a_loss_that_is_no_number_stops_with_step_and_last_good_checkpoint(
-    kind, word, tiny_bert, tmp_path, trainer, loader
-):
+@pytest.mark.parametrize("kind", [BreaksAt, Overflows])
+def test_a_loss_that_is_no_number_stops_with_step_and_last_good_checkpoint(kind, tiny_bert, tmp_path, trainer, loader):
     module = kind(tiny_bert, ls.SoRA(rank=2, sparsity_weight=1.0), num_labels=2)
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     run = trainer(max_epochs=4, callbacks=[keep], enable_checkpointing=True)
-    with pytest.raises(TrainingError, match=rf"became {word} at optimizer step 5 \(epoch 2\).*step=4\.ckpt"):
+    with pytest.raises(TrainingError, match=r"became NaN or infinite at optimizer step 5 \(epoch 2\).*step=4\.ckpt"):
         run.fit(module, loader())
     assert sorted(file.name for file in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt"]
     assert all(parameter.isfinite().all() for parameter in module.parameters())
