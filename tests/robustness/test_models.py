@@ -73,7 +73,7 @@ REFUSED = [
         "bert",
         weights(lambda f: f.update({QUERY: torch.ones(3, 3)})),
     ),
-    Case("weights with NaN", [], "nan", weights(spoil)),
+    Case("weights with NaN", [], "NaN", weights(spoil)),
     Case("no configuration", [], "bert", lambda: Path(CONFIG).unlink()),
     Case("a configuration that is no JSON", [], "bert", replaced(CONFIG, "{")),
     Case("a configuration that is a list", [], "bert", replaced(CONFIG, "[]")),
