@@ -54,7 +54,8 @@ def main() -> None:
     command = [clone / ".venv" / "bin" / "lit-sparse", "inspect", "my-lora"]
     shown = subprocess.run(command, cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert own[3] in " ".join(shown.split()), (own[3], shown)
-    rows = re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", done.stdout[done.stdout.rindex("tensor(") :])
+    number = r"(\d\.\d+(?:e[+-]\d+)?)"
+    rows = re.findall(rf"\[{number}, {number}\]", done.stdout[done.stdout.rindex("tensor(") :])
     assert len(rows) == 2, "predict.py scores two texts"
     assert all(abs(float(a) + float(b) - 1) < 1e-3 for a, b in rows)
 

@@ -415,7 +415,7 @@ def test_the_commands_are_shown(capsys):
     assert {"export", "merge"} <= set(COMMANDS)
     for words, shown in (
         (["--help"], ["export", "merge", "Export what a run trained, from its checkpoint alone."]),
-        (["export", "--help"], ["usage: lit-sparse export", "--format {peft,gguf,sparse,delta,merged}", "--push_to_hub"]),
+        (["export", "--help"], ["usage: lit-sparse export", "{peft,gguf,sparse,delta,merged}", "--push_to_hub"]),
         (["merge", "--help"], ["usage: lit-sparse merge", "--dtype", "--tolerance"]),
     ):
         with pytest.raises(SystemExit, match="0"):
