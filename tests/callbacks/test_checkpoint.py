@@ -362,19 +362,24 @@ def test_the_score_beside_the_last_is_that_of_the_last(project):
 # Interruptions.
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Python's own handler of Ctrl-C, also where the tests were started with that signal ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def interrupt(number):
     return lambda trainer: os.kill(os.getpid(), number)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(number, project, caplog):
     keep = {"monitor": "early", "mode": "max"}
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit):
-            fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), At(7, interrupt(number)))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit):
+        fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), At(7, interrupt(number)))
     assert step_of("kept/last.ckpt") == 7
     assert re.search(r"The last checkpoint is .*last.ckpt, of step 7: fit --ckpt_path goes on there", caplog.text)
     again = fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), ckpt_path="kept/last.ckpt")
@@ -391,14 +396,11 @@ def test_the_command_ends_with_the_status_of_sigterm(project, monkeypatch):
     assert ended.value.code == 143
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(project):
-    handler = signal.getsignal(signal.SIGINT)
     twice = [At(7, interrupt(signal.SIGINT)), At(7, interrupt(signal.SIGINT))]
-    try:
-        with pytest.raises(SystemExit):
-            fit(project, "RoseLoRA", ls.SparseCheckpoint("kept"), *twice)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit):
+        fit(project, "RoseLoRA", ls.SparseCheckpoint("kept"), *twice)
     assert step_of("kept/last.ckpt") == BATCHES
 
 
