@@ -6,6 +6,7 @@ import difflib
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.utilities.parsing import lightning_hasattr
 
 from lit_sparse.errors import UsageError, some
 
@@ -18,8 +19,8 @@ class Preflight(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Refuse ``LearningRateFinder``."""
-        if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        """Refuse a ``LearningRateFinder`` that is to set an attribute which the module does not have."""
+        if any(_sets_what_is_not_there(callback, pl_module) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise UsageError(
                 f"LearningRateFinder sets one attribute lr of a module, but {type(pl_module).__name__} takes the rates "
                 "of weights and gates from its optimizer. Take the callback out, and compare the losses of short runs "
@@ -40,3 +41,10 @@ class Preflight(Callback):
                 f"{type(callback).__name__} monitors {monitor!r}, but validation logs {some(logged)} only."
                 + (f" Did you mean {close[0]!r}?" if close else "")
             )
+
+
+def _sets_what_is_not_there(callback: Callback, module: LightningModule) -> bool:
+    if not isinstance(callback, LearningRateFinder) or not callback._update_attr:
+        return False
+    names = [callback._attr_name] if callback._attr_name else ["lr", "learning_rate"]
+    return not any(lightning_hasattr(module, name) for name in names)
