@@ -189,7 +189,7 @@ def bert_folder(folder, **settings):
         ({"use_dora": True}, r"is no plain LoRA: it sets \{'use_dora': True\}"),
         ({"layer_replication": [[0, 2], [1, 2]]}, r"sets \{'layer_replication'"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, r"sets \{'target_parameters'"),
-        ({"trainable_token_indices": [3]}, r"sets \{'trainable_token_indices'"),
+        ({"trainable_token_indices": [3]}, "lacks the rows of tokens that adapter_config.json names"),
         ({"a_setting_of_tomorrow": 1}, r"sets \{'a_setting_of_tomorrow': 1\}"),
         ({"init_lora_weights": "pissa"}, "started from 'pissa', which changes the frozen weights"),
         ({"r": 5}, "rank of '.*query' is 4 by lora_A, 4 by lora_B, and 5 by adapter_config.json"),
