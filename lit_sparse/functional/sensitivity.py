@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from lit_sparse.errors import UsageError
+from lit_sparse.functional import masks
 
 
 def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def where_finite(values: Sequence[Tensor], otherwise: Sequence[Tensor]) -> list[
     Returns:
         ``values`` themselves when they are found to be finite, on a CPU; else views of a copy.
     """
-    if not values or (values[0].device.type == "cpu" and bool(get_total_norm(values).isfinite())):
+    if not values or (masks._is_at_hand(values[0]) and bool(get_total_norm(values).isfinite())):
         return list(values)
     flat, spare = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (values, otherwise))
     pieces = torch.where(flat.isfinite(), flat, spare).split([value.numel() for value in values])

@@ -47,7 +47,8 @@ def empty(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 def test_blocks_are_what_transformers_repeat(model: PreTrainedModel, expected: list[str], adapted: bool) -> None:
     if adapted and not any(ls.adapters_in(model)):
-        ls.inject(model, ls.LoRA(rank=2, target_modules="all-linear"))
+        with torch.device("meta"):
+            ls.inject(model, ls.LoRA(rank=2, target_modules="all-linear"))
     blocks = transformer_blocks(nn.Sequential(model))
     assert [type(block).__name__ for block in blocks] == expected
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
