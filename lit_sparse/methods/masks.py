@@ -108,9 +108,8 @@ class SensitivityMasks:
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
         averages = _buffers(adapters, "sensitivity")
         if step.index == 1:
-            torch._foreach_copy_(
-                averages, where_finite(observed, averages)
-            )  # the average starts at the first value, as released
+            # The average starts at the first value, as released.
+            torch._foreach_copy_(averages, where_finite(observed, averages))
         else:
             update_moving_average_(averages, observed, self.beta)
         by_density: dict[float, list[LowRankAdapter]] = {}

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.statistics import LayerSparsity, live_ranks, sparsity_of
+from lit_sparse.adapters.statistics import LayerSparsity, live_ranks_of_all, sparsity_of
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Progress:
     def record(self, adapters: Sequence[LowRankAdapter]) -> dict[str, Any]:
         """Plain values for a file: these, live ranks, non-zero parameters in them, and their share of A and B."""
         entries = sum(a.copies * a.max_rank * (a.in_features + a.out_features) for a in adapters)
-        ranks = torch.stack([live_ranks(adapter).sum() for adapter in adapters]).sum()
+        ranks = int(live_ranks_of_all(adapters).sum())
         parameters = int(sparsity_of(adapters)["remaining_parameters"])
-        return {**asdict(self), "ranks": int(ranks), "parameters": parameters, "density": parameters / entries}
+        return {**asdict(self), "ranks": ranks, "parameters": parameters, "density": parameters / entries}
 
     @classmethod
     def of(cls, record: object) -> Progress | None:
@@ -93,7 +92,7 @@ def left(layers: Sequence[LayerSparsity], trained: Trained | None = None) -> str
 
 def warn_if_nothing_is_left(adapters: Sequence[LowRankAdapter]) -> None:
     """Warn where no adapter has a live rank."""
-    if adapters and not any(bool(live_ranks(adapter).any()) for adapter in adapters):
+    if adapters and not bool(live_ranks_of_all(adapters).any()):
         rank_zero_warn(
             "No rank is left: the adapters change nothing. Prune less (by a lower threshold or sparsity_weight, or a "
             "higher density), or train longer."
