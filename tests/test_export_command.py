@@ -386,6 +386,8 @@ def test_files_that_are_no_checkpoints(refuse, tmp_path):
     )
     (tmp_path / "text.ckpt").write_text("hello")
     assert "'text.ckpt' cannot be read" in refuse("export", "--ckpt_path", "text.ckpt", "--output", "out")[1]
+    error = refuse("export", "--ckpt_path", ".", "--output", str(tmp_path / "out"))[1]
+    assert "'.' is a folder: give a checkpoint file in it, such as last.ckpt" in error
 
 
 def test_a_run_with_a_built_model_says_so(project, refuse, tmp_path):

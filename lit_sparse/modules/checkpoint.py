@@ -78,6 +78,8 @@ def load(
     Raises:
         UsageError: If it cannot be read, holds more than tensors and plain values, or no ``state_dict``.
     """
+    if isinstance(path, str | os.PathLike) and Path(path).is_dir():
+        raise UsageError(f"{str(path)!r} is a folder: give a checkpoint file in it, such as last.ckpt.")
     try:
         reader: Any = load_remote if "://" in str(path) else functools.partial(torch.load, mmap=mmap)
         checkpoint: Any = reader(path, map_location=map_location, weights_only=weights_only)

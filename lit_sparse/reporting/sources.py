@@ -155,6 +155,8 @@ def _figures(layers: Mapping[str, StoredLayer]) -> list[LayerFigures]:
 
 
 def _read_checkpoint(path: Path) -> Adapters:
+    if path.suffix in (".safetensors", ".gguf"):
+        raise UsageError(f"{str(path)!r} is one file of an export: give its folder, {str(path.parent)!r}.")
     # Mapped: of a checkpoint with the whole backbone in it only A, B and gates are read.
     checkpoint = load(path, mmap=True)
     weights, record = checkpoint["state_dict"], checkpoint.get(KEY, {})
@@ -235,7 +237,7 @@ def _read_peft(path: Path) -> Adapters:
         kind="a folder in PEFT's format",
         layers=layers,
         figures=_figures(layers),
-        method="LoRA",
+        method=entries.get("method") or "LoRA",
         arguments={key: lora.config[key] for key in shown if lora.config.get(key)},
         backbone=lora.config.get("base_model_name_or_path"),
         progress=Progress.of(entries.get("progress")),

@@ -123,7 +123,7 @@ def text_table(adapters: Adapters) -> str:
 
 def heading(adapters: Adapters) -> str:
     """What was read, in one line."""
-    method = f" of {adapters.method}" if adapters.method else ""
+    method = f", trained by {adapters.method}" if adapters.method else ""
     step = f", {adapters.step:,} steps" if adapters.step is not None else ""
     step = step if adapters.progress is None else f", {adapters.progress}"
     on = f", on {adapters.backbone}" if adapters.backbone else ""

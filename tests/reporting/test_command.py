@@ -32,7 +32,7 @@ def test_the_table_has_a_line_for_each_layer_and_totals(run, capsys):
     main(["inspect", str(run.checkpoint)])
     text = capsys.readouterr().out
     assert text.splitlines()[0].startswith(
-        f"{run.checkpoint}: a checkpoint of SoRA, step 16 of 16, sparsity final, on "
+        f"{run.checkpoint}: a checkpoint, trained by SoRA, step 16 of 16, sparsity final, on "
     )
     head = text.splitlines()[3].split()
     assert head == ["layer", "rank", "alpha", "A", "B", "BA", "bound", "|A|", "|B|", "|ΔW|", "left", "bytes"]

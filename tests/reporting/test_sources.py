@@ -246,6 +246,9 @@ def test_what_cannot_be_read_is_said(run, tmp_path):
     refused(run.checkpoint.parent, r"holds no adapters: it has \['last.ckpt'\]")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     refused(tmp_path / "text.ckpt", r"text.ckpt' cannot be read as a checkpoint")
+    for name in ("adapter_model.safetensors", "adapter.gguf"):
+        (tmp_path / name).write_bytes(b"")
+        refused(tmp_path / name, rf"{name}' is one file of an export: give its folder")
     (tmp_path / "empty.ckpt").write_bytes(b"")
     refused(tmp_path / "empty.ckpt", r"empty.ckpt' cannot be read as a checkpoint")
     torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "plain.ckpt")
