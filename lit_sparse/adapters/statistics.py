@@ -127,7 +127,7 @@ def live_ranks(adapter: Factors) -> Tensor:
 
 @torch.no_grad()
 def live_ranks_of_all(adapters: Sequence[Factors]) -> Tensor:
-    """:func:`live_ranks` of several adapters, cheap enough for every step: no host sync, layers of one width together.
+    """:func:`live_ranks` of several adapters, without a host sync and with layers of one width together.
 
     Args:
         adapters: At least one, on one device.

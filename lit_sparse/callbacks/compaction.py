@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import keep_ranks
@@ -22,15 +24,16 @@ from lit_sparse.methods.stepping import holder
 class CompactRanks(Callback):
     """Every ``every_n_steps`` optimizer steps, take out the ranks that were dead all the time.
 
-    A rank is dead while its gate, its row of A or its row of Bᵀ is zero. One that was dead after every step since the
-    last look has found no use and goes; one that only passed by zero stays. An adapter none of whose ranks was ever
-    live has learned nothing yet and stays whole. See :func:`~lit_sparse.compact` for what is cut with a rank. Steps
+    A rank is dead while its gate, its row of A or its row of Bᵀ is zero. One whose gate was zero after every step since
+    the last look has found no use and goes; one that only passed by zero stays. Rows are read at the looks only, which
+    costs less: without gates, a rank goes when it was dead at two looks in a row. An adapter whose B was zero at every
+    look has learned nothing yet and stays whole. See :func:`~lit_sparse.compact` for what is cut with a rank. Steps
     become cheaper as ranks die, and checkpoints smaller; they resume as any other. All processes take out the same
     ranks, and then average smaller gradients.
 
     Args:
         every_n_steps: Optimizer steps between two looks, each of which waits once for the device; also the steps that a
-            rank must have been dead. A tenth of a short run, or some hundred steps.
+            gate must have been zero. A tenth of a short run, or some hundred steps.
 
     Raises:
         UsageError: If ``every_n_steps`` < 1, or when training starts: under DDP, which lays out its buffers once, if
@@ -44,10 +47,10 @@ class CompactRanks(Callback):
         self.every_n_steps = every_n_steps
         self._step = 0
         self._adapters: dict[str, LowRankAdapter] = {}
-        self._live = torch.empty(0, dtype=torch.bool)
-        """Which ranks were live after a step since the last look, in the order of the adapters."""
-        self._learned = torch.empty(0, dtype=torch.bool)
-        """Which adapters had a live rank at some look."""
+        self._seen: dict[str, Tensor] = {}
+        """By layer and rank, not zero: the sum of |gate| since the last look; without gates, 1 if live at that look."""
+        self._learned: dict[str, bool] = {}
+        """Whether B was not zero at some look, by layer."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot change its size."""
@@ -72,11 +75,13 @@ class CompactRanks(Callback):
         """Begin to watch, or go on where a checkpoint was."""
         self._step = trainer.global_step
         self._adapters = dict(adapters_in(pl_module))
-        device = next(iter(self._adapters.values())).lora_A.device
-        if self._step == 0 or self._live.numel() != sum(self._ranks()) or self._learned.numel() != len(self._adapters):
-            self._live = torch.zeros(sum(self._ranks()), dtype=torch.bool)
-            self._learned = torch.zeros(len(self._adapters), dtype=torch.bool)
-        self._live, self._learned = self._live.to(device), self._learned.to(device)
+        fits = {name: len(seen) for name, seen in self._seen.items()} == {
+            name: len(adapter.lora_A) for name, adapter in self._adapters.items()
+        }
+        if self._step == 0 or not fits:
+            self._learned = dict.fromkeys(self._adapters, False)
+            self._begin(dict.fromkeys(self._adapters, 1.0))
+        self._seen = {name: seen.to(self._adapters[name].lora_A) for name, seen in self._seen.items()}
 
     def on_train_batch_end(
         self,
@@ -90,32 +95,43 @@ class CompactRanks(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        self._live |= live_ranks_of_all(list(self._adapters.values()))
+        gates = {name: a.gate.detach() for name, a in self._adapters.items() if a.gate is not None}
+        if gates:
+            torch._foreach_add_([self._seen[name] for name in gates], torch._foreach_abs(list(gates.values())))
         if self._step % self.every_n_steps == 0:
             self._compact(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Say so when no rank was taken out, as where a method leaves an entry in every row."""
         if all(adapter.rank == adapter.max_rank for adapter in self._adapters.values()):
-            rank_zero_info(f"CompactRanks took no rank out: none was dead at {self.every_n_steps} steps in a row.")
+            rank_zero_info("CompactRanks took no rank out: none stayed dead from one look to the next.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Which ranks were live since the last look, and which adapters ever were."""
-        return {"live": self._live, "learned": self._learned}
+        """What was seen since the last look, and which adapters have learned something."""
+        return {"seen": dict(self._seen), "learned": dict(self._learned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with that."""
-        self._live, self._learned = state_dict["live"], state_dict["learned"]
+        self._seen, self._learned = state_dict.get("seen", {}), state_dict.get("learned", {})  # older files have others
 
-    def _ranks(self) -> list[int]:
-        return [adapter.copies * adapter.rank for adapter in self._adapters.values()]
+    def _begin(self, live: Mapping[str, Tensor | float]) -> None:
+        """Begin anew after a look at which these ranks were live."""
+        for name, adapter in self._adapters.items():
+            self._seen[name] = adapter.lora_A.new_zeros(len(adapter.lora_A))
+            if adapter.gate is None:
+                self._seen[name] += live[name] if self._learned[name] else 1.0
+
+    def _live(self) -> dict[str, Tensor]:
+        ranks = [len(adapter.lora_A) for adapter in self._adapters.values()]
+        return dict(zip(self._adapters, live_ranks_of_all(list(self._adapters.values())).split(ranks), strict=True))
 
     def _compact(self, trainer: Trainer) -> None:
-        before, seen = self._ranks(), self._live.split(self._ranks())
-        self._learned |= torch.stack([live.any() for live in seen])
-        live = {name: part | ~learned for name, part, learned in zip(self._adapters, seen, self._learned, strict=True)}
-        keep_ranks(self._adapters, live, holder(trainer.optimizers, self._adapters))
-        after = self._ranks()
-        self._live = self._live.new_zeros(sum(after))
-        if sum(after) < sum(before):
-            rank_zero_info(f"Step {self._step}: dead ranks taken out: {sum(before) - sum(after)}; {sum(after)} remain.")
+        before = sum(len(adapter.lora_A) for adapter in self._adapters.values())
+        nonzero = torch.stack([adapter.lora_B_t.any() for adapter in self._adapters.values()]).tolist()
+        self._learned = {n: self._learned[n] or found for n, found in zip(self._adapters, nonzero, strict=True)}
+        kept = {name: live | (self._seen[name] != 0) for name, live in self._live().items() if self._learned[name]}
+        keep_ranks(self._adapters, kept, holder(trainer.optimizers, self._adapters))
+        self._begin(self._live())
+        after = sum(len(adapter.lora_A) for adapter in self._adapters.values())
+        if after < before:
+            rank_zero_info(f"Step {self._step}: dead ranks taken out: {before - after}; {after} remain.")
