@@ -31,9 +31,9 @@ def save_processor(
         return  # transformers would make a tokenizer without words
     try:
         try:
-            processor = AutoProcessor.from_pretrained(source)
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         except Exception:  # a model that only hears has no tokenizer, and some processors insist on one
-            processor = AutoFeatureExtractor.from_pretrained(source)
+            processor = AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
         tokenizer = getattr(processor, "tokenizer", processor)
         for number, text in tokens.items():
             if text and tokenizer.add_tokens([text]) is not None and tokenizer.convert_tokens_to_ids(text) != number:
