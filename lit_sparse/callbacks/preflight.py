@@ -31,7 +31,9 @@ class Preflight(Callback):
         """Compare what EarlyStopping and ModelCheckpoint monitor with what was logged."""
         if not type(pl_module).__module__.startswith("lit_sparse."):
             return  # a module of the user's own may leave metrics out of this validation
-        logged = list(trainer.callback_metrics)
+        # With several validation sets, callback_metrics are only filled by a whole validation.
+        results = [result.meta for result in (trainer._results or {}).values()]
+        logged = sorted({*trainer.callback_metrics, *(meta.name for meta in results if meta.on_epoch)})
         for callback in [*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks]:
             monitor = getattr(callback, "monitor", None)
             if monitor is None or not monitor.startswith("val") or monitor in logged:

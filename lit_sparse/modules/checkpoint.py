@@ -203,7 +203,8 @@ def known_class(path: str, parent: type[Kind]) -> type[Kind]:
     if isinstance(exact, type) and issubclass(exact, parent):
         return exact
     # By the name alone: a class defined in a script has another module when the script is imported.
-    found = [kind for kind in {parent, *_subclasses(parent)} if kind.__qualname__ == name]
+    named = [kind for kind in _subclasses(parent) if kind.__qualname__ == name]
+    found = [kind for kind in named if "__main__" in {module, kind.__module__}]
     if len(found) != 1:
         raise UsageError(
             f"The checkpoint was trained with {path}, and {len(found)} classes of this name are known. Import the one "

@@ -40,6 +40,23 @@ def test_what_is_logged_is_monitored(monitor, parts, tmp_path):
     assert run.global_step == 2
 
 
+@pytest.mark.parametrize(("monitor", "known"), [("val_1_accuracy", True), ("val_accuracy", False)])
+def test_metrics_of_several_validation_sets_are_looked_for(monitor, known, parts, tmp_path):
+    class TwoSets(ls.TextClassificationData):
+        def val_dataloader(self):
+            return [super().val_dataloader()] * 2
+
+    file = str(tmp_path / "rows.csv")
+    data = TwoSets(data_files={"train": file, "validation": file}, batch_size=4)
+    run = trainer(tmp_path, EarlyStopping(monitor=monitor))
+    if known:
+        run.fit(parts[0], data)
+        assert run.global_step == 2
+    else:
+        with pytest.raises(UsageError, match=r"logs \['val_0_accuracy', 'val_0_loss', 'val_1_accuracy'"):
+            run.fit(parts[0], data)
+
+
 def test_a_learning_rate_finder_is_told_where_the_rates_are(parts, tmp_path):
     run = trainer(tmp_path, LearningRateFinder())
     with pytest.raises(UsageError, match=r"sets one attribute .*gates from its optimizer"):
