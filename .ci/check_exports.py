@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import lit_sparse as ls
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.table import text_table
 

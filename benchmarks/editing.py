@@ -33,7 +33,7 @@ import torch
 from cells import Found, Store, run_missing
 
 import lit_sparse as ls
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)

@@ -31,8 +31,8 @@ from transformers import AutoTokenizer
 from variants import mean_of_tokens
 
 import lit_sparse as ls
-from lit_sparse import quickstart
 from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.data import quickstart
 
 RESULTS = Path(__file__).parent / "results" / "forgetting.json"
 BACKBONE = "quickstart://all-MiniLM-L6-v2"

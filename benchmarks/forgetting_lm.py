@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import lit_sparse as ls
-from lit_sparse import quickstart
 from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.data import quickstart
 
 RESULTS = Path(__file__).parent / "results" / "forgetting-lm.json"
 SEEDS = (0, 1)

@@ -38,8 +38,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from variants import mean_of_tokens, peft_adalora
 
 import lit_sparse as ls
-from lit_sparse import quickstart
 from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.data import quickstart
 from lit_sparse.modules.metrics import build_metrics, predictions
 from lit_sparse.modules.optimization import lr_scheduler
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 
 Batch = dict[str, Tensor]
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lit_sparse.adapters.merging import unload as unload
     from lit_sparse.adapters.merging import unmerge as unmerge
     from lit_sparse.adapters.token_rows import add_tokens as add_tokens
-    from lit_sparse.bank import AdapterBank as AdapterBank
     from lit_sparse.callbacks.checkpoint import SparseCheckpoint as SparseCheckpoint
     from lit_sparse.callbacks.checkpoint_files import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from lit_sparse.editing.training import FineTuning as FineTuning
     from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
-    from lit_sparse.exporting import export_checkpoint as export_checkpoint
     from lit_sparse.interchange.card import Provenance as Provenance
     from lit_sparse.interchange.export import ExportReport as ExportReport
     from lit_sparse.interchange.gguf_export import export_gguf as export_gguf
@@ -78,11 +76,13 @@ if TYPE_CHECKING:
     from lit_sparse.modules.question_answering import QuestionAnswering as QuestionAnswering
     from lit_sparse.modules.seq2seq import Seq2SeqLM as Seq2SeqLM
     from lit_sparse.modules.token_classification import TokenClassification as TokenClassification
-    from lit_sparse.plotting import plot_curves as plot_curves
-    from lit_sparse.plotting import plot_gates as plot_gates
-    from lit_sparse.plotting import plot_ranks as plot_ranks
-    from lit_sparse.plotting import plot_support as plot_support
+    from lit_sparse.reporting.plotting import plot_curves as plot_curves
+    from lit_sparse.reporting.plotting import plot_gates as plot_gates
+    from lit_sparse.reporting.plotting import plot_ranks as plot_ranks
+    from lit_sparse.reporting.plotting import plot_support as plot_support
     from lit_sparse.reporting.report import write_report as write_report
+    from lit_sparse.serving.bank import AdapterBank as AdapterBank
+    from lit_sparse.serving.from_checkpoint import export_checkpoint as export_checkpoint
     from lit_sparse.strategies.fsdp import SparseFSDPStrategy as SparseFSDPStrategy
     from lit_sparse.strategies.fsdp2 import SparseFSDP2Strategy as SparseFSDP2Strategy
 
@@ -97,7 +97,7 @@ _HOME = {
     "unload": "adapters.merging",
     "unmerge": "adapters.merging",
     "add_tokens": "adapters.token_rows",
-    "AdapterBank": "bank",
+    "AdapterBank": "serving.bank",
     "CompactRanks": "callbacks.compaction",
     "FiniteLoss": "callbacks.finite_loss",
     "ForgettingProbe": "callbacks.forgetting",
@@ -127,7 +127,7 @@ _HOME = {
     "FineTuning": "editing.training",
     "TrainingError": "errors",
     "UsageError": "errors",
-    "export_checkpoint": "exporting",
+    "export_checkpoint": "serving.from_checkpoint",
     "Provenance": "interchange.card",
     "ExportReport": "interchange.export",
     "export_merged": "interchange.merged_folder",
@@ -155,10 +155,10 @@ _HOME = {
     "QuestionAnswering": "modules.question_answering",
     "Seq2SeqLM": "modules.seq2seq",
     "TokenClassification": "modules.token_classification",
-    "plot_curves": "plotting",
-    "plot_gates": "plotting",
-    "plot_ranks": "plotting",
-    "plot_support": "plotting",
+    "plot_curves": "reporting.plotting",
+    "plot_gates": "reporting.plotting",
+    "plot_ranks": "reporting.plotting",
+    "plot_support": "reporting.plotting",
     "write_report": "reporting.report",
     "SparseFSDPStrategy": "strategies.fsdp",
     "SparseFSDP2Strategy": "strategies.fsdp2",

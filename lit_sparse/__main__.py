@@ -1,6 +1,6 @@
 """``python -m lit_sparse``."""
 
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,9 @@
-"""The errors that a user can mend by changing an argument, a file or a configuration."""
+"""Errors that a user can mend by changing an argument, a file or a configuration."""
 
 import errno
+import json
 from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -34,3 +36,15 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads`` with one kind of error; a byte-order mark at the start is skipped.
+
+    Raises:
+        ValueError: If the text is not JSON or is nested too deeply.
+    """
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

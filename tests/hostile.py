@@ -22,7 +22,7 @@ import yaml
 from backbones import save_tiny_bert, save_tiny_llama
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 METHOD = "--model.init_args.method.init_args."
 DATA = "--data.init_args."

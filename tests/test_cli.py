@@ -15,7 +15,7 @@ from backbones import save_tiny_bert
 from lightning.pytorch import Trainer
 
 import lit_sparse as ls
-from lit_sparse.cli import lightning_main, main
+from lit_sparse.cli.main import lightning_main, main
 
 SCRIPTS = Path(sys.executable).parent
 ENTRIES = {

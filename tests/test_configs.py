@@ -13,7 +13,7 @@ from backbones import save_tiny_bert, save_tiny_deberta, save_tiny_llama, save_t
 from datasets import ClassLabel, Dataset, Features, Value
 from projects import read_lines
 
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

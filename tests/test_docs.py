@@ -13,7 +13,7 @@ from backbones import save_tiny_deberta, save_tiny_llama
 from transformers import AutoTokenizer
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 WRONG_WORDS = re.compile("unrecognized|required|invalid choice|Did you mean|does not accept")

@@ -30,9 +30,9 @@ from transformers import (
 
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import layer_sparsity
-from lit_sparse.cli import COMMANDS, main
-from lit_sparse.exporting import restore
+from lit_sparse.cli.main import COMMANDS, main
 from lit_sparse.modules import checkpoint as checkpoints
+from lit_sparse.serving.from_checkpoint import restore
 
 METHOD = ls.SoRA(rank=2, threshold=0.1)
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -10,21 +10,16 @@ import lit_sparse
 
 ROOT = Path(lit_sparse.__file__).parent
 LEVELS = [
-    {"errors", "_version", "json_text", "quiet"},
+    {"errors", "verbosity", "_version"},
     {"functional"},
     {"adapters"},
-    {"figures"},
-    {"methods"},
+    {"methods", "figures"},
     {"interchange", "strategies"},
     {"callbacks"},
-    {"quickstart"},
     {"data"},
     {"modules"},
-    {"reporting", "editing"},
-    {"plotting", "inspection", "bank", "exporting"},
+    {"editing", "reporting", "serving"},
     {"__init__"},  # offers the public names of all of the above
-    {"completion", "words"},
-    {"parsing", "trainer"},
     {"cli"},
     {"__main__"},
 ]
@@ -78,21 +73,17 @@ def test_imports_point_to_earlier_levels(file):
     assert not wrong_imports(part_of(file), (ROOT / file).read_text(encoding="utf-8"))
 
 
-def test_the_quickstart_knows_nothing_but_errors():
-    assert set(imported_parts((ROOT / "quickstart.py").read_text(encoding="utf-8"))) == {"errors"}
-
-
 @pytest.mark.parametrize(
     ("source", "wrong"),
     [
         ("from lit_sparse.adapters.linear import LowRankLinear", set()),
         ("from lit_sparse.methods.lora import LoRA", set()),
         ("from lit_sparse.callbacks.sparsify import Sparsify", {"callbacks"}),
-        ("import lit_sparse.cli as c", {"cli"}),
+        ("import lit_sparse.cli.main as c", {"cli"}),
         ("from lit_sparse import modules", {"modules"}),
         ("from lit_sparse import SoRA", {"__init__"}),  # the lazy names would hide the direction
         ("def f():\n    from lit_sparse.data.text import TextData", {"data"}),
-        ("if TYPE_CHECKING:\n    from lit_sparse.cli import main\nelse:\n    import lit_sparse.data", {"data"}),
+        ("if TYPE_CHECKING:\n    from lit_sparse.cli.main import main\nelse:\n    import lit_sparse.data", {"data"}),
         ("import lit_sparse", {"__init__"}),
         ("import lit_sparse_other.cli", set()),
     ],

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, MixtralForCausalLM
 
 import lit_sparse as ls
-from lit_sparse.cli import main
-from lit_sparse.inspection import describe
+from lit_sparse.cli.main import main
+from lit_sparse.reporting.dry_run import describe
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from transformers import BertForSequenceClassification
 
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import live_ranks
+from lit_sparse.cli.inspect import inspect_adapters
 from lit_sparse.interchange.stored_folder import read_factors
-from lit_sparse.reporting.command import inspect_adapters
 
 RANK = 4
 

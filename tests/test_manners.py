@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hostile import make_project, run
 
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "lit_sparse"]
@@ -129,23 +129,3 @@ def test_another_name_is_answered_with_those_there_are(name, capsys):
     assert error.startswith(f"error: There is no configuration '{name}' in the package; there are arithmetic/")
     assert "quickstart.yaml" in error
     assert len(error.splitlines()) == 1
-
-
-def test_a_shell_completes_commands_and_options(capsys, tmp_path):
-    with pytest.raises(SystemExit) as ended:
-        main(["--print_completion"])
-    assert ended.value.code == 0
-    script = tmp_path / "completion"
-    script.write_text(capsys.readouterr().out)
-
-    def completed(*typed):
-        line = f"COMP_WORDS=({' '.join(map(repr, typed))}); COMP_CWORD={len(typed) - 1}; _lit_sparse"
-        command = f"source {script}; {line}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.split()
-
-    assert {"fit", "export", "edit"} <= set(completed("lit-sparse", ""))
-    assert completed("lightning", "ex") == ["export"]
-    assert completed("lit-sparse", "fit", "--trainer.max_ep") == ["--trainer.max_epochs"]
-    assert "--quiet" in completed("lit-sparse", "validate", "--q")
-    assert "--push_to_hub" in completed("lit-sparse", "export", "--")
-    assert completed("lit-sparse", "fit", "--nothing") == []

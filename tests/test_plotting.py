@@ -1,4 +1,4 @@
-"""lit_sparse.plotting: pictures of a model and of a run's table."""
+"""lit_sparse.reporting.plotting: pictures of a model and of a run's table."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity
 from lit_sparse.callbacks.monitor import write_table
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.sora import SoRA
-from lit_sparse.plotting import plot_ranks
+from lit_sparse.reporting.plotting import plot_ranks
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

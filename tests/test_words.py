@@ -2,11 +2,10 @@
 
 import pytest
 
-from lit_sparse.exporting import export_checkpoint, merge_checkpoint
-from lit_sparse.words import spelled_out
+from lit_sparse.cli.arguments import spelled_out
+from lit_sparse.serving.from_checkpoint import export_checkpoint
 
 
-@pytest.mark.parametrize("command", [export_checkpoint, merge_checkpoint])
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
@@ -18,5 +17,5 @@ from lit_sparse.words import spelled_out
         ("--no-such-option -h", "--no-such-option -h"),
     ],
 )
-def test_options_may_have_dashes_and_switches_no_value(typed, meant, command):
-    assert spelled_out(typed.split(), command) == meant.split()
+def test_options_may_have_dashes_and_switches_no_value(typed, meant):
+    assert spelled_out(typed.split(), export_checkpoint) == meant.split()

@@ -25,7 +25,7 @@ from lit_sparse.figures.canvas import pixels
 from lit_sparse.figures.gates import gate_figure
 from lit_sparse.figures.grid import rank_figure
 from lit_sparse.methods.progress import Progress, left, sentence
-from lit_sparse.quiet import is_quiet
+from lit_sparse.verbosity import is_quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from datasets import Audio
 from torch import Tensor
 from transformers import AutoFeatureExtractor
 
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 from lit_sparse.data.media import MediaData, Medium
 from lit_sparse.errors import UsageError
 

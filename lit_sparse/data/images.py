@@ -7,7 +7,7 @@ from datasets import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 from lit_sparse.data.media import MediaData, Medium
 from lit_sparse.errors import UsageError
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.json
 from datasets import Features
 
-from lit_sparse.json_text import parse
+from lit_sparse.errors import parse_json
 
 _CHUNK = 10 << 20  # bytes that are parsed at a time
 _NULL_ROW = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
@@ -119,13 +119,13 @@ def _has_lines(file: Path) -> bool:
     with file.open("rb") as stream:
         first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"{}")
     try:
-        return isinstance(parse(first.decode("utf-8-sig")), dict)
+        return isinstance(parse_json(first.decode("utf-8-sig")), dict)
     except ValueError:
         return False
 
 
 def _document(file: Path) -> list[dict[str, Any]]:
-    content = parse(file.read_text(encoding="utf-8-sig"))
+    content = parse_json(file.read_text(encoding="utf-8-sig"))
     return _objects([content] if isinstance(content, dict) else content)
 
 
@@ -143,7 +143,7 @@ def _lines(block: bytes, before: int) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(block.decode("utf-8-sig").split("\n"), start=before + 1):
         try:
-            rows += [parse(line)] if line.strip() else []
+            rows += [parse_json(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
     return _objects(rows)

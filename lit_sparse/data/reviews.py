@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 from lit_sparse.data.sources import Reader
 from lit_sparse.data.tables import read_files
 from lit_sparse.data.text import Rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_sparse import quickstart
+from lit_sparse.data import quickstart
 from lit_sparse.errors import UsageError
 
 

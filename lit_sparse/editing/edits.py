@@ -19,9 +19,8 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.editing.bases import require_base, sample_of
 from lit_sparse.editing.requests import EditRequest, Probe
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, parse_json
 from lit_sparse.interchange.patches import Entries, Patch, add, patch_from, put, require_fit, standing, tensors_of
-from lit_sparse.json_text import parse
 
 SUFFIX = ".safetensors"
 _KEY = "lit_sparse_edit"
@@ -111,7 +110,7 @@ def _content(file: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
-        content = parse(metadata.get(_KEY, "null"))
+        content = parse_json(metadata.get(_KEY, "null"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"The edit {str(file)!r} cannot be read: {error}.") from error
     if not isinstance(content, dict):

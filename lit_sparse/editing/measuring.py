@@ -24,8 +24,7 @@ from lit_sparse.editing.metrics import (
 )
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import encode, predict
-from lit_sparse.errors import UsageError
-from lit_sparse.json_text import parse
+from lit_sparse.errors import UsageError, parse_json
 from lit_sparse.modules.language_modeling import most_likely_continuation
 
 _TEXT_LENGTH = 128  # tokens of a text that its perplexity is measured on
@@ -203,7 +202,7 @@ def text_table(summary: Mapping[str, Any]) -> str:
 
 def _read_texts(file: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     try:
-        rows = [parse(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [parse_json(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
         texts = [row["text"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"texts must be JSON Lines with a column text; {file!r} cannot be read: {error!r}.") from error

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_sparse.errors import UsageError
-from lit_sparse.json_text import parse
+from lit_sparse.errors import UsageError, parse_json
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ def read_records(path: Path) -> list[Any]:
     try:
         if path.suffix == ".jsonl":
             # Not splitlines(): texts may have other ends of lines in them.
-            return [parse(line) for line in text.split("\n") if line.strip()]
-        records = parse(text)
+            return [parse_json(line) for line in text.split("\n") if line.strip()]
+        records = parse_json(text)
     except ValueError as error:
         raise UsageError(f"The edit requests {str(path)!r} are no JSON: {error}.") from error
     if not isinstance(records, list):

@@ -29,7 +29,7 @@ from lit_sparse.interchange.remains import remains_of, trained_whole
 from lit_sparse.interchange.snippet import labels_of
 from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes, whole_sentence
 from lit_sparse.methods.progress import Trained, sentence, warn_if_nothing_is_left
-from lit_sparse.quiet import stages
+from lit_sparse.verbosity import stages
 
 METADATA = "lit_sparse.json"
 """The file beside the weights that says what they are and where they came from."""

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, parse_json, some
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.vocabulary import StoredRows
-from lit_sparse.json_text import parse
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -173,7 +172,7 @@ def _texts(path: Path) -> dict[int, str]:
     """Id to text of the tokens that an export of this library names beside what PEFT reads."""
     file = path / METADATA
     try:
-        entries: Any = parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        entries: Any = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return {int(number): str(text) for number, text in entries.get("new_tokens", {}).items() if text}
     except (AttributeError, ValueError) as error:
         raise UsageError(f"{str(file)!r} is damaged: {error}.") from error
@@ -184,7 +183,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{str(path)!r} is no folder of a PEFT adapter: it has no {CONFIG}. Give a local folder.")
     try:
-        config: Any = parse(file.read_text(encoding="utf-8"))
+        config: Any = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(config, dict):

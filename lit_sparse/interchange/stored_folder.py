@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, parse_json, some
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.remains import Remains
 from lit_sparse.interchange.vocabulary import StoredRows
-from lit_sparse.json_text import parse
 
 WEIGHTS = "adapter.safetensors"
 PARTS = ("lora_A", "lora_B_t")
@@ -54,7 +53,7 @@ def read_folder(folder: Path) -> Saved:
             "PEFT's with load_peft."
         )
     try:
-        entries = parse(file.read_text(encoding="utf-8"))
+        entries = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(entries, dict):

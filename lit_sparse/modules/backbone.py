@@ -21,8 +21,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from lit_sparse.adapters.head import pretrained_bodies, task_head
 from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.data.quickstart import resolve
 from lit_sparse.errors import UsageError, some
-from lit_sparse.quickstart import resolve
 
 # What a damaged or forged folder, or an argument that its class does not know, makes transformers raise.
 _LOADING_ERRORS = (

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.callbacks.monitor import read_table
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, parse_json
 from lit_sparse.figures.curves import Curves
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.stored_folder import read_factors
-from lit_sparse.json_text import parse
 from lit_sparse.methods.base import names_layer
 from lit_sparse.methods.progress import Progress, Trained
 from lit_sparse.modules.checkpoint import KEY, load
@@ -281,7 +280,7 @@ def _trained(entries: Mapping[str, Any]) -> Trained | None:
 def _metadata(path: Path) -> Mapping[str, Any]:
     """What an export of this library says beside its weights; nothing in a folder of another program."""
     file = path / METADATA
-    entries = parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    entries = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return entries if isinstance(entries, dict) else {}
 
 

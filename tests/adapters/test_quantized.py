@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import lit_sparse as ls
 from lit_sparse.adapters.quantized import dequantized, quantized_layers
 from lit_sparse.adapters.replacing import replace_modules
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 from lit_sparse.modules.backbone import load_backbone
 
 

@@ -19,10 +19,10 @@ from projects import write_config
 
 import lit_sparse as ls
 from lit_sparse.callbacks.monitor import read_table
-from lit_sparse.cli import main
-from lit_sparse.exporting import export_checkpoint, merge_checkpoint
+from lit_sparse.cli.inspect import inspect_adapters
+from lit_sparse.cli.main import main
 from lit_sparse.methods.progress import Progress, left
-from lit_sparse.reporting.command import inspect_adapters
+from lit_sparse.serving.from_checkpoint import export_checkpoint
 
 BATCHES, EPOCHS = 4, 3
 STEPS = BATCHES * EPOCHS
@@ -414,17 +414,17 @@ def early(project):
     return "kept/early.ckpt"
 
 
-@pytest.mark.parametrize("command", [export_checkpoint, merge_checkpoint])
-def test_a_state_that_is_not_final_is_told_or_refused(command, early):
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_a_state_that_is_not_final_is_told_or_refused(form, early):
     found = r"'kept/early.ckpt' is of step 4 of 12, sparsity not final: it is not as sparse as at the end of the run"
     with pytest.warns(UserWarning, match=found):
-        report = command(early, "out")
+        report = export_checkpoint(early, "out", form)
     assert "step 4 of 12, sparsity not final" in str(report)
     assert "Step 4 of 12, sparsity not final" in Path("out/README.md").read_text()
     with pytest.raises(ls.UsageError, match=found + ".*require_final is set"):
-        command(early, "other", require_final=True)
+        export_checkpoint(early, "other", form, require_final=True)
     assert not Path("other").exists()
-    command("kept/last.ckpt", "other", require_final=True)
+    export_checkpoint("kept/last.ckpt", "other", form, require_final=True)
 
 
 def test_the_end_of_a_run_that_was_stopped_is_told_as_such(early):

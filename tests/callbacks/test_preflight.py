@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, Model
 
 import lit_sparse as ls
 from lit_sparse import UsageError
-from lit_sparse.parsing import refused_by_lightning
+from lit_sparse.cli.parser import refused_by_lightning
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""lit_sparse.quickstart against packages made up for the test and, where installed, the real one."""
+"""lit_sparse.data.quickstart against packages made up for the test and, where installed, the real one."""
 
 import hashlib
 import importlib.util

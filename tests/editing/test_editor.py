@@ -17,7 +17,7 @@ from projects import read_lines
 from transformers import AutoModelForCausalLM
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 from lit_sparse.editing.edits import EditedModel, load_edit
 from lit_sparse.errors import UsageError
 

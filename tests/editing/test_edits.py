@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.cli.edit import apply_edits
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.commands import apply_edits
 from lit_sparse.editing.edits import Edit, EditedModel, combine, load_edit
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import collate, encode

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 peft = pytest.importorskip("peft", reason="compares with PEFT, which is not installed")
 

@@ -19,7 +19,7 @@ from transformers import (
 
 import lit_sparse as ls
 from lit_sparse.adapters.linear import LowRankLinear
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 
 def classifier(backbone, method=None, **options):

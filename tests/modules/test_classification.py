@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 GOOD, BAD = ["good", "great", "best", "fine", "warm", "funny"], ["bad", "awful", "worst", "dull", "cold", "sad"]
 

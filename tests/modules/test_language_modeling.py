@@ -11,7 +11,7 @@ from projects import last_figures, read_lines, write_config
 from torch.utils.data import DataLoader
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 IGNORED = -100
 

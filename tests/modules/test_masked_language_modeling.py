@@ -12,7 +12,7 @@ from projects import last_figures, read_lines, write_config
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 NOUNS = "man dog cat house tree river city woman".split()  # noqa: SIM905
 TEXTS = ["a good film", "the dog likes the cat and the woman likes the house", "why", "one two three one two"]

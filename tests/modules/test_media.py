@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 WRITE = {"image": write_stripes, "audio": write_tones}
 NAMES = {"image": list(STRIPES), "audio": list(TONES)}

@@ -11,7 +11,7 @@ from projects import last_figures, read_lines, write_config
 from transformers import AutoTokenizer, BertForMultipleChoice
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 GOOD = "good great fine best warm".split()  # noqa: SIM905
 BAD = "bad awful dull worst cold sad funny".split()  # noqa: SIM905

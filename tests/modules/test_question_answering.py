@@ -17,7 +17,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 from lit_sparse.modules.question_answering import SquadScores, best_spans
 
 

@@ -14,7 +14,7 @@ from torchmetrics.text import ROUGEScore
 from transformers import AutoModelForCausalLM, AutoTokenizer, MT5Config, MT5ForConditionalGeneration
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 
 WORDS = {
     "man": "woman",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForTokenClassification
 
 import lit_sparse as ls
-from lit_sparse.cli import main
+from lit_sparse.cli.main import main
 from lit_sparse.modules.token_classification import TagScores
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

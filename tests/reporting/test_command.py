@@ -10,8 +10,8 @@ import torch
 
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import layer_sparsity
-from lit_sparse.cli import main
-from lit_sparse.reporting.command import names_a_source
+from lit_sparse.cli.inspect import names_a_source
+from lit_sparse.cli.main import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lit_sparse.data.quickstart import resolve
 from lit_sparse.editing.edits import SUFFIX, EditedModel, load_edit
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.export import new_folder, require_free, save_tensors
 from lit_sparse.interchange.patches import patch_from, require_fit, tensors_of
 from lit_sparse.interchange.processors import save_processor
 from lit_sparse.modules.backbone import load_backbone
-from lit_sparse.quickstart import resolve
-from lit_sparse.quiet import say
+from lit_sparse.verbosity import say
 
 NAMES = ("apply", "list", "remove")
 

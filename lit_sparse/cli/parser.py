@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_sparse
-from lit_sparse.words import with_packaged_configs
+from lit_sparse.cli.arguments import with_packaged_configs
 
 # Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
 _NOISE = re.compile(

@@ -12,11 +12,11 @@ import jsonargparse
 
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
-from lit_sparse.quiet import say
 from lit_sparse.reporting.pictures import pictures
 from lit_sparse.reporting.report import write_page
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.table import text_table
+from lit_sparse.verbosity import say
 
 _OPTIONS = ("figures", "report", "layer", "metrics")
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_sparse
-from lit_sparse import exporting
 from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoint, usable
-from lit_sparse.completion import PrintCompletion
-from lit_sparse.editing import commands
+from lit_sparse.cli import edit, export, inspect
+from lit_sparse.cli.arguments import require_readable, with_packaged_configs, without_quiet
+from lit_sparse.cli.parser import SparseParser, fail, refused_by_lightning
+from lit_sparse.cli.trainer import SaveRunConfig, SparseTrainer
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.parsing import SparseParser, fail, refused_by_lightning
-from lit_sparse.quiet import be_quiet, loud_again, say
-from lit_sparse.reporting import command
-from lit_sparse.trainer import SaveRunConfig, SparseTrainer
-from lit_sparse.words import require_readable, spelled_out, with_packaged_configs, without_quiet
+from lit_sparse.verbosity import be_quiet, loud_again
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours: lightning fit
 --config my.yaml --trainer.max_epochs 1. The configurations of the package are at hand everywhere, as --config
@@ -46,7 +41,7 @@ _SUMMARIES = {
 }
 
 # A word that is not ours goes to the lightning command of another package, if there is one.
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "edit", *exporting.COMMANDS)
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "edit", *export.NAMES)
 
 # The disk is full, or what is there may not be written or read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -91,12 +86,11 @@ class SparseCLI(LightningCLI):
             kwargs.setdefault(name, {}).setdefault("description", summary)
         super()._add_subcommands(parser, **kwargs)
         self.add_arguments_to_parser(parser)  # before the command too
-        parser.add_argument("--print_completion", action=PrintCompletion)
         subcommands: Any = parser._subcommands_action
         for action in subcommands._choices_actions:
             action.help = _SUMMARIES.get(action.dest, action.help)
-        for name, function in exporting.COMMANDS.items():  # for --help; main runs them without a configuration
-            subcommands.add_subcommand(name, _export_parser(name), help=_summary(function))
+        for name in export.NAMES:  # for --help; main runs them without a configuration
+            subcommands.add_subcommand(name, export.parser(name), help=export.summary(name))
 
     def before_instantiate_classes(self) -> None:
         """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
@@ -230,15 +224,14 @@ def _run(words: Sequence[str], typed: bool) -> None:
 def _runs_without_a_configuration(words: Sequence[str]) -> bool:
     """Run a command that has a parser of its own, if the words are one."""
     name, *others = without_quiet(words) or [""]
-    if name in exporting.COMMANDS:
-        run: Callable[[Sequence[str]], None] = partial(_export, name)
-    elif name == "inspect" and command.names_a_source(others):
-        run = partial(command.run, program=_program())
-    elif name == "edit" and others[:1] and others[0] in commands.NAMES:
-        run = partial(commands.run, program=_program())
+    if name in export.NAMES:
+        export.run(others, _program(), name)
+    elif name == "inspect" and inspect.names_a_source(others):
+        inspect.run(others, _program())
+    elif name == "edit" and others[:1] and others[0] in edit.NAMES:
+        edit.run(others, _program())
     else:
         return False
-    run(others)
     return True
 
 
@@ -252,23 +245,6 @@ def lightning_main() -> None:
         other.load()()
         return
     main()
-
-
-def _export(name: str, words: Sequence[str]) -> None:
-    parser = _export_parser(name, prog=f"{_program()} {name}")
-    report = exporting.COMMANDS[name](**parser.parse_args(spelled_out(words, exporting.COMMANDS[name])).as_dict())
-    say(str(report))
-
-
-def _export_parser(name: str, **options: Any) -> SparseParser:
-    command = exporting.COMMANDS[name]
-    parser = SparseParser(description=_summary(command), **options)
-    parser.options = parser.add_function_arguments(command)
-    return parser
-
-
-def _summary(command: object) -> str:
-    return (inspect.getdoc(command) or "").splitlines()[0]
 
 
 def _other_lightning() -> EntryPoint | None:

@@ -1,15 +1,16 @@
-"""Make a model of a checkpoint alone, and export it: what ``lit-sparse export`` and ``lit-sparse merge`` do."""
+"""Restore a model from its checkpoint alone, and export it."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_sparse.data.quickstart import hub_id, resolve
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, require_free
@@ -20,7 +21,6 @@ from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
 from lit_sparse.methods.progress import Progress
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.quickstart import hub_id, resolve
 
 Format = Literal["peft", "gguf", "sparse", "delta", "merged"]
 
@@ -90,57 +90,6 @@ def export_checkpoint(
         return export_merged(model, output, dtype, resolve(module.backbone), **common)
     write = {"gguf": export_gguf, "sparse": save_adapter, "delta": export_delta}[format]
     return write(model, output, **common)
-
-
-def merge_checkpoint(
-    ckpt_path: str,
-    output: str,
-    dtype: Dtype | None = None,
-    tolerance: float | None = None,
-    backbone: str | None = None,
-    license: str = "unknown",  # noqa: A002
-    push_to_hub: str | None = None,
-    import_modules: list[str] | None = None,
-    trust_remote_code: bool = False,
-    require_final: bool = False,
-) -> ExportReport:
-    """Write the whole model of a run, with its adapters merged: export with the format merged.
-
-    Args:
-        ckpt_path: Checkpoint file of a SparseModule whose backbone was given by name.
-        output: Folder to write; must not exist, or be empty.
-        dtype: Of the weights; null: that of the backbone.
-        tolerance: Largest difference of outputs from the live model's that is accepted; null: what rounding may do.
-        backbone: Where the backbone is now, if not where the run had it.
-        license: What the model card says.
-        push_to_hub: Repository on the hub, such as me/my-model, to upload the folder to.
-        import_modules: Python modules of yours to import first, with the classes that the checkpoint names.
-        trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
-        require_final: Refuse a checkpoint that was saved before its sparsity was final; otherwise it is a warning.
-
-    Returns:
-        Sizes, and the difference that was found when the folder was read back.
-
-    Raises:
-        UsageError: As :func:`export_checkpoint`.
-    """
-    return export_checkpoint(
-        ckpt_path,
-        output,
-        "merged",
-        dtype=dtype,
-        tolerance=tolerance,
-        backbone=backbone,
-        license=license,
-        push_to_hub=push_to_hub,
-        import_modules=import_modules,
-        trust_remote_code=trust_remote_code,
-        require_final=require_final,
-    )
-
-
-COMMANDS: dict[str, Callable[..., ExportReport]] = {"export": export_checkpoint, "merge": merge_checkpoint}
-"""Name of a command to what it calls; its options are the arguments."""
 
 
 def restore(

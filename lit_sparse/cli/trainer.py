@@ -15,10 +15,10 @@ from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.editor import Editor
 from lit_sparse.editing.measuring import text_table
 from lit_sparse.errors import UsageError
-from lit_sparse.inspection import describe
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.quiet import say
+from lit_sparse.reporting.dry_run import describe
+from lit_sparse.verbosity import say
 
 
 class SparseTrainer(Trainer):
@@ -33,7 +33,7 @@ class SparseTrainer(Trainer):
     ) -> None:
         """List the layers that a configuration would adapt; given a checkpoint or folder instead, what it holds.
 
-        No weights are loaded and nothing is trained. The latter is :mod:`lit_sparse.reporting.command`.
+        No weights are loaded and nothing is trained. The latter is :mod:`lit_sparse.cli.inspect`.
 
         Args:
             model: A module that holds adapters after ``configure_model``.

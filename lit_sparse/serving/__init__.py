@@ -1,0 +1,1 @@
+"""From stored adapters to models."""
