@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,12 +21,41 @@ class TrainingError(RuntimeError):
     """
 
 
-def some(names: Iterable[str]) -> str:
-    """A list that fits into a message."""
+def listed(names: Iterable[str]) -> str:
+    """Up to six names, sorted and quoted, and how many more there are: a list for an error message."""
     ordered = sorted(names)
     shown = ", ".join(repr(name) for name in ordered[:6])
     more = f" and {len(ordered) - 6} more" if len(ordered) > 6 else ""
     return f"[{shown}]{more}"
+
+
+def require_range(
+    name: str,
+    value: float | None,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Check that a numeric argument is in its range.
+
+    Args:
+        name: The argument's name.
+        value: Its value. None passes: the argument is not set.
+        at_least: Smallest value that is allowed.
+        above: Bound that the value must exceed.
+        at_most: Largest value that is allowed.
+        below: Bound that the value must stay under.
+
+    Raises:
+        UsageError: If the value is outside, infinite or NaN.
+    """
+    if value is None or (at_least <= value <= at_most and above < value < below):
+        return
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    wanted = " and ".join(f"{phrase} {bound:g}" for phrase, bound in bounds.items() if math.isfinite(bound))
+    raise UsageError(f"{name} must be {wanted}; got {value}.")
 
 
 def is_disk_full(error: BaseException | None) -> bool:

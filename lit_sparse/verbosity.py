@@ -20,8 +20,8 @@ def be_quiet() -> None:
 
 
 @contextmanager
-def loud_again() -> Iterator[None]:
-    """Take :func:`be_quiet` back when the context ends: a command may be one of several in a process."""
+def quiet_within() -> Iterator[None]:
+    """Undo :func:`be_quiet` at the end of the context: a process may run several commands."""
     was, levels = is_quiet(), {name: logging.getLogger(name).level for name in _LOGGERS}
     try:
         yield
@@ -54,8 +54,8 @@ def is_quiet() -> bool:
     return _state["quiet"]
 
 
-def say(text: str) -> None:
-    """Tell on the standard output what a command did, unless it is quiet."""
+def show(text: str) -> None:
+    """Print what a command did, unless ``--quiet`` was given."""
     if not is_quiet():
         sys.stdout.write(f"{text}\n")
 

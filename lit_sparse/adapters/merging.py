@@ -15,7 +15,7 @@ from lit_sparse.adapters.originals import forget_originals, restore_originals
 from lit_sparse.adapters.quantized import dequantized, forget_quantization
 from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 
 _MERGED = "_lit_sparse_merged"
 
@@ -184,7 +184,7 @@ def _require_on(model: nn.Module, function: str) -> None:
     off = [name for name, part in (*adapters_in(model), *token_rows_in(model)) if not part.enabled]
     if off:
         raise UsageError(
-            f"Adapters or rows of new tokens are switched off at {some(off)}. Call {function} outside of "
+            f"Adapters or rows of new tokens are switched off at {listed(off)}. Call {function} outside of "
             "disable_adapters, and with all of them switched on."
         )
 
@@ -209,8 +209,8 @@ def _require_finite(adapters: Mapping[str, LowRankAdapter], rows: Sequence[tuple
     spoilt += [name for name, layer in rows if not layer.rows.isfinite().all()]
     if spoilt:
         raise UsageError(
-            f"{some(spoilt)} would have weights that are not finite, so nothing is merged: A, B or gate hold a NaN or "
-            "an infinity, or the sum is too large for the dtype of the weights. Take a checkpoint from before, or a "
+            f"{listed(spoilt)} would have weights that are not finite, so nothing is merged: A, B or gate hold a NaN "
+            "or an infinity, or the sum is too large for the dtype of the weights. Take a checkpoint from before, or a "
             "wider dtype."
         )
 

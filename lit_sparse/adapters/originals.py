@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.head import leave_head_precision
 from lit_sparse.adapters.token_rows import token_rows_in
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 
 _KEPT = "_lit_sparse_originals"
 _Swap = tuple[dict[str, Any], str, Tensor, Tensor]  # a module's tensors, name, what stands there, original
@@ -115,9 +115,9 @@ def _require_all_kept(model: nn.Module, kept: dict[int, Tensor]) -> None:
     unknown = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if unknown:
         raise UsageError(
-            f"{some(unknown)} are trained, but were frozen when the adapters were injected: their original values were "
-            "not kept. Name their modules in the method's train_head instead of unfreezing them, or disable adapters "
-            "alone by head=False."
+            f"{listed(unknown)} are trained, but were frozen when the adapters were injected: their original values "
+            "were not kept. Name their modules in the method's train_head instead of unfreezing them, or disable only "
+            "adapters (head=False)."
         )
     changed = [adapter for adapter in adapters if adapter.took_from_weight]
     if changed:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.parsing import lightning_hasattr
 
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 
 
 class Preflight(Callback):
@@ -40,7 +40,7 @@ class Preflight(Callback):
                 continue
             close = difflib.get_close_matches(monitor, logged, n=1)
             raise UsageError(
-                f"{type(callback).__name__} monitors {monitor!r}, but validation logs {some(logged)} only."
+                f"{type(callback).__name__} monitors {monitor!r}, but validation logs {listed(logged)} only."
                 + (f" Did you mean {close[0]!r}?" if close else "")
             )
 

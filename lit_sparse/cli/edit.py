@@ -21,7 +21,7 @@ from lit_sparse.interchange.export import new_folder, require_free, save_tensors
 from lit_sparse.interchange.patches import patch_from, require_fit, tensors_of
 from lit_sparse.interchange.processors import save_processor
 from lit_sparse.modules.backbone import load_backbone
-from lit_sparse.verbosity import say
+from lit_sparse.verbosity import show
 
 NAMES = ("apply", "list", "remove")
 
@@ -70,7 +70,7 @@ def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
         edit = load_edit(file)
         conflicts = edited.add(edit, str(file))
         clash = f", {conflicts:,} of them changed by earlier edits too" if conflicts else ""
-        say(f"{file.name}: {edit.changed:,} entries{clash}")
+        show(f"{file.name}: {edit.changed:,} entries{clash}")
     _write(edited, model, [*present.values(), *files], output)
 
 
@@ -206,4 +206,4 @@ def _write(edited: EditedModel, source: str, files: Sequence[Path], output: str)
                 shutil.copyfile(file, draft / _EDITS / file.name)
             save_tensors(tensors_of(edited.originals), draft / _EDITS / _ORIGINALS)
             (draft / _EDITS / _ORDER).write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
-    say(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.")
+    show(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.")

@@ -9,7 +9,7 @@ from typing import Any
 from lit_sparse.cli.arguments import spelled_out
 from lit_sparse.cli.parser import SparseParser
 from lit_sparse.serving.from_checkpoint import export_checkpoint
-from lit_sparse.verbosity import say
+from lit_sparse.verbosity import show
 
 # Command → (what it does, the arguments of export_checkpoint that it sets).
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -46,4 +46,4 @@ def run(words: Sequence[str], program: str, name: str) -> None:
         UsageError: As :func:`export_checkpoint`.
     """
     arguments = parser(name, prog=f"{program} {name}").parse_args(spelled_out(words, export_checkpoint))
-    say(str(partial(export_checkpoint, **_COMMANDS[name][1])(**arguments.as_dict())))
+    show(str(partial(export_checkpoint, **_COMMANDS[name][1])(**arguments.as_dict())))

@@ -16,7 +16,7 @@ from lit_sparse.reporting.pictures import pictures
 from lit_sparse.reporting.report import write_page
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.table import text_table
-from lit_sparse.verbosity import say
+from lit_sparse.verbosity import show
 
 _OPTIONS = ("figures", "report", "layer", "metrics")
 
@@ -88,10 +88,10 @@ def inspect_adapters(
                 save(figure, folder / f"{name}.png")
         except OSError as error:
             raise UsageError(f"{figures!r} cannot be written: {error.strerror}.") from error
-        say(f"Wrote {', '.join(f'{name}.png' for name in drawn)} into {folder}.")
+        show(f"Wrote {', '.join(f'{name}.png' for name in drawn)} into {folder}.")
     if report is not None:
         write_page(adapters, drawn, Path(report))
-        say(f"Wrote {report}.")
+        show(f"Wrote {report}.")
 
 
 def _hint(words: Sequence[str]) -> str:

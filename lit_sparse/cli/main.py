@@ -27,7 +27,7 @@ from lit_sparse.cli.trainer import SaveRunConfig, SparseTrainer
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.verbosity import be_quiet, loud_again
+from lit_sparse.verbosity import be_quiet, quiet_within
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours: lightning fit
 --config my.yaml --trainer.max_epochs 1. The configurations of the package are at hand everywhere, as --config
@@ -186,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     words = sys.argv[1:] if args is None else list(args)
     try:
-        with loud_again():
+        with quiet_within():
             _run(words, typed=args is None)
     except SIGTERMException:  # it has no status of its own, and so would end with 0
         raise SystemExit(128 + signal.SIGTERM) from None

@@ -18,7 +18,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.reporting.dry_run import describe
-from lit_sparse.verbosity import say
+from lit_sparse.verbosity import show
 
 
 class SparseTrainer(Trainer):
@@ -72,7 +72,7 @@ class SparseTrainer(Trainer):
         self.test(model, datamodule, verbose=False)
         if self.is_global_zero:
             sys.stdout.write(f"{text_table(model.summary)}\n")
-            say(f"Wrote {model.output}.")
+            show(f"Wrote {model.output}.")
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -21,7 +21,7 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
-from lit_sparse.errors import UsageError, is_disk_full, some
+from lit_sparse.errors import UsageError, is_disk_full, listed
 from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
@@ -223,7 +223,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
     spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if spoilt:
         raise UsageError(
-            f"{some(spoilt)} hold values that are not finite, so nothing is written. Export a checkpoint from before "
+            f"{listed(spoilt)} hold values that are not finite, so nothing is written. Export a checkpoint from before "
             "training failed."
         )
 

@@ -16,7 +16,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.injection import inject
 from lit_sparse.adapters.linear import LowRankLinear
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, require_finite
 from lit_sparse.interchange.peft_import import exactly
@@ -120,8 +120,8 @@ def _tensor_names(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> d
     whole = trained_whole(model)
     if whole:
         raise UsageError(
-            f"{some(whole)} were trained whole, and llama.cpp's LoRA file has no place for them. Use export_merged and "
-            "llama.cpp's convert_hf_to_gguf.py, or train with train_head false."
+            f"{listed(whole)} were trained whole, and llama.cpp's LoRA file has no place for them. Use export_merged "
+            "and llama.cpp's convert_hf_to_gguf.py, or train with train_head false."
         )
     architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[_ARCHITECTURES[kind][0]]
     blocks: int = model.config.num_hidden_layers  # type: ignore[union-attr, assignment]
@@ -131,7 +131,7 @@ def _tensor_names(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> d
     unknown = [name for name in adapters if name not in names]
     if unknown:
         raise UsageError(
-            f"llama.cpp's {_ARCHITECTURES[kind][0]} has no LoRA for {some(unknown)}: leave them out with "
+            f"llama.cpp's {_ARCHITECTURES[kind][0]} has no LoRA for {listed(unknown)}: leave them out with "
             "exclude_modules, or use export_merged and llama.cpp's convert_hf_to_gguf.py."
         )
     return names

@@ -13,7 +13,7 @@ from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.head import input_embeddings, output_embeddings, task_head
 from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.adapters.selection import survey
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.peft_folder import CONFIG, WEIGHTS, PeftLoRA
 
 
@@ -35,20 +35,20 @@ def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Lo
     absent = [name for name in lora.pairs if name not in layers]
     if absent:
         raise UsageError(
-            f"{lora.folder} adapts {some(absent)}, and {type(model).__name__} has no such layers: its own are "
-            f"{some(layers)}. Load the class of model that PEFT was given."
+            f"{lora.folder} adapts {listed(absent)}, and {type(model).__name__} has no such layers: its own are "
+            f"{listed(layers)}. Load the class of model that PEFT was given."
         )
     targeted = {name for name in layers if _targets(model, lora, name, layers[name])}
     lacking, extra = targeted - set(lora.pairs), set(lora.pairs) - targeted
     if lacking or extra:
         raise UsageError(
             f"{lora.folder / WEIGHTS} does not hold what {CONFIG} describes for {type(model).__name__}. Layers without "
-            f"matrices: {some(lacking)}; matrices of layers that are not targeted: {some(extra)}. The folder is "
+            f"matrices: {listed(lacking)}; matrices of layers that are not targeted: {listed(extra)}. The folder is "
             "damaged or incomplete: save it again."
         )
     mistaken = [n for n, pair in lora.pairs.items() if pair.embedding != isinstance(layers[n], nn.Embedding)]
     if mistaken:
-        raise UsageError(f"{lora.folder / WEIGHTS} holds {some(mistaken)} as another kind of layer than it is here.")
+        raise UsageError(f"{lora.folder / WEIGHTS} holds {listed(mistaken)} as another kind of layer than it is here.")
     _require_whole(model, lora)
 
 
@@ -104,8 +104,8 @@ def _require_whole(model: nn.Module, lora: PeftLoRA) -> None:
     lacking = wanted - set(lora.whole)
     if lacking:
         raise UsageError(
-            f"{lora.folder / WEIGHTS} lacks {some(lacking)} of the modules that {CONFIG} names in modules_to_save. The "
-            "folder is damaged or incomplete: save it again."
+            f"{lora.folder / WEIGHTS} lacks {listed(lacking)} of the modules that {CONFIG} names in modules_to_save. "
+            "The folder is damaged or incomplete: save it again."
         )
     vocabulary = {id(layer) for layer in (*input_embeddings(model), *output_embeddings(model))}
     for name, layer in ((n, m) for n, m in model.named_modules() if id(m) in vocabulary):
@@ -115,6 +115,6 @@ def _require_whole(model: nn.Module, lora: PeftLoRA) -> None:
     extra = set(lora.whole) - wanted
     if extra:
         raise UsageError(
-            f"{lora.folder} holds {some(extra)}, for which {type(model).__name__} has no place by {CONFIG}. Load the "
+            f"{lora.folder} holds {listed(extra)}, for which {type(model).__name__} has no place by {CONFIG}. Load the "
             "class of model that PEFT was given."
         )

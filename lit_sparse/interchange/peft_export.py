@@ -20,7 +20,7 @@ from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.token_rows import vocabulary_layers
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.engines import engine_notes
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
@@ -160,7 +160,7 @@ def _config(model: nn.Module, ranks: Mapping[str, int], largest: int, saved: lis
     known = NamePatterns("rank_pattern", tails=True)
     wrong = {name: rank for name, rank in ranks.items() if of_layer(pattern, name, largest, known) != rank}
     if wrong:
-        raise UsageError(f"No rank_pattern of PEFT's tells the layers {some(wrong)} from others. {_ELSE}")
+        raise UsageError(f"No rank_pattern of PEFT's tells the layers {listed(wrong)} from others. {_ELSE}")
     frozen = [m for name in ranks if isinstance(m := getattr(model.get_submodule(name), "base", None), nn.Module)]
     return {
         "peft_type": "LORA",
@@ -219,7 +219,7 @@ def _require_saved_exactly(saved: Collection[str], names: Collection[str], ranks
     mistaken += [name for name in ranks if _excluded(name, saved)]
     if mistaken:
         raise UsageError(
-            f"The head {some(saved)} cannot be written for PEFT, which would take {some(mistaken)} for it. Export "
+            f"The head {listed(saved)} cannot be written for PEFT, which would take {listed(mistaken)} for it. Export "
             f"with_head=False, or: {_ELSE}"
         )
 
@@ -236,8 +236,8 @@ def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
     if reasons:
-        listed = "; ".join(f"{some(found)} {reason}" for reason, found in reasons.items())
-        raise UsageError(f"PEFT cannot express these adapters: {listed}. {_ELSE}")
+        told = "; ".join(f"{listed(found)} {reason}" for reason, found in reasons.items())
+        raise UsageError(f"PEFT cannot express these adapters: {told}. {_ELSE}")
 
 
 def _require_expressible_rows(model: nn.Module) -> None:
@@ -250,7 +250,7 @@ def _require_expressible_rows(model: nn.Module) -> None:
         if rows.bias is not None:
             reason = "has a bias, which PEFT leaves out"
         elif len(tied) > 1 and not getattr(model.config, "tie_word_embeddings", False):
-            reason = f"shares its weight with {some(tied[1:])} in another way than PEFT knows"
+            reason = f"shares its weight with {listed(tied[1:])} in another way than PEFT knows"
         elif any(other.endswith(name) and other not in tied for other, _ in model.named_modules()):
             reason = "has a name that ends another, which PEFT would take for it"
         if reason is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
-from lit_sparse.errors import UsageError, parse_json, some
+from lit_sparse.errors import UsageError, listed, parse_json
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.vocabulary import StoredRows
 
@@ -119,7 +119,9 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
     named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     if len({name.startswith(PREFIX) for name in tensors}) > 1:  # so that one name would stand for two tensors
         bare = [name for name in tensors if not name.startswith(PREFIX)]
-        raise UsageError(f"{path / WEIGHTS} holds {some(bare)} without the {PREFIX!r} that its other names begin with.")
+        raise UsageError(
+            f"{path / WEIGHTS} holds {listed(bare)} without the {PREFIX!r} that its other names begin with."
+        )
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
@@ -135,7 +137,7 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
             )
         factors.setdefault(match[1], {})[match[2]] = tensor.flatten(1)
     if not factors:
-        raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {some(named)}.")
+        raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {listed(named)}.")
     patterns, tails = (NamePatterns(f"{path / CONFIG}: the pattern", tails=tails) for tails in (False, True))
     pairs = {name: _pair(path, config, name, own, tails) for name, own in factors.items()}
     return PeftLoRA(path, config, pairs, whole, _tokens(path, config, rows), patterns, tails)
@@ -225,7 +227,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if spoilt:
-        raise UsageError(f"{file} holds values that are not finite, in {some(spoilt)}.")
+        raise UsageError(f"{file} holds values that are not finite, in {listed(spoilt)}.")
     return tensors
 
 

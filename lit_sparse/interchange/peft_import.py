@@ -16,7 +16,7 @@ from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.selection import matches_tail, survey
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.peft_check import require_complete, require_untied
 from lit_sparse.interchange.peft_folder import LowRankPair, PeftLoRA, read_peft
 from lit_sparse.interchange.vocabulary import put_rows
@@ -99,8 +99,8 @@ def _require_layers(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Low
     only_here = [name for name in adapters if name not in lora.pairs]
     if only_there or only_here:
         raise UsageError(
-            f"{lora.folder} and the method adapt other layers. In the folder only: {some(only_there)}. Here only: "
-            f"{some(only_here)}. Set target_modules to {_tails(lora.pairs, {*survey(model), *adapters})}."
+            f"{lora.folder} and the method adapt other layers. In the folder only: {listed(only_there)}. Here only: "
+            f"{listed(only_here)}. Set target_modules to {_tails(lora.pairs, {*survey(model), *adapters})}."
         )
 
 
@@ -197,4 +197,4 @@ def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
         places[name].copy_(tensor)
     alone = [n for n, p in parameters.items() if p.requires_grad and id(p) not in own and n not in brought]
     if alone:
-        rank_zero_warn(f"{lora.folder} holds nothing for {some(alone)}: these start as the backbone has them.")
+        rank_zero_warn(f"{lora.folder} holds nothing for {listed(alone)}: these start as the backbone has them.")

@@ -17,7 +17,7 @@ from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.adapters.selection import survey
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
 from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
@@ -110,7 +110,7 @@ def export_delta(
     found = [name for name, adapter in adapters.items() if id(adapter.layer) in packed]
     if found:
         raise UsageError(
-            f"The frozen weights of {some(found)} are quantized: there are no entries to add to. Use save_adapter "
+            f"The frozen weights of {listed(found)} are quantized: there are no entries to add to. Use save_adapter "
             "(format sparse), or export_merged (merged), which unpacks them."
         )
     form = Form("delta", functools.partial(_write_delta, model, adapters), functools.partial(_read, model))
@@ -156,8 +156,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
         same = [other for other in head if places[other] is places[name] and not torch.equal(head[other], tensor)]
         if same:
             raise UsageError(
-                f"{folder} holds two values for what {type(model).__name__} shares: {some([name, *same])}. Untie them "
-                "in the backbone (tie_word_embeddings=False) to load it."
+                f"{folder} holds two values for what {type(model).__name__} shares: {listed([name, *same])}. Untie "
+                "them in the backbone (tie_word_embeddings=False) to load it."
             )
         places[name].copy_(tensor)
     return adapters
@@ -240,7 +240,7 @@ def _require_places(
     absent = [name for name in layers if name not in known] + [name for name in head if name not in places]
     if absent:
         raise UsageError(
-            f"{saved.folder} has {some(absent)}, which {type(model).__name__} has not. Load a "
+            f"{saved.folder} has {listed(absent)}, which {type(model).__name__} has not. Load a "
             f"{saved.entries.get('model_class')}, of which it is."
         )
     wanted = {**head, **({name: entry["shape"] for name, entry in layers.items()} if is_delta else {})}

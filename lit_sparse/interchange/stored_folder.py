@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_sparse.errors import UsageError, parse_json, some
+from lit_sparse.errors import UsageError, listed, parse_json
 from lit_sparse.interchange.export import METADATA
 from lit_sparse.interchange.remains import Remains
 from lit_sparse.interchange.vocabulary import StoredRows
@@ -129,7 +129,7 @@ def _require_exactly(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     for name, entry in entries.get("tokens", {}).items():
         wanted |= {f"{TOKENS}{name}.{part}" for part in ("rows", "bias") if part == "rows" or entry["bias"]}
     if wanted != set(tensors):
-        raise ValueError(f"missing are {some(wanted - set(tensors))}, unknown are {some(set(tensors) - wanted)}")
+        raise ValueError(f"missing are {listed(wanted - set(tensors))}, unknown are {listed(set(tensors) - wanted)}")
     for name, shape in head.items():
         if list(tensors[name].shape) != shape:
             raise ValueError(f"{name!r} has the shape {tuple(tensors[name].shape)}, and {tuple(shape)} is wanted")

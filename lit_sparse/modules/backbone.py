@@ -22,7 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from lit_sparse.adapters.head import pretrained_bodies, task_head
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.data.quickstart import resolve
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 
 # What a damaged or forged folder, or an argument that its class does not know, makes transformers raise.
 _LOADING_ERRORS = (
@@ -118,7 +118,7 @@ def _require_body(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> Non
     others = [key for key, *_ in loaded["mismatched_keys"] if not f"{key}.".startswith(head)]
     if others:
         raise UsageError(
-            f"The backbone {name!r} cannot be loaded: {some(others)} have other shapes in its files than its "
+            f"The backbone {name!r} cannot be loaded: {listed(others)} have other shapes in its files than its "
             "config.json says."
         )
     missing = {key for key in loaded["missing_keys"] if not f"{key}.".startswith(head)}
@@ -131,12 +131,12 @@ def _require_body(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> Non
     broken = [key for part, keys in parts.items() if part not in absent for key in keys if key in missing]
     if broken or (parts and len(absent) == len(parts)):
         raise UsageError(
-            f"The backbone {name!r} cannot be loaded: its files lack {some(broken or missing)}. They are damaged, not "
-            "all there, or of another architecture."
+            f"The backbone {name!r} cannot be loaded: its files lack {listed(broken or missing)}. They are damaged, "
+            "not all there, or of another architecture."
         )
     if missing:
         rank_zero_warn(
-            f"{name!r} has no weights for {some(missing)}: they start at random, and stay so unless train_head names "
+            f"{name!r} has no weights for {listed(missing)}: they start at random, and stay so unless train_head names "
             "their module."
         )
 

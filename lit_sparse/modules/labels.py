@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_sparse.adapters.head import task_head
-from lit_sparse.errors import UsageError, some
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.snippet import labels_of
 
 
@@ -64,7 +64,7 @@ def _reorder(model: nn.Module, order: list[int], own: list[str], train_head: boo
     if not layers:
         raise UsageError(
             f"The backbone's classes are {own}, in another order than the data's, and no linear layer of its head "
-            f"{some(heads)} gives them. Give the data's labels in this order."
+            f"{listed(heads)} gives them. Give the data's labels in this order."
         )
     name, last = layers[-1]
     if train_head is False or (
