@@ -4,50 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.functional import product_density, product_sparsity_bound
-
-
-class Factors(Protocol):
-    """What figures are made of: an adapter in a model, or what a file holds of one."""
-
-    @property
-    def lora_A(self) -> Tensor:
-        """Shape ``(copies · rank, in_features)``."""
-
-    @property
-    def lora_B_t(self) -> Tensor:
-        """Shape ``(copies · rank, out_features)``."""
-
-    @property
-    def gate(self) -> Tensor | None:
-        """Shape ``(copies · rank,)``, None without gates."""
-
-    @property
-    def copies(self) -> int:
-        """Number of matrices, each with its own ranks."""
-
-    @property
-    def rank(self) -> int:
-        """Ranks of each copy."""
-
-    @property
-    def max_rank(self) -> int:
-        """Ranks of each copy at the start."""
-
-    @property
-    def in_features(self) -> int:
-        """Columns of each matrix."""
-
-    @property
-    def out_features(self) -> int:
-        """Rows of each matrix."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +70,11 @@ def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
 @torch.no_grad()
 def layer_sparsity(model: nn.Module) -> list[LayerSparsity]:
     """What is left of every adapter of ``model``, in the model's order; forms BA's support, so not for every step."""
-    return [sparsity_of_layer(name, adapter) for name, adapter in adapters_in(model)]
+    return [sparsity_of_layer(LayerFactors.of(name, adapter)) for name, adapter in adapters_in(model)]
 
 
 @torch.no_grad()
-def live_ranks(adapter: Factors) -> Tensor:
+def live_ranks(adapter: LowRankAdapter | LayerFactors) -> Tensor:
     """Which ranks contribute to the product: their gate, their row of A and their row of Bᵀ are not zero.
 
     This is the only rule for it: logs, tables, compaction and every export count by it, whether a method closes gates
@@ -126,7 +90,7 @@ def live_ranks(adapter: Factors) -> Tensor:
 
 
 @torch.no_grad()
-def live_ranks_of_all(adapters: Sequence[Factors]) -> Tensor:
+def live_ranks_of_all(adapters: Sequence[LowRankAdapter | LayerFactors]) -> Tensor:
     """:func:`live_ranks` of several adapters, without a host sync and with layers of one width together.
 
     Args:
@@ -140,29 +104,27 @@ def live_ranks_of_all(adapters: Sequence[Factors]) -> Tensor:
 
 
 @torch.no_grad()
-def sparsity_of_layer(name: str, adapter: Factors) -> LayerSparsity:
-    """What is left of one adapter."""
-    live = live_ranks(adapter)
-    A, B_t = adapter.lora_A * live.unsqueeze(1), adapter.lora_B_t * live.unsqueeze(1)
+def sparsity_of_layer(layer: LayerFactors) -> LayerSparsity:
+    """What is left of one layer."""
+    live = live_ranks(layer)
+    A, B_t = layer.lora_A * live.unsqueeze(1), layer.lora_B_t * live.unsqueeze(1)
     nonzero_A, nonzero_B = int(A.count_nonzero()), int(B_t.count_nonzero())
-    A = A.view(adapter.copies, adapter.rank, adapter.in_features)
-    B_t = B_t.view(adapter.copies, adapter.rank, adapter.out_features)
-    pairs = [(a, b_t.t()) for a, b_t in zip(A, B_t, strict=True)]
-    max_rank = adapter.copies * adapter.max_rank
+    pairs = [(a, b_t.t()) for a, b_t in zip(A.split(layer.ranks), B_t.split(layer.ranks), strict=True)]
+    max_rank = len(pairs) * layer.max_rank
     return LayerSparsity(
-        name=name,
+        name=layer.name,
         rank=int(live.sum()),
         max_rank=max_rank,
-        density_A=nonzero_A / (max_rank * adapter.in_features),
-        density_B=nonzero_B / (max_rank * adapter.out_features),
+        density_A=nonzero_A / (max_rank * layer.in_features),
+        density_B=nonzero_B / (max_rank * layer.out_features),
         density_BA=sum(float(product_density(a, b)) for a, b in pairs) / len(pairs),
         density_BA_bound=1 - sum(float(product_sparsity_bound(a, b)) for a, b in pairs) / len(pairs),
         remaining_parameters=nonzero_A + nonzero_B,
-        adapted_parameters=adapter.copies * adapter.out_features * adapter.in_features,
+        adapted_parameters=len(pairs) * layer.out_features * layer.in_features,
     )
 
 
-def _live(adapters: Sequence[Factors], per_rank_A: Tensor, per_rank_B: Tensor) -> Tensor:
+def _live(adapters: Sequence[LowRankAdapter | LayerFactors], per_rank_A: Tensor, per_rank_B: Tensor) -> Tensor:
     live = (per_rank_A > 0) & (per_rank_B > 0)
     if all(adapter.gate is None for adapter in adapters):
         return live

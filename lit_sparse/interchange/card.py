@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from lit_sparse.adapters.statistics import LayerSparsity
 from lit_sparse.interchange.snippet import labels_of, snippet
 from lit_sparse.methods.progress import Progress
 
@@ -33,23 +34,6 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     license: str = "unknown"
     progress: Progress | None = None
-
-
-@dataclass(frozen=True)
-class RankRow:
-    """What the card says of one layer.
-
-    Args:
-        name: Full name of the layer.
-        rank: Ranks that remain; experts' are added up.
-        max_rank: Ranks that were trained.
-        remaining: Entries of A and B that are not zero.
-    """
-
-    name: str
-    rank: int
-    max_rank: int
-    remaining: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +68,7 @@ def model_card(
     folder: ExportedFolder,
     provenance: Provenance,
     state: str,
-    ranks: Sequence[RankRow],
+    ranks: Sequence[LayerSparsity],
     whole: str,
     notes: Sequence[str] = (),
 ) -> str:
@@ -121,7 +105,7 @@ def model_card(
         _metrics(provenance.metrics),
         f"## What remains\n\n{state[0].upper()}{state[1:]}; {whole}.\n\n"
         f"| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
-        + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining} |\n" for row in ranks),
+        + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining_parameters} |\n" for row in ranks),
         _labels(model),
         f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",
         "## Engines\n\n" + "".join(f"- {note}\n" for note in notes) if notes else "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -22,17 +21,15 @@ from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
 from lit_sparse.errors import UsageError, is_disk_full, listed
-from lit_sparse.interchange.card import ExportedFolder, Provenance, RankRow, model_card
+from lit_sparse.interchange.card import ExportedFolder, Provenance, model_card
+from lit_sparse.interchange.metadata import write_metadata
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
-from lit_sparse.interchange.remains import remains_of, trained_whole
+from lit_sparse.interchange.remains import trained_whole
 from lit_sparse.interchange.snippet import labels_of
 from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes, whole_sentence
 from lit_sparse.methods.progress import Trained, sentence, warn_if_nothing_is_left
 from lit_sparse.verbosity import stages
-
-METADATA = "lit_sparse.json"
-"""The file beside the weights that says what they are and where they came from."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,6 @@ class Terms:
     processor: str | os.PathLike[str] | None = None
 
 
-@dataclass(frozen=True)
-class _Counts:
-    ranks: list[RankRow]
-    head: int
-
-    @property
-    def remaining(self) -> int:
-        return sum(row.remaining for row in self.ranks)
-
-
 def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: Terms) -> ExportReport:
     """Write one form of export, beside the place where it is to be, and move it there once it is right.
 
@@ -136,9 +123,9 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
     if terms.tolerance is not None and not terms.tolerance >= 0:
         raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
     tokens = rows_of(model, by_hand=form.name != "merged")  # what is whole needs no list of its rows
-    counts = _count(model)
+    head = sum(tensor.numel() for tensor in trained_whole(model).values())
     trained = {i for _, layer in token_rows_in(model) for i in layer.ids.tolist()}
-    whole = whole_sentence(counts.head, texts_of(tokens), trained)
+    whole = whole_sentence(head, texts_of(tokens), trained)
     provenance = terms.provenance or Provenance()
     layers = layer_sparsity(model)
     warn_if_nothing_is_left([adapter for _, adapter in adapters_in(model)])
@@ -154,14 +141,23 @@ def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: 
         size = sum(file.stat().st_size for file in draft.iterdir() if file.suffix in (".safetensors", ".gguf"))
         notes = (*entries.get("notes", ()), *token_notes(form.name, texts_of(tokens)))
         report = ExportReport(
-            Path(folder), form.name, size, counts.remaining, counts.head, difference, tolerance, state, whole, notes
+            Path(folder),
+            form.name,
+            size,
+            sum(layer.remaining_parameters for layer in layers),
+            head,
+            difference,
+            tolerance,
+            state,
+            whole,
+            notes,
         )
         figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
-        _write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
+        write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
         place = terms.push_to_hub or str(folder)
         files = [file.name for file in draft.iterdir()]
         written = ExportedFolder(place, terms.push_to_hub is not None, files, vocabulary)
-        card = model_card(form.name, model, written, provenance, state, counts.ranks, whole, notes)
+        card = model_card(form.name, model, written, provenance, state, layers, whole, notes)
         (draft / "README.md").write_text(card, encoding="utf-8")
     if terms.push_to_hub is not None:
         _push(report.folder, terms.push_to_hub)
@@ -228,14 +224,6 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _count(model: nn.Module) -> _Counts:
-    rows = []
-    for name, adapter in adapters_in(model):
-        remains = remains_of(adapter)
-        rows.append(RankRow(name, sum(remains.ranks), adapter.copies * adapter.max_rank, remains.parameters))
-    return _Counts(rows, sum(tensor.numel() for tensor in trained_whole(model).values()))
-
-
 def _write_checked(
     draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any], tokens: Mapping[str, StoredRows]
 ) -> tuple[float, float]:
@@ -251,7 +239,7 @@ def _write_checked(
         tolerance = default_tolerance(model, expected, *form.dtypes)
     next(stage)
     entries |= form.write(draft)
-    _write_metadata(draft, entries)  # reading back needs it
+    write_metadata(draft, entries)  # reading back needs it
     next(stage)
     difference = difference_of(expected, outputs_of(form.read(draft), batch))
     next(stage, None)
@@ -273,10 +261,6 @@ def _entries(form: str, model: nn.Module, base_model: str | None, provenance: Pr
         "labels": labels_of(model),
         **asdict(provenance),
     }
-
-
-def _write_metadata(draft: Path, entries: Mapping[str, Any]) -> None:
-    (draft / METADATA).write_text(json.dumps(entries, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _push(folder: Path, repository: str) -> None:

@@ -21,9 +21,9 @@ from lit_sparse.interchange.card import Provenance
 from lit_sparse.interchange.export import ExportReport, Form, Terms, export, require_finite
 from lit_sparse.interchange.peft_import import exactly
 from lit_sparse.interchange.remains import (
+    folded,
     padded,
     plain_copy,
-    remains_of,
     require_original_weights,
     require_trained,
     trained_whole,
@@ -142,7 +142,7 @@ def _write(
 ) -> dict[str, Any]:
     import gguf
 
-    remains = {name: remains_of(adapter) for name, adapter in adapters.items()}
+    remains = {name: folded(name, adapter) for name, adapter in adapters.items()}
     used = {name: layer for name, layer in remains.items() if any(layer.ranks)} or dict([*remains.items()][:1])
     layers = padded(used)
     rank = next(iter(layers.values())).ranks[0]

@@ -32,21 +32,21 @@ def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Lo
             tensors are those of another kind of layer.
     """
     layers = _layers(model, adapters)
-    absent = [name for name in lora.pairs if name not in layers]
+    absent = [name for name in lora.layers if name not in layers]
     if absent:
         raise UsageError(
             f"{lora.folder} adapts {listed(absent)}, and {type(model).__name__} has no such layers: its own are "
             f"{listed(layers)}. Load the class of model that PEFT was given."
         )
     targeted = {name for name in layers if _targets(model, lora, name, layers[name])}
-    lacking, extra = targeted - set(lora.pairs), set(lora.pairs) - targeted
+    lacking, extra = targeted - set(lora.layers), set(lora.layers) - targeted
     if lacking or extra:
         raise UsageError(
             f"{lora.folder / WEIGHTS} does not hold what {CONFIG} describes for {type(model).__name__}. Layers without "
             f"matrices: {listed(lacking)}; matrices of layers that are not targeted: {listed(extra)}. The folder is "
             "damaged or incomplete: save it again."
         )
-    mistaken = [n for n, pair in lora.pairs.items() if pair.embedding != isinstance(layers[n], nn.Embedding)]
+    mistaken = [n for n in lora.layers if (n in lora.embeddings) != isinstance(layers[n], nn.Embedding)]
     if mistaken:
         raise UsageError(f"{lora.folder / WEIGHTS} holds {listed(mistaken)} as another kind of layer than it is here.")
     _require_whole(model, lora)
@@ -109,7 +109,7 @@ def _require_whole(model: nn.Module, lora: PeftLoRA) -> None:
         )
     vocabulary = {id(layer) for layer in (*input_embeddings(model), *output_embeddings(model))}
     for name, layer in ((n, m) for n, m in model.named_modules() if id(m) in vocabulary):
-        inside = "base_layer." if name in lora.pairs else "token_adapter.base_layer." if name in lora.tokens else ""
+        inside = "base_layer." if name in lora.layers else "token_adapter.base_layer." if name in lora.tokens else ""
         frozen = layer.layer if isinstance(layer, LowRankAdapter) else getattr(layer, "base", layer)
         wanted |= {f"{name}.{inside}{key}" for key in frozen.state_dict()}
     extra = set(lora.whole) - wanted

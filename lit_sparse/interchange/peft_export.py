@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.token_rows import vocabulary_layers
@@ -27,11 +28,10 @@ from lit_sparse.interchange.export import ExportReport, Form, Terms, export, sav
 from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, ROWS, WEIGHTS, of_layer
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.remains import (
-    Remains,
+    folded,
     padded,
     plain_copy,
     plain_name,
-    remains_of,
     require_original_weights,
     require_trained,
     trained_whole,
@@ -109,7 +109,7 @@ def _read(model: nn.Module, with_head: bool, draft: Path) -> nn.Module:
 def _write(
     model: nn.Module, adapters: Mapping[str, LowRankAdapter], layout: Layout, with_head: bool, draft: Path
 ) -> dict[str, Any]:
-    remains = {name: remains_of(adapter) for name, adapter in adapters.items()}
+    remains = {name: folded(name, adapter) for name, adapter in adapters.items()}
     written = _ragged(remains) if layout == "ragged" else padded(remains)
     factors = {name: (layer.lora_A, layer.lora_B_t) for name, layer in written.items()}
     largest = max(lora_A.shape[0] for lora_A, _ in factors.values())
@@ -130,12 +130,12 @@ def _write(
     return {"layout": layout, "with_head": with_head, "notes": notes}
 
 
-def _ragged(remains: Mapping[str, Remains]) -> dict[str, Remains]:
+def _ragged(remains: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
     """The layers that have a rank; if none has, the first with a rank of zeros, since PEFT accepts no empty adapter."""
     return {name: layer for name, layer in remains.items() if any(layer.ranks)} or padded(dict([*remains.items()][:1]))
 
 
-def _bytes(layers: Mapping[str, Remains]) -> int:
+def _bytes(layers: Mapping[str, LayerFactors]) -> int:
     return sum(tensor.nbytes for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B_t))
 
 

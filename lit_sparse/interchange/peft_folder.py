@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError, listed, parse_json
-from lit_sparse.interchange.export import METADATA
+from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.vocabulary import StoredRows
 
 CONFIG = "adapter_config.json"
@@ -42,32 +43,14 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class LowRankPair:
-    """What PEFT keeps of one layer.
-
-    Args:
-        lora_A: Shape ``(rank, in_features)``.
-        lora_B: Shape ``(out_features, rank)``.
-        alpha: Numerator of the scale.
-        scale: What BA is multiplied by.
-        embedding: Whether the layer is an embedding, whose matrices PEFT names differently.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    alpha: float
-    scale: float
-    embedding: bool
-
-
-@dataclass(frozen=True)
 class PeftLoRA:
     """A LoRA as PEFT keeps it.
 
     Args:
         folder: Where it was read.
         config: What ``adapter_config.json`` says.
-        pairs: Full layer name, within the model that PEFT adapted, to its matrices.
+        layers: Full layer name, within the model that PEFT adapted, to its factors.
+        embeddings: Those of the layers that are stored as embeddings.
         whole: Full name to tensor, of all that is not low-rank: the task head, as a rule.
         tokens: Full name of an embedding or output layer to its rows of some tokens.
         patterns: Matches the patterns of the configuration that mean whole names.
@@ -76,7 +59,8 @@ class PeftLoRA:
 
     folder: Path
     config: dict[str, Any]
-    pairs: dict[str, LowRankPair]
+    layers: dict[str, LayerFactors]
+    embeddings: set[str]
     whole: dict[str, Tensor]
     tokens: dict[str, StoredRows]
     patterns: NamePatterns
@@ -139,8 +123,9 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
     if not factors:
         raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {listed(named)}.")
     patterns, tails = (NamePatterns(f"{path / CONFIG}: the pattern", tails=tails) for tails in (False, True))
-    pairs = {name: _pair(path, config, name, own, tails) for name, own in factors.items()}
-    return PeftLoRA(path, config, pairs, whole, _tokens(path, config, rows), patterns, tails)
+    layers = {name: _layer(path, config, name, own, tails) for name, own in factors.items()}
+    embeddings = {name for name, own in factors.items() if "embedding_A" in own}
+    return PeftLoRA(path, config, layers, embeddings, whole, _tokens(path, config, rows), patterns, tails)
 
 
 def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -> dict[str, StoredRows]:
@@ -172,12 +157,11 @@ def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -
 
 def _texts(path: Path) -> dict[int, str]:
     """Id to text of the tokens that an export of this library names beside what PEFT reads."""
-    file = path / METADATA
     try:
-        entries: Any = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return {int(number): str(text) for number, text in entries.get("new_tokens", {}).items() if text}
+        entries: Any = read_metadata(path).get("new_tokens", {})
+        return {int(number): str(text) for number, text in entries.items() if text}
     except (AttributeError, ValueError) as error:
-        raise UsageError(f"{str(file)!r} is damaged: {error}.") from error
+        raise UsageError(f"{path / METADATA} is damaged: {error}.") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -231,9 +215,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _pair(
+def _layer(
     path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor], tails: NamePatterns
-) -> LowRankPair:
+) -> LayerFactors:
     embedding = any(part.startswith("embedding") for part in factors)
     if set(factors) != set(_PARTS[embedding]):
         raise UsageError(
@@ -250,7 +234,9 @@ def _pair(
         )
     alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"], tails)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRankPair(lora_A, lora_B, alpha, scale, embedding)
+    return LayerFactors(
+        name=name, lora_A=lora_A, lora_B_t=lora_B.t(), ranks=(rank,), max_rank=rank, scale=scale, alpha=alpha
+    )
 
 
 def of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any, known: NamePatterns) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.selection import matches_tail, survey
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.peft_check import require_complete, require_untied
-from lit_sparse.interchange.peft_folder import LowRankPair, PeftLoRA, read_peft
+from lit_sparse.interchange.peft_folder import PeftLoRA, read_peft
 from lit_sparse.interchange.vocabulary import put_rows
 from lit_sparse.methods.base import Overrides
 from lit_sparse.methods.lora import LoRA
@@ -66,8 +68,8 @@ def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
         _require_layers(model, lora, adapters)
     else:
         adapters = inject(model, _method(lora, lora.heads(model)))
-    for name, pair in lora.pairs.items():
-        _start(adapters[name], name, pair, max(p.lora_A.shape[0] for p in lora.pairs.values()))
+    for name, layer in lora.layers.items():
+        _start(adapters[name], layer, max(other.max_rank for other in lora.layers.values()))
     put_rows(model, lora.tokens)
     held = [*adapters.values(), *(layer for _, layer in token_rows_in(model))]
     _load_whole(model, lora, {id(p) for module in held for p in module.parameters(recurse=False)})
@@ -95,12 +97,12 @@ def _require_new(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> No
 
 def _require_layers(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, LowRankAdapter]) -> None:
     """Check that the folder's layers are those adapted here."""
-    only_there = [name for name in lora.pairs if name not in adapters]
-    only_here = [name for name in adapters if name not in lora.pairs]
+    only_there = [name for name in lora.layers if name not in adapters]
+    only_here = [name for name in adapters if name not in lora.layers]
     if only_there or only_here:
         raise UsageError(
             f"{lora.folder} and the method adapt other layers. In the folder only: {listed(only_there)}. Here only: "
-            f"{listed(only_here)}. Set target_modules to {_tails(lora.pairs, {*survey(model), *adapters})}."
+            f"{listed(only_here)}. Set target_modules to {_tails(lora.layers, {*survey(model), *adapters})}."
         )
 
 
@@ -117,12 +119,12 @@ def _tails(names: Iterable[str], every: Iterable[str]) -> list[str]:
 def _method(lora: PeftLoRA, heads: list[str]) -> LoRA:
     config = lora.config
     overrides: Overrides = {}
-    for name, pair in lora.pairs.items():
-        own = {"rank": pair.lora_A.shape[0], "alpha": pair.alpha}
+    for name, layer in lora.layers.items():
+        own: dict[str, Any] = {"rank": layer.max_rank, "alpha": layer.alpha}
         if own != {"rank": config["r"], "alpha": config["lora_alpha"]}:
             overrides[exactly(name)] = own
     return LoRA(
-        target_modules="|".join(exactly(name) for name in lora.pairs),
+        target_modules="|".join(exactly(name) for name in lora.layers),
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
@@ -138,29 +140,30 @@ def exactly(name: str) -> str:
     return f"(?:{re.escape(name)})"
 
 
-def _start(adapter: LowRankAdapter, name: str, pair: LowRankPair, largest: int) -> None:
+def _start(adapter: LowRankAdapter, layer: LayerFactors, largest: int) -> None:
+    name, rank = layer.name, layer.max_rank
     if isinstance(adapter, LowRankConv2d):
         base = adapter.base
         if base.dilation != (1, 1) or base.padding_mode != "zeros":
             raise UsageError(
                 f"{name!r} is a convolution with dilation or other padding than zeros, which PEFT leaves out."
             )
-    rank = pair.lora_A.shape[0]
     if rank > adapter.rank:
         raise UsageError(
             f"The LoRA has rank {rank} at {name!r}, the adapter there {adapter.rank}. Set rank to {largest}, the "
             "largest of the LoRA, or override it for this layer."
         )
-    shapes = (pair.lora_A.shape[1], pair.lora_B.shape[0])
+    shapes = (layer.in_features, layer.out_features)
     if shapes != (adapter.in_features, adapter.out_features):
         raise UsageError(
             f"The LoRA maps {shapes[0]} features to {shapes[1]} at {name!r}, the layer {adapter.in_features} to "
             f"{adapter.out_features}: it was trained on another model."
         )
-    used = pair.lora_A.any(1)  # a padded layer's other ranks keep their random A, as ranks beyond the folder's do
-    adapter.lora_A[:rank][used] = pair.lora_A[used].to(adapter.lora_A)
+    used = layer.lora_A.any(1)  # a padded layer's other ranks keep their random A, as ranks beyond the folder's do
+    adapter.lora_A[:rank][used] = layer.lora_A[used].to(adapter.lora_A)
+    scale = (1.0 if layer.scale is None else layer.scale) / adapter.scale
     adapter.lora_B_t.zero_()
-    adapter.lora_B_t[:rank] = (pair.lora_B.double() * (pair.scale / adapter.scale)).t().to(adapter.lora_B_t)
+    adapter.lora_B_t[:rank] = (layer.lora_B_t.double() * scale).to(adapter.lora_B_t)
     if adapter.gate is not None:
         adapter.gate.fill_(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
@@ -20,57 +21,44 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.vocabulary import forget_rows, rows_of
 
 
-@dataclass(frozen=True, eq=False)
-class Remains:
-    """What is left of one adapter, with scale 1 and without gates.
-
-    Args:
-        lora_A: Shape ``(sum of ranks, in_features)``.
-        lora_B_t: Shape ``(sum of ranks, out_features)``.
-        ranks: How many of the rows belong to each copy; one number for all but experts.
-    """
-
-    lora_A: Tensor
-    lora_B_t: Tensor
-    ranks: tuple[int, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Entries that are not zero."""
-        return int(self.lora_A.count_nonzero() + self.lora_B_t.count_nonzero())
-
-
 @torch.no_grad()
-def remains_of(adapter: LowRankAdapter) -> Remains:
+def folded(name: str, adapter: LowRankAdapter) -> LayerFactors:
     """Fold gate and scale into B, and drop the ranks that contribute nothing.
 
-    Into B alone, so that A is bit for bit what was trained and only one factor is rounded, once: the product is formed
-    in float64.
+    A stays bit for bit what was trained. B is rounded once: the product is formed in float64.
 
     Args:
+        name: Full name of the layer.
         adapter: Left as it is.
 
     Returns:
-        Tensors on the CPU in the adapter's precision, float32 or better.
+        Factors with scale 1 and without gates, on the CPU, in the adapter's precision (float32 or better).
     """
-    factor = adapter.scale if adapter.gate is None else (adapter.gate.double() * adapter.scale).unsqueeze(1)
-    lora_B_t = (adapter.lora_B_t.double() * factor).to(adapter.lora_B_t.dtype)
-    live = live_ranks(adapter)
-    ranks = live.view(adapter.copies, adapter.rank).sum(1).tolist()
-    return Remains(adapter.lora_A[live].cpu(), lora_B_t[live].cpu(), tuple(ranks))
+    layer, live = LayerFactors.of(name, adapter), live_ranks(adapter)
+    return LayerFactors(
+        name=name,
+        lora_A=layer.lora_A[live].cpu(),
+        lora_B_t=layer.scaled_lora_B_t().to(layer.lora_B_t.dtype)[live].cpu(),
+        ranks=tuple(live.view(adapter.copies, adapter.rank).sum(1).tolist()),
+        max_rank=adapter.max_rank,
+    )
 
 
-def padded(remains: Mapping[str, Remains]) -> dict[str, Remains]:
+def padded(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
     """All layers with one rank, the largest of any of them and at least 1, filled up with zeros.
 
     Args:
-        remains: By full layer name; layers of one copy.
+        layers: By full layer name; no experts.
     """
-    rank = max(1, *(max(layer.ranks) for layer in remains.values()))
-    pad = {name: (0, 0, 0, rank - max(layer.ranks)) for name, layer in remains.items()}
+    rank = max(1, *(max(layer.ranks) for layer in layers.values()))
     return {
-        name: Remains(F.pad(layer.lora_A, pad[name]), F.pad(layer.lora_B_t, pad[name]), (rank,))
-        for name, layer in remains.items()
+        name: replace(
+            layer,
+            lora_A=F.pad(layer.lora_A, (0, 0, 0, rank - len(layer.lora_A))),
+            lora_B_t=F.pad(layer.lora_B_t, (0, 0, 0, rank - len(layer.lora_A))),
+            ranks=(rank,),
+        )
+        for name, layer in layers.items()
     }
 
 

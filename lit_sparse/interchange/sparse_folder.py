@@ -13,6 +13,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
@@ -23,9 +24,8 @@ from lit_sparse.interchange.export import ExportReport, Form, Terms, export, sav
 from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
 from lit_sparse.interchange.peft_import import exactly
 from lit_sparse.interchange.remains import (
-    Remains,
+    folded,
     plain_copy,
-    remains_of,
     require_original_weights,
     require_trained,
     trained_whole,
@@ -173,7 +173,7 @@ def _write_sparse(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draf
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, adapter in adapters.items():
-        remains = remains_of(adapter)
+        remains = folded(name, adapter)
         if not any(remains.ranks):
             continue
         layers[name] = {"ranks": remains.ranks, "shape": [adapter.out_features, adapter.in_features]}
@@ -272,7 +272,7 @@ def _inject(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
     return adapters
 
 
-def _fill(saved: Saved, name: str, adapter: LowRankAdapter, remains: Remains) -> None:
+def _fill(saved: Saved, name: str, adapter: LowRankAdapter, remains: LayerFactors) -> None:
     there = (remains.lora_A.shape[1], remains.lora_B_t.shape[1], len(remains.ranks))
     here = (adapter.in_features, adapter.out_features, adapter.copies)
     if there != here:

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_sparse.errors import UsageError, listed, parse_json
-from lit_sparse.interchange.export import METADATA
-from lit_sparse.interchange.remains import Remains
+from lit_sparse.adapters.factors import LayerFactors
+from lit_sparse.errors import UsageError, listed
+from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.vocabulary import StoredRows
 
 WEIGHTS = "adapter.safetensors"
@@ -34,7 +34,7 @@ class Saved:
     folder: Path
     entries: dict[str, Any]
     tensors: dict[str, Tensor]
-    factors: dict[str, Remains]
+    factors: dict[str, LayerFactors]
     """A and B of every layer; empty for a patch."""
     tokens: dict[str, StoredRows]
     """Name of an embedding or output layer to its rows of new tokens."""
@@ -52,12 +52,7 @@ def read_folder(folder: Path) -> Saved:
             f"{str(folder)!r} was not written by save_adapter or export_delta: it has no {METADATA}. Load a folder of "
             "PEFT's with load_peft."
         )
-    try:
-        entries = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(entries, dict):
-        raise UsageError(f"{file} cannot be read: it holds no names.")
+    entries = read_metadata(folder)
     form = entries.get("format")
     if form not in ("sparse", "delta"):
         how = {"peft": "load_peft", "gguf": "llama.cpp", "merged": "the model class's from_pretrained"}.get(
@@ -84,7 +79,7 @@ def read_folder(folder: Path) -> Saved:
     return Saved(folder, entries, tensors, factors, tokens)
 
 
-def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Remains]:
+def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
     """A and B of every layer, or one of several errors where the tensors are not those that the metadata describe."""
     _require_exactly(entries, tensors)
     for name, tensor in tensors.items():
@@ -109,7 +104,14 @@ def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
                 raise ValueError(
                     f"{part} of {name!r} has the shape {tuple(found[part].shape)}, and {(sum(ranks), width)} is wanted"
                 )
-        factors[name] = Remains(**found, ranks=ranks)
+        factors[name] = LayerFactors(
+            name=name,
+            lora_A=found["lora_A"],
+            lora_B_t=found["lora_B_t"],
+            ranks=ranks,
+            max_rank=max(ranks),
+            alpha=float(max(ranks)),
+        )
     return factors
 
 
@@ -145,7 +147,7 @@ def _rows(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     return StoredRows(ids, texts, rows, bias)
 
 
-def read_factors(folder: str | os.PathLike[str]) -> dict[str, Remains]:
+def read_factors(folder: str | os.PathLike[str]) -> dict[str, LayerFactors]:
     """A and B of every layer in a folder of :func:`save_adapter`, scale and gates folded into B.
 
     Raises:

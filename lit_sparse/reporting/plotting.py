@@ -14,7 +14,6 @@ from lit_sparse.figures.gates import gate_figure
 from lit_sparse.figures.grid import rank_figure
 from lit_sparse.reporting.pictures import stored_support
 from lit_sparse.reporting.sources import read_adapters
-from lit_sparse.reporting.stored import LayerFigures
 
 
 def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
@@ -33,7 +32,7 @@ def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
     elif Path(adapters).suffix == ".csv":
         layers = read_table(Path(adapters))
     else:
-        layers = [figure.sparsity for figure in _figures(adapters)]
+        layers = read_adapters(adapters).table
     save(rank_figure(layers), output)
 
 
@@ -77,7 +76,3 @@ def plot_support(adapters: nn.Module | str | Path, output: str | Path, layer: st
         UsageError: If matplotlib is not installed, the source cannot be read, or there is no such layer.
     """
     save(stored_support(read_adapters(adapters).layer(layer)), output)
-
-
-def _figures(source: str | Path) -> list[LayerFigures]:
-    return read_adapters(source).figures

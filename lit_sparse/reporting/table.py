@@ -1,67 +1,99 @@
-"""The table of layers and its totals, in words and figures."""
+"""The table of layers and its totals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.naming import common_start
+from lit_sparse.adapters.statistics import LayerSparsity, live_ranks
 from lit_sparse.methods.progress import Trained, left
-from lit_sparse.reporting.sources import Adapters
-from lit_sparse.reporting.stored import LayerFigures
+from lit_sparse.reporting.stored import StoredAdapters
 
 UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures.
+    """A column of numbers.
 
     Args:
         head: Above it.
         meaning: In words.
-        value: The figure of a layer, None where it is not known.
+        value: The number of a layer; its second argument is None where only a table is stored.
         form: How it is written, as for ``str.format``.
     """
 
     head: str
     meaning: str
-    value: Callable[[LayerFigures], float | None]
+    value: Callable[[LayerSparsity, LayerFactors | None], float | None]
     form: str
 
-    def cell(self, layer: LayerFigures) -> str:
-        """The figure of a layer as it is written."""
-        value = self.value(layer)
+    def cell(self, value: float | None) -> str:
+        """A number as it is written."""
         return UNKNOWN if value is None else self.form.format(value)
 
 
-RANK = Column("rank", "ranks whose gate is not zero, of those at the start", lambda f: f.sparsity.rank, "{:d}")
+def _norm(factors: LayerFactors | None, part: Literal["lora_A", "lora_B_t"]) -> float | None:
+    return None if factors is None else float(getattr(factors, part)[live_ranks(factors)].double().norm())
 
-COLUMNS = (
-    Column("alpha", "numerator of the scale", lambda f: f.alpha, "{:g}"),
-    Column("A", "share of A that is not zero", lambda f: f.sparsity.density_A, "{:.3f}"),
-    Column("B", "share of B that is not zero", lambda f: f.sparsity.density_B, "{:.3f}"),
-    Column("BA", "share of the frozen weight that BA can change", lambda f: f.sparsity.density_BA, "{:.3f}"),
-    Column("bound", "the most that share can be (RoseLoRA's Prop. 1)", lambda f: f.sparsity.density_BA_bound, "{:.3f}"),
-    Column("|A|", "Frobenius norm of A in live ranks", lambda f: f.norm_A, "{:#.3g}"),
-    Column("|B|", "Frobenius norm of B in live ranks", lambda f: f.norm_B, "{:#.3g}"),
-    Column("|ΔW|", "Frobenius norm of scale · B diag(gate) A", lambda f: f.norm_BA, "{:#.3g}"),
-    Column("left", "remaining parameters", lambda f: f.sparsity.remaining_parameters, "{:,d}"),
-    Column("bytes", "A, B and gate as they are stored", lambda f: f.bytes, "{:,d}"),
+
+def _change(factors: LayerFactors | None) -> float | None:
+    return None if factors is None else float(factors.change_norms.norm())
+
+
+_COLUMNS = (
+    Column("alpha", "numerator of the scale", lambda _, f: None if f is None else f.alpha, "{:g}"),
+    Column("A", "share of A that is not zero", lambda layer, _: layer.density_A, "{:.3f}"),
+    Column("B", "share of B that is not zero", lambda layer, _: layer.density_B, "{:.3f}"),
+    Column("BA", "share of the frozen weight that BA can change", lambda layer, _: layer.density_BA, "{:.3f}"),
+    Column("bound", "upper bound of that share (RoseLoRA's Prop. 1)", lambda x, _: x.density_BA_bound, "{:.3f}"),
+    Column("|A|", "Frobenius norm of A in live ranks", lambda _, f: _norm(f, "lora_A"), "{:#.3g}"),
+    Column("|B|", "Frobenius norm of B in live ranks", lambda _, f: _norm(f, "lora_B_t"), "{:#.3g}"),
+    Column("|ΔW|", "Frobenius norm of scale · B diag(gate) A", lambda _, f: _change(f), "{:#.3g}"),
+    Column("left", "remaining parameters", lambda layer, _: layer.remaining_parameters, "{:,d}"),
+    Column("bytes", "stored size of A, B and gate", lambda _, f: None if f is None else f.nbytes, "{:,d}"),
 )
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Figures of all layers together.
+class Table:
+    """The numbers of all layers.
 
     Args:
-        rank: Ranks whose gate is not zero.
+        columns: Those that the source has numbers for.
+        rows: Full layer name to live ranks, ranks at the start and a number for each column.
+    """
+
+    columns: list[Column]
+    rows: dict[str, tuple[int, int, list[float | None]]]
+
+
+def table_of(adapters: StoredAdapters) -> Table:
+    """Compute the numbers of all layers, and leave out the columns without any."""
+    factors = adapters.layers
+    values = [[column.value(layer, factors.get(layer.name)) for layer in adapters.table] for column in _COLUMNS]
+    known = [i for i, column in enumerate(values) if any(value is not None for value in column)]
+    rows = {
+        layer.name: (layer.rank, layer.max_rank, [values[i][number] for i in known])
+        for number, layer in enumerate(adapters.table)
+    }
+    return Table([_COLUMNS[i] for i in known], rows)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all layers.
+
+    Args:
+        rank: Live ranks.
         max_rank: Ranks at the start.
-        empty_layers: Layers without any rank left.
+        empty_layers: Layers without any live rank.
         remaining_parameters: Non-zero entries of A and B in live ranks.
         changed: Share of the adapted weights that BA can change.
-        bytes: What A, B and gates take as they are stored; None if only a table is stored.
+        nbytes: Stored size of A, B and gates; None if only a table is stored.
     """
 
     rank: int
@@ -69,13 +101,12 @@ class Totals:
     empty_layers: int
     remaining_parameters: int
     changed: float
-    bytes: int | None
+    nbytes: int | None
 
 
-def totals(adapters: Adapters) -> Totals:
-    """Add the layers up."""
-    layers = [figure.sparsity for figure in adapters.figures]
-    sizes = [figure.bytes for figure in adapters.figures if figure.bytes is not None]
+def totals(adapters: StoredAdapters) -> Totals:
+    """Add up the layers."""
+    layers = adapters.table
     began = adapters.trained or Trained.of(layers)
     return Totals(
         rank=sum(layer.rank for layer in layers),
@@ -83,46 +114,41 @@ def totals(adapters: Adapters) -> Totals:
         empty_layers=sum(layer.rank == 0 for layer in layers),
         remaining_parameters=sum(layer.remaining_parameters for layer in layers),
         changed=sum(layer.density_BA * layer.adapted_parameters for layer in layers) / began.weights,
-        bytes=sum(sizes) if len(sizes) == len(layers) else None,
+        nbytes=sum(layer.nbytes for layer in adapters.layers.values()) if adapters.layers else None,
     )
 
 
-def text_table(adapters: Adapters) -> str:
+def text_table(adapters: StoredAdapters) -> str:
     """The table and its totals as lines of text."""
-    common = common_start(figure.sparsity.name for figure in adapters.figures)
-    columns = [column for column in COLUMNS if any(column.value(figure) is not None for figure in adapters.figures)]
-    head = ["layer", RANK.head, *(column.head for column in columns)]
-    rows = [
-        [
-            figure.sparsity.name[len(common) :],
-            f"{figure.sparsity.rank}/{figure.sparsity.max_rank}",
-            *(column.cell(figure) for column in columns),
-        ]
-        for figure in adapters.figures
+    table, together = table_of(adapters), totals(adapters)
+    common = common_start(table.rows)
+    lines = [["layer", "rank", *(column.head for column in table.columns)]]
+    for name, (rank, max_rank, values) in table.rows.items():
+        cells = [column.cell(value) for column, value in zip(table.columns, values, strict=True)]
+        lines.append([name[len(common) :], f"{rank}/{max_rank}", *cells])
+    last = {"left": together.remaining_parameters, "bytes": together.nbytes}
+    sums = [f"{last[column.head]:,}" if column.head in last else "" for column in table.columns]
+    lines.append(["all layers", f"{together.rank}/{together.max_rank}", *sums])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    written = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
     ]
-    together = totals(adapters)
-    last = {"left": together.remaining_parameters, "bytes": together.bytes}
-    sums = [f"{last[c.head]:,}" if c.head in last else "" for c in columns]
-    ending = ["all layers", f"{together.rank}/{together.max_rank}", *sums]
-    lines = [head, *rows, ending]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    written = ["  ".join([line[0].ljust(widths[0]), *_right(line[1:], widths[1:])]).rstrip() for line in lines]
     rule = "─" * max(map(len, written))
     return "\n".join(
         [
-            heading(adapters),
+            _heading(adapters),
             f"Layers of {common.rstrip('.') or 'the model'}:",
             "",
             *[written[0], rule, *written[1:-1], rule, written[-1]],
             "",
-            f"{left([figure.sparsity for figure in adapters.figures], adapters.trained)}.",
+            f"{left(adapters.table, adapters.trained)}.",
             *notes(adapters),
         ]
     )
 
 
-def heading(adapters: Adapters) -> str:
-    """What was read, in one line."""
+def _heading(adapters: StoredAdapters) -> str:
     method = f", trained by {adapters.method}" if adapters.method else ""
     step = f", {adapters.step:,} steps" if adapters.step is not None else ""
     step = step if adapters.progress is None else f", {adapters.progress}"
@@ -130,17 +156,13 @@ def heading(adapters: Adapters) -> str:
     return f"{adapters.name}: {adapters.kind}{method}{step}{on}"
 
 
-def notes(adapters: Adapters) -> list[str]:
-    """Sentences on what the figures leave out."""
+def notes(adapters: StoredAdapters) -> list[str]:
+    """Sentences on what the numbers leave out."""
     found = []
     if not adapters.layers:
         found.append("Norms, gates and the support of BA are not in the logs: give a checkpoint to see them.")
-    elif any(figure.scale is None for figure in adapters.figures):
+    elif any(layer.scale is None for layer in adapters.layers.values()):
         found.append("The file names no scale and no experts: norms of BA are without it, and a layer is one matrix.")
     if adapters.arguments.get("init_weights") == "pissa":
         found.append("PiSSA changed the frozen weights at the start, beyond what is counted here.")
     return found
-
-
-def _right(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]

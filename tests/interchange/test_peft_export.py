@@ -121,8 +121,8 @@ def test_the_configuration_scales_nothing_and_names_what_is_adapted(layout, meth
     assert config["rank_pattern"] == {name: rank for name, rank in ranks.items() if rank not in (0, largest)}
     assert config["alpha_pattern"] == config["rank_pattern"]
     lora = read_peft(tmp_path / "lora")
-    assert {name: pair.lora_A.shape[0] for name, pair in lora.pairs.items()} == {n: r for n, r in ranks.items() if r}
-    assert all(pair.scale == 1 for pair in lora.pairs.values())
+    assert {name: layer.lora_A.shape[0] for name, layer in lora.layers.items()} == {n: r for n, r in ranks.items() if r}
+    assert all(layer.scale == 1 for layer in lora.layers.values())
     loaded = load(fresh(), tmp_path / "lora")
     assert lora_layers(loaded) == {f"base_model.model.{name}" for name, rank in ranks.items() if rank}
     assert "lit_sparse" not in json.dumps(config)

@@ -18,14 +18,15 @@ import lit_sparse as ls
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.reporting import sources
 from lit_sparse.reporting.sources import read_adapters
+from lit_sparse.reporting.stored import StoredAdapters
 
 
 def as_in(adapters, model):
-    """Whether what was read has the figures of the model's adapters."""
-    assert [figures.sparsity for figures in adapters.figures] == layer_sparsity(model)
-    for figures, (_, adapter) in zip(adapters.figures, ls.adapters_in(model), strict=True):
-        assert figures.scale == pytest.approx(adapter.scale)
-        assert figures.norm_BA == pytest.approx(float(adapter.delta_weight().norm()), rel=1e-5)
+    """Whether what was read has the numbers of the model's adapters."""
+    assert adapters.table == layer_sparsity(model)
+    for layer, (_, adapter) in zip(adapters.layers.values(), ls.adapters_in(model), strict=True):
+        assert layer.scale == pytest.approx(adapter.scale)
+        assert float(layer.change_norms.norm()) == pytest.approx(float(adapter.delta_weight().norm()), rel=1e-5)
     return True
 
 
@@ -61,8 +62,8 @@ def test_a_compacted_checkpoint_counts_from_the_ranks_at_the_start(run):
         adapter.gate.data[:dead] = 0
     ls.compact(module)
     adapters = read_adapters(saved(module))
-    assert [figures.sparsity.rank for figures in adapters.figures] == [3, 0, 4, 2]
-    assert {figures.sparsity.max_rank for figures in adapters.figures} == {4}
+    assert [layer.rank for layer in adapters.table] == [3, 0, 4, 2]
+    assert {layer.max_rank for layer in adapters.table} == {4}
     assert as_in(adapters, module)
 
 
@@ -75,7 +76,7 @@ def test_experts_have_their_own_ranks(tmp_path):
         adapter.gate.data[i % 2] = 0
     adapters = read_adapters(saved(module))
     assert as_in(adapters, module)
-    assert {layer.copies for layer in adapters.layers.values()} == {1, 3}
+    assert {len(layer.ranks) for layer in adapters.layers.values()} == {1, 3}
     ls.plot_support(saved(module), tmp_path / "experts.png", "0.mlp.experts.down_proj")
     assert (tmp_path / "experts.png").exists()
 
@@ -103,8 +104,8 @@ def test_a_module_of_the_users_own_is_found_by_its_keys(tmp_path):
     trainer.fit(module, DataLoader(torch.randn(8, 6), batch_size=4))
     adapters = read_adapters(next(tmp_path.rglob("*.ckpt")))
     assert list(adapters.layers) == ["first.0", "first.1"]
-    assert [figures.sparsity for figures in adapters.figures] == layer_sparsity(module)
-    assert {figures.scale for figures in adapters.figures} == {None}
+    assert adapters.table == layer_sparsity(module)
+    assert {layer.scale for layer in adapters.layers.values()} == {None}
     assert (adapters.method, adapters.step, adapters.gates) == (None, 2, [])
 
 
@@ -112,7 +113,7 @@ def test_a_forged_pattern_cannot_hang(run, tmp_path):
     checkpoint = torch.load(run.checkpoint, weights_only=True)
     checkpoint["lit_sparse"]["method"]["init_args"]["overrides"] = {r"([a-z0-9._]+)+\d!": {"alpha": 3}}
     torch.save(checkpoint, tmp_path / "forged.ckpt")
-    assert {figures.alpha for figures in read_adapters(tmp_path / "forged.ckpt").figures} == {8}
+    assert {layer.alpha for layer in read_adapters(tmp_path / "forged.ckpt").layers.values()} == {8}
 
 
 def test_a_folder_of_pefts(tmp_path):
@@ -130,18 +131,18 @@ def test_a_folder_of_pefts(tmp_path):
     names = [name for name in adapters.layers if name.endswith("query")]
     assert names == [f"bert.encoder.layer.{block}.attention.self.query" for block in range(11)]
     assert set(adapters.layers) == set(layers)
-    for figures in adapters.figures:
-        delta = layers[figures.sparsity.name].get_delta_weight("default")
-        assert figures.norm_BA == pytest.approx(float(delta.detach().norm()), rel=1e-5)
-        rank = 2 if "query" in figures.sparsity.name else 4
-        assert (figures.sparsity.rank, figures.alpha, figures.scale) == (rank, 6, 6 / rank)
+    for layer in adapters.table:
+        delta, factors = layers[layer.name].get_delta_weight("default"), adapters.layers[layer.name]
+        assert float(factors.change_norms.norm()) == pytest.approx(float(delta.detach().norm()), rel=1e-5)
+        rank = 2 if "query" in layer.name else 4
+        assert (layer.rank, factors.alpha, factors.scale) == (rank, 6, 6 / rank)
 
 
 @pytest.mark.parametrize("layout", ["padded", "ragged"])
 def test_a_folder_in_either_layout_counts_the_ranks_that_are_live(layout, tmp_path):
     model = as_trained(build_tiny(BertForSequenceClassification))
     ls.export_peft(model, tmp_path / "lora", layout)
-    found = {f.sparsity.name: f.sparsity for f in read_adapters(tmp_path / "lora").figures}
+    found = {layer.name: layer for layer in read_adapters(tmp_path / "lora").table}
     live = {layer.name: layer for layer in layer_sparsity(model) if layer.rank or layout == "padded"}
     assert {name: layer.rank for name, layer in found.items()} == {name: layer.rank for name, layer in live.items()}
     for name, layer in live.items():
@@ -161,12 +162,14 @@ def test_a_folder_of_our_own(model_class, tmp_path):
     adapters = read_adapters(tmp_path / "sparse")
     assert (adapters.kind, adapters.method, adapters.arguments) == ("a folder of save_adapter", "SoRA", {"rank": 4})
     live = {name: adapter for name, adapter in ls.adapters_in(model) if adapter.gate.any()}
-    found = {figures.sparsity.name: figures for figures in adapters.figures}
+    found = {layer.name: layer for layer in adapters.table}
     assert found.keys() == live.keys()
     for name, adapter in live.items():
-        assert found[name].norm_BA == pytest.approx(float(adapter.delta_weight().norm()), rel=1e-5)
+        assert float(adapters.layers[name].change_norms.norm()) == pytest.approx(
+            float(adapter.delta_weight().norm()), rel=1e-5
+        )
         kept = int((adapter.gate != 0).sum()) * (adapter.in_features + adapter.out_features)
-        assert found[name].sparsity.remaining_parameters == kept
+        assert found[name].remaining_parameters == kept
     ls.export_delta(model, tmp_path / "delta")
     with pytest.raises(ls.UsageError, match="is a patch of the weights: A and B are not in it"):
         read_adapters(tmp_path / "delta")
@@ -175,8 +178,7 @@ def test_a_folder_of_our_own(model_class, tmp_path):
 @pytest.mark.parametrize("part", ["", "sparsity.csv"])
 def test_the_logs_of_a_run(run, part):
     adapters = read_adapters(run.logs / part)
-    assert [figures.sparsity for figures in adapters.figures] == layer_sparsity(run.module)
-    assert {figures.norm_BA for figures in adapters.figures} == {None}
+    assert adapters.table == layer_sparsity(run.module)
     assert (adapters.kind, adapters.method, adapters.layers) == ("the logs of a run", "SoRA", {})
     assert "val_loss" in adapters.curves
     with pytest.raises(ls.UsageError, match=r"is the logs of a run, without A and B. Give a checkpoint"):
@@ -211,7 +213,7 @@ def test_a_format_is_a_line_of_the_table(run, tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text("{}")
 
     def read_mine(path):
-        return sources.Adapters(str(path), "mine", {}, [])
+        return StoredAdapters(name=str(path), kind="mine", table=[])
 
     own = sources.Source(lambda path: (path / "mine.json").is_file(), read_mine, "a folder of mine")
     monkeypatch.setattr(sources, "SOURCES", (own, *sources.SOURCES))

@@ -1,0 +1,76 @@
+"""A and B of one layer apart from its model: what exports fold, and what files hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lit_sparse.adapters.base import LowRankAdapter
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerFactors:
+    """A, B and gate of one layer.
+
+    Args:
+        name: Full name of the layer.
+        lora_A: Shape ``(sum of ranks, in_features)``.
+        lora_B_t: Shape ``(sum of ranks, out_features)``.
+        ranks: Rows that belong to each matrix: one number, or one for each expert.
+        max_rank: Ranks of each matrix at the start of training, before any were removed.
+        gate: Shape ``(sum of ranks,)``; None without gates.
+        scale: Factor of B diag(gate) A; None if the file does not record it.
+        alpha: Numerator of the scale; None if it is not known.
+    """
+
+    name: str
+    lora_A: Tensor
+    lora_B_t: Tensor
+    ranks: tuple[int, ...]
+    max_rank: int
+    gate: Tensor | None = None
+    scale: float | None = 1.0
+    alpha: float | None = None
+
+    @classmethod
+    def of(cls, name: str, adapter: LowRankAdapter) -> LayerFactors:
+        """The factors of an adapter in a model, sharing its memory."""
+        return cls(
+            name=name,
+            lora_A=adapter.lora_A.detach(),
+            lora_B_t=adapter.lora_B_t.detach(),
+            ranks=(adapter.rank,) * adapter.copies,
+            max_rank=adapter.max_rank,
+            gate=None if adapter.gate is None else adapter.gate.detach(),
+            scale=adapter.scale,
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Columns of each matrix BA."""
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of each matrix BA."""
+        return self.lora_B_t.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of A, B and gate."""
+        return sum(tensor.nbytes for tensor in (self.lora_A, self.lora_B_t, self.gate) if tensor is not None)
+
+    def scaled_lora_B_t(self) -> Tensor:
+        """``scale · gate ∘ Bᵀ`` in float64, shape ``(sum of ranks, out_features)``; an unknown scale counts as 1."""
+        scale = 1.0 if self.scale is None else self.scale
+        return self.lora_B_t.double() * (scale if self.gate is None else (self.gate.double() * scale).unsqueeze(1))
+
+    @cached_property
+    def change_norms(self) -> Tensor:
+        """Frobenius norm of ``scale · B diag(gate) A`` of each matrix, shape ``(len(ranks),)``; BA is not formed."""
+        parts = zip(self.lora_A.double().split(self.ranks), self.scaled_lora_B_t().split(self.ranks), strict=True)
+        squares = torch.stack([((A @ A.mT) * (B_t @ B_t.mT)).sum() for A, B_t in parts])  # ‖BA‖² = ⟨BᵀB, AAᵀ⟩
+        return squares.clamp(min=0).sqrt()

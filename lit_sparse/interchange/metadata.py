@@ -1,0 +1,33 @@
+"""``lit_sparse.json``: the file of every export that says what the folder holds and where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_sparse.errors import UsageError, parse_json
+
+METADATA = "lit_sparse.json"
+
+
+def write_metadata(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write the file; values that JSON lacks are written as text."""
+    (folder / METADATA).write_text(json.dumps(entries, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read the file; empty where another program wrote the folder.
+
+    Raises:
+        UsageError: If it is damaged.
+    """
+    file = folder / METADATA
+    try:
+        entries: Any = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(entries, dict):
+        raise UsageError(f"{file} cannot be read: it holds no names.")
+    return entries
