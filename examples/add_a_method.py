@@ -1,7 +1,9 @@
-"""A sparse method of your own is one class: magnitude pruning of the entries of A and B, here.
+"""A sparse method of your own is one class: here each layer keeps its ranks of largest magnitude.
 
 Run:  python examples/add_a_method.py
 """
+
+from dataclasses import dataclass
 
 import lightning as L
 import torch
@@ -10,20 +12,23 @@ from transformers import BertConfig, BertForSequenceClassification
 import lit_sparse as ls
 
 
-class MagnitudeLoRA(ls.SparseMethod):
-    """Keep the largest entries of each row of A and column of B, a share that shrinks to `density`."""
+@dataclass(eq=False, repr=False, kw_only=True)
+class MagnitudeRanks(ls.SparseMethod):
+    """Keep the ranks with the largest product of norms of A's row and B's column; their number shrinks in the run.
 
-    def __init__(self, target_modules: str | list[str] = "all-linear", rank: int = 8, density: float = 0.1) -> None:
-        super().__init__(
-            target_modules, rank, alpha=rank, dropout=0, layers=None, exclude_modules=None, train_head=True
-        )
-        self.density = density
+    Args:
+        kept: Ranks that each layer keeps at the end.
+    """
+
+    kept: int = 2
 
     def after_step(self, adapters, step, observed) -> None:
-        share = ls.functional.cubic_density(step.index, step.total, self.density, begin=0.1, end=0.8)
         for adapter in adapters:
-            for matrix in (adapter.lora_A, adapter.lora_B_t):  # both hold one rank per row
-                matrix.mul_(ls.functional.top_fraction_mask(matrix.abs(), share, dim=1))
+            final = self.kept / adapter.max_rank
+            share = ls.functional.cubic_density(step.index, step.total, final, begin=0.1, end=0.8)
+            magnitudes = adapter.lora_A.norm(dim=1) * adapter.lora_B_t.norm(dim=1)  # both hold one rank per row
+            mask = ls.functional.top_fraction_mask(magnitudes, share, dim=0)
+            adapter.lora_B_t.mul_(mask.unsqueeze(1))
 
 
 def main() -> None:
@@ -32,12 +37,12 @@ def main() -> None:
     tokens = torch.randint(2, 64, (256, 12))
     rows = [{"input_ids": row, "labels": (row[1] > row[2]).long()} for row in tokens]
 
-    module = ls.SparseModule(BertForSequenceClassification(config), MagnitudeLoRA())
+    module = ls.SparseModule(BertForSequenceClassification(config), MagnitudeRanks())
     trainer = L.Trainer(max_epochs=2, logger=False, enable_checkpointing=False)
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=16))
 
-    kept = [int((adapter.lora_A != 0).sum(1).max()) for _, adapter in ls.adapters_in(module)]
-    print(f"entries kept in each row of A: {sorted(set(kept))}")
+    kept = [int((adapter.lora_B_t != 0).any(1).sum()) for _, adapter in ls.adapters_in(module)]
+    print(f"ranks kept in each layer: {sorted(set(kept))}")
 
 
 if __name__ == "__main__":

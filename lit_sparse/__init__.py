@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from lit_sparse.interchange.sparse_folder import load_adapter as load_adapter
     from lit_sparse.interchange.sparse_folder import save_adapter as save_adapter
     from lit_sparse.methods.base import SparseMethod as SparseMethod
-    from lit_sparse.methods.base import Step as Step
     from lit_sparse.methods.gated_roselora import GatedRoseLoRA as GatedRoseLoRA
     from lit_sparse.methods.lora import LoRA as LoRA
     from lit_sparse.methods.roselora import RoseLoRA as RoseLoRA
     from lit_sparse.methods.sora import SoRA as SoRA
+    from lit_sparse.methods.step import Step as Step
     from lit_sparse.methods.stepping import SparseSteps as SparseSteps
     from lit_sparse.modules.base import SparseModule as SparseModule
     from lit_sparse.modules.classification import SequenceClassification as SequenceClassification
@@ -138,7 +138,7 @@ _HOME = {
     "load_adapter": "interchange.sparse_folder",
     "save_adapter": "interchange.sparse_folder",
     "SparseMethod": "methods.base",
-    "Step": "methods.base",
+    "Step": "methods.step",
     "GatedRoseLoRA": "methods.gated_roselora",
     "LoRA": "methods.lora",
     "RoseLoRA": "methods.roselora",

@@ -24,7 +24,7 @@ class ZeroedRows(ls.SparseMethod):
     """Zeroes half of the ranks, without gates: one by its row of A, one by its row of Bᵀ."""
 
     def __init__(self, target_modules: str | list[str] = "all-linear", rank: int = RANK) -> None:
-        super().__init__(target_modules, rank, rank, dropout=0, layers=None, exclude_modules=None, train_head=True)
+        super().__init__(target_modules, rank=rank)
 
     def after_step(self, adapters, step, observed) -> None:
         for adapter in adapters:

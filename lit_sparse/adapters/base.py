@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.head import never_narrowing
 from lit_sparse.adapters.saving import guard_saving
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import require_range
 
 
 class KeepsPrecision(nn.Module):
@@ -75,10 +75,8 @@ class LowRankAdapter(KeepsPrecision):
     ) -> None:
         super().__init__()
         guard_saving(LowRankAdapter)
-        if rank < 1:
-            raise UsageError(f"rank must be at least 1; got {rank}.")
-        if not 0 <= dropout < 1:
-            raise UsageError(f"dropout must be in [0, 1); got {dropout}.")
+        require_range("rank", rank, at_least=1)
+        require_range("dropout", dropout, at_least=0, below=1)
         self.in_features, self.out_features = in_features, out_features
         self.copies = copies
         self.max_rank = rank
@@ -86,8 +84,10 @@ class LowRankAdapter(KeepsPrecision):
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.enabled = True
+        self.gate_function: Callable[[Tensor, bool], Tensor] | None = None
+        """A method's :meth:`~lit_sparse.SparseMethod.effective_gate`; None where the parameter itself is the gate."""
         self.overrides: Mapping[str, float] = {}
-        """What the method sets otherwise for this layer than for the rest, by argument."""
+        """Arguments that this layer has in place of the method's."""
         self.took_from_weight = False
         """Whether A and B began as a part of the frozen weight, which is only the rest since then."""
 
@@ -136,11 +136,20 @@ class LowRankAdapter(KeepsPrecision):
         """B of shape ``(out_features, rank)``: a view of :attr:`lora_B_t`, so writing to it in place works."""
         return self.lora_B_t.t()
 
-    def scaled_lora_B_t(self) -> Tensor:
-        """``scale · gate ∘ Bᵀ``, shape ``(rank, out_features)``."""
-        if self.gate is None:
-            return self.lora_B_t * self.scale
-        return self.lora_B_t * (self.gate * self.scale).unsqueeze(1)
+    def effective_gate(self, training: bool = False) -> Tensor | None:
+        """The factor of each rank, shape ``(copies · rank,)``; None without gates.
+
+        Args:
+            training: Whether it is for a forward pass in training, where a method may draw gates at random.
+        """
+        if self.gate is None or self.gate_function is None:
+            return self.gate
+        return self.gate_function(self.gate, training)
+
+    def scaled_lora_B_t(self, training: bool = False) -> Tensor:
+        """``scale · gate ∘ Bᵀ``, shape ``(rank, out_features)``, with the :meth:`effective_gate`."""
+        gate = self.effective_gate(training)
+        return self.lora_B_t * (self.scale if gate is None else (gate * self.scale).unsqueeze(1))
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

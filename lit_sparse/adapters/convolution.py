@@ -33,7 +33,7 @@ class LowRankConv2d(LowRankLayer):
         if not self.enabled or not self.rank:
             return y  # type: ignore[no-any-return]
         x = self.dropout(x).to(y.dtype)
-        lora_B_t = self.scaled_lora_B_t()
+        lora_B_t = self.scaled_lora_B_t(self.training)
         if self.base.groups > 1:
             delta = self._as_weight(lora_B_t.t() @ self.lora_A)
             return y + self.base._conv_forward(x, delta.to(y.dtype), None)  # type: ignore[no-any-return]

@@ -40,7 +40,7 @@ class LowRankEmbedding(LowRankLayer):
         if not self.enabled or not self.rank:
             return y  # type: ignore[no-any-return]
         hidden = F.embedding(ids, self.lora_A.t(), self.base.padding_idx)
-        return y + (hidden @ self.scaled_lora_B_t()).to(y.dtype)  # type: ignore[no-any-return]
+        return y + (hidden @ self.scaled_lora_B_t(self.training)).to(y.dtype)  # type: ignore[no-any-return]
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.t()

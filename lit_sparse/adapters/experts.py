@@ -75,7 +75,10 @@ class LowRankExperts(LowRankAdapter):
     def forward(self, rows: Tensor, expert: int) -> Tensor:
         """What ``expert`` adds to its frozen output for ``(rows, in_features)``."""
         ranks = slice(expert * self.rank, (expert + 1) * self.rank)
-        scale = self.scale if self.gate is None else (self.gate[ranks] * self.scale).unsqueeze(1)
+        gate = None if self.gate is None else self.gate[ranks]
+        if gate is not None and self.gate_function is not None:
+            gate = self.gate_function(gate, self.training)
+        scale = self.scale if gate is None else (gate * self.scale).unsqueeze(1)
         lora_A, lora_B_t = self.lora_A[ranks], self.lora_B_t[ranks] * scale
         return F.linear(self.dropout(rows), lora_A.to(rows.dtype)) @ lora_B_t.to(rows.dtype)
 

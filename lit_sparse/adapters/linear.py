@@ -61,7 +61,7 @@ class LowRankLinear(LowRankLayer):
         else:
             y = self.base(rows)
             hidden = F.linear(self.dropout(rows).to(y.dtype), self.lora_A.to(y.dtype)).to(y.dtype)
-            y = torch.addmm(y, hidden, self.scaled_lora_B_t().to(y.dtype))
+            y = torch.addmm(y, hidden, self.scaled_lora_B_t(self.training).to(y.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
     def _fused(self, rows: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ class LowRankLinear(LowRankLayer):
             # As autocast would, but once for the two products that read the rows.
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
-        return fused_linear(rows, weight, bias, self.lora_A, self.lora_B_t, self.gate, self.scale, dropout)
+        gate = self.effective_gate(self.training)
+        return fused_linear(rows, weight, bias, self.lora_A, self.lora_B_t, gate, self.scale, dropout)
 
     def _can_fuse(self, rows: Tensor) -> bool:
         """Whether what ``base`` would do is the product by its weight, and nobody looks on."""

@@ -19,8 +19,6 @@ from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
 from lit_sparse.figures.stages import stage_figure
 from lit_sparse.functional import threshold_stages
-from lit_sparse.methods.gated_roselora import GatedRoseLoRA
-from lit_sparse.methods.sora import SoRA
 
 _MATPLOTLIB = RequirementCache("matplotlib")
 
@@ -100,13 +98,16 @@ class ThresholdStages(Callback):
             raise UsageError("ThresholdStages needs a folder to write to: give folder, or the Trainer a logger.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a method without ξ, and find the folder."""
-        sparsify, self._method = _method(trainer)
+        """Set the first threshold, which a method without one refuses, and find the folder."""
+        sparsify = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
+        if sparsify is None:
+            raise UsageError("ThresholdStages sets the threshold of a method, and the Trainer has no Sparsify.")
+        self._method = sparsify.method
+        self._method.set_threshold(self.thresholds[0])
+        self._current = 0
         sparsify.last_stage = sum(self.shares()[:-1])
         folder = self.folder or Path(trainer.log_dir or ".") / "stages"  # on every process: log_dir is broadcast
         self._folder = Path(folder)
-        if self._method.threshold is None:
-            raise UsageError("ThresholdStages sets threshold, and the method has sparsity_weight: give it threshold.")
         if any("threshold" in adapter.overrides for _, adapter in adapters_in(pl_module)):
             raise UsageError("ThresholdStages sets one threshold for all layers: leave it out of overrides.")
 
@@ -171,7 +172,8 @@ class ThresholdStages(Callback):
 
     def _set_threshold(self, trainer: Trainer) -> None:
         stage = self._stage(trainer.current_epoch)
-        if self._method.threshold != self.thresholds[stage]:
+        if stage != self._current:
+            self._current = stage
             self._method.set_threshold(self.thresholds[stage])
             rank_zero_info(f"Stage {stage + 1} of {len(self.thresholds)}: threshold {self.thresholds[stage]:g}.")
 
@@ -191,11 +193,3 @@ class ThresholdStages(Callback):
             writer.writerows(self.rows)
         if _MATPLOTLIB:
             save(stage_figure(self.rows, self.monitor), self._folder / "stages.png")
-
-
-def _method(trainer: Trainer) -> tuple[Sparsify, SoRA | GatedRoseLoRA]:
-    found = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
-    if found is None or not isinstance(found.method, SoRA | GatedRoseLoRA):
-        name = "no Sparsify" if found is None else type(found.method).__name__
-        raise UsageError(f"ThresholdStages is for SoRA and GatedRoseLoRA; the Trainer has {name}.")
-    return found, found.method

@@ -1,84 +1,46 @@
-"""What every sparse method answers, and what it is told about the run."""
+"""The base of all sparse methods."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
+from lit_sparse.methods.step import Run, Step
 
 InitWeights = Literal["lora", "pissa"]
 GateInit = Literal["gaussian", "ones"]
 Overrides = dict[str, dict[str, int | float]]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step, as a method sees it.
-
-    Args:
-        index: Number of this step, counted from 1; skipped steps of a gradient scaler do not count.
-        total: Optimizer steps of the whole run, None when the Trainer has no end.
-        optimizer: The optimizer that takes it.
-        group_of: Index in ``optimizer.param_groups`` of each of its parameters.
-    """
-
-    index: int
-    total: int | None
-    optimizer: Optimizer
-    group_of: Mapping[nn.Parameter, int]
-
-    def group(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The parameter group that holds ``parameter``: its lr, betas and so on."""
-        return self.optimizer.param_groups[self.group_of[parameter]]
-
-    def lr_of(self, parameter: nn.Parameter) -> float | Tensor:
-        """The learning rate that this step uses for ``parameter``."""
-        return self.group(parameter)["lr"]  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is known of a run before its first step.
-
-    Args:
-        done: Optimizer steps taken before, more than 0 in a resumed run.
-        total: Optimizer steps of the whole run, None when the Trainer has no end.
-        optimizer: The optimizer that holds the adapters.
-        learning_rates: The learning rate of a parameter at every step of the run, as far as the schedule
-            can be foretold.
-    """
-
-    done: int
-    total: int | None
-    optimizer: Optimizer
-    learning_rates: Callable[[nn.Parameter], Sequence[float]]
-
-
-class SparseMethod:
+@dataclass(eq=False, repr=False)
+class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes sub-classes of a dataclass
     """A way to adapt a frozen model by low-rank layers, and to make them sparse while they train.
 
-    A new method is a subclass in one file: it wraps layers in :meth:`adapt`, and changes adapters around each
-    optimizer step in :meth:`before_step` and :meth:`after_step`. State that must survive a checkpoint
-    belongs into parameters and buffers of the adapters. Every constructor argument is kept under its own
-    name, so that checkpoints can name the method they were trained with.
+    A new method is a sub-class in one file, as a rule a dataclass: its fields are the arguments that it adds, and the
+    command line shows those of its bases with their help. It changes adapters around each optimizer step, in
+    :meth:`before_step` and :meth:`after_step`, adds a :meth:`penalty` to the loss, or computes the gates of the forward
+    pass from a trained parameter, in :meth:`effective_gate`. State that must survive a checkpoint belongs into
+    parameters and buffers of the adapters. A method with a constructor of its own keeps every argument under its name,
+    so that checkpoints can say how the method was made.
 
     Args:
         target_modules: ``"all-linear"``: every linear layer but the task head; a list of whole trailing name
             parts such as ``["query", "value"]``; or one regular expression over full names. Convolutions and embeddings
             are adapted when they are named.
-        rank: Ranks r of every adapter; methods that prune ranks only ever remove from these.
+        rank: Ranks r of every adapter. Methods that prune ranks start from these and only remove some.
         alpha: Numerator of the scale alpha / rank of the adapter's output; None: equal to rank, scale 1.
         dropout: Probability of zeroing an entry of the adapter's input in training.
         layers: Numbers of the transformer blocks to adapt, or one number; None: all.
@@ -87,11 +49,9 @@ class SparseMethod:
             modules to train whole.
         use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output (Kalajdzievski 2023,
             arXiv:2312.03732, Thm. 3.2).
-        init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
-            frozen weight, which is changed for that (:meth:`~lit_sparse.LowRankAdapter.start_from_principal`).
-        gate_init: ``gaussian``: N(0, 1); ``ones``. For methods with gates.
-        overrides: Other settings for some layers: a trailing name part or a regular expression, to the arguments that
-            are otherwise there, among :attr:`overridable`. The first that matches a layer holds for it.
+        overrides: Settings for some layers, such as ``{"attention.output.dense": {"rank": 16}}``. Keys are trailing
+            name parts or regular expressions; values replace the arguments in :attr:`overridable`. The first key
+            that matches a layer holds for it.
 
     Raises:
         UsageError: If an argument is outside its range or ``target_modules`` is empty.
@@ -103,50 +63,49 @@ class SparseMethod:
     overridable: ClassVar[tuple[str, ...]] = ("rank", "alpha")
     """Arguments that ``overrides`` may set for some layers."""
 
-    def __init__(
-        self,
-        target_modules: str | list[str],
-        rank: int,
-        alpha: float | None,
-        dropout: float = 0.0,
-        layers: int | list[int] | None = None,
-        exclude_modules: str | list[str] | None = None,
-        train_head: bool | list[str] = True,
-        use_rslora: bool = False,
-        init_weights: InitWeights = "lora",
-        gate_init: GateInit = "gaussian",
-        overrides: Overrides | None = None,
-    ) -> None:
-        if not target_modules:
-            raise UsageError(f"target_modules is {target_modules!r}: name at least one layer, or give 'all-linear'.")
-        _require_rank_and_alpha(rank, alpha)
-        if not 0 <= dropout < 1:
-            raise UsageError(f"dropout must be in [0, 1); got {dropout}.")
-        if init_weights not in ("lora", "pissa"):
-            raise UsageError(f"init_weights must be 'lora' or 'pissa'; got {init_weights!r}.")
-        if gate_init not in ("gaussian", "ones"):
-            raise UsageError(f"gate_init must be 'gaussian' or 'ones'; got {gate_init!r}.")
-        if init_weights == "pissa" and self.gated and gate_init != "ones":
+    init_weights = "lora"
+    gate_init = "gaussian"
+
+    target_modules: str | list[str] = "all-linear"
+    _: KW_ONLY
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    layers: int | list[int] | None = None
+    exclude_modules: str | list[str] | None = None
+    train_head: bool | list[str] = True
+    use_rslora: bool = False
+    overrides: Overrides | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments; a sub-class checks its own after these."""
+        if not self.target_modules:
+            raise UsageError(
+                f"target_modules is {self.target_modules!r}: name at least one layer, or give 'all-linear'."
+            )
+        require_range("rank", self.rank, at_least=1)
+        if self.rank % 1:
+            raise UsageError(f"rank must be a whole number; got {self.rank}.")
+        require_range("alpha", self.alpha, above=0)
+        require_range("dropout", self.dropout, at_least=0, below=1)
+        require_choice("init_weights", self.init_weights, ("lora", "pissa"))
+        require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
+        if self.init_weights == "pissa" and self.gated and self.gate_init != "ones":
             raise UsageError("init_weights 'pissa' takes the weight's own ranks as they are: set gate_init to 'ones'.")
-        self.target_modules = target_modules
-        self.rank = rank
-        self.alpha = alpha
-        self.dropout = dropout
-        self.layers = layers
-        self.exclude_modules = exclude_modules
-        self.train_head = train_head
-        self.use_rslora = use_rslora
-        self.init_weights: InitWeights = init_weights
-        self.gate_init: GateInit = gate_init
-        self.overrides = overrides
-        for pattern, values in (overrides or {}).items():
+        for pattern, values in (self.overrides or {}).items():
             unknown = [name for name in values if name not in self.overridable or getattr(self, name, 0) is None]
             if unknown or not values:
                 raise UsageError(
-                    f"overrides of {pattern!r} set {unknown or 'nothing'}; what {type(self).__name__} can set for some "
-                    f"layers is {list(self.overridable)}, each where the argument itself is in use."
+                    f"overrides of {pattern!r} set {unknown or 'nothing'}; {type(self).__name__} can set "
+                    f"{list(self.overridable)} for some layers, each where the argument itself is in use."
                 )
-            _require_rank_and_alpha(values.get("rank", rank), values.get("alpha", alpha))
+            self._require_valid(**values, overrides=None)
+
+    def _require_valid(self, **arguments: Any) -> None:
+        """Check what this method would be with other arguments."""
+        other = copy.copy(self)
+        vars(other).update(arguments)
+        other.__post_init__()
 
     def settings(self, layers: Mapping[str, Layer]) -> dict[str, dict[str, float]]:
         """What ``overrides`` sets for each layer; changes none.
@@ -177,20 +136,49 @@ class SparseMethod:
 
         Args:
             layer: The layer.
-            overrides: Arguments that are otherwise for this layer.
+            overrides: Arguments that this layer has in place of the method's.
         """
         rank = int(overrides.get("rank", self.rank))
         adapter = make_adapter(layer, rank, self._scale(overrides), self.dropout, self.gated)
         adapter.overrides = overrides
+        if type(self).effective_gate is not SparseMethod.effective_gate:
+            adapter.gate_function = self.effective_gate
         if adapter.gate is not None and self.gate_init == "ones":
             nn.init.ones_(adapter.gate)
         if self.init_weights == "pissa":
             adapter.start_from_principal()
         return adapter
 
+    def effective_gate(self, gate: Tensor, training: bool) -> Tensor:  # noqa: ARG002
+        """The factor of each rank in the forward pass, in logs, reports and exports, from the parameter ``gate``.
+
+        Args:
+            gate: Values of the parameter, of any shape: each entry is mapped by itself.
+            training: Whether it is for a forward pass in training, where a gate may be drawn at random; otherwise the
+                same ``gate`` must give the same factors.
+
+        Returns:
+            Shaped like ``gate``. Ranks with the factor 0 count as dead.
+        """
+        return gate
+
+    def penalty(self, adapters: Sequence[LowRankAdapter]) -> Tensor | None:  # noqa: ARG002
+        """What the method adds to the loss, or None.
+
+        Its gradient is added to that of the loss once per optimizer step, before gradients are clipped. The loss that
+        is logged is without it. For a gradient in closed form, :meth:`before_step` is cheaper.
+
+        Args:
+            adapters: All of the model's.
+
+        Returns:
+            A scalar, differentiable with respect to parameters of the adapters.
+        """
+        return None
+
     @property
     def scale(self) -> float:
-        """What the product BA is multiplied by where nothing is overridden: alpha / rank, or alpha / √rank."""
+        """Factor of the product BA where nothing is overridden: alpha / rank, or alpha / √rank."""
         return self._scale({})
 
     def _scale(self, overrides: Mapping[str, float]) -> float:
@@ -212,10 +200,10 @@ class SparseMethod:
         return None
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:  # noqa: ARG002
-        """Called once, before the first step: raise for what cannot work.
+        """Called once, before the first step: raise for settings that cannot work.
 
         Returns:
-            Warnings, a sentence or two each, of what will not do what the user wants.
+            Warnings, a sentence or two each, about settings that will hardly do what the user wants.
         """
         return []
 
@@ -223,18 +211,26 @@ class SparseMethod:
         """Called when gradients are final, but not clipped, and weights are those that produced them.
 
         Returns:
-            Whatever :meth:`after_step` needs of it. It must change nothing but gradients: a gradient scaler
+            Whatever :meth:`after_step` needs. It must change nothing but gradients: a gradient scaler
             may still skip the step, and then :meth:`after_step` is not called.
         """
         return None
 
-    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:  # noqa: B027
         """Called after the optimizer changed the weights: zero what is to be zero, in place."""
+
+    def set_threshold(self, threshold: float) -> None:  # noqa: ARG002
+        """Use this threshold from the next step on, as :class:`~lit_sparse.ThresholdStages` asks.
+
+        Raises:
+            UsageError: If the method has no threshold, does not use it, or ``threshold`` is outside its range.
+        """
+        raise UsageError(f"ThresholdStages sets the threshold of a method, and {type(self).__name__} has none.")
 
     def settled_after(self, total: int) -> int:  # noqa: ARG002
         """The optimizer step, of ``total``, after which adapters are as sparse as the schedule makes them.
 
-        A run that stops early, as edits do, stops no earlier.
+        A run that may stop early, as edits do, does not stop before it.
         """
         return 0
 
@@ -266,13 +262,10 @@ class SparseMethod:
         return f"{type(self).__name__}({arguments})"
 
 
-def _require_rank_and_alpha(rank: float, alpha: float | None) -> None:
-    if not rank >= 1:
-        raise UsageError(f"rank must be at least 1; got {rank}.")
-    if rank % 1:
-        raise UsageError(f"rank must be a whole number; got {rank}.")
-    if alpha is not None and not alpha > 0:
-        raise UsageError(f"alpha must be positive, or the adapter would do nothing; got {alpha}.")
+def require_choice(argument: str, value: object, choices: tuple[str, str]) -> None:
+    """Raise a UsageError unless an argument has one of two values."""
+    if value not in choices:
+        raise UsageError(f"{argument} must be {choices[0]!r} or {choices[1]!r}; got {value!r}.")
 
 
 def names_layer(pattern: str, name: str, known: NamePatterns) -> bool:

@@ -3,62 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.errors import UsageError
-from lit_sparse.functional import (
-    optimizer_metric_threshold,
-    released_threshold_,
-    soft_threshold_,
-)
-from lit_sparse.methods.base import Run, Step
+from lit_sparse.adapters.layers import Layer
+from lit_sparse.errors import UsageError, require_range
+from lit_sparse.functional import optimizer_metric_threshold, released_threshold_, soft_threshold_
+from lit_sparse.methods.base import GateInit, SparseMethod, require_choice
+from lit_sparse.methods.step import Run, Step
 
 Operator = Literal["soft", "released"]
 Metric = Literal["euclidean", "optimizer"]
 
 
-class ProximalGates:
-    """The gates of a method: their optimizer group, their penalty and the proximal step on them.
+@dataclass(eq=False, repr=False, kw_only=True)
+class Gates(SparseMethod):
+    """Methods whose ranks have gates that a proximal step zeroes, as those of :class:`~lit_sparse.SoRA`.
 
-    The arguments are those of :class:`~lit_sparse.SoRA`.
+    Args:
+        threshold: ξ, the constant threshold of SoRA's released code, in units of the gate, per step.
+        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ. Give exactly one of the two. Adam
+            moves a gate by about lr at most, so that from λ = 1 on every gate shrinks whatever the data say, and the
+            largest at the start survive; below 1, those survive that the loss pushes outward.
+        l1_weight: Adds ``l1_weight · mean|g|`` over all gates to the loss, by its subgradient, before
+            gradients are clipped (``sparse_lambda`` in the released code).
+        operator: ``soft``: the proximal map of |g|. ``released``: the released code's, which after
+            shrinking by t zeroes everything below t again, so that |g| < 2t vanishes.
+        metric: ``euclidean``: one threshold for all gates, the paper's rule. ``optimizer``: the exact
+            proximal map in Adam's own metric, with the threshold lr · λ / (√v̂ + ε) for each entry that Adam stepped.
+        gate_lr: Learning rate of the gates; None: that of the other parameters. A short run needs a larger one: a gate
+            of size 1 takes 1 / (lr · λ) steps to zero.
+        freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
+            None: never.
+        gate_init: ``gaussian``: N(0, 1), as released. ``ones``: at the start the adapter is LoRA's, exactly.
     """
 
-    def __init__(
-        self,
-        threshold: float | None,
-        sparsity_weight: float | None,
-        l1_weight: float,
-        operator: Operator,
-        metric: Metric,
-        gate_lr: float | None,
-        freeze_zero_after: int | None,
-    ) -> None:
-        if (threshold is None) == (sparsity_weight is None):
-            given = "neither" if threshold is None else "both"
+    gated = True
+    overridable = (*SparseMethod.overridable, "threshold", "sparsity_weight")
+
+    threshold: float | None = None
+    sparsity_weight: float | None = None
+    l1_weight: float = 0.0
+    operator: Operator = "soft"
+    metric: Metric = "euclidean"
+    gate_lr: float | None = None
+    freeze_zero_after: int | None = None
+    gate_init: GateInit = "gaussian"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.threshold is None) == (self.sparsity_weight is None):
+            given = "neither" if self.threshold is None else "both"
             raise UsageError(
                 f"Give exactly one of threshold (ξ, constant) and sparsity_weight (λ, threshold lr · λ); got {given}."
             )
-        require_strengths({"threshold": threshold, "sparsity_weight": sparsity_weight, "l1_weight": l1_weight})
-        if operator not in ("soft", "released"):
-            raise UsageError(f"operator must be 'soft' or 'released'; got {operator!r}.")
-        if metric not in ("euclidean", "optimizer"):
-            raise UsageError(f"metric must be 'euclidean' or 'optimizer'; got {metric!r}.")
-        if metric == "optimizer" and sparsity_weight is None:
+        for name in ("threshold", "sparsity_weight", "l1_weight"):
+            require_range(name, getattr(self, name), at_least=0)
+        require_choice("operator", self.operator, ("soft", "released"))
+        require_choice("metric", self.metric, ("euclidean", "optimizer"))
+        if self.metric == "optimizer" and self.sparsity_weight is None:
             raise UsageError("metric 'optimizer' scales the threshold by lr · λ: give sparsity_weight, not threshold.")
-        if gate_lr is not None and not gate_lr > 0:
-            raise UsageError(f"gate_lr must be positive, or None for the optimizer's own lr; got {gate_lr}.")
-        if freeze_zero_after is not None and freeze_zero_after < 1:
-            raise UsageError(f"freeze_zero_after counts steps, at least 1; got {freeze_zero_after}.")
-        self.threshold, self.sparsity_weight, self.l1_weight = threshold, sparsity_weight, l1_weight
-        self.operator, self.metric = operator, metric
-        self.gate_lr, self.freeze_zero_after = gate_lr, freeze_zero_after
+        require_range("gate_lr", self.gate_lr, above=0)
+        require_range("freeze_zero_after", self.freeze_zero_after, at_least=1)
 
-    def adopt(self, adapter: LowRankAdapter) -> LowRankAdapter:
-        """Give a new adapter the buffer that :attr:`freeze_zero_after` needs."""
+    def set_threshold(self, threshold: float) -> None:
+        """Use this threshold ξ from the next step on."""
+        if self.threshold is None:
+            raise UsageError("ThresholdStages sets threshold, and the method has sparsity_weight: give it threshold.")
+        self._require_valid(threshold=threshold)
+        self.threshold = threshold
+
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
+        """Wrap one frozen layer in a gated adapter, with the buffer that ``freeze_zero_after`` needs."""
+        adapter = super().adapt(layer, overrides)
         if self.freeze_zero_after is not None:
             steps = torch.zeros(adapter.lora_A.shape[0], dtype=torch.int32, device=adapter.lora_A.device)
             adapter.register_buffer("steps_at_zero", steps)
@@ -69,41 +91,44 @@ class ProximalGates:
         group: dict[str, Any] = {"params": _gates(adapters), "weight_decay": 0.0}
         if self.gate_lr is not None:
             group["lr"] = self.gate_lr
-        return [group]
+        return [group, *super().parameter_groups(adapters)]
 
     def mismatch(self, adapter: LowRankAdapter) -> str | None:
-        """Why ``adapter`` lacks what these gates need, or None."""
+        """Why ``adapter`` cannot be one of this method's, or None."""
         if self.freeze_zero_after is not None and not hasattr(adapter, "steps_at_zero"):
             return "no count of steps at zero, which freeze_zero_after needs"
-        return None
+        return super().mismatch(adapter)
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the optimizer, and warn of thresholds that can zero no gate or must zero all."""
         gates = _gates(adapters)
         if self.metric == "optimizer":
             _require_adam(run.optimizer)
+        others = super().check(adapters, run)
         if run.done:
-            return []
+            return others
         warnings = self._compare_groups(gates, run.optimizer)
         if run.total is not None and self.metric == "euclidean":  # else the thresholds depend on gradients to come
             trained = [a for a in adapters if a.gate is not None and a.gate.requires_grad]  # others have no lr
             for strength in sorted({self._strength(adapter) for adapter in trained}):
                 alike = _gates([adapter for adapter in trained if self._strength(adapter) == strength])
-                warnings += self._foretell(alike, strength, run.learning_rates)
-        return warnings
+                warnings += self._predict(alike, strength, run.learning_rates)
+        return warnings + others
 
-    def before_step(self, adapters: Sequence[LowRankAdapter]) -> None:
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:
         """Add the subgradient of ``l1_weight · mean|g|`` to the gates' gradients."""
-        if not self.l1_weight:
-            return
-        gates = _gates(adapters)
+        if self.l1_weight:
+            self._add_subgradient(adapters)
+        return super().before_step(adapters, step)
+
+    def _add_subgradient(self, adapters: Sequence[LowRankAdapter]) -> None:
         entries = sum(a.copies * a.max_rank for a in adapters if a.gate is not None)  # compaction changes no pull
-        trained = [(gate, gate.grad) for gate in gates if gate.grad is not None]
+        trained = [(gate, gate.grad) for gate in _gates(adapters) if gate.grad is not None]
         if trained:
             signs = torch._foreach_sign([gate.detach() for gate, _ in trained])
             torch._foreach_add_([grad for _, grad in trained], signs, alpha=self.l1_weight / entries)
 
-    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """The proximal step, with the learning rate that the optimizer step used."""
         operate_ = soft_threshold_ if self.operator == "soft" else released_threshold_
         alike: dict[tuple[int, float], list[nn.Parameter]] = {}
@@ -118,12 +143,13 @@ class ProximalGates:
             operate_(gates, self._threshold(gates, strength, step))
         if self.freeze_zero_after is not None:
             _hold_at_zero(adapters, self.freeze_zero_after)
+        super().after_step(adapters, step, observed)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that zeroed no gate."""
         gates = [gate.detach() for gate in _gates(adapters)]
         if any(a.rank < a.max_rank for a in adapters) or any(bool((gate == 0).any()) for gate in gates):
-            return None
+            return super().shortfall(adapters)
         smallest = min(float(gate.abs().min()) for gate in gates)
         return (
             f"No gate became zero: all {sum(g.numel() for g in gates)} ranks remain, the smallest |gate| is "
@@ -164,7 +190,7 @@ class ProximalGates:
             ]
         return []
 
-    def _foretell(
+    def _predict(
         self, gates: list[nn.Parameter], strength: float, learning_rates: Callable[[nn.Parameter], Sequence[float]]
     ) -> list[str]:
         """Follow two extreme gates through the run: one at 1 that is only pulled, one that Adam only pushes.
@@ -190,13 +216,6 @@ class ProximalGates:
                 f"optimizer always pushes outward. Lower {knob}, or raise the learning rate of the gates."
             ]
         return []
-
-
-def require_strengths(values: Mapping[str, float | None]) -> None:
-    """Raise a UsageError unless all that are given are finite and not negative."""
-    for name, value in values.items():
-        if value is not None and not 0 <= value < float("inf"):
-            raise UsageError(f"{name} must be a finite number of at least 0; got {value}.")
 
 
 def _gates(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.errors import UsageError
+from lit_sparse.adapters.layers import Layer
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
 from lit_sparse.functional.schedules import resolve_step
 from lit_sparse.functional.sensitivity import where_finite
-from lit_sparse.methods.base import Run, Step
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.step import Run, Step
 
 BROAD_CHANGE = 0.1
 """Share of W0's entries that BA may touch before the method is no longer a local change, and says so."""
@@ -22,44 +27,50 @@ _FIRST_SCORES = 3
 where a warm-up begins at a learning rate of zero."""
 
 
-class SensitivityMasks:
-    """The row and column masks of a method: sensitivities, their average, the density schedule, the clamp.
+@dataclass(eq=False, repr=False, kw_only=True)
+class Masks(SparseMethod):
+    """Methods that keep the most sensitive entries of A and B, as :class:`~lit_sparse.RoseLoRA`.
 
-    The arguments are those of :class:`~lit_sparse.RoseLoRA`.
+    Args:
+        density: τ, the share of each row of A and column of B that remains, in (0, 1]; rounded down to whole
+            entries, at least one.
+        begin: t_i, until which everything is kept: a number of optimizer steps, or with a decimal point a
+            share of the run.
+        end: t_f, from which on ``density`` is kept; in between the share falls with the cube of the remaining
+            time. The same units as ``begin``. A resumed run with another length has another schedule.
+        beta: Memory of the sensitivity's moving average, in [0, 1); 0.8 as released.
+        clamp: Largest size of an entry of A and B, enforced after every step; the released editing runs use
+            3e-3. None: no bound.
+        update_every: Optimizer steps from one choice of masks to the next; in between the last ones hold, and keep A
+            and B sparse after every step. 1 as in the paper; more saves a part of the update's time.
     """
 
-    def __init__(
-        self,
-        density: float,
-        begin: int | float,
-        end: int | float,
-        beta: float,
-        clamp: float | None,
-        update_every: int,
-    ) -> None:
-        require_density(density)
-        if not 0 <= beta < 1:
-            raise UsageError(f"beta is the memory of the sensitivity average, in [0, 1); got {beta}.")
-        if clamp is not None and not clamp > 0:
-            raise UsageError(
-                f"clamp bounds the size of entries and must be positive, or None for no bound; got {clamp}."
-            )
-        if update_every < 1:
-            raise UsageError(
-                f"update_every counts steps from one choice of masks to the next, >= 1; got {update_every}."
-            )
-        if type(begin) is type(end) and begin > end:
-            raise UsageError(f"begin must not be after end; got begin={begin} and end={end}.")
-        for value in (begin, end):
+    overridable = (*SparseMethod.overridable, "density")
+
+    density: float = 0.05
+    begin: int | float = 0.1
+    end: int | float = 0.8
+    beta: float = 0.8
+    clamp: float | None = None
+    update_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("density", self.density, above=0, at_most=1)
+        require_range("beta", self.beta, at_least=0, below=1)
+        require_range("clamp", self.clamp, above=0)
+        require_range("update_every", self.update_every, at_least=1)
+        if type(self.begin) is type(self.end) and self.begin > self.end:
+            raise UsageError(f"begin must not be after end; got begin={self.begin} and end={self.end}.")
+        for value in (self.begin, self.end):
             resolve_step(value, 1)  # raises for what is neither a share of the run nor a number of steps
-        self.density, self.begin, self.end, self.beta, self.clamp = density, begin, end, beta, clamp
-        self.update_every = update_every
 
-    def adopt(self, adapter: LowRankAdapter) -> LowRankAdapter:
-        """Give a new adapter its average sensitivities: rank-major as A and Bᵀ are, starting at zero.
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
+        """Wrap one frozen layer in an adapter with average sensitivities, and with masks that hold for several steps.
 
-        And, where they hold for several steps, its masks.
+        Both are rank-major as A and Bᵀ are; sensitivities start at zero.
         """
+        adapter = super().adapt(layer, overrides)
         for name, weight in (("A", adapter.lora_A), ("B_t", adapter.lora_B_t)):
             adapter.register_buffer(f"sensitivity_{name}", torch.zeros_like(weight, requires_grad=False))
             if self.update_every > 1:
@@ -67,10 +78,12 @@ class SensitivityMasks:
         return adapter
 
     def mismatch(self, adapter: LowRankAdapter) -> str | None:
-        """Why ``adapter`` lacks what these masks need, or None."""
+        """Why ``adapter`` cannot be one of this method's, or None."""
         if not hasattr(adapter, "sensitivity_A"):
             return "no sensitivities"
-        return None if self.update_every == 1 or hasattr(adapter, "mask_A") else "no masks for update_every > 1"
+        if self.update_every > 1 and not hasattr(adapter, "mask_A"):
+            return "no masks for update_every > 1"
+        return super().mismatch(adapter)
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the schedule against the run, and warn when BA will not be a local change."""
@@ -84,11 +97,13 @@ class SensitivityMasks:
         # Who keeps everything wants no local change.
         sparse = [(1 - (1 - d**2) ** r, d, r) for d, r in settings if d < 1]
         touched, density, rank = max(sparse, default=(0.0, 1.0, 0))
+        others = super().check(adapters, run)
         if touched <= BROAD_CHANGE:
-            return []
+            return others
         return [
+            *others,
             f"density {density:g} with rank {rank} lets BA change about {100 * touched:.0f} % of the entries of "
-            "each weight, which is no local change. Lower density or rank if locality matters."
+            "each weight, which is no local change. Lower density or rank if locality matters.",
         ]
 
     def density_at(self, step: int, total: int | None, density: float | None = None) -> float:
@@ -97,14 +112,14 @@ class SensitivityMasks:
         final = self.density if density is None else density
         return cubic_density(step, 1 if total is None else total, final, self.begin, self.end)
 
-    def before_step(self, adapters: Sequence[LowRankAdapter]) -> list[Tensor]:
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:  # noqa: ARG002
         """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3)."""
         weights = _matrices(adapters)
         # A layer that the loss did not reach has no gradient, and its weights no influence.
         gradients = [torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for w in weights]
         return sensitivities(weights, gradients)
 
-    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: list[Tensor]) -> None:
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
         averages = _buffers(adapters, "sensitivity")
         if step.index == 1:
@@ -151,7 +166,7 @@ class SensitivityMasks:
         """The sentence for a run that ended before anything was masked."""
         sparse = [adapter for adapter in adapters if self._density(adapter) < 1]
         if not sparse or any(bool((w == 0).any()) for w in _matrices(sparse)):
-            return None
+            return super().shortfall(adapters)
         return (
             f"No entry of A or B was zeroed: the run ended before the schedule began (begin={self.begin}, "
             f"end={self.end}), or before any gradient told entries apart. Train longer, or lower begin and end."
@@ -207,9 +222,3 @@ def _matrices(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
 
 def _buffers(adapters: Sequence[LowRankAdapter], kind: str) -> list[Tensor]:
     return [adapter.get_buffer(f"{kind}_{name}") for adapter in adapters for name in ("A", "B_t")]
-
-
-def require_density(density: float) -> None:
-    """Raise a UsageError unless ``density`` is a share of entries."""
-    if not 0 < density <= 1:
-        raise UsageError(f"density is the share of each row of A and column of B to keep, in (0, 1]; got {density}.")

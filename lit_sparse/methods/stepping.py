@@ -16,7 +16,8 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.placement import require_one_device
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import Run, SparseMethod, Step
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.step import Run, Step
 
 _NOTHING = object()
 

@@ -258,7 +258,8 @@ UNCUTTABLE = {
 def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_anything_changes(kind):
     make, message = UNCUTTABLE[kind]
     model = nn.Sequential(nn.Linear(512, 512))
-    method = ls.SoRA("all-linear", 512 if "square" in kind else 8, threshold=0.1, gate_init="ones", train_head=False)
+    rank = 512 if "square" in kind else 8
+    method = ls.SoRA("all-linear", rank=rank, threshold=0.1, gate_init="ones", train_head=False)
     adapter = ls.inject(model, method)["0"]
     optimizer = make(ls.parameter_groups(model, method))
     with pytest.raises(ls.UsageError, match=message):

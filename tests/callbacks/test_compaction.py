@@ -105,7 +105,7 @@ class RowsOfB(ls.SparseMethod):
     DEAD = (range(5, 13), [10], range(9, 13), [])
 
     def __init__(self, target_modules="all-linear", rank=4, alpha=8.0):
-        super().__init__(target_modules, rank, alpha)
+        super().__init__(target_modules, rank=rank, alpha=alpha)
 
     def after_step(self, adapters, step, observed):
         for adapter in adapters:
