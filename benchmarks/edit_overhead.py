@@ -32,38 +32,40 @@ from lit_sparse.editing.edits import Edit, EditedModel
 from lit_sparse.editing.measuring import Questions
 from lit_sparse.editing.requests import EditRequest, read_requests
 from lit_sparse.editing.teacher_forcing import collate
-from lit_sparse.editing.training import Training, train
+from lit_sparse.editing.training import train
 from lit_sparse.interchange.patches import patch_of
 from lit_sparse.modules.backbone import load_backbone
 
 
-def by_loop(edited: EditedModel, model: Any, batch: Any, request: EditRequest, how: Training) -> tuple[float, float]:
+def by_loop(
+    edited: EditedModel, model: Any, batch: Any, request: EditRequest, how: dict[str, Any]
+) -> tuple[float, float]:
     """CPU seconds of an edit, and the share of the wall time that its steps took."""
     start, wall = time.process_time(), time.perf_counter()
-    trained = train(model, batch, how)
-    edited.add(Edit(trained.patch, (request,), (), repr(how.method), "", trained.weights))
+    trained = train(model, batch, **how, stop_loss=None)
+    edited.add(Edit(trained.patch, (request,), (), repr(how["method"]), "", trained.weights))
     edited.restore()
     return time.process_time() - start, trained.seconds / (time.perf_counter() - wall)
 
 
-def by_fit(edited: EditedModel, model: Any, batch: Any, request: EditRequest, how: Training) -> float:
+def by_fit(edited: EditedModel, model: Any, batch: Any, request: EditRequest, how: dict[str, Any]) -> float:
     """CPU seconds of the same edit by a Trainer."""
     start = time.process_time()
-    module = ls.CausalLM(model, how.method, optimizer=how.optimizer)
+    module = ls.CausalLM(model, how["method"], optimizer=how["optimizer"])
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=how.steps,
+        max_steps=how["steps"],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # the report at the end of a run
-        trainer.fit(module, DataLoader([batch] * how.steps, batch_size=None))
+        trainer.fit(module, DataLoader([batch] * how["steps"], batch_size=None))
     patch = patch_of(dict(ls.adapters_in(model)))
     weights = sum(adapter.weight.numel() for _, adapter in ls.adapters_in(model))
     take_out(model)
-    edited.add(Edit(patch, (request,), (), repr(how.method), "", weights))
+    edited.add(Edit(patch, (request,), (), repr(how["method"]), "", weights))
     edited.restore()
     return time.process_time() - start
 
@@ -83,7 +85,7 @@ def main() -> None:
     edited = EditedModel(model)
     method = ls.RoseLoRA(["down_proj"], rank=4, alpha=8, density=0.05, begin=3, end=20)
     optimizer = functools.partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0)
-    how = Training(method, options.steps, optimizer, stop_loss=None)
+    how = {"method": method, "steps": options.steps, "optimizer": optimizer}
     loop, fit, steps = [], [], []
     for number, request in enumerate(read_requests(options.data)[: options.edits + 1]):
         questions = Questions(tokenizer, [request])

@@ -1,4 +1,4 @@
-"""``lit-sparse edit apply``, ``list`` and ``remove``: edits that were saved, in and out of a model's folder."""
+"""``lit-sparse edit apply``, ``list`` and ``remove``: saved edits in and out of a model's folder."""
 
 from __future__ import annotations
 
@@ -23,25 +23,39 @@ from lit_sparse.interchange.processors import save_processor
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.verbosity import show
 
-NAMES = ("apply", "list", "remove")
-
 _EDITS = "edits"  # within the folder of an edited model
-_ORIGINALS = "originals.safetensors"  # in there: what the changed entries were before any edit
-_ORDER = "order.txt"  # names of their files, a line each, in the order in which they were added
+_ORIGINALS = "originals.safetensors"  # in there: the changed entries before any edit
+_ORDER = "order.txt"  # names of the edits' files, one per line, in the order in which they were added
 _WIDTH = 60  # characters of a prompt in a table
+_HELP = {
+    "apply": "add edits to a model",
+    "list": "show what edits are for, and their metrics",
+    "remove": "take edits out of an edited model",
+}
+NAMES = tuple(_HELP)
 
 
 def run(words: Sequence[str], program: str) -> None:
     """Run a command.
 
     Args:
-        words: What the user typed after ``edit``; the first is one of :data:`NAMES`.
-        program: Name of the program, for its help.
+        words: The words after ``edit``; the first is one of :data:`NAMES`.
+        program: Name of the program, for the help.
 
     Raises:
-        UsageError: If a word is not understood, or what the commands raise.
+        UsageError: If a word is not understood, or the command fails.
     """
-    arguments = _parser(f"{program} edit").parse_args(list(words))
+    parser = _Parser(prog=f"{program} edit", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    apply, list_, remove = (commands.add_parser(name, help=_HELP[name], allow_abbrev=False) for name in NAMES)
+    apply.add_argument("model", help="hub id or folder of the model; an edited model keeps its edits")
+    apply.add_argument("edits", nargs="+", help="files of edits, or folders of them")
+    list_.add_argument("sources", nargs="+", help="files of edits, folders of them, or folders of edited models")
+    remove.add_argument("model", help="folder of the edited model")
+    remove.add_argument("names", nargs="+", help="names of edits, as list shows them")
+    for command in (apply, remove):
+        command.add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
+    arguments = parser.parse_args(list(words))
     if arguments.command == "apply":
         apply_edits(arguments.model, arguments.edits, arguments.output)
     elif arguments.command == "remove":
@@ -51,15 +65,15 @@ def run(words: Sequence[str], program: str) -> None:
 
 
 def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
-    """Add edits to a model, one after another, and write the edited model with them beside it.
+    """Add edits to a model, one after another, and write the edited model together with its edits.
 
     Args:
-        model: Hub id or folder of the model; one that was edited already keeps its edits.
+        model: Hub id or folder of the model; an edited model keeps its edits.
         edits: Files of edits, or folders of them.
-        output: Folder to write; must not exist, or be empty.
+        output: Folder to write; it must be empty or not exist.
 
     Raises:
-        UsageError: If something cannot be read, or an edit is of another model or in it already.
+        UsageError: If a file cannot be read, or an edit was made for another model or is in the model already.
     """
     require_free(output)
     files = [file for name in edits for file in _files(name)]
@@ -69,18 +83,18 @@ def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
     for file in files:
         edit = load_edit(file)
         conflicts = edited.add(edit, str(file))
-        clash = f", {conflicts:,} of them changed by earlier edits too" if conflicts else ""
+        clash = f", of which earlier edits changed {conflicts:,} too" if conflicts else ""
         show(f"{file.name}: {edit.changed:,} entries{clash}")
     _write(edited, model, [*present.values(), *files], output)
 
 
 def remove_edits(model: str, names: Sequence[str], output: str) -> None:
-    """Take edits out of an edited model, as if they had never been in it, and write what is left.
+    """Take edits out of an edited model, as if they had never been in it, and write the model.
 
     Args:
         model: Folder of the edited model.
-        names: Of the edits, as ``list`` shows them.
-        output: Folder to write; must not exist, or be empty.
+        names: Names of the edits, as ``list`` shows them.
+        output: Folder to write; it must be empty or not exist.
 
     Raises:
         UsageError: If the model has no such edit, or cannot be read.
@@ -92,7 +106,7 @@ def remove_edits(model: str, names: Sequence[str], output: str) -> None:
         raise UsageError(f"{model!r} has no edit {unknown[0]!r} in it; it has {list(present)}.")
     left = [file for name, file in present.items() if name not in names]
     edited = _edited_model(model)
-    # All out and the others in again: the sums are those of a model that never had the removed ones.
+    # All out, then the others in again: rounding is then the same as in a model that never had the removed edits.
     edited.restore()
     for file in left:
         edited.add(load_edit(file), str(file))
@@ -100,7 +114,7 @@ def remove_edits(model: str, names: Sequence[str], output: str) -> None:
 
 
 def list_edits(sources: Sequence[str]) -> None:
-    """Print a table of edits: what they are for, how much they change, and what was measured.
+    """Print a table of edits with their facts, sizes and metrics.
 
     Args:
         sources: Files of edits, folders of them, or folders of edited models.
@@ -114,8 +128,8 @@ def list_edits(sources: Sequence[str]) -> None:
         unmeasured: tuple[dict[str, float], ...] = ({},) * len(edit.requests)
         for request, found in zip(edit.requests, edit.metrics or unmeasured, strict=False):
             asked = request.prompt if len(request.prompt) <= _WIDTH else f"{request.prompt[: _WIDTH - 1]}…"
-            figures = [f"{found[name]:.2f}" if name in found else "" for name in ("edit_success", "locality")]
-            rows.append([file.name, f"{asked} → {request.target_new}", f"{edit.changed:,}", *figures])
+            metrics = [f"{found[name]:.2f}" if name in found else "" for name in ("edit_success", "locality")]
+            rows.append([file.name, f"{asked} → {request.target_new}", f"{edit.changed:,}", *metrics])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     sys.stdout.write("\n".join(lines) + "\n")
@@ -123,41 +137,25 @@ def list_edits(sources: Sequence[str]) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ({self.prog} --help says what there is).")
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    apply = commands.add_parser("apply", help="add edits to a model", allow_abbrev=False)
-    apply.add_argument("model", help="hub id or folder of the model; an edited one keeps its edits")
-    apply.add_argument("edits", nargs="+", help="files of edits, or folders of them")
-    apply.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
-    shown = commands.add_parser("list", help="what edits are for, and what was measured", allow_abbrev=False)
-    shown.add_argument("sources", nargs="+", help="files of edits, folders of them, or folders of edited models")
-    remove = commands.add_parser("remove", help="take edits out of an edited model", allow_abbrev=False)
-    remove.add_argument("model", help="folder of the edited model")
-    remove.add_argument("names", nargs="+", help="of the edits, as list shows them")
-    remove.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
-    return parser
+        raise UsageError(f"{message} (see {self.prog} --help).")
 
 
 def _require_names(names: Sequence[str]) -> None:
-    """Refuse names of edits that a folder cannot hold beside each other, on any file system."""
+    """Refuse names that one folder cannot hold together on every file system."""
     taken: set[str] = set()
     for name in names:
         key = unicodedata.normalize("NFKC", name).casefold()
         if key in (_ORIGINALS, _ORDER) or len(name.splitlines()) != 1:
-            raise UsageError(f"An edit cannot be named {name!r} within a model: give its file another name.")
+            raise UsageError(f"An edit cannot be named {name!r} within a model: rename its file.")
         if key in taken:
             raise UsageError(
-                f"{name!r} would be in the model twice: leave it out, or give the other file another name."
+                f"{name!r} would be in the model twice: leave it out, or rename the file if it is another edit."
             )
         taken.add(key)
 
 
 def _files(source: str) -> list[Path]:
-    """The edits that a word of the user's means."""
+    """The files of a source: an edit, a folder of edits, or an edited model."""
     place = Path(source)
     if place.is_file():
         return [place]
@@ -165,12 +163,12 @@ def _files(source: str) -> list[Path]:
     folder = inner if inner.is_dir() else place
     found = sorted(file for file in folder.glob(f"*{SUFFIX}") if file.name != _ORIGINALS)
     if not found:
-        raise UsageError(f"{source!r} is no file of an edit, and no folder with some: give what lit-sparse edit wrote.")
+        raise UsageError(f"{source!r} is neither an edit nor a folder of edits: give what lit-sparse edit wrote.")
     return found
 
 
 def _present(name: str) -> dict[str, Path]:
-    """The edits that are in a model, by the names of their files, in the order in which they were added."""
+    """Name → file of the edits in a model, in the order in which they were added."""
     folder = Path(resolve(name)) / _EDITS
     if not (folder / _ORDER).is_file():
         return {}
@@ -182,7 +180,7 @@ def _present(name: str) -> dict[str, Path]:
 
 
 def _edited_model(name: str) -> EditedModel:
-    """A model, with what its entries were before the edits that are in it."""
+    """Load a model with the original values of its edited entries."""
     model = load_backbone(name, AutoModelForCausalLM, dtype="auto").eval()
     if not _present(name):
         return EditedModel(model)

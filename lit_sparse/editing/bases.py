@@ -1,4 +1,4 @@
-"""Whether a model is the one that an edit was made for: by some of its values, or else by its name."""
+"""Check that an edit is added to the model that it was made for, by some of the model's values, or by its name."""
 
 from __future__ import annotations
 
@@ -14,44 +14,39 @@ _ROUNDING = 2.0**-6
 
 
 def sample_of(originals: Patch) -> Patch:
-    """A few of the entries, the first of each weight."""
-    sample: Patch = {}
-    for name, entries in originals.items():
-        indices = torch.arange(entries.count) if entries.indices is None else entries.indices
-        sample[name] = Entries(indices[:_SAMPLED].clone(), entries.values[:_SAMPLED].clone())
-    return sample
+    """The first few entries of each weight."""
+    return {
+        name: Entries(entries.places[:_SAMPLED].clone(), entries.values[:_SAMPLED].clone())
+        for name, entries in originals.items()
+    }
 
 
-def require_base(model: nn.Module, originals: Patch, sample: Patch, base: str, what: str) -> None:
+def require_base(model: nn.Module, originals: Patch, sample: Patch, base: str, edit: str) -> None:
     """Check that an edit was made for this model.
 
     Args:
-        model: To edit.
-        originals: What its changed entries were before any edit.
-        sample: What :func:`sample_of` took from the model that the edit was made for; empty in older files.
+        model: The model to edit.
+        originals: Values of its changed entries before any edit.
+        sample: Result of :func:`sample_of` for the model that the edit was made for; empty in older files.
         base: Name of that model.
-        what: The edit, for messages.
+        edit: What messages call the edit.
 
     Raises:
-        UsageError: If the model has other values than the sample, or without a sample another name.
+        UsageError: If the model's values differ from the sample, or, without a sample, if it has another name.
     """
-    require_fit(model, sample, what)
-    found = standing(model, sample)
-    for name, entries in found.items():
-        known, indices = originals.get(name), sample[name].indices
-        values = entries.values.cpu().float()
-        if known is not None and indices is not None:
-            places = torch.arange(known.count) if known.indices is None else known.indices.cpu()
-            edit, place = (indices.cpu()[:, None] == places).nonzero(as_tuple=True)
-            values[edit] = known.values.cpu().float()[place]
+    require_fit(model, sample, edit)
+    for name, found in standing(model, sample).items():
+        values, indices = found.values.cpu().float(), sample[name].places.cpu()
+        if name in originals:
+            ours, theirs = (indices[:, None] == originals[name].places.cpu()).nonzero(as_tuple=True)
+            values[ours] = originals[name].values.cpu().float()[theirs]
         if not torch.allclose(values, sample[name].values.float(), rtol=_ROUNDING, atol=1e-6):
             raise UsageError(
-                f"{what} was made for the model {base!r}, and this one has other values in {name!r}. Give the model "
-                "that the edit was made for."
+                f"{edit} was made for the model {base!r}, and this one has other values in {name!r}. Load {base!r}."
             )
     here = str(getattr(model, "name_or_path", ""))
     if not sample and base and here and base.rstrip("/") != here.rstrip("/"):
         raise UsageError(
-            f"{what} was made for {base!r}, and this model is {here!r}. Its file is of an earlier version, without "
-            "values to compare the weights by. Make the edit again, or name the model as it was named then."
+            f"{edit} was made for {base!r}, and this model is {here!r}. Its file holds no values to compare, so load "
+            f"the model as {base!r}, or make the edit again."
         )

@@ -24,54 +24,56 @@ from lit_sparse.editing.measuring import Measurer, Questions, summarize
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
 from lit_sparse.editing.teacher_forcing import collate
-from lit_sparse.editing.training import FineTuning, Training, train
+from lit_sparse.editing.training import FineTuning, train
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.modules.optimization import make_optimizer
 
+# Arguments that the results depend on, beside those that need a form of their own.
+_SETTINGS = ("steps", "stop_loss", "sequential", "save_edits", "fluency_tokens", "texts", "seed")
+
 
 class Editor(LightningModule):
-    """Change what a language model says to a prompt, request by request, and measure what else changed.
+    """Change a language model's answers to prompts, request by request, and measure what else changed.
 
-    For each request (or group of requests, by ``batch_size`` of :class:`~lit_sparse.EditingData`) a change of the
+    For each request (or group of requests, see ``batch_size`` of :class:`~lit_sparse.EditingData`) a change of the
     weights is trained on the tokens of the new answer, added to the weights, measured, and taken out again, bit for
-    bit. It is used with a Trainer, as by ``lit-sparse edit --config …``::
+    bit. It runs under a Trainer, as in ``lit-sparse edit --config …``::
 
         editor = ls.Editor("meta-llama/Llama-2-7b-chat-hf", ls.RoseLoRA(["q_proj", "v_proj"], clamp=3e-3), "runs/zsre")
         L.Trainer(inference_mode=False).test(editor, ls.EditingData("ZsRE-test-all.json"))
 
-    Training is a loop of its own within the Trainer's test loop, by the methods' own hooks; the Trainer brings device,
-    precision, progress bar, and processes: each takes its share of the requests, and measures what one alone would.
+    Each edit is trained in a loop of its own within the Trainer's test loop, with the method's hooks. The Trainer
+    provides device, precision, progress bar and processes. The processes share the requests, and the results are those
+    of a single process.
 
-    The folder ``output`` then has ``results.jsonl``, a line for each request; ``summary.json``, means and their
-    standard errors; ``timings.jsonl``; and, with ``save_edits``, a file for each edit. A run that was killed goes on
-    when it is started again.
+    The folder ``output`` then has ``results.jsonl``, one line per request; ``summary.json``, means and standard errors;
+    ``timings.jsonl``; and, with ``save_edits``, one file per edit. A killed run continues when it is started again.
 
     Args:
         backbone: Hub id or folder of a causal language model, or one that is already built.
-        method: What is trained: a method of adapters, or :class:`~lit_sparse.FineTuning`. The steps of its schedule are
-            those of one edit.
+        method: What is trained: a method of adapters, or :class:`~lit_sparse.FineTuning`. The schedule of a method
+            counts the steps of one edit.
         output: Folder for results and edits.
-        steps: Optimizer steps of an edit at most, each on all its requests; 25 as in the release of RoseLoRA.
-        optimizer: Makes the optimizer of one edit. The release has a learning rate of 5e-4.
-        stop_loss: Loss, in nats per token of the new answer, at which an edit stops once the method's sparsity is
-            final; 0.1 as released. None: all steps are taken.
-        sequential: Keep every edit and make the next on top of it. One process only; edits are saved.
-        retest_every: In sequence, after how many edits all of them are measured again, beside the end; None: at the end
-            only.
+        steps: Optimizer steps of an edit at most, each on all its requests. 25 as in RoseLoRA's release.
+        optimizer: Makes the optimizer of one edit. RoseLoRA's release has a learning rate of 5e-4.
+        stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final.
+            0.1 as in RoseLoRA's release. None: all steps are taken.
+        sequential: Keep every edit and make the next on top of it. This needs a single process, and saves the edits.
+        retest_every: In sequence, measure all edits again after so many edits, and at the end. None: only at the end.
         save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
-        fluency_tokens: Tokens to generate after the prompt, of which fluency is measured; 0: it is not.
-        texts: JSON Lines file with a column ``text``, on whose first 128 tokens each the perplexity is measured after
-            each edit; None: it is not.
-        eval_batch_size: Prompts at a time while measuring.
+        fluency_tokens: Tokens to generate after the prompt, for fluency; 0: fluency is not measured.
+        texts: JSON Lines file with a column ``text``. The perplexity of the first 128 tokens of each text is measured
+            after each edit. None: it is not.
+        eval_batch_size: Prompts per batch while measuring.
         seed: Request ``i`` is edited with the seed ``seed + i``, whatever was edited before.
-        tokenizer: Hub id or folder of the tokenizer; None is that of the backbone.
+        tokenizer: Hub id or folder of the tokenizer; None: the backbone's.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
 
     Raises:
         UsageError: If an argument is outside its range, the backbone cannot be loaded or is quantized, or the Trainer
-            is one that cannot edit.
+            cannot edit.
     """
 
     def __init__(
@@ -95,22 +97,18 @@ class Editor(LightningModule):
         super().__init__()
         for name, value, least in (
             ("steps", steps, 1),
+            ("retest_every", retest_every, 1),
             ("fluency_tokens", fluency_tokens, 0),
             ("eval_batch_size", eval_batch_size, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}; got {value}.")
         if stop_loss is not None and not stop_loss > 0:
             raise UsageError(f"stop_loss must be positive, or None for no early stop; got {stop_loss}.")
-        if retest_every is not None and (retest_every < 1 or not sequential):
-            raise UsageError(
-                f"retest_every counts edits in sequence, at least 1, and needs sequential; got {retest_every} with "
-                f"sequential={sequential}."
-            )
+        if retest_every is not None and not sequential:
+            raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
         if tokenizer is None and isinstance(backbone, nn.Module):
-            raise UsageError(
-                "A backbone that is already built does not say which tokenizer is its own: name tokenizer."
-            )
+            raise UsageError("A backbone that is already built does not name its tokenizer: give tokenizer.")
         self._backbone = backbone
         self.method = method
         self.output = output
@@ -128,25 +126,29 @@ class Editor(LightningModule):
         self.backbone_args = backbone_args or {}
         self.model: Any = None
         self.summary: dict[str, Any] = {}
-        """Of the last run: ``figures`` (name to ``mean``, ``standard_error``, ``requests``), and what it took."""
+        """The last run: ``figures`` (metric → ``mean``, ``standard_error``, ``requests``), and the cost of an edit."""
 
     def configure_model(self) -> None:
         """Load backbone and tokenizer."""
         if self.model is not None:
             return
-        given = self._backbone
-        model: Any = given
-        if isinstance(given, str):
-            model = load_backbone(given, AutoModelForCausalLM, **self.backbone_args)
+        model: Any = self._backbone
+        if isinstance(model, str):
+            model = load_backbone(model, AutoModelForCausalLM, **self.backbone_args)
         if any(True for _ in quantized_layers(model)):
-            raise UsageError("Edits are added to weights, which cannot be done to those of a quantized backbone.")
+            raise UsageError(
+                "Edits are added to weights, and this backbone is quantized: load it without quantization."
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name)
 
     def on_test_start(self) -> None:
-        """Open the folder, and go on where an earlier run was."""
-        data = self._data()
+        """Open the folder; rows of an earlier run are kept."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, EditingData):
+            raise UsageError(f"An Editor needs an EditingData for its requests; got {type(data).__name__}.")
         self._require_able()
+        self._requests = data.requests
         self._edited = EditedModel(self.model)
         options = (self.fluency_tokens, self.texts, self.eval_batch_size)
         self._measurer = Measurer(self.model, self.tokenizer, data.requests, *options)
@@ -154,24 +156,25 @@ class Editor(LightningModule):
         self._so_far: list[EditRequest] = []
 
     def test_step(self, batch: Sequence[EditRequest], batch_idx: int) -> None:
-        """Edit some requests at once, unless an earlier run did."""
+        """Edit the requests of a batch together, unless an earlier run did."""
         if not all(request.index in self._results.rows for request in batch):
             self._results.add(self.edit(batch))
         elif self.sequential:
-            self._edited.add(load_edit(self._edit_file(batch)), str(self._edit_file(batch)))
+            file = self._edit_file(batch)
+            self._edited.add(load_edit(file), str(file))
         self._so_far += batch
         if self.retest_every is not None and (batch_idx + 1) % self.retest_every == 0:
             self._retest()
 
     def on_test_epoch_end(self) -> None:
-        """Put the rows of all processes together, and log the means."""
+        """Collect the rows of all processes, and log the means."""
         if self.sequential:
             self._retest()
             self._edited.restore()
         self.trainer.strategy.barrier()
         summary: dict[str, Any] = {}
         if self.global_rank == 0:
-            rows = self._results.finish([request.index for request in self._data().requests])
+            rows = self._results.finish([request.index for request in self._requests])
             summary = {
                 "figures": summarize(rows, self._measurer.names),
                 **{f"mean_{name}": fmean(row[name] for row in rows) for name in ("steps", "changed", "changed_share")},
@@ -180,10 +183,10 @@ class Editor(LightningModule):
             }
             self._results.write_summary(summary)
         self.summary = self.trainer.strategy.broadcast(summary)
-        self.log_dict({name: figure["mean"] for name, figure in self.summary["figures"].items()}, batch_size=1)
+        self.log_dict({name: metric["mean"] for name, metric in self.summary["figures"].items()}, batch_size=1)
 
     def edit(self, requests: Sequence[EditRequest]) -> list[Row]:
-        """Train one change for some requests, add it, measure it, and take it out unless edits are in sequence.
+        """Train one change for some requests, add it and measure it; take it out unless edits are in sequence.
 
         Args:
             requests: At least one.
@@ -196,26 +199,36 @@ class Editor(LightningModule):
             before = self._measurer.unedited(questions)
         start = time.perf_counter()
         batch = collate(self.tokenizer, [questions.rows[place] for place in questions.edits])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         torch.manual_seed(self.seed + requests[0].index)
-        how = Training(self.method, self.steps, self.optimizer, self.stop_loss)
-        trained = train(self.model, {key: value.to(self.device) for key, value in batch.items()}, how)
-        edit = Edit(trained.patch, tuple(requests), (), repr(self.method), self._name(), trained.weights)
-        self._edited.add(Edit(trained.patch))  # made for this model: nothing to compare
+        trained = train(self.model, batch, self.method, self.steps, self.optimizer, self.stop_loss)
+        self._edited.add(Edit(trained.patch))  # without a base: the edit was made for this model
         seconds = time.perf_counter() - start
-        measured = self._measurer.measure(questions, before)
+        metrics = self._measurer.measure(questions, before)
+        edit = Edit(
+            trained.patch, tuple(requests), tuple(metrics), repr(self.method), self._backbone_name(), trained.weights
+        )
         if self.save_edits:
-            self._edited.with_base(edit).measured(measured).save(self._edit_file(requests))
+            self._edited.with_base(edit).save(self._edit_file(requests))
         if not self.sequential:
             start = time.perf_counter()
             self._edited.restore()
             seconds += time.perf_counter() - start
         changed = edit.changed
-        sizes = {"changed": changed, "changed_share": changed / trained.weights}
-        common = {"steps": trained.steps, "loss": trained.loss, **sizes}
-        times = {"seconds": seconds / len(requests), "step_seconds": trained.seconds / len(requests)}
         return [
-            {"index": r.index, "prompt": r.prompt, "target_new": r.target_new, **common, **figures, **times}
-            for r, figures in zip(requests, measured, strict=True)
+            {
+                "index": request.index,
+                "prompt": request.prompt,
+                "target_new": request.target_new,
+                "steps": trained.steps,
+                "loss": trained.loss,
+                "changed": changed,
+                "changed_share": changed / trained.weights,
+                **values,
+                "seconds": seconds / len(requests),
+                "step_seconds": trained.seconds / len(requests),
+            }
+            for request, values in zip(requests, metrics, strict=True)
         ]
 
     def _retest(self) -> None:
@@ -226,35 +239,26 @@ class Editor(LightningModule):
         questions = Questions(self.tokenizer, self._so_far)
         with self._edited.as_it_was():
             before = self._measurer.unedited(questions)
-        measured = self._measurer.measure(questions, before, answers_only=True)
-        figures = summarize(measured, self._measurer.names)
-        means = {name: figure["mean"] for name, figure in figures.items()}
-        each = {"index": [r.index for r in self._so_far], "each": [row["edit_success"] for row in measured]}
+        metrics = self._measurer.measure(questions, before, answers_only=True)
+        means = {name: metric["mean"] for name, metric in summarize(metrics, self._measurer.names).items()}
+        each = {"index": [r.index for r in self._so_far], "each": [row["edit_success"] for row in metrics]}
         self._results.retain({"after": after, **means, **each})
 
     def _edit_file(self, requests: Sequence[EditRequest]) -> Path:
         return self._results.edits / f"{requests[0].index:06d}{SUFFIX}"
 
-    def _name(self) -> str:
+    def _backbone_name(self) -> str:
         return self._backbone if isinstance(self._backbone, str) else str(getattr(self.model, "name_or_path", ""))
 
-    def _data(self) -> EditingData:
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, EditingData):
-            raise UsageError(f"An Editor needs an EditingData for its requests; got {type(data).__name__}.")
-        return data
-
     def _require_able(self) -> None:
-        """Refuse a Trainer under which weights cannot be edited, or not in sequence."""
+        """Refuse a Trainer under which weights cannot be edited."""
         if torch.is_inference_mode_enabled():
-            raise UsageError(
-                "Edits are trained, which inference mode forbids: set the Trainer's inference_mode to false."
-            )
+            raise UsageError("Edits need gradients: set the Trainer's inference_mode to false.")
         strategy = self.trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
             raise UsageError(
-                f"Every process edits a whole model, which {type(strategy).__name__} does not give it. Use a single "
-                "device or ddp."
+                f"Every process edits a whole model, and {type(strategy).__name__} shards it: use a single device or "
+                "ddp."
             )
         if self.trainer.precision_plugin.precision == "16-mixed":
             raise UsageError("Edits are trained without a gradient scaler: use bf16-mixed or 32-true, not 16-mixed.")
@@ -262,10 +266,10 @@ class Editor(LightningModule):
             raise UsageError("Edits in sequence build upon each other: use one process, devices=1.")
 
     def _settings(self, data: EditingData) -> dict[str, Any]:
-        """What results depend on."""
+        """Everything that the results depend on."""
         optimizer = make_optimizer(self.optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}])
         return {
-            "backbone": self._name(),
+            "backbone": self._backbone_name(),
             "tokenizer": self.tokenizer_name,
             "backbone_args": str(self.backbone_args),
             "method": repr(self.method),
@@ -274,8 +278,5 @@ class Editor(LightningModule):
             "requests": hashlib.sha256(Path(data.path).read_bytes()).hexdigest(),
             "batch_size": data.batch_size,
             "precision": str(self.trainer.precision),
-            **{
-                name: getattr(self, name)
-                for name in ("steps", "stop_loss", "sequential", "save_edits", "fluency_tokens", "texts", "seed")
-            },
+            **{name: getattr(self, name) for name in _SETTINGS},
         }

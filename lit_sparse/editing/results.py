@@ -1,4 +1,4 @@
-"""What a run of edits measured: written as it goes, so that a run that is killed goes on where it was."""
+"""The folder of a run, written as the run goes, so that a killed run can be continued."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ _TIMES = ("seconds", "step_seconds")
 class Results:
     """The folder of a run.
 
-    Every process appends what it measured of a request to a file of its own in ``parts``; at the end one of them writes
-    ``results.jsonl``, a line for each request in their order, and beside it ``timings.jsonl``, the only figures that
-    are not the same in every run.
+    Each process appends its rows to a file of its own in ``parts``. At the end one process writes ``results.jsonl``,
+    with one row per request, and ``timings.jsonl``, whose values differ from run to run.
 
     Args:
-        folder: Of the run; made if it is not there.
-        settings: What the figures depend on. They are written down, and a run with others is refused.
+        folder: Created if it does not exist.
+        settings: Everything that the results depend on; stored in ``run.json``.
         rank: Number of this process.
 
     Raises:
@@ -32,34 +31,32 @@ class Results:
 
     def __init__(self, folder: str, settings: Mapping[str, Any], rank: int = 0) -> None:
         self.folder = Path(folder)
+        self.edits = self.folder / "edits"
         self._parts = self.folder / "parts"
+        self._own = self._parts / f"{rank}.jsonl"
+        self._retention = self.folder / "retention.jsonl"
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"The folder {folder!r} of the results cannot be made: {error}.") from error
-        self._require_same(json.loads(json.dumps(settings)), rank)
-        self._own = self._parts / f"{rank}.jsonl"
-        self._retention = self.folder / "retention.jsonl"
-        for file in (self._own, self._retention) if rank == 0 else (self._own,):
-            _drop_torn_line(file)
+            raise UsageError(f"The folder {folder!r} for the results cannot be created: {error}.") from error
+        self._require_same(json.loads(json.dumps(settings)))
+        if rank == 0:
+            (self.folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            _drop_torn_line(self._retention)
+        _drop_torn_line(self._own)
         self.rows = self._read()
-        """What was measured, by the number of the request; of other processes what they had when this one began."""
-
-    @property
-    def edits(self) -> Path:
-        """Folder of the edits."""
-        return self.folder / "edits"
+        """Number of a request → its row; rows of other processes only as of the start of this one."""
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write rows down at once."""
+        """Store rows at once."""
         _append(self._own, rows)
         self.rows |= {row["index"]: row for row in rows}
 
     def finish(self, order: Sequence[int]) -> list[Row]:
-        """Put the rows of all processes together.
+        """Collect the rows of all processes.
 
         Args:
-            order: Numbers of the requests of this run; what was measured of others stays in the parts.
+            order: Numbers of this run's requests; rows of other requests stay in ``parts``.
         """
         found = self._read()
         rows = [found[index] for index in order if index in found]
@@ -68,57 +65,57 @@ class Results:
         _write(self.folder / "timings.jsonl", [{name: row[name] for name in ("index", *_TIMES)} for row in rows])
         return rows
 
-    def retained(self) -> dict[int, Row]:
-        """What was measured after several edits in sequence, by their number."""
-        return {row["after"]: row for row in _lines(self._retention)} if self._retention.exists() else {}
+    def retained(self) -> set[int]:
+        """The numbers of sequential edits after which all of them were measured again."""
+        return {row["after"] for row in _lines(self._retention)} if self._retention.exists() else set()
 
     def retain(self, row: Row) -> None:
-        """Write down what was measured after several edits."""
+        """Store the metrics that were measured after ``row["after"]`` sequential edits."""
         _append(self._retention, [row])
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the means."""
+        """Write ``summary.json``."""
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def _read(self) -> dict[int, Row]:
         return {row["index"]: row for file in sorted(self._parts.glob("*.jsonl")) for row in _lines(file)}
 
-    def _require_same(self, settings: Mapping[str, Any], rank: int) -> None:
-        file = self.folder / "run.json"
-        if file.exists():
-            try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                before = {}  # killed while it was written
-            other = [name for name in settings if before and before.get(name) != settings[name]]
-            if other:
+    def _require_same(self, settings: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return  # a new run, or one that was killed while it wrote the file
+        for name, value in settings.items():
+            if before.get(name) != value:
                 raise UsageError(
-                    f"{str(self.folder)!r} holds a run with other settings: {other[0]} was {before.get(other[0])!r} "
-                    f"and is {settings[other[0]]!r}. Name another output, or remove this folder."
+                    f"{str(self.folder)!r} holds a run with other settings: {name} was {before.get(name)!r} and is "
+                    f"{value!r}. Name another output, or remove this folder."
                 )
-        if rank == 0:
-            file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _lines(file: Path) -> list[Row]:
-    """The rows of a file, less a last line that was cut off, within a letter perhaps."""
-    # Not splitlines(): texts may have other ends of lines in them.
+    """The rows of a file, without a last line that was cut off, perhaps within a character."""
+    # Not splitlines(): texts may contain other line separators.
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 def _drop_torn_line(file: Path) -> None:
-    """Take out what was cut off, so that it is not joined to what comes next."""
+    """Remove a last line that was cut off, so that nothing is appended to it."""
     if file.exists():
         with file.open("r+b") as stream:
             stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
+def _json_lines(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def _append(file: Path, rows: Sequence[Row]) -> None:
     with file.open("ab") as stream:
-        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        stream.write(_json_lines(rows))
 
 
 def _write(file: Path, rows: Sequence[Row]) -> None:
     draft = file.with_name(f".{file.name}")
-    draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    draft.write_bytes(_json_lines(rows))
     draft.replace(file)

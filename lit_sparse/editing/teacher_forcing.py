@@ -1,8 +1,8 @@
-"""What a causal model predicts for each token of an answer, given the prompt and the answer's tokens before it."""
+"""A causal model's prediction of each token of an answer, given the prompt and the answer's earlier tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from lit_sparse.errors import UsageError
 
 @dataclass(frozen=True)
 class Forced:
-    """A prompt with its answer, in tokens.
+    """The tokens of a prompt and its answer.
 
     Args:
-        input_ids: Of prompt and answer.
-        start: Number of the answer's first token in them, at least 1.
+        input_ids: Tokens of the prompt, then of the answer.
+        start: Index of the answer's first token, at least 1.
     """
 
     input_ids: list[int]
@@ -34,18 +34,18 @@ class Forced:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Forced]:
-    """Tokens of prompts, each with an answer after it.
+    """Tokenise prompts, each with its answer.
 
-    A space is put between them where neither ends or begins with white space. The whole is tokenised as running text;
-    the answer is what comes after the tokens that it has in common with the prompt alone, so that special tokens at the
-    front belong to the prompt, and a token that reaches across the border to the answer.
+    A space joins them unless the prompt ends, or the answer begins, with white space. Both are tokenised as one text.
+    The answer begins at the first token that differs from the tokens of the prompt alone. So special tokens at the
+    front belong to the prompt, and a token that spans both belongs to the answer.
 
     Args:
-        tokenizer: Of the model.
-        pairs: Prompt and answer.
+        tokenizer: Tokenizer of the model.
+        pairs: Prompts and answers.
 
     Raises:
-        UsageError: If an answer has no token, or nothing stands before it.
+        UsageError: If there is no token before an answer, or none in it.
     """
     wholes = [
         prompt + ("" if prompt[-1:].isspace() or answer[:1].isspace() else " ") + answer for prompt, answer in pairs
@@ -56,20 +56,27 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]])
         start = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
         if not 0 < start < len(ids):
             raise UsageError(
-                f"The prompt {prompt!r} with the answer {answer!r} has the tokens {ids}, of which {start} are the "
-                "prompt's: there must be some before the answer, and some of it. Does the tokenizer know this text?"
+                f"The prompt {prompt!r} with the answer {answer!r} has {len(ids)} tokens, {start} of them in the "
+                "prompt; prompt and answer need at least one each. Does the tokenizer know this text?"
             )
         encoded.append(Forced(ids, start))
     return encoded
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced]) -> dict[str, Tensor]:
-    """A batch with labels on the answers alone, padded on the right whatever the tokenizer's own side.
-
-    Padding is masked and comes after everything that is predicted: it changes nothing.
-    """
+    """A batch with labels on the answers alone, padded on the right."""
     padding = PadPromptAndResponse(int(tokenizer.pad_token_id))
     return padding([{"input_ids": row.input_ids, "labels": [IGNORED] * row.start + row.answer} for row in rows])
+
+
+def batches(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], size: int, left: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of ``input_ids`` and ``attention_mask``, on the model's device."""
+    padding = PadPromptAndResponse(int(tokenizer.pad_token_id), left=left)
+    for first in range(0, len(rows), size):
+        batch = padding([{"input_ids": ids} for ids in rows[first : first + size]])
+        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
@@ -78,22 +85,17 @@ def predict(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Force
 
     Args:
         model: A causal language model, in evaluation mode.
-        tokenizer: For padding.
+        tokenizer: Its tokenizer, for padding.
         rows: Prompts with answers.
-        batch_size: Rows at a time; those of like length together.
+        batch_size: Rows per batch; rows of similar length share a batch.
 
     Returns:
         For each row as many tokens as its answer has.
     """
-    predicted: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        batch = collate(tokenizer, [rows[i] for i in numbers])
-        del batch["labels"]
-        logits = model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False).logits
-        likely = logits.argmax(-1).tolist()
-        for i, found in zip(numbers, likely, strict=True):
-            # Each token is predicted where the one before it stands.
-            predicted[i] = found[rows[i].start - 1 : len(rows[i].input_ids) - 1]
-    return predicted
+    likely: list[list[int]] = []
+    for batch in batches(model, tokenizer, [rows[i].input_ids for i in order], batch_size):
+        likely += model(**batch, use_cache=False).logits.argmax(-1).tolist()
+    by_row = dict(zip(order, likely, strict=True))
+    # Each token is predicted at the position before it.
+    return [by_row[i][row.start - 1 : len(row.input_ids) - 1] for i, row in enumerate(rows)]

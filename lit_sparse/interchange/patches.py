@@ -30,6 +30,11 @@ class Entries:
         """Number of entries."""
         return self.values.numel()
 
+    @property
+    def places(self) -> Tensor:
+        """The places in the flattened weight, also where ``indices`` is None."""
+        return torch.arange(self.count, device=self.values.device) if self.indices is None else self.indices
+
 
 Patch = dict[str, Entries]
 """Full name of a weight, in the plain model, to the entries that change."""

@@ -184,12 +184,12 @@ def test_wrong_arguments(folder):
         ({"fluency_tokens": -1}, "fluency_tokens must be at least 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
         ({"stop_loss": 0.0}, "stop_loss must be positive"),
-        ({"retest_every": 2}, "needs sequential"),
-        ({"sequential": True, "retest_every": 0}, "retest_every counts edits"),
+        ({"retest_every": 2}, "retest_every .* set sequential to true"),
+        ({"sequential": True, "retest_every": 0}, "retest_every must be at least 1; got 0"),
     ):
         with pytest.raises(UsageError, match=message):
             ls.Editor("x", METHOD, "out", **arguments)
-    with pytest.raises(UsageError, match="name tokenizer"):
+    with pytest.raises(UsageError, match="give tokenizer"):
         ls.Editor(plain(folder), METHOD, "out")
 
 
@@ -380,7 +380,10 @@ def test_edits_are_listed_applied_and_removed(folder, monkeypatch, capsys):
     for words, message in (
         (["apply", "edited", "runs/cli/edits/000001.safetensors", "--output", "x"], "'000001.safetensors' would be in"),
         (["remove", "edited", "nope", "--output", "x"], "has no edit 'nope' in it; it has ['000000"),
-        (["apply", str(folder / "llama"), "absent", "--output", "x"], "'absent' is no file of an edit"),
+        (
+            ["apply", str(folder / "llama"), "absent", "--output", "x"],
+            "'absent' is neither an edit nor a folder of edits",
+        ),
         (["apply", str(folder / "llama"), "runs/cli/edits", "--output", "edited"], "is not empty"),
         (["apply", str(folder / "llama"), "runs/cli/edits"], "the following arguments are required: --output"),
         (["list", "edited", "--nope"], "unrecognized arguments: --nope"),

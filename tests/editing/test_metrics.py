@@ -34,7 +34,7 @@ def test_an_answer_counts_by_token():
     assert [RIGHT.share, HALF.share, WRONG.share] == [1.0, 0.5, 0.0]
     assert Answer([3, 1, 2], [1, 2, 3]).share == 0  # places count, not what occurs
     for wrong in (Answer([1], [1, 2]), Answer([], [])):
-        with pytest.raises(UsageError, match="as many predicted tokens as expected"):
+        with pytest.raises(UsageError, match="as many predicted tokens as expected tokens"):
             _ = wrong.share
 
 
@@ -77,7 +77,7 @@ def test_locality_has_its_own_names():
 
 
 def test_a_kind_that_was_not_named_is_an_error():
-    with pytest.raises(UsageError, match=r"made for the figures \['locality', 'locality/F'\], not 'locality/G'"):
+    with pytest.raises(UsageError, match=r"has the metrics \['locality', 'locality/F'\], but not 'locality/G'"):
         Locality(["F"]).update([{"G": [[RIGHT]]}])
 
 
@@ -117,7 +117,7 @@ def test_means_and_errors_of_many_requests_in_any_batches():
         assert float(metric.standard_errors()[name]) == pytest.approx(stdev(known) / math.sqrt(len(known)))
 
 
-def test_forward_gives_the_figures_of_the_batch_alone():
+def test_forward_gives_the_metrics_of_the_batch_alone():
     metric = EditSuccess()
     assert float(metric([RIGHT])["edit_success"]) == 1
     assert float(metric([WRONG])["edit_success"]) == 0

@@ -3,10 +3,11 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lit_sparse.editing.data import EditingData, Share
+from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.requests import EditRequest, Probe, read_requests
 from lit_sparse.errors import UsageError
 
@@ -204,7 +205,9 @@ def test_fields_that_look_like_probes_and_are_not_read_are_named_once(tmp_path, 
     unread = {"locality_prompts": ["l"], "Portability_r": [PROBE], "paraphrases": ["p"], "rephrased": "", "id": 7}
     read_requests(write(tmp_path, [record, {**record, **unread}, {**record, **unread}]))
     (warning,) = recwarn.list
-    assert "the fields Portability_r, locality_prompts, paraphrases are not read" in str(warning.message)
+    assert "the fields Portability_r, locality_prompts, paraphrases look like probes, but are not read" in str(
+        warning.message
+    )
 
 
 @pytest.mark.parametrize("name", ["edits.json", "edits.jsonl"])
@@ -234,11 +237,11 @@ PROBE = {"prompt": "p", "ground_truth": "a"}
         ({**KNOWEDIT, "target_new": "  "}, "target_new", "must be a text"),
         ({**KNOWEDIT, "prompt": 3}, "prompt", "it is 3"),
         ({"prompt": "p"}, "target_new", "is missing; the record has ['prompt']"),
-        ({"question": "p", "answer": "a"}, "prompt", "no other format is known with the fields ['answer', 'question']"),
+        ({"question": "p", "answer": "a"}, "prompt", "no other format has the fields ['answer', 'question']"),
         ({**KNOWEDIT, "rephrase": ["a", ""]}, "rephrase", "must be a text; it is ''"),
-        ({**KNOWEDIT, "portability": "p"}, "portability", "must map kinds to lists"),
+        ({**KNOWEDIT, "portability": "p"}, "portability", "must have kinds of probes as its keys"),
         ({**KNOWEDIT, "portability": ["p"]}, "portability.por_hop[0]", "must have prompt and ground_truth"),
-        ({**KNOWEDIT, "portability_inputs": [PROBE]}, "portability_inputs", "must map kinds to prompt"),
+        ({**KNOWEDIT, "portability_inputs": [PROBE]}, "portability_inputs", "must have kinds of probes as its keys"),
         ({**KNOWEDIT, "locality_inputs": {"n": "p"}}, "locality_inputs.n", "must have prompt and ground_truth"),
         (
             {**KNOWEDIT, "locality_inputs": {"n": {"prompt": ["p", "q"], "ground_truth": ["a"]}}},
@@ -258,15 +261,15 @@ PROBE = {"prompt": "p", "ground_truth": "a"}
         ({**KNOWEDIT, "locality": {"F": [{**PROBE, "prompt": []}]}}, "locality.F[0].prompt", "it is []"),
         ({**MEND, "portability": {"New Question": "q"}}, "portability.ground_truth", "it is None"),
         ({**MEND, "portability": "q"}, "portability", "must have New Question and New Answer"),
-        ({**COUNTERFACT, "requested_rewrite": "x"}, "requested_rewrite", "must be an object"),
-        ({"requested_rewrite": {"prompt": "{}", "subject": "s"}}, "target_new", "is missing"),
+        ({**COUNTERFACT, "requested_rewrite": "x"}, "requested_rewrite", "must have prompt, subject and target_new"),
+        ({"requested_rewrite": {"prompt": "{}", "subject": "s"}}, "target_new.str", "must be a text; it is None"),
         (
             {
                 "requested_rewrite": {"prompt": "{}", "subject": "s", "target_new": {"str": "a"}},
                 "neighborhood_prompts": ["n"],
             },
-            "target_true",
-            "answer to neighborhood_prompts",
+            "target_true.str",
+            "must be a text; it is None",
         ),
     ],
 )  # fmt: skip
@@ -282,7 +285,7 @@ def test_what_is_wrong_is_named_by_record_and_field(tmp_path, record, field, wha
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[", "are no JSON"),
+        (b"[", "cannot be read as JSON"),
         (b"{}", "must be a list of records; it is a dict"),
         (b"[]", "holds no edit request"),
         (b"[3]", "record 0 (counted from 0), must be an object; it is 3"),
@@ -317,11 +320,22 @@ def test_requests_are_chosen_and_grouped(tmp_path):
         served(EditingData(file, first=7))
 
 
-@pytest.mark.parametrize(("count", "processes"), [(7, 2), (1, 2), (8, 3)])
-def test_processes_share_requests_without_repeating_any(count, processes):
-    shares = [Share(range(count), processes, rank) for rank in range(processes)]
-    assert sorted(i for share in shares for i in share) == list(range(count))
-    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+@pytest.mark.parametrize(("count", "processes"), [(7, 2), (2, 2), (8, 3)])
+def test_processes_share_requests_without_repeating_any(tmp_path, count, processes):
+    data = EditingData(write(tmp_path, [KNOWEDIT] * count))
+    shares = []
+    for rank in range(processes):
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        shares.append([index for group in served(data) for index in group])
+        assert len(data.test_dataloader()) == len(shares[-1])
+    assert sorted(index for share in shares for index in share) == list(range(count))
+
+
+def test_more_processes_than_edits_are_refused(tmp_path):
+    data = EditingData(write(tmp_path, [KNOWEDIT] * 4), batch_size=2)
+    data.trainer = SimpleNamespace(world_size=3, global_rank=2)
+    with pytest.raises(UsageError, match="There are 2 edits to make of 4 requests, and 3 processes"):
+        served(data)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("first", -1), ("limit", 0), ("batch_size", 0)])

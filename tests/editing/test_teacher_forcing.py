@@ -93,7 +93,7 @@ def test_the_loss_is_on_the_answers_alone(model, tokenizer):
 
 
 def test_an_answer_without_tokens_is_refused(tokenizer):
-    with pytest.raises(UsageError, match="there must be some before the answer, and some of it"):
+    with pytest.raises(UsageError, match="prompt and answer need at least one each"):
         encode(tokenizer, [*PAIRS, ("a ", "")])
 
 
