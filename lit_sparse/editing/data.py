@@ -10,7 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
 from lit_sparse.editing.requests import EditRequest, read_requests
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
 
 
 class EditingData(LightningDataModule):
@@ -34,9 +34,9 @@ class EditingData(LightningDataModule):
 
     def __init__(self, path: str, first: int = 0, limit: int | None = None, batch_size: int = 1) -> None:
         super().__init__()
-        for name, value, least in (("first", first, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be at least {least}; got {value}.")
+        require_range("first", first, at_least=0)
+        require_range("limit", limit, at_least=1)
+        require_range("batch_size", batch_size, at_least=1)
         self.path = path
         self.first = first
         self.limit = limit

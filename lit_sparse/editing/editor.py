@@ -25,7 +25,7 @@ from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
 from lit_sparse.editing.teacher_forcing import collate
 from lit_sparse.editing.training import FineTuning, train
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.modules.optimization import make_optimizer
@@ -95,16 +95,11 @@ class Editor(LightningModule):
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("steps", steps, 1),
-            ("retest_every", retest_every, 1),
-            ("fluency_tokens", fluency_tokens, 0),
-            ("eval_batch_size", eval_batch_size, 1),
-        ):
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be at least {least}; got {value}.")
-        if stop_loss is not None and not stop_loss > 0:
-            raise UsageError(f"stop_loss must be positive, or None for no early stop; got {stop_loss}.")
+        require_range("steps", steps, at_least=1)
+        require_range("stop_loss", stop_loss, above=0)
+        require_range("retest_every", retest_every, at_least=1)
+        require_range("fluency_tokens", fluency_tokens, at_least=0)
+        require_range("eval_batch_size", eval_batch_size, at_least=1)
         if retest_every is not None and not sequential:
             raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
         if tokenizer is None and isinstance(backbone, nn.Module):

@@ -183,7 +183,7 @@ def test_wrong_arguments(folder):
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"fluency_tokens": -1}, "fluency_tokens must be at least 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
-        ({"stop_loss": 0.0}, "stop_loss must be positive"),
+        ({"stop_loss": 0.0}, "stop_loss must be above 0; got 0.0"),
         ({"retest_every": 2}, "retest_every .* set sequential to true"),
         ({"sequential": True, "retest_every": 0}, "retest_every must be at least 1; got 0"),
     ):
