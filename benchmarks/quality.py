@@ -122,14 +122,14 @@ def run(data: Path, cell: Cell) -> dict[str, Any]:
         model, steps = _adapted(model, cell, task)
         for batch in _batches(rows.train_dataloader(), task.steps):
             steps(batch)
-        metric = build_metrics([task.metric], count)
+        metric = build_metrics([task.metric], count)[task.metric]
         model.eval()
         with torch.inference_mode():
             for batch in rows.val_dataloader():
                 with half():
                     logits = model(**batch).logits
                 metric.update(predictions(logits, count), batch["labels"])
-    score = 100 * float(metric.compute()[task.metric])
+    score = 100 * float(metric.compute())
     score = 0.0 if math.isnan(score) else score  # the same for every row: no correlation
     return {**cell._asdict(), "score": score, **_left(model), "seconds": time.process_time() - start}
 

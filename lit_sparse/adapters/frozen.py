@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.errors import UsageError
 
 _SAMPLES = 4
 
@@ -18,6 +20,28 @@ def frozen_entries(module: nn.Module) -> set[str]:
     for name, layer in quantized_layers(module):
         names.update(f"{name}.{entry}" for entry in layer.state_dict())
     return names
+
+
+def trained_missing(module: nn.Module, keys: _IncompatibleKeys) -> list[str]:
+    """The trained entries that a state lacks, by what ``load_state_dict`` returned; frozen weights may be absent."""
+    frozen = frozen_entries(module)
+    return [key for key in keys.missing_keys if key not in frozen]
+
+
+def require_match(module: nn.Module, keys: _IncompatibleKeys, what: str) -> None:
+    """Raise a UsageError if a state that was loaded lacks a trained entry, or has one that the module does not know.
+
+    Args:
+        module: The module that loaded the state.
+        keys: What ``load_state_dict`` returned.
+        what: Name of the state for the message, such as "The weights do not fit CausalLM".
+    """
+    missing = trained_missing(module, keys)
+    if missing or keys.unexpected_keys:
+        raise UsageError(
+            f"{what}: {len(missing)} are missing {missing[:3]}, {len(keys.unexpected_keys)} are unknown "
+            f"{keys.unexpected_keys[:3]}."
+        )
 
 
 def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:

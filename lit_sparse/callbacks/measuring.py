@@ -1,68 +1,100 @@
-"""Average what a module measures over a set, apart from the Trainer's own evaluation."""
+"""Measure a module on a data set, apart from the Trainer's own evaluation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
+from torchmetrics import Metric
 
 from lit_sparse.errors import UsageError
 
-Figures = dict[str, tuple[Tensor, Tensor]]
-"""Name to sum and count, both scalars; their ratio over a set is the figure."""
+Metrics = dict[str, Metric]
+"""Metrics of one data set, by the names under which they are logged."""
+
+
+class Mean(Metric):
+    """A mean over a data set: the sum of the values by their count. A NaN among the values stays."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor | float, count: Tensor | int) -> None:
+        """Add the sum of some values, and their count."""
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """The mean; NaN without values."""
+        return self.total / self.count
+
+
+def measure_loss(module: LightningModule, batch: Any, metrics: Metrics) -> None:
+    """Update the ``loss`` by the mean loss of a batch, which the module takes as keyword arguments."""
+    rows = next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+    metrics["loss"].update(module(**batch).loss * rows, rows)
+
+
+def results(metrics: Metrics) -> dict[str, Tensor]:
+    """The values of all metrics that were updated; a metric with several values has a name for each."""
+    found: dict[str, Tensor] = {}
+    for name, metric in metrics.items():
+        if metric.update_called:
+            value = metric.compute()
+            found.update(value if isinstance(value, dict) else {name: value})
+    return found
 
 
 @torch.no_grad()
 def measured(
-    module: LightningModule, batches: Iterable[Any], data: Any = None, shares_of: Trainer | None = None
+    module: LightningModule, batches: Iterable[Any], data: Any = None, sharded: bool = False
 ) -> dict[str, float]:
-    """The figures of a set, without dropout and gradients.
-
-    A figure by token brings its exponential too, as ``perplexity``. Every process measures all batches that it is
-    given.
+    """The metrics of a module on a data set, in evaluation mode.
 
     Args:
-        module: What measures: a module with ``measure(batch, data)``, which returns :data:`Figures`, as classifiers and
-            language models of this library; or any whose output has a ``.loss``, which is averaged by rows.
-        batches: As its ``validation_step`` takes them.
-        data: The data module that they are from.
-        shares_of: A Trainer each of whose processes is given its share of the batches: figures are those of all. None:
-            every process is given the same, or there is one.
+        module: A module of this library is measured as in its validation. The loss of any other module is averaged over
+            the rows; its output must have a ``.loss``.
+        batches: Batches as its ``validation_step`` takes them.
+        data: The data module that the batches come from.
+        sharded: Whether each process is given its share of the batches. Then the metrics are those of all processes;
+            else every process is given all batches.
 
     Raises:
-        UsageError: If there is no batch, or nothing in the batches that counts.
+        UsageError: If there is no batch, or nothing in the batches counts.
     """
-    measure = getattr(module, "measure", None)
-    sums: dict[str, list[Tensor]] = {}
+    own: Any = module if hasattr(module, "make_metrics") else None
+    metrics: Metrics = {"loss": Mean()} if own is None else own.make_metrics()
+    for metric in metrics.values():
+        metric.to(module.device)
     was_training = {part: part.training for part in module.modules()}
     module.eval()
     try:
         for batch in batches:
             moved = module.transfer_batch_to_device(batch, module.device, 0)
-            found = measure(moved, data) if measure is not None else _loss(module, moved)
-            for name, pair in found.items():
-                old = sums.get(name, [torch.zeros((), device=value.device) for value in pair])
-                sums[name] = [a + b for a, b in zip(old, pair, strict=True)]
+            if own is None:
+                measure_loss(module, moved, metrics)
+            else:
+                own.measure(moved, metrics, data)
     finally:
         for part, training in was_training.items():
             part.training = training
-    if not sums or any(not count for _, count in sums.values()):
+    updated = [metric for metric in metrics.values() if metric.update_called]
+    if not updated or any(isinstance(metric, Mean) and not metric.count for metric in updated):
         raise UsageError(f"There is nothing to measure {type(module).__name__} by: no batches, or none with labels.")
-    if shares_of is not None:
-        add = shares_of.strategy.reduce
-        sums = {name: [add(value, reduce_op="sum") for value in pair] for name, pair in sums.items()}
-    figures = {name: float(total / count) for name, (total, count) in sums.items()}
-    if "token_accuracy" in figures:
-        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))  # e⁷⁰⁰ is the end of floating point
-    return figures
+    if not sharded:
+        for metric in updated:
+            metric.distributed_available_fn = _alone
+    return {name: float(value) for name, value in results(metrics).items()}
 
 
-def _loss(module: LightningModule, batch: Any) -> Figures:
-    loss = module(**batch).loss
-    count = next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
-    rows = torch.tensor(float(count), device=loss.device)
-    return {"loss": (loss * rows, rows)}
+def _alone() -> bool:
+    return False

@@ -157,7 +157,7 @@ class ThresholdStages(Callback):
                 f"Stage {stage + 1} ended without a validation: set the Trainer's check_val_every_n_epoch."
             )
         batches, data = trainer.train_dataloader or (), getattr(trainer, "datamodule", None)
-        trained = measured(pl_module, batches, data, shares_of=trainer)
+        trained = measured(pl_module, batches, data, sharded=True)
         self.rows.append({**self._best, **{f"train_{name}": value for name, value in trained.items()}})
         if trainer.is_global_zero:
             self._write()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.saving import _default_map_location
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
@@ -16,7 +15,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lit_sparse.adapters.frozen import complete_average, frozen_entries, frozen_sample, leave_out_frozen
+from lit_sparse.adapters.frozen import (
+    complete_average,
+    frozen_sample,
+    leave_out_frozen,
+    require_match,
+    trained_missing,
+)
 from lit_sparse.adapters.injection import inject
 from lit_sparse.adapters.token_rows import add_tokens, text_model
 from lit_sparse.callbacks.finite_loss import FiniteLoss
@@ -32,25 +37,28 @@ from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import checkpoint_activations, load_backbone
+from lit_sparse.modules.evaluation import EvaluationLoop
 from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, parameter_groups
+from lit_sparse.modules.rebuilding import keep_arguments, method_record, path_of, read_hyperparameters, rebuild
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SparseModule(LightningModule):
+class SparseModule(EvaluationLoop):
     """Fine-tune any Hugging Face model whose ``forward`` returns a ``.loss``, by a sparse method.
 
-    The model is loaded and adapted in ``configure_model``; :attr:`model` is it. The module brings
+    ``configure_model`` loads and adapts the :attr:`model`. The module brings the callbacks
     :class:`~lit_sparse.Sparsify`, :class:`~lit_sparse.SparsityMonitor`, :class:`~lit_sparse.FiniteLoss`,
-    :class:`~lit_sparse.ExactResume` and :class:`~lit_sparse.SlurmRequeue` itself. Its checkpoints hold what is trained,
-    and none of the frozen weights.
+    :class:`~lit_sparse.ExactResume` and :class:`~lit_sparse.SlurmRequeue`. Its checkpoints hold the trained weights,
+    without the frozen ones.
 
-    A sub-class for a task sets :attr:`auto_class` and overrides ``training_step`` and its like.
+    A sub-class for a task sets :attr:`auto_class`, and overrides ``training_step``, and ``make_metrics`` and
+    ``measure``, by which it is validated and tested.
 
     Args:
-        backbone: Hub id or folder of the pretrained model, or a model that is already built (then
-            ``load_from_checkpoint`` needs it again).
+        backbone: Hub id or folder of the pretrained model, or a model that is already built. Give
+            ``load_from_checkpoint`` a built model again.
         method: How to adapt it.
         optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
             decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
@@ -60,8 +68,8 @@ class SparseModule(LightningModule):
         compile: Compile the model by ``torch.compile``.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
         start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
-            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
-        new_tokens: Tokens to add to the backbone's tokenizer and to its embeddings, of which only the new rows are
+            :func:`~lit_sparse.load_peft`. A resumed checkpoint overrides it.
+        new_tokens: Tokens to add to the backbone's tokenizer and embeddings. Only the new rows of the embeddings are
             trained (:func:`~lit_sparse.add_tokens`).
 
     Raises:
@@ -108,7 +116,7 @@ class SparseModule(LightningModule):
         self.new_tokens = new_tokens
         self._sparsify = _OwnSparsify(method)
         self._frozen_sample: Tensor | None = None
-        self._keep_hyperparameters()
+        keep_arguments(self, method, optimizer, backbone if isinstance(backbone, str) else None)
 
     @_restricted_classmethod
     def load_from_checkpoint(
@@ -145,8 +153,8 @@ class SparseModule(LightningModule):
             weights_only=weights_only is not False,
         )
         if hparams_file is not None:
-            checkpoint["hyper_parameters"] = checkpoints.read_hyperparameters(hparams_file)
-        module = checkpoints.rebuild(cls, checkpoint, kwargs, trust_remote_code)
+            checkpoint["hyper_parameters"] = read_hyperparameters(hparams_file)
+        module = rebuild(cls, checkpoint, kwargs, trust_remote_code)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], module.strict_loading if strict is None else strict)
@@ -200,11 +208,7 @@ class SparseModule(LightningModule):
 
     def forward(self, **batch: Any) -> Any:
         """The model's own output for a batch of its own arguments."""
-        if self.model is None:
-            raise UsageError(
-                f"{type(self).__name__} has no model yet: call configure_model() first, as the Trainer does."
-            )
-        return self.model(**batch)
+        return self._require_model()(**batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         """The model's own loss."""
@@ -212,22 +216,14 @@ class SparseModule(LightningModule):
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
-        """Log the model's loss as ``val_loss``."""
-        self.log("val_loss", self(**batch).loss, prog_bar=True, sync_dist=True)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
-        """Log the model's loss as ``test_loss``."""
-        self.log("test_loss", self(**batch).loss, sync_dist=True)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
         leave_out_frozen(self, checkpoint)
         progress = None if self._trainer is None else self._sparsify.progress(self._trainer.global_step)
         checkpoint[checkpoints.KEY] = {
-            **checkpoints.describe(self, self.backbone, _portable_method(self.method), self._frozen_sample, progress),
+            **checkpoints.describe(self, self.backbone, method_record(self.method), self._frozen_sample, progress),
             # What rebuilds the module without the configuration, beside the hyperparameters.
-            "module": _path_of(type(self)),
+            "module": path_of(type(self)),
             "built": bool(self._built),
             "pad_token_id": getattr(getattr(self.model, "config", None), "pad_token_id", None),
         }
@@ -237,7 +233,7 @@ class SparseModule(LightningModule):
         if self._trainer is not None and self._trainer.state.fn == "fit":
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
         told = self._trainer is None or self.new_tokens is not None  # data ask the Trainer's module for its tokens
-        checkpoints.require_fit(self, self.backbone, _portable_method(self.method), checkpoint, told)
+        checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, told)
         complete_average(self, checkpoint)
         if checkpoint[checkpoints.KEY].get("token_rows"):
             self._frozen_sample = frozen_sample(self)  # embeddings may have grown
@@ -260,47 +256,25 @@ class SparseModule(LightningModule):
         except RuntimeError as error:
             reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
             raise UsageError(f"The weights do not fit {type(self).__name__}: {reasons[0]}") from error
-        frozen = frozen_entries(self)
-        missing = [key for key in keys.missing_keys if key not in frozen]
-        if strict and (missing or keys.unexpected_keys):
-            raise UsageError(
-                f"The weights do not fit {type(self).__name__}: {len(missing)} are missing {missing[:3]}, "
-                f"{len(keys.unexpected_keys)} are unknown {keys.unexpected_keys[:3]}."
-            )
-        return _IncompatibleKeys(missing, keys.unexpected_keys)
+        if strict:
+            require_match(self, keys, f"The weights do not fit {type(self).__name__}")
+        return _IncompatibleKeys(trained_missing(self, keys), keys.unexpected_keys)
 
-    def _keep_hyperparameters(self) -> None:
-        """Keep the arguments as plain values, so that checkpoints load with ``weights_only``."""
-        self.save_hyperparameters(ignore=["backbone", "method", "optimizer"])
-        if "_instantiator" in self.hparams:
-            self.save_hyperparameters()  # the command line hands over its configuration, which is plain
-            return
-        plain: dict[str, Any] = {"method": _portable_method(self.method)}
-        if not self._built:
-            plain["backbone"] = self.backbone
-        if isinstance(self.optimizer, functools.partial) and isinstance(self.optimizer.func, type):
-            plain["optimizer"] = {
-                "class_path": _path_of(self.optimizer.func),
-                "init_args": self.optimizer.keywords,
-            }
-        self.save_hyperparameters({**self.hparams, **plain})
+    def _require_model(self) -> nn.Module:
+        if self.model is None:
+            raise UsageError(
+                f"{type(self).__name__} has no model yet: call configure_model() first, as the Trainer does."
+            )
+        return self.model
 
 
 class _OwnSparsify(Sparsify):
-    """The one that a module brings: the Trainer replaces it, by its type, when it is given another module."""
+    """The Sparsify of a module: the Trainer replaces it, by its type, when it is given another module."""
 
     @property
     def state_key(self) -> str:
-        """In checkpoints as any other."""
+        """The key that any Sparsify has in checkpoints."""
         return Sparsify.__qualname__
-
-
-def _portable_method(method: SparseMethod) -> dict[str, Any]:
-    return {"class_path": _path_of(type(method)), "init_args": method.init_args()}
-
-
-def _path_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _name_of(model: nn.Module) -> str:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
-import yaml
 from lightning.fabric.utilities.cloud_io import _load as load_remote
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_sparse._version import __version__
 from lit_sparse.adapters.compaction import shrink
@@ -24,17 +18,12 @@ from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.token_rows import same_tokens, token_record, train_rows
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.progress import Progress
-
-Kind = TypeVar("Kind")
-Module = TypeVar("Module", bound=nn.Module)
 
 KEY = "lit_sparse"
 """The checkpoint entry that says which backbone and adapters it belongs to."""
-
-_CODE = ("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "allow_all_kernels")
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+PREFIX = "model."
+"""The start of all names in the backbone: modules and their checkpoints hold it as ``model``."""
 
 # Half-precision copies of one backbone differ by rounding, 2⁻⁸ at most for bfloat16; other weights by far more.
 _ROUNDING = 2.0**-6
@@ -67,11 +56,11 @@ def describe(
 def load(
     path: str | os.PathLike[str] | IO[bytes], mmap: bool = False, map_location: Any = "cpu", weights_only: bool = True
 ) -> dict[str, Any]:
-    """Read a checkpoint file, of whatever module.
+    """Read the checkpoint file of any module.
 
     Args:
-        path: A file that ``torch.save`` wrote, here or at a URL, or an open stream of one.
-        mmap: Map the tensors, to read only those that are used.
+        path: A file that ``torch.save`` wrote, its URL, or an open stream of it.
+        mmap: Map the tensors into memory, so that only those that are used are read.
         map_location: Where the tensors go, as in ``torch.load``.
         weights_only: False runs whatever pickle the file holds.
 
@@ -83,7 +72,7 @@ def load(
     try:
         reader: Any = load_remote if "://" in str(path) else functools.partial(torch.load, mmap=mmap)
         checkpoint: Any = reader(path, map_location=map_location, weights_only=weights_only)
-    except Exception as error:  # whatever a file that is no checkpoint makes of it
+    except Exception as error:  # a file that is no checkpoint may raise anything
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
         reason = reason.strip() or (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
@@ -96,7 +85,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint file of a module of this library, on the CPU.
 
     Raises:
-        UsageError: If it cannot be read, or was written by another.
+        UsageError: If it cannot be read, or a module of another library wrote it.
     """
     checkpoint = load(path)
     if KEY not in checkpoint:
@@ -104,63 +93,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def rebuild(
-    kind: type[Module], checkpoint: Mapping[str, Any], given: Mapping[str, Any], trust_remote_code: bool
-) -> Module:
-    """Build a module by the arguments that a checkpoint has for it. Nothing that the file names is imported or run.
-
-    Args:
-        kind: The module's class, unless the checkpoint names a sub-class of it. Arguments of the checkpoint that it
-            does not take are left out.
-        checkpoint: As loaded, with ``hyper_parameters``.
-        given: Arguments of the caller's, which replace those of the checkpoint.
-        trust_remote_code: Whether the checkpoint may ask for code that comes with the backbone.
-
-    Raises:
-        UsageError: If the checkpoint names a class that is not known here, or wants to run code.
-    """
-    saved: Mapping[str, Any] = checkpoint.get("hyper_parameters") or {}
-    if not isinstance(saved, Mapping) or not all(isinstance(name, str) for name in saved):
-        raise UsageError("The checkpoint has hyper_parameters that are no arguments by name.")
-    if "_class_path" in saved:
-        kind = known_class(saved["_class_path"], kind)
-    parameters = inspect.signature(kind).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    found = {
-        name: value
-        for name, value in saved.items()
-        if name not in given and not name.startswith("_") and (takes_any or name in parameters)
-    }
-    if isinstance(found.get("method"), Mapping):
-        found["method"] = saved_method(found["method"])
-    if isinstance(found.get("optimizer"), Mapping):
-        optimizer, options = _named(found["optimizer"], Optimizer)
-        found["optimizer"] = functools.partial(optimizer, **options)
-    classes = [name for name, value in found.items() if _names_class(value)]
-    if classes:
-        raise UsageError(
-            f"The checkpoint names classes for {classes}, which are not made from a file: pass these arguments."
-        )
-    backbone = {**found, **given}.get("backbone")
-    code = _code_in(found.get("backbone_args") or {})
-    if code and not trust_remote_code:
-        raise UsageError(
-            f"The checkpoint wants to run code that comes with the backbone {backbone!r} ({code}). If you "
-            "trust it, set trust_remote_code to true."
-        )
-    return kind(**found, **given)
-
-
-def read_hyperparameters(file: str | os.PathLike[str]) -> Any:
-    """What Lightning's loggers write to ``hparams.yaml``.
-
-    Raises:
-        UsageError: If it is no YAML, or one with objects in it.
-    """
-    try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{str(file)!r} cannot be read as hyperparameters: {' '.join(str(error).split())}.") from error
+def outside_backbone(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of what a module trained outside of its backbone."""
+    return [name for name in checkpoint["state_dict"] if not name.startswith(PREFIX)]
 
 
 def require_resumable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> None:
@@ -172,73 +107,6 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str | os.PathLike[str
         )
 
 
-def saved_method(saved: Mapping[str, Any]) -> SparseMethod:
-    """The method that a checkpoint names by class path and arguments.
-
-    Raises:
-        UsageError: As :func:`known_class`, or if the arguments are not its own.
-    """
-    kind, arguments = _named(saved, SparseMethod)
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise UsageError(f"The checkpoint has arguments that {kind.__name__} cannot take: {error}.") from error
-
-
-def known_class(path: str, parent: type[Kind]) -> type[Kind]:
-    """The sub-class of ``parent`` that a checkpoint names, of those known here.
-
-    A file must not choose what is imported: only modules of this library are, others must be already.
-
-    Raises:
-        UsageError: If no class of this name is known, or several are.
-    """
-    module, _, name = str(path).rpartition(".")
-    exact: Any = None
-    if module.partition(".")[0] == "lit_sparse":
-        with suppress(ImportError):
-            exact = getattr(importlib.import_module(module), name, None)
-    else:
-        exact = vars(sys.modules.get(module, object)).get(name)
-    if isinstance(exact, type) and issubclass(exact, parent):
-        return exact
-    # By the name alone: a class defined in a script has another module when the script is imported.
-    named = [kind for kind in _subclasses(parent) if kind.__qualname__ == name]
-    found = [kind for kind in named if "__main__" in {module, kind.__module__}]
-    if len(found) != 1:
-        raise UsageError(
-            f"The checkpoint was trained with {path}, and {len(found)} classes of this name are known. Import the one "
-            "that is meant first."
-        )
-    return found[0]
-
-
-def _named(saved: Mapping[str, Any], parent: type[Kind]) -> tuple[type[Kind], dict[str, Any]]:
-    """The known class and the arguments that ``{class_path: …, init_args: …}`` names."""
-    try:
-        arguments = {**(saved.get("init_args") or {}), **(saved.get("dict_kwargs") or {})}
-        return known_class(saved["class_path"], parent), arguments
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"The checkpoint names no {parent.__name__} by class_path and init_args: {saved}.") from error
-
-
-def _names_class(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return "class_path" in value or any(map(_names_class, value.values()))
-    return isinstance(value, list | tuple) and any(map(_names_class, value))
-
-
-def _code_in(backbone_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of ``from_pretrained`` by which code that is not installed would run."""
-    return {
-        name: value
-        for name, value in backbone_args.items()
-        if (name in _CODE and value)
-        or (name == "weights_only" and not value)  # pickles
-        or (name in _IMPLEMENTATIONS and "/" in str(value))  # kernels of the hub
-    }
-
-
 def require_fit(
     model: nn.Module,
     backbone: str,
@@ -248,8 +116,8 @@ def require_fit(
 ) -> None:
     """Check that a checkpoint belongs to these adapters and to this backbone.
 
-    If it was compacted, the adapters are cut to the ranks that it has left. If it trained rows of tokens and the model
-    does not yet, the model does after this.
+    The adapters are then cut to the ranks of a compacted checkpoint, and the model gets the rows of tokens that the
+    checkpoint trained.
 
     Args:
         model: The model that is to be restored, with its adapters.
@@ -259,7 +127,8 @@ def require_fit(
         new_tokens: False: refuse a checkpoint of new tokens if the model has no rows of tokens.
 
     Raises:
-        UsageError: If it was not written by this library, or its adapters, tokens or frozen weights are others.
+        UsageError: If this library did not write the checkpoint, or its adapters, tokens or frozen weights differ from
+            those of the model.
     """
     if KEY not in checkpoint:
         raise UsageError(
@@ -325,12 +194,6 @@ def _require_token_rows(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]
 
 def _tokens(record: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     return next((entry["texts"] or entry["ids"] for entry in record.values()), [])
-
-
-def _subclasses(kind: type[Kind]) -> Iterator[type[Kind]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)
 
 
 def _difference(saved: dict[str, int], own: dict[str, int]) -> str:

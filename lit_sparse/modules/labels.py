@@ -1,4 +1,4 @@
-"""Bring the classes of a head that came with its backbone into the order of the data's."""
+"""Number, names and order of the classes of a task, in its data and in the head of its backbone."""
 
 from __future__ import annotations
 
@@ -10,23 +10,105 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_sparse.adapters.head import task_head
-from lit_sparse.errors import UsageError, listed
+from lit_sparse.errors import UsageError, listed, require_range
 from lit_sparse.interchange.snippet import labels_of
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.modules.base import SparseModule
+
+
+class LabelledModule(SparseModule):
+    """A module whose head has an output for each of its labels.
+
+    Args:
+        num_labels: Number of classes or tags, 1 for regression; None: the data module's, or the built model's.
+        label_names: Names of the classes in the order of their numbers; None: the data module's.
+        options: Further arguments of :class:`~lit_sparse.SparseModule`.
+
+    Raises:
+        UsageError: If an argument is outside its range, the backbone cannot be loaded, or the number of labels
+            is not known.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        method: SparseMethod,
+        *,
+        num_labels: int | None = None,
+        label_names: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, method, **options)
+        require_range("num_labels", num_labels, at_least=1)
+        if label_names is not None and num_labels is not None and len(label_names) != num_labels:
+            raise UsageError(f"num_labels is {num_labels}, but label_names has {len(label_names)}: {label_names}.")
+        self.num_labels = num_labels
+        self.label_names = label_names
+
+    def load_model(self) -> nn.Module:
+        """Load the backbone with a new head of ``num_labels`` outputs, unless it has one of that size."""
+        self.backbone_args = {**self._head_arguments(), **self.backbone_args}
+        model = super().load_model()
+        self._name_classes(model)
+        return model
+
+    def configure_model(self) -> None:
+        """Learn the labels from the data module, load and inject."""
+        if self.model is not None:
+            return
+        self._ask_data()
+        for model in self._built:
+            self._name_classes(model)
+        super().configure_model()
+        # In the checkpoint, so that it loads without a data module.
+        self.hparams.update(num_labels=self._known_num_labels(), label_names=self.label_names)
+
+    def _name_classes(self, model: nn.Module) -> None:
+        if self.label_names is not None:
+            name_classes(model, self.label_names, self.method.train_head)
+
+    def _ask_data(self) -> None:
+        """Take what was not given from the data module, and refuse what contradicts it."""
+        count = getattr(self._data, "num_labels", None)
+        names = getattr(self._data, "label_names", None)
+        if self.num_labels is None:
+            self.num_labels = count
+        elif count is not None and count != self.num_labels:
+            raise UsageError(
+                f"num_labels is {self.num_labels}, but the data has {count} ({names}). Leave num_labels out to take "
+                "it from the data."
+            )
+        if self.label_names is None:
+            self.label_names = names
+
+    def _head_arguments(self) -> dict[str, Any]:
+        """Arguments by which ``from_pretrained`` makes the head."""
+        # A head of another task, such as MNLI's three classes for RTE, gives way to a new one.
+        return {"num_labels": self._known_num_labels(), "ignore_mismatched_sizes": True}
+
+    def _known_num_labels(self) -> int:
+        if self.num_labels is not None:
+            return self.num_labels
+        if self._built:
+            count = getattr(getattr(self._built[0], "config", None), "num_labels", None)
+            if isinstance(count, int):
+                return count
+        raise UsageError("The number of labels is not known: give num_labels, or fit with a data module that has it.")
 
 
 def name_classes(model: nn.Module, names: Sequence[str], train_head: bool | list[str]) -> None:
-    """Name the classes of ``model`` as the data does, and let each output be the class of its name.
+    """Give the classes of a model the names of the data's, so that each output belongs to the class of its name.
 
-    A head that came with the weights has classes of its own. Where their names are those of the data, case aside, its
-    rows are put into the data's order; where they are others, they stay as they are, with a warning.
+    A pretrained head has classes of its own. If they have the names of the data's classes, ignoring case, the rows of
+    the head are put into the data's order. If they have other names, the head stays as it is, with a warning.
 
     Args:
-        model: With a head for as many classes; a model without a configuration of transformers is left alone.
-        names: In the order of the data's numbers.
-        train_head: The method's: what of the head is trained, and so kept with the adapters.
+        model: Model with a head of as many classes. A model without a configuration of transformers stays unchanged.
+        names: Names of the classes in the data, in the order of their numbers.
+        train_head: The method's ``train_head``: the modules of the head that are trained and exported.
 
     Raises:
-        UsageError: If a head in another order stays frozen, so that an export would not hold the new order.
+        UsageError: If the head is in another order and stays frozen, so that an export would not hold the new order.
     """
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "num_labels", None) != len(names):
@@ -36,8 +118,8 @@ def name_classes(model: nn.Module, names: Sequence[str], train_head: bool | list
         order = _order(own, names)
         if order is None:
             rank_zero_warn(
-                f"The backbone's head has the classes {own}, the data {list(names)}: the head is kept, its first class "
-                "for the data's first and so on. If they mean something else, take a backbone without this head."
+                f"The backbone's head has the classes {own}, the data {list(names)}. The head is kept: its first class "
+                "stands for the data's first, and so on. If that is wrong, use a backbone without this head."
             )
         elif order != list(range(len(names))):
             _reorder(model, order, own, train_head)
@@ -46,7 +128,7 @@ def name_classes(model: nn.Module, names: Sequence[str], train_head: bool | list
 
 
 def _order(own: Sequence[str], names: Sequence[str]) -> list[int] | None:
-    """Number in ``own`` of each of ``names``; None unless both name the same classes."""
+    """The number in ``own`` of each of ``names``; None unless both have the same classes."""
     numbers = {name.casefold(): number for number, name in enumerate(own)}
     wanted = [name.casefold() for name in names]
     return [numbers[name] for name in wanted] if len(numbers) == len(own) and set(wanted) == set(numbers) else None

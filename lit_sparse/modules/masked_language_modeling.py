@@ -1,4 +1,4 @@
-"""Masked language modelling: say which tokens were hidden."""
+"""Masked language modelling: predict the hidden tokens of a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_sparse.modules.language_modeling import LanguageModel
 
 
 class MaskedLM(LanguageModel):
-    """Fine-tune an encoder to find the tokens whose label is not -100, which are hidden in its input.
+    """Fine-tune an encoder to predict the hidden tokens of its input, whose label is not -100.
 
     :class:`~lit_sparse.MaskedLMData` hides and labels them. Evaluation logs, over all hidden tokens of the set,
     ``val_loss`` (nats per token), ``val_perplexity`` = e to that loss, and ``val_token_accuracy``, the share of
@@ -23,16 +23,16 @@ class MaskedLM(LanguageModel):
     auto_class = AutoModelForMaskedLM
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
-        """Put the likeliest token in the place of each mask token, every one on its own.
+        """Replace each mask token, independently of the others, by the most likely token.
 
         Returns:
-            ``tokens``: for each row the ids found, in the order of its masks; ``text``: the whole texts, filled.
+            ``tokens``, the predicted ids of each row in the order of its masks, and ``text``, the completed texts.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not hasattr(data, "mask_token_id"):
+        data = self._data
+        if not hasattr(data, "mask_token_id"):
             raise UsageError(
                 "MaskedLM predicts with a data module that has mask_token_id and decode(tokens), as MaskedLMData has: "
-                "without them it is not known which tokens are to be filled in."
+                "they tell which tokens to fill in."
             )
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         masked = inputs["input_ids"] == data.mask_token_id

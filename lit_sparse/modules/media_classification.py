@@ -8,18 +8,18 @@ from lit_sparse.modules.classification import Classification
 
 
 class ImageClassification(Classification):
-    """Classification of images, by such as ViT, Swin, ConvNeXt and DINOv2.
+    """Classify images by models such as ViT, Swin, ConvNeXt and DINOv2.
 
-    Arguments and errors are those of :class:`Classification`.
+    Arguments and errors are those of :class:`~lit_sparse.modules.classification.Classification`.
     """
 
     auto_class = AutoModelForImageClassification
 
 
 class AudioClassification(Classification):
-    """Classification of sounds, by such as Wav2Vec2, HuBERT, WavLM, Whisper and AST.
+    """Classify sounds by models such as Wav2Vec2, HuBERT, WavLM, Whisper and AST.
 
-    Arguments and errors are those of :class:`Classification`.
+    Arguments and errors are those of :class:`~lit_sparse.modules.classification.Classification`.
     """
 
     auto_class = AutoModelForAudioClassification

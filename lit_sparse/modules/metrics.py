@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.classification import (
     BinaryF1Score,
     MulticlassAccuracy,
@@ -20,8 +20,8 @@ REGRESSION = ("pearson", "spearman")
 CLASSIFICATION = ("accuracy", "f1", "matthews")
 
 
-def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
-    """Make the named metrics.
+def build_metrics(names: Sequence[str], num_labels: int) -> dict[str, Metric]:
+    """Make metrics by their names.
 
     Args:
         names: ``accuracy``, ``f1`` (of class 1 with two classes, macro average with more), ``matthews`` (0 where only
@@ -35,12 +35,12 @@ def build_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
     unfit = [name for name in names if name not in known]
     if unfit:
         kind = "regression (one label)" if num_labels == 1 else f"classification with {num_labels} labels"
-        raise UsageError(f"metrics {unfit} are none for {kind}, which has {list(known)}.")
-    return MetricCollection({name: _metric(name, num_labels) for name in names})
+        raise UsageError(f"metrics {unfit} do not exist for {kind}; there are {list(known)}.")
+    return {name: _metric(name, num_labels) for name in names}
 
 
 def predictions(logits: Tensor, num_labels: int) -> Tensor:
-    """What metrics compare with labels: class numbers, or for regression the values."""
+    """The class numbers that metrics compare with labels; for regression the values."""
     return logits.float().squeeze(-1) if num_labels == 1 else logits.argmax(-1)
 
 
@@ -57,9 +57,9 @@ def _metric(name: str, num_labels: int) -> Metric:
 
 
 class _Matthews(MulticlassMatthewsCorrCoef):
-    """Zero where only one class is predicted or true, as GLUE's own.
+    """Matthews' correlation that is 0 where only one class is predicted or true, as in GLUE.
 
-    torchmetrics has some other number there with two classes: 0.037 for a model that calls all of CoLA acceptable.
+    With two classes torchmetrics gives another number there: 0.037 for a model that calls all of CoLA acceptable.
     """
 
     def compute(self) -> Tensor:

@@ -11,19 +11,19 @@ from lit_sparse.modules.classification import Classification
 
 
 class MultipleChoice(Classification):
-    """Choose among the answers of each row, which the model gives one score each.
+    """Choose among the answers of each row: the model gives each of them a score.
 
-    ``num_labels`` is the number of choices; :class:`~lit_sparse.MultipleChoiceData` knows it. Other arguments and
+    ``num_labels`` is the number of choices; :class:`~lit_sparse.MultipleChoiceData` has it. Other arguments and
     errors are those of :class:`~lit_sparse.SequenceClassification`.
     """
 
     auto_class = AutoModelForMultipleChoice
 
     def _head_arguments(self) -> dict[str, Any]:
-        return {"ignore_mismatched_sizes": True}  # one score for each choice, however many there are
+        return {"ignore_mismatched_sizes": True}  # one score per choice, whatever their number
 
     def _known_num_labels(self) -> int:
-        # Not that of a model's configuration, which is two unless somebody says otherwise.
+        # A built model's configuration has two labels unless it says otherwise: no number of choices.
         if self.num_labels is None:
             raise UsageError(
                 "The number of choices is not known: give num_labels, or fit with a data module that has it."

@@ -5,48 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.functional.text import squad
 from torchmetrics.utilities import dim_zero_cat
 from transformers import AutoModelForQuestionAnswering
 
-from lit_sparse.errors import UsageError
+from lit_sparse.callbacks.measuring import Metrics
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.modules.optimization import LrSchedule
+
+_APART = ("question", "offsets", "null_positions", "row", "id", "context")  # columns that the model does not take
 
 
 class QuestionAnswering(SparseModule):
     """Find the span of a context that answers a question.
 
-    The answer to a question is the span, over all windows of its context, whose first token has the highest start
-    logit together with the end logit of its last, among spans of at most ``max_answer_length`` tokens.
-    :class:`~lit_sparse.QuestionAnsweringData` says what the batches hold, and keeps the windows of a question in
+    The answer to a question is the span, over all windows of its context, with the highest sum of the start logit of
+    its first token and the end logit of its last, among spans of at most ``max_answer_length`` tokens.
+    :class:`~lit_sparse.QuestionAnsweringData` documents the batches, and keeps the windows of a question in
     one batch. Evaluation logs
 
     - ``val_loss``: the model's loss, mean over all windows;
-    - ``val_exact_match`` and ``val_f1``: SQuAD's figures, as shares in [0, 1] where SQuAD prints percentages.
-      Each is of the reference answer that fits best; a question without reference answers wants the empty one.
+    - ``val_exact_match`` and ``val_f1``: SQuAD's metrics, as shares in [0, 1] where SQuAD prints percentages.
+      The reference answer that fits best counts; a question without reference answers wants the empty one.
 
     Args:
-        backbone: Hub id or folder of the pretrained model, or a model that is already built.
-        method: How to adapt it.
         max_answer_length: Longest answer, in tokens. 30 is the value of BERT's SQuAD script.
         null_threshold: Answer nothing where the logits of the CLS token exceed those of the best span by more than
             this, in nats. None: 0 if the data has unanswerable questions, and else always give an answer.
-        optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
-            decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
-        lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
-        warmup: Share of the run in which the learning rate rises linearly, in [0, 1).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        compile: Compile the model by ``torch.compile``.
-        backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
-        start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
-            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
-        new_tokens: Tokens to add to the backbone's tokenizer and to its embeddings, of which only the new rows are
-            trained (:func:`~lit_sparse.add_tokens`).
+        options: Further arguments of :class:`~lit_sparse.SparseModule`.
 
     Raises:
         UsageError: If an argument is outside its range, or the backbone cannot be loaded.
@@ -58,83 +47,52 @@ class QuestionAnswering(SparseModule):
         self,
         backbone: str | nn.Module,
         method: SparseMethod,
+        *,
         max_answer_length: int = 30,
         null_threshold: float | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-        lr_schedule: LrSchedule = "linear",
-        warmup: float = 0.06,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,  # noqa: A002
-        backbone_args: dict[str, Any] | None = None,
-        start_from: str | None = None,
-        new_tokens: list[str] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            method,
-            optimizer,
-            lr_schedule,
-            warmup,
-            gradient_checkpointing,
-            compile,
-            backbone_args,
-            start_from,
-            new_tokens,
-        )
-        if max_answer_length < 1:
-            raise UsageError(f"max_answer_length must be at least 1; got {max_answer_length}.")
+        super().__init__(backbone, method, **options)
+        require_range("max_answer_length", max_answer_length, at_least=1)
         self.max_answer_length = max_answer_length
         self.null_threshold = null_threshold
 
     def configure_model(self) -> None:
-        """Ask the data whether there are unanswerable questions, load, inject, and make the metrics."""
+        """Ask the data whether there are unanswerable questions, load and inject."""
         if self.model is not None:
             return
-        data = getattr(self._trainer, "datamodule", None)
-        if self.null_threshold is None and getattr(data, "unanswerable", False):
+        if self.null_threshold is None and getattr(self._data, "unanswerable", False):
             self.null_threshold = 0.0
         # In the checkpoint, so that it answers alike without a data module.
         self.hparams.update(null_threshold=self.null_threshold)
         super().configure_model()
-        self._scores = SquadScores()
 
-    def on_validation_epoch_start(self) -> None:
-        """Start the metrics anew."""
-        self._scores.reset()  # before an epoch: what is reset in validate's inference mode, fit could not update
+    def make_metrics(self) -> Metrics:
+        """The loss of the windows, and SQuAD's metrics."""
+        return {**super().make_metrics(), "squad": SquadScores()}
 
-    def on_test_epoch_start(self) -> None:
-        """Start the metrics anew."""
-        self._scores.reset()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
-        """Update the metrics by one batch of questions."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
-        """Update the metrics by one batch of questions."""
-        self._evaluate("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the validation set."""
-        self.log_dict({f"val_{name}": value for name, value in self._scores.compute().items()}, prog_bar=True)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test set."""
-        self.log_dict({f"test_{name}": value for name, value in self._scores.compute().items()}, prog_bar=True)
+    def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
+        """Update metrics by a batch of questions with ``answers``."""
+        output = self._read(batch)
+        if "answers" not in batch:
+            raise UsageError("The rows have no answers, so nothing can be measured. Use predict for them.")
+        windows = len(batch["question"])
+        metrics["loss"].update(output.loss * windows, windows)
+        metrics["squad"].update(batch["row"], self._answers(batch, output), batch["answers"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
         """The ``id`` and the ``answer`` of each question, empty where there is none."""
-        _require_questions(batch)
-        return {"id": batch["id"], "answer": self._answers(batch, self(**_inputs(batch)))}
+        answers = self._answers(batch, self._read(batch))
+        return {"id": batch["id"], "answer": answers}
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
-        _require_questions(batch)
-        if "answers" not in batch:
-            raise UsageError(f"The {stage} rows have no answers, so nothing can be measured. Use predict for them.")
-        output = self(**_inputs(batch))
-        windows = len(batch["question"])
-        self.log(f"{stage}_loss", output.loss, on_epoch=True, sync_dist=True, batch_size=windows)
-        self._scores.update(batch["row"], self._answers(batch, output), batch["answers"])
+    def _read(self, batch: dict[str, Any]) -> Any:
+        missing = set(_APART) - set(batch)
+        if missing:
+            raise UsageError(
+                "QuestionAnswering reads answers from batches such as those of QuestionAnsweringData; this one lacks "
+                f"{sorted(missing)}."
+            )
+        return self(**{k: v for k, v in batch.items() if k not in (*_APART, "answers")})
 
     def _answers(self, batch: dict[str, Any], output: Any) -> list[str]:
         start, end, offsets = output.start_logits.float(), output.end_logits.float(), batch["offsets"]
@@ -146,7 +104,7 @@ class QuestionAnswering(SparseModule):
         for number, context in enumerate(batch["context"]):
             own = (batch["question"] == number).nonzero()[:, 0]
             best = own[scores[own].argmax()]
-            # No window may hold the answer: the window that denies it least speaks for the question.
+            # A question has no answer if that holds for all of its windows: the least certain of them decides.
             absent = self.null_threshold is not None and nulls[own].min() - scores[best] > self.null_threshold
             answers.append("" if absent else context[begins[best] : ends[best]].strip())
         return answers
@@ -217,17 +175,3 @@ def best_spans(start: Tensor, end: Tensor, allowed: Tensor, max_length: int) -> 
     scores, places = (start[..., None] + ends).flatten(1).max(1)
     first = places // length
     return scores, first, first + places % length
-
-
-def _require_questions(batch: dict[str, Any]) -> None:
-    missing = {"question", "offsets", "null_positions", "row", "id", "context"} - set(batch)
-    if missing:
-        raise UsageError(
-            f"QuestionAnswering reads answers from batches such as those of QuestionAnsweringData; this one lacks "
-            f"{sorted(missing)}."
-        )
-
-
-def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    apart = ("question", "offsets", "null_positions", "row", "id", "context", "answers")
-    return {k: v for k, v in batch.items() if k not in apart}

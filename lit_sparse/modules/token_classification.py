@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from transformers import AutoModelForTokenClassification
 
+from lit_sparse.callbacks.measuring import Metrics
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
-from lit_sparse.modules.classification import Classification
-from lit_sparse.modules.optimization import LrSchedule
+from lit_sparse.modules.labels import LabelledModule
 
 IGNORED = -100
 """The label of tokens that start no word, and the position of words that are padding."""
@@ -23,11 +21,12 @@ OUTSIDE = "O"
 """The tag of words outside of entities."""
 
 
-class TokenClassification(Classification):
+class TokenClassification(LabelledModule):
     """Give each word of a text a tag.
 
     Number and names of the tags come from the data module when it has them, as
-    :class:`~lit_sparse.TokenClassificationData` does. Evaluation logs, over all words of the set,
+    :class:`~lit_sparse.TokenClassificationData` does; else the names are those in the model's configuration. Evaluation
+    logs, over all words of the set,
 
     - ``val_loss``: mean cross entropy of the words that have a token, in nats;
     - ``val_accuracy``: share of the words with the right tag;
@@ -36,26 +35,8 @@ class TokenClassification(Classification):
 
     A word without a token of its own, because the row is longer than ``max_length``, counts as predicted O; where
     there is no tag O, as predicted wrong. Entities are read from tags as conlleval does: a B- starts one, and so
-    does an I- that follows no word of its type. Entities of batches that say nothing of words (no
-    ``word_positions``) are those of the labelled tokens.
-
-    Args:
-        backbone: Hub id or folder of the pretrained model, or a model that is already built.
-        method: How to adapt it.
-        num_labels: Number of tags; None: the data module's, or the built model's.
-        label_names: Names of the tags in the order of their numbers; None: the data module's, else those in the
-            model's configuration.
-        optimizer: Makes the optimizer from parameter groups; gates, biases and norms are exempt from its weight
-            decay. In a YAML ``class_path: torch.optim.AdamW`` and ``init_args``.
-        lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
-        warmup: Share of the run in which the learning rate rises linearly, in [0, 1).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        compile: Compile the model by ``torch.compile``.
-        backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
-        start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
-            :func:`~lit_sparse.load_peft`. A checkpoint that is resumed holds later values, and overrides it.
-        new_tokens: Tokens to add to the backbone's tokenizer and to its embeddings, of which only the new rows are
-            trained (:func:`~lit_sparse.add_tokens`).
+    does an I- that follows no word of its type. If batches have no ``word_positions``, the labelled tokens count as
+    words. Arguments are those of :class:`~lit_sparse.modules.labels.LabelledModule`.
 
     Raises:
         UsageError: If an argument is outside its range, the backbone cannot be loaded, the number of tags is not
@@ -64,42 +45,11 @@ class TokenClassification(Classification):
 
     auto_class = AutoModelForTokenClassification
 
-    def __init__(
-        self,
-        backbone: str | nn.Module,
-        method: SparseMethod,
-        num_labels: int | None = None,
-        label_names: list[str] | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-        lr_schedule: LrSchedule = "linear",
-        warmup: float = 0.06,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,  # noqa: A002
-        backbone_args: dict[str, Any] | None = None,
-        start_from: str | None = None,
-        new_tokens: list[str] | None = None,
-    ) -> None:
-        super().__init__(
-            backbone=backbone,
-            method=method,
-            num_labels=num_labels,
-            label_names=label_names,
-            optimizer=optimizer,
-            lr_schedule=lr_schedule,
-            warmup=warmup,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-            backbone_args=backbone_args,
-            start_from=start_from,
-            new_tokens=new_tokens,
-        )
-
     def configure_model(self) -> None:
-        """Learn the tags from the data module, load, inject, and see that they can be scored."""
+        """Learn the tags from the data module, load, inject, and check that they can be scored."""
         if self.model is not None:
             return
         super().configure_model()
-        self.hparams.pop("metrics")  # there is no choice of them
         model: Any = self.model
         names = self.label_names or list(model.config.id2label.values())
         if OUTSIDE in names and not _are_iob(names):
@@ -108,15 +58,24 @@ class TokenClassification(Classification):
                 "the accuracy is logged."
             )
         self._tags = names
-        TagScores(names)  # raises for a missing package before anything is trained
+        self.make_metrics()  # raises for a missing package before anything is trained
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of each validation set."""
-        self._log_scores("val")
+    def make_metrics(self) -> Metrics:
+        """The loss of the words, and the scores of tags and entities."""
+        return {**super().make_metrics(), "tags": TagScores(self._tags)}
 
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of each test set."""
-        self._log_scores("test")
+    def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
+        """Update metrics by a batch with ``labels``."""
+        if "labels" not in batch:
+            raise UsageError("The rows have no labels, so nothing can be measured. Use predict for them.")
+        logits = self(**_inputs(batch)).logits
+        predicted = self._predicted(logits, _word_positions(batch))
+        metrics["tags"].update(predicted, batch.get("word_labels", batch["labels"]))
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        # Weighted by words, not by rows: the mean of batch means is not the loss of the set.
+        metrics["loss"].update(losses, (batch["labels"] != IGNORED).sum())
 
     def predict_step(
         self,
@@ -137,35 +96,6 @@ class TokenClassification(Classification):
         """Number of the tag of each word; O for words without a token, -1 where there is no O."""
         without_token = self._tags.index(OUTSIDE) if OUTSIDE in self._tags else -1
         return logits.argmax(-1).gather(1, positions.clamp(min=0)).masked_fill(positions < 0, without_token)
-
-    def _evaluate(self, stage: str, batch: dict[str, Tensor], index: int) -> None:
-        if "labels" not in batch:
-            raise UsageError(f"The {stage} rows have no labels, so nothing can be measured. Use predict for them.")
-        logits = self(**_inputs(batch)).logits
-        positions = _word_positions(batch)
-        scores = self._metrics[stage][index]  # type: ignore[index]
-        scores.update(self._predicted(logits, positions), batch.get("word_labels", batch["labels"]))
-        labelled = int((batch["labels"] != IGNORED).sum())
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        # Weighted by words, not by rows: the mean of batch means is not the loss of the set.
-        loss_name = f"{self._prefix(stage, index)}loss"
-        mean = loss / max(1, labelled)
-        self.log(loss_name, mean, add_dataloader_idx=False, sync_dist=True, on_epoch=True, batch_size=labelled)
-
-    def _make_metrics(self, stage: str, count: int) -> None:
-        made = nn.ModuleList(TagScores(self._tags) for _ in range(count))
-        self._metrics[stage] = made.to(self.device)
-
-    def _log_scores(self, stage: str) -> None:
-        sets: Any = self._metrics[stage]
-        for index, scores in enumerate(sets):
-            prefix = self._prefix(stage, index)
-            self.log_dict({f"{prefix}{name}": value for name, value in scores.compute().items()}, prog_bar=True)
-
-    def _prefix(self, stage: str, index: int) -> str:
-        return f"{stage}_" if len(self._metrics[stage]) == 1 else f"{stage}_{index}_"  # type: ignore[arg-type]
 
 
 class TagScores(Metric):

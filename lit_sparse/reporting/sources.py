@@ -22,7 +22,8 @@ from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.stored_folder import read_factors
 from lit_sparse.methods.base import names_layer
 from lit_sparse.methods.progress import Progress, Trained
-from lit_sparse.modules.checkpoint import KEY, load, read_hyperparameters
+from lit_sparse.modules.checkpoint import KEY, PREFIX, load
+from lit_sparse.modules.rebuilding import read_hyperparameters
 from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics
 from lit_sparse.reporting.stored import StoredAdapters
 
@@ -157,7 +158,7 @@ def _scale(
     """Alpha and scale of a layer by the method's arguments, as :class:`~lit_sparse.SparseMethod` computes them."""
     if "alpha" not in arguments:
         return None, None
-    own = name.removeprefix("model.")  # the method was injected into the module's model
+    own = name.removeprefix(PREFIX)  # the method was injected into the module's model
     overrides: Mapping[str, Mapping[str, float]] = arguments.get("overrides") or {}
     values = next((v for pattern, v in overrides.items() if names_layer(pattern, own, known)), {})
     alpha = values.get("alpha", arguments["alpha"])

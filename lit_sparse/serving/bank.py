@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.frozen import frozen_entries
+from lit_sparse.adapters.frozen import require_match
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.originals import forget_originals
 from lit_sparse.adapters.token_rows import embedding_count
@@ -21,8 +21,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import read_peft
 from lit_sparse.interchange.peft_import import install
 from lit_sparse.modules import checkpoint as checkpoints
-
-_MODEL = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
+from lit_sparse.modules.rebuilding import saved_method
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,26 +194,22 @@ def _load_folder(model: nn.Module, path: Path) -> None:
 def _load_checkpoint(model: nn.Module, path: Path) -> None:
     checkpoint = checkpoints.read(path)
     weights: dict[str, Tensor] = checkpoint["state_dict"]
-    outside = [name for name in weights if not name.startswith(_MODEL)]
+    outside = checkpoints.outside_backbone(checkpoint)
     if outside:
         raise UsageError(f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: a bank cannot use them.")
     saved = checkpoint[checkpoints.KEY]["method"]
-    method = checkpoints.saved_method(saved)
+    method = saved_method(saved)
     if method.init_weights == "pissa":
         raise UsageError(f"{str(path)!r} was trained with init_weights 'pissa', which changed the shared weights.")
-    _make_room(model, {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}, path)
+    _make_room(model, {name.removeprefix(checkpoints.PREFIX): tensor for name, tensor in weights.items()}, path)
     inject(model, method)
     _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
-    holder = nn.ModuleDict({_MODEL[:-1]: model})
+    holder = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})
     name = getattr(model, "name_or_path", "") or type(model).__name__
     checkpoints.require_fit(holder, name, saved, checkpoint)
-    keys = holder.load_state_dict(weights, strict=False)
-    missing = set(keys.missing_keys) - frozen_entries(holder)
-    if missing or keys.unexpected_keys:
-        raise UsageError(
-            f"The weights in {str(path)!r} do not fit {name!r}: missing {sorted(missing)[:3]}, unknown "
-            f"{keys.unexpected_keys[:3]}."
-        )
+    require_match(
+        holder, holder.load_state_dict(weights, strict=False), f"The weights in {str(path)!r} do not fit {name!r}"
+    )
 
 
 def _require_rows(model: nn.Module, path: Path, tokens: Iterable[Iterable[int]]) -> None:

@@ -21,10 +21,10 @@ from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
 from lit_sparse.methods.progress import Progress
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.modules.rebuilding import known_class, rebuild, saved_method
 
 Format = Literal["peft", "gguf", "sparse", "delta", "merged"]
 
-_INSIDE = "model."  # the backbone's name in a SparseModule, and so in its checkpoints
 # Arguments that only training needs, or that the record has.
 _NOT_REBUILT = ("optimizer", "start_from", "compile", "gradient_checkpointing", "new_tokens", "_class_path")
 
@@ -112,11 +112,11 @@ def restore(
     """
     saved = checkpoint[checkpoints.KEY]
     _require_rebuildable(checkpoint, path)
-    kind = checkpoints.known_class(saved["module"], SparseModule)
+    kind = known_class(saved["module"], SparseModule)
     kept = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_REBUILT}
-    given = {"backbone": backbone or saved["backbone"], "method": checkpoints.saved_method(saved["method"])}
+    given = {"backbone": backbone or saved["backbone"], "method": saved_method(saved["method"])}
     try:
-        module = checkpoints.rebuild(kind, {"hyper_parameters": kept}, given, trust_remote_code)
+        module = rebuild(kind, {"hyper_parameters": kept}, given, trust_remote_code)
     except TypeError as error:
         raise UsageError(
             f"{kind.__name__} cannot be made of {str(path)!r} alone ({error}). Build it in Python, load the "
@@ -157,7 +157,7 @@ def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[
             "does not hold. Build it again in Python, load the checkpoint, and call export_peft, save_adapter, "
             "export_delta or export_merged with module.model."
         )
-    outside = [name for name in checkpoint["state_dict"] if not name.startswith(_INSIDE)]
+    outside = checkpoints.outside_backbone(checkpoint)
     if outside:
         raise UsageError(
             f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: an export would be without them."

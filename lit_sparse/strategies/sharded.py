@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lit_sparse.adapters.frozen import frozen_entries, frozen_sample
+from lit_sparse.adapters.frozen import frozen_sample, require_match
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.naming import clean_name
 from lit_sparse.adapters.quantized import quantized_layers
@@ -74,12 +74,8 @@ class ReplicatedAdapters(ParallelStrategy):
         """
         module = self._module()
         keys = module.load_state_dict(checkpoint["state_dict"], strict=False)
-        missing = [key for key in keys.missing_keys if key not in frozen_entries(module)]
-        if strict and (missing or keys.unexpected_keys):
-            raise UsageError(
-                f"The checkpoint does not fit {type(module).__name__}: {len(missing)} entries are missing "
-                f"{missing[:3]}, {len(keys.unexpected_keys)} are unknown {keys.unexpected_keys[:3]}."
-            )
+        if strict:
+            require_match(module, keys, f"The checkpoint does not fit {type(module).__name__}")
 
     def _module(self) -> LightningModule:
         module = self.lightning_module

@@ -212,7 +212,7 @@ def test_a_test_set_with_hidden_labels_says_to_use_predict(tiny_bert, tmp_path, 
         write_csv(folder / f"{split}.csv", rows)
     data, module, run = ls.GLUE("rte", str(folder), batch_size=4), classifier(tiny_bert), trainer(max_epochs=1)
     run.fit(module, data)
-    with pytest.raises(ls.UsageError, match=r"The test rows have no labels .* Use predict"):
+    with pytest.raises(ls.UsageError, match=r"The rows have no labels .* Use predict"):
         run.test(module, data, verbose=False)
     found = run.predict(module, data)
     assert [len(batch["prediction"]) for batch in found] == [4, 2]

@@ -146,12 +146,40 @@ def test_classifiers_are_measured_by_rows(tiny_bert):
 
 
 def test_perplexity_of_a_lost_model_is_a_number():
-    class Lost(L.LightningModule):
-        def measure(self, batch, data=None):
-            one = torch.tensor(1.0)
-            return {"loss": (one * 5000, one), "token_accuracy": (one * 0, one)}
+    class Lost(ls.CausalLM):
+        def _scored(self, batch):
+            return 5000 * torch.nn.functional.one_hot(batch["ids"], 4).float(), 0 * batch["ids"]
 
-    assert math.isfinite(measured(Lost(), [{}])["perplexity"])
+    found = measured(Lost("unused", ls.LoRA(rank=1)), [{"ids": torch.ones(2, 3, dtype=torch.long)}])
+    assert found["loss"] == pytest.approx(5000)
+    assert math.isfinite(found["perplexity"])
+
+
+def test_a_loss_that_is_no_number_stays_one(tiny_bert):
+    class Broken(ls.SequenceClassification):
+        def forward(self, **batch):
+            output = super().forward(**batch)
+            output.loss = output.loss * (math.nan if len(batch["labels"]) == 1 else 1)
+            return output
+
+    module = Broken(tiny_bert, ls.LoRA(rank=2), num_labels=2)
+    module.configure_model()
+    made = [{"input_ids": torch.randint(5, 60, (rows, 6)), "labels": torch.zeros(rows).long()} for rows in (1, 3)]
+    assert math.isnan(measured(module, made)["loss"])
+    assert math.isfinite(measured(module, made[1:])["loss"])
+
+
+def test_a_tagger_is_measured_as_it_is_validated(tiny_bert, trainer):
+    names = ["O", "B-X", "I-X"]
+    module = ls.TokenClassification(tiny_bert, ls.LoRA(rank=2), num_labels=3, label_names=names)
+    labels = torch.randint(0, 3, (4, 6), generator=torch.Generator().manual_seed(1)).masked_fill(
+        torch.eye(4, 6) > 0, -100
+    )
+    ids = torch.randint(5, 60, (4, 6))
+    made = [{"input_ids": ids[rows], "labels": labels[rows]} for rows in (slice(0, 1), slice(1, 4))]
+    (logged,) = trainer().validate(module, DataLoader(made, batch_size=None), verbose=False)
+    assert {f"val_{name}": value for name, value in measured(module, made).items()} == pytest.approx(logged)
+    assert logged.keys() == {f"val_{name}" for name in ("loss", "accuracy", "precision", "recall", "f1")}
 
 
 def test_what_the_user_is_told(tiny_llama, tmp_path, trainer):

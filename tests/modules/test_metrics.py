@@ -23,8 +23,9 @@ def random_classes(count, seed):
 def accumulate(metrics, logits, labels, num_labels):
     """What the metrics say after batches of different sizes."""
     for some_logits, some_labels in zip(logits.split(BATCHES), labels.split(BATCHES), strict=True):
-        metrics.update(predictions(some_logits, num_labels), some_labels)
-    return {name: float(value) for name, value in metrics.compute().items()}
+        for metric in metrics.values():
+            metric.update(predictions(some_logits, num_labels), some_labels)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -47,9 +48,9 @@ def test_classification_metrics_are_those_of_scikit_learn(count, seed):
 @pytest.mark.parametrize("true", [[0, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("predicted", [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 1, 1]])
 def test_matthews_of_a_single_class_is_zero(count, true, predicted):
-    metrics = build_metrics(["matthews"], count)
-    metrics.update(torch.tensor(predicted), torch.tensor(true))
-    assert float(metrics.compute()["matthews"]) == pytest.approx(sk.matthews_corrcoef(true, predicted), abs=1e-6)
+    metric = build_metrics(["matthews"], count)["matthews"]
+    metric.update(torch.tensor(predicted), torch.tensor(true))
+    assert float(metric.compute()) == pytest.approx(sk.matthews_corrcoef(true, predicted), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -70,9 +71,9 @@ def test_half_precision_predictions_are_compared_in_float32():
 @pytest.mark.parametrize(
     ("names", "num_labels", "message"),
     [
-        (["acc"], 2, r"metrics \['acc'\] are none for classification with 2 labels"),
-        (["accuracy", "pearson"], 3, r"metrics \['pearson'\] .* has \['accuracy', 'f1', 'matthews'\]"),
-        (["accuracy"], 1, r"regression \(one label\), which has \['pearson', 'spearman'\]"),
+        (["acc"], 2, r"metrics \['acc'\] do not exist for classification with 2 labels"),
+        (["accuracy", "pearson"], 3, r"metrics \['pearson'\] .* are \['accuracy', 'f1', 'matthews'\]"),
+        (["accuracy"], 1, r"regression \(one label\); there are \['pearson', 'spearman'\]"),
     ],
 )
 def test_a_metric_of_another_kind_of_task_is_an_error(names, num_labels, message):
