@@ -25,9 +25,8 @@ LrSchedule = Literal["linear", "cosine", "constant"]
 def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, Any]]:
     """Optimizer groups of everything that is trained.
 
-    Matrices decay as the optimizer says; biases, the weights of norms (one-dimensional all) and the rows of new tokens,
-    which start from the mean of the others, do not; and the groups that the method asks for, such as gates, come as it
-    asks.
+    Matrices have the optimizer's weight decay. Biases, the weights of norms and the rows of new tokens, which start
+    from the mean of the others, have none. Parameters such as gates are in groups that the method defines.
 
     Args:
         model: Model after injection.
@@ -49,10 +48,10 @@ def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, A
 
 
 def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer of some groups.
+    """Make an optimizer of parameter groups.
 
     Raises:
-        UsageError: If it refuses its arguments, such as a negative learning rate.
+        UsageError: If the optimizer refuses its arguments, such as a negative learning rate.
     """
     try:
         return make(groups)
@@ -63,14 +62,14 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Opt
 def lr_scheduler(
     optimizer: Optimizer, schedule: LrSchedule, warmup: float, total: float, stages: Sequence[float] = (1.0,)
 ) -> LambdaLR:
-    """Warm up linearly over a share of the run, then decay to zero or stay; in each stage of the run anew.
+    """Warm up linearly, then decay to zero or stay constant, in each stage of the run anew.
 
     Args:
-        optimizer: Whose learning rates are peak values.
+        optimizer: The optimizer; its learning rates are the peak values.
         schedule: ``linear`` or ``cosine`` decay to zero at the end of the run, or ``constant``.
-        warmup: Share of the run to warm up, in [0, 1).
+        warmup: Share of each stage in which the rate rises, in [0, 1).
         total: Optimizer steps of the run; infinite for a Trainer without end.
-        stages: Shares of the run, which add up to 1.
+        stages: The stages' shares of the run, which add up to 1.
 
     Raises:
         UsageError: If the run has no end and the schedule needs one.
@@ -87,13 +86,13 @@ def lr_scheduler(
 
 
 def _share_of_peak(step: int, schedule: LrSchedule, warmup: float, ends: Sequence[int]) -> float:
-    # A step at the end of the last stage, or after it, belongs to that one.
+    # Steps after the end of the last stage belong to it.
     stage = min(bisect.bisect_right(ends, step), len(ends) - 1)
     start = ends[stage - 1] if stage else 0
     steps = ends[stage] - start
     step, warm = step - start, round(warmup * steps)
-    # As get_linear_schedule_with_warmup and its like in transformers, whose import takes a second or more: with it come
-    # peft and bitsandbytes, where they are installed.
+    # The formulas of transformers' get_linear_schedule_with_warmup and get_cosine_schedule_with_warmup. Importing them
+    # takes a second or more, as it imports peft and bitsandbytes where these are installed.
     if step < warm:
         return step / max(1, warm)
     if schedule == "constant":

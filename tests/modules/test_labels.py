@@ -115,6 +115,6 @@ def test_tags_are_ordered_too():
 def test_names_that_differ_in_case_only_among_themselves_say_nothing():
     model = build_tiny(BertForTokenClassification, num_labels=2, id2label={0: "a", 1: "A"})
     before = model.classifier.weight.clone()
-    with pytest.warns(UserWarning, match="the head is kept"):
+    with pytest.warns(UserWarning, match="The head is kept"):
         name_classes(model, ["A", "a"], True)
     assert torch.equal(model.classifier.weight, before)
