@@ -1,6 +1,5 @@
 """Errors that a user can mend by changing an argument, a file or a configuration."""
 
-import errno
 import json
 import math
 from collections.abc import Iterable
@@ -56,16 +55,6 @@ def require_range(
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     wanted = " and ".join(f"{phrase} {bound:g}" for phrase, bound in bounds.items() if math.isfinite(bound))
     raise UsageError(f"{name} must be {wanted}; got {value}.")
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error was caused by a device without space, or an exhausted quota."""
-    while error is not None:
-        found = error.errno if isinstance(error, OSError) else None
-        if found in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):  # safetensors'
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def parse_json(text: str) -> Any:

@@ -175,7 +175,7 @@ def test_last_is_the_newest_checkpoint_that_is_sound(config):
     main(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2"])
     newest = max(Path("kept").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
     assert torch.load(newest, weights_only=True)["global_step"] == 2 * steps
-    with pytest.warns(UserWarning, match="last-v1.ckpt is damaged, .*; going on from the older"):
+    with pytest.warns(UserWarning, match="last-v1.ckpt is damaged, .* Using the older"):
         main(["validate", "--config", config, "--ckpt_path", "kept/last-v1.ckpt"])
 
 
@@ -360,7 +360,7 @@ def test_a_truncated_and_a_foreign_checkpoint_are_refused(config, refuse):
     for name in ("half.ckpt", "garbage.ckpt"):
         code, error = refuse("fit", "--config", config, "--ckpt_path", name)
         assert code == 1
-        assert error == f"error: The file '{name}' is no checkpoint, or a damaged one; there is no other in its folder."
+        assert error == f"error: The file '{name}' is not a checkpoint or is damaged. Its folder has no other."
     code, error = refuse("fit", "--config", config, f"{METHOD}.rank", "3", "--ckpt_path", "kept/last.ckpt")
     assert code == 1
     assert "has rank 2 there and 3 here" in error

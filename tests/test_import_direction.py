@@ -10,7 +10,7 @@ import lit_sparse
 
 ROOT = Path(lit_sparse.__file__).parent
 LEVELS = [
-    {"errors", "verbosity", "_version"},
+    {"errors", "foreign_errors", "verbosity", "_version"},
     {"functional"},
     {"adapters"},
     {"methods", "figures"},

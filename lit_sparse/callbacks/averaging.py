@@ -1,4 +1,4 @@
-"""Averages of weights that are zero where the weights are."""
+"""Keep averaged weights zero where the trained weights are zero."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _AverageAll = Callable[..., None]  # of lists of tensors, in place
 
 
 def keep_averages_sparse(callbacks: list[Callback], module: nn.Module) -> list[Pair]:
-    """Make ``WeightAveraging`` and its sub-classes keep zeros: call it once their averages exist, on fit start.
+    """Make ``WeightAveraging`` and its sub-classes keep zeros. Call it on fit start, when their averages exist.
 
-    Each time an average is updated, what is zero in the model becomes zero in it: the mean of a zero and what was
-    there before would not be, and the model that is validated, saved and left at the end would be dense. What never
-    changes, such as frozen weights, stays as it is to the last bit, and what is counted is copied.
+    The mean of a zero and earlier values is not zero: without this, the averaged model that is validated and saved
+    would be dense. Weights that never change, such as frozen ones, keep every bit, and integers are copied.
 
     Args:
-        callbacks: Of the Trainer.
-        module: Module with the adapters that are averaged.
+        callbacks: The Trainer's callbacks.
+        module: Module with the adapters.
 
     Returns:
-        For :func:`copy_zeros`: every parameter of an adapter, and its entry in an average.
+        Every parameter of an adapter with its average, for :func:`copy_zeros`.
 
     Raises:
         UsageError: If there is a ``StochasticWeightAveraging``, or an average cannot be found.
@@ -41,16 +40,15 @@ def keep_averages_sparse(callbacks: list[Callback], module: nn.Module) -> list[P
     for callback in callbacks:
         if isinstance(callback, StochasticWeightAveraging):
             raise UsageError(
-                "StochasticWeightAveraging averages zeros away, ends the learning-rate schedule, and copies the model "
-                "before configure_model has filled it. Use lightning.pytorch.callbacks.WeightAveraging, which "
-                "Sparsify keeps sparse."
+                "StochasticWeightAveraging makes zeros non-zero and copies the model before configure_model has built "
+                "it. Use lightning.pytorch.callbacks.WeightAveraging, which Sparsify keeps sparse."
             )
         if isinstance(callback, WeightAveraging):
             average = getattr(callback, "_average_model", None)
             if not isinstance(average, AveragedModel):
                 raise UsageError(
-                    f"{type(callback).__name__} holds no AveragedModel that could be kept sparse. Leave it out, or use "
-                    "the one of a tested version of lightning."
+                    f"{type(callback).__name__} has no AveragedModel in _average_model to keep sparse. Use "
+                    "WeightAveraging of a tested version of lightning."
                 )
             if average.multi_avg_fn is not None:
                 average.multi_avg_fn = _keeping_zeros_of_all(average.multi_avg_fn)
@@ -63,10 +61,10 @@ def keep_averages_sparse(callbacks: list[Callback], module: nn.Module) -> list[P
 
 @torch.no_grad()
 def copy_zeros(pairs: list[Pair]) -> None:
-    """Zero in the averages what is zero in the adapters: after every step, as averages may be updated at few of them.
+    """Zero the averages of zero weights. Call it after every step: averages may be updated less often.
 
     Args:
-        pairs: As returned by :func:`keep_averages_sparse`.
+        pairs: What :func:`keep_averages_sparse` returned.
     """
     if pairs:
         present = torch._foreach_abs(torch._foreach_sign([parameter.detach() for parameter, _ in pairs]))
@@ -87,7 +85,7 @@ def _keeping_zeros(average: _Average) -> _Average:
 
 def _keeping_zeros_of_all(average: _AverageAll) -> _AverageAll:
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        if not current[0].is_floating_point():  # they come grouped by dtype
+        if not current[0].is_floating_point():  # torch groups the tensors by dtype
             torch._foreach_copy_(averaged, current)
             return
         keep = [(c == 0) | (c == a) for a, c in zip(averaged, current, strict=True)]

@@ -1,4 +1,4 @@
-"""Checkpoints that are what they are called: ``last`` is the end of the run, ``best`` is as sparse as it."""
+"""Checkpoints for sparse training: ``last`` is the end of the run, ``best`` has its final sparsity."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lit_sparse.callbacks.run_end import Interrupted, save_end
-from lit_sparse.callbacks.sparsify import Sparsify
+from lit_sparse.callbacks.sparsify import progress_of
 from lit_sparse.errors import UsageError
 
 
 class SparseCheckpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint`` for runs in which adapters become sparse.
 
-    - ``last.ckpt`` is written at every occasion to save, whether or not the monitored metric improved, and again at the
-      end of the run, however it ends: by ``max_steps``, ``max_time`` or ``EarlyStopping``, or in a single process by
-      Ctrl-C or SIGTERM between two batches. Lightning's own rewrites it only together with a better checkpoint.
-    - With ``monitor``, "best" is chosen among the validated states whose sparsity is final. The masks of RoseLoRA are
-      final from the step at which their schedule ends (``end``). The gates of SoRA and GatedRoseLoRA are pulled towards
-      zero at every step, so that only the state at the end of the run is final, or with
-      :class:`~lit_sparse.ThresholdStages` the last stage. LoRA has no schedule: all its states are final. Where no
-      validated state was final, "best" is the last checkpoint, and a line at the end of the run says so.
+    - ``last.ckpt`` is written at every save, whether or not the monitored metric improved. It is written again at the
+      end of the run: after ``max_steps``, ``max_time`` or ``EarlyStopping``, and in a single process after Ctrl-C or
+      SIGTERM between two batches. Lightning's own class rewrites it only together with a better checkpoint.
+    - With ``monitor``, "best" is chosen among the validated states whose sparsity is final. RoseLoRA's masks are final
+      once their schedule has ended (``end``). SoRA and GatedRoseLoRA shrink the gates at every step, so that only the
+      end of the run is final, or the last stage of :class:`~lit_sparse.ThresholdStages`. LoRA has no schedule: all its
+      states are final. If no validated state was final, "best" is the last checkpoint, and a warning says so.
 
-    Where ``last.ckpt`` exists already and belongs to another run, the name is ``last-v1.ckpt``, as Lightning's.
+    If ``last.ckpt`` belongs to another run, the file is named ``last-v1.ckpt``, as in Lightning.
 
     Args:
         dirpath: Folder for the checkpoints; None: ``checkpoints`` in the logger's folder.
         save_last: Keep ``last.ckpt``.
-        best_of: ``final``: choose "best" as above. ``all``: among all validated states, also those that are not as
-            sparse as the run's end.
-        options: The other arguments of ``ModelCheckpoint``: ``monitor``, ``mode``, ``filename``, ``save_top_k`` …
+        best_of: ``final``: choose "best" as above. ``all``: choose it among all validated states, whatever their
+            sparsity.
+        options: Further arguments of ``ModelCheckpoint``: ``monitor``, ``mode``, ``filename``, ``save_top_k`` …
 
     Raises:
-        UsageError: If ``save_last`` is ``"link"``, ``filename`` is ``last``, or ``best_of`` is something else.
+        UsageError: If ``save_last`` is ``"link"``, ``filename`` is ``last``, or ``best_of`` is unknown.
     """
 
     def __init__(
@@ -49,37 +48,37 @@ class SparseCheckpoint(ModelCheckpoint):
         **options: Any,
     ) -> None:
         if not isinstance(save_last, bool):
-            raise UsageError(f"save_last is true or false: last.ckpt is a file, not a link; got {save_last!r}.")
+            raise UsageError(f"save_last must be true or false; got {save_last!r}.")
         if best_of not in ("final", "all"):
             raise UsageError(f"best_of must be 'final' or 'all'; got {best_of!r}.")
         if options.get("filename") == self.CHECKPOINT_NAME_LAST:
-            raise UsageError("filename 'last' is the name of the run's last state: give the best another name.")
+            raise UsageError("filename 'last' is reserved for the last state of the run: choose another filename.")
         super().__init__(dirpath, save_last=save_last, **options)
         self.best_of = best_of
-        self._validated_at: int | None = None  # the step of the last validation, from which the metric is,
-        self._validated_final = True  # and whether the sparsity was final then
+        self._validated_at: int | None = None  # step of the last validation, which gave the monitored metric
+        self._validated_final = True  # whether the sparsity was final then
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch for validations."""
+        """Forget validations of an earlier run."""
         super().on_train_start(trainer, pl_module)
         self._validated_at, self._validated_final = None, True
         if trainer.global_step == 0:
-            self._last_global_step_saved = 0  # the same callback in a second run
+            self._last_global_step_saved = 0  # this callback may be in its second run
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time; ``last`` too where Lightning waits for the next validation to choose the best."""
+        """Save if it is time, and save ``last`` even if Lightning defers the choice of the best to a validation."""
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
             saved = self._last_global_step_saved
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._last_global_step_saved = saved  # so that the validation after this step still chooses
+            self._last_global_step_saved = saved  # so that a validation after this step still chooses the best
         self._defer_save_until_validation |= waited
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is time; choose anew if this step was saved before it was validated."""
+        """Save if it is time; choose the best again if this step was saved before it was validated."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validated_at, self._validated_final = trainer.global_step, _is_final(trainer)
             saved_before = self._last_global_step_saved == trainer.global_step and not self._every_n_epochs
@@ -88,7 +87,7 @@ class SparseCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Save the state that the run ends with, unless it is saved already."""
+        """Save the last state, unless it is saved already."""
         save_end(self, trainer)
         if self.monitor is None or self.best_k_models or self.save_top_k == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -97,30 +96,30 @@ class SparseCheckpoint(ModelCheckpoint):
         else:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         rank_zero_warn(
-            f"No state was validated by {self.monitor!r} once its sparsity was final: the best checkpoint is the last, "
+            f"No state with final sparsity was validated by {self.monitor!r}. The last checkpoint counts as the best: "
             f"{self.best_model_path}."
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the state at Ctrl-C or SIGTERM between two batches of a single process."""
+        """In a single process, save the state at Ctrl-C or SIGTERM between two batches."""
         between = isinstance(exception, Interrupted | SIGTERMException) and trainer.training
         if between and trainer.world_size == 1:
             save_end(self, trainer)
         super().on_exception(trainer, pl_module, exception)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether the state is to be kept: it is among the best, and its sparsity is final."""
+        """Whether the state is kept: its metric is among the best, and its sparsity is final."""
         return self._may_be_best(trainer) and super().check_monitor_top_k(trainer, current)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
-        if self.save_top_k == -1 and not self._may_be_best(trainer):  # kept, as all are, but not to choose from
+        if self.save_top_k == -1 and not self._may_be_best(trainer):  # all states are kept, this one not as the best
             self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(monitor_candidates, trainer))
         if self.save_last:
-            self._last_global_step_saved = trainer.global_step  # then Lightning goes on to save the last
+            self._last_global_step_saved = trainer.global_step  # Lightning then saves the last checkpoint too
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if self.monitor is not None:  # the score of this state, not of the last that was among the best
+        if self.monitor is not None:  # record the score of this state, not that of the last best one
             validated = self._validated_at == trainer.global_step
             self.current_score = monitor_candidates.get(self.monitor) if validated else None
         super()._save_last_checkpoint(trainer, monitor_candidates)
@@ -132,7 +131,6 @@ class SparseCheckpoint(ModelCheckpoint):
 
 
 def _is_final(trainer: Trainer) -> bool:
-    """Whether adapters are as sparse as in the end; without a :class:`~lit_sparse.Sparsify` always."""
-    sparsify = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
-    progress = None if sparsify is None else sparsify.progress(trainer.global_step)
+    """Whether adapters have the sparsity of the run's end; always without a :class:`~lit_sparse.Sparsify`."""
+    progress = progress_of(trainer)
     return progress is None or progress.final

@@ -1,4 +1,4 @@
-"""Files of checkpoints: written whole or not at all, and read only when they are sound."""
+"""Checkpoint files: written whole or not at all, and read only if they are undamaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_sparse.errors import TrainingError, UsageError, is_disk_full
+from lit_sparse.errors import TrainingError, UsageError
+from lit_sparse.foreign_errors import is_disk_full
 
 try:
     import fcntl
@@ -25,13 +26,13 @@ except ImportError:  # Windows
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads none that is damaged; what is not on a disk as usual."""
+    """Write a local checkpoint whole or not at all, and read none that is damaged; remote ones as Lightning does."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write a file beside ``path``, and rename it when it is on the disk.
+        """Write a file beside ``path``, and rename it once it is on the disk.
 
         Raises:
-            TrainingError: If it cannot be written, as on a full disk.
+            TrainingError: If it cannot be written, for example because the disk is full.
         """
         if storage_options is not None or is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -49,10 +50,10 @@ class WholeFiles(TorchCheckpointIO):
                 if fcntl is None:  # Windows renames no open file
                     stream.close()
                 part.replace(file)
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
+        except (OSError, RuntimeError) as error:  # torch turns some errors into a RuntimeError
             raise TrainingError(_not_written(file, checkpoint, error)) from error
         finally:
-            part.unlink(missing_ok=True)  # where it was not renamed
+            part.unlink(missing_ok=True)
         _sync_folder(file.parent)
 
     def load_checkpoint(
@@ -61,119 +62,119 @@ class WholeFiles(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read ``path``, or what takes its place."""
-        # Lightning would run the pickle that a URL gives, unless it is told not to.
+        """Read ``path``, or the checkpoint that :func:`usable` finds in its place."""
+        # By default, Lightning would unpickle what it gets from a URL, and so run code.
         safe = weights_only is not False
         return super().load_checkpoint(path if is_remote(path) else usable(path), map_location, safe)
 
 
 def usable(path: _PATH) -> Path:
-    """The checkpoint to read where ``path`` is asked for.
+    """The checkpoint to read for ``path``.
 
     Args:
         path: A file, or the folder of a sharded checkpoint.
 
     Returns:
-        ``path``, or the furthest sound checkpoint in its folder where it is a damaged file named ``last…``.
+        ``path``; for a damaged file named ``last…``, the undamaged checkpoint in its folder with the highest step.
 
     Raises:
-        UsageError: If there is nothing at ``path``, or it is damaged and nothing takes its place.
+        UsageError: If there is nothing at ``path``, or it is damaged and has no replacement.
     """
     file = Path(path)
     if file.is_file() and is_sound(file):
         return file
     if file.is_dir():
-        if not (file / ".metadata").is_file():  # torch.distributed.checkpoint's own file
-            raise UsageError(f"{str(file)!r} is a folder, and no sharded checkpoint: name the file in it.")
+        if not (file / ".metadata").is_file():  # written by torch.distributed.checkpoint
+            raise UsageError(f"{str(file)!r} is a folder but not a sharded checkpoint. Name a file in it.")
         return file
     other = last_checkpoint(file.parent)
     if not file.exists():
         hint = f" The newest in its folder is {str(other)!r}." if other is not None else ""
         raise UsageError(f"The checkpoint {str(file)!r} does not exist.{hint}")
     if other is not None and file.name.startswith("last"):
-        rank_zero_warn(f"{file} is damaged, as when a write is cut short; going on from the older {other}.")
+        rank_zero_warn(f"{file} is damaged, perhaps by an interrupted write. Using the older {other}.")
         return other
-    instead = f"the newest sound one is {str(other)!r}" if other is not None else "there is no other in its folder"
-    raise UsageError(f"The file {str(file)!r} is no checkpoint, or a damaged one; {instead}.")
+    instead = f"The newest undamaged one is {str(other)!r}" if other is not None else "Its folder has no other"
+    raise UsageError(f"The file {str(file)!r} is not a checkpoint or is damaged. {instead}.")
 
 
 def last_checkpoint(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path | None:
-    """The sound checkpoint in a folder that is furthest, to resume from: ``trainer.fit(…, ckpt_path=…)``.
+    """The undamaged checkpoint of a folder with the highest step, to resume by ``trainer.fit(…, ckpt_path=…)``.
 
     Args:
-        folder: Where a checkpoint callback writes, its ``dirpath``; of one run.
-        pattern: What the names of the files look like.
+        folder: ``dirpath`` of a checkpoint callback, with files of one run.
+        pattern: Pattern of the file names, as for :meth:`pathlib.Path.glob`.
 
     Returns:
-        The file of the highest optimizer step among those of such a name that are not damaged, None if there is none.
-        Of several of one step it is the one written last. Files that record no step come after those that do.
+        The file with the highest optimizer step, and of several with that step the newest; None if there is none.
+        Files that record no step come after those that do.
     """
     return next((file for file in furthest_first(Path(folder).glob(pattern)) if is_sound(file)), None)
 
 
 def furthest_first(files: Iterable[Path]) -> list[Path]:
-    """Checkpoint files by the optimizer step that they record, the highest first; damaged and foreign ones last."""
+    """Sort checkpoint files by the optimizer step that they record, highest first, files without a step last."""
     ordered = []
     for file in files:
-        with suppress(FileNotFoundError):  # removed by a run that is still going on
+        with suppress(FileNotFoundError):  # a run that still trains may remove it
             step = read_lightly(file).get("global_step")
-            place = step if isinstance(step, int) else -1
-            ordered.append((place, file.stat().st_mtime_ns, str(file), file))
+            ordered.append((step if isinstance(step, int) else -1, file.stat().st_mtime_ns, str(file), file))
     return [file for *_, file in sorted(ordered, reverse=True)]
 
 
 def read_lightly(file: Path) -> dict[str, Any]:
-    """A checkpoint whose tensors are mapped, not read, which takes no time for large ones; empty if it is none."""
+    """Load a checkpoint without reading its tensors, which stay mapped to the file; empty if it is not readable."""
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise
-    except Exception:  # whatever a damaged file, or one of another program, makes of it
+    except Exception:  # a damaged file or one of another program may raise anything
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def is_sound(file: Path) -> bool:
-    """Whether a checkpoint file is whole, and its contents have the checksums that were written with them."""
+    """Whether a checkpoint file is complete and its contents match their checksums."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):  # what a broken header may look like
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):  # a broken header may raise any of these
         return False
 
 
 def _lock(stream: IO[bytes]) -> None:
-    """Mark a file as being written, until it is closed or its process is gone; on Windows nothing is marked."""
+    """Lock a file until it is closed or its process ends; does nothing on Windows."""
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def _remove_leftovers(file: Path) -> None:
-    """Remove what a killed process left half-written beside ``file``, but nothing that another process is writing."""
+    """Remove half-written files of killed processes beside ``file``, but not those that a process still writes."""
     for part in file.parent.glob(f".{glob.escape(file.name)}.*.part") if fcntl is not None else ():
-        with suppress(OSError), part.open("rb+") as stream:  # locked, or gone
+        with suppress(OSError), part.open("rb+") as stream:  # an OSError if it is locked or gone
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if part.stat().st_size:  # else it was opened just now and is about to be locked
+            if part.stat().st_size:  # an empty one was just opened and is about to be locked
                 part.unlink()
 
 
 def _not_written(file: Path, checkpoint: Mapping[str, Any], error: BaseException) -> str:
     kept = last_checkpoint(file.parent)
-    if kept is None:
-        remains = "there is no earlier one"
-    else:
-        remains = f"{str(kept)!r} of step {read_lightly(kept).get('global_step', 'unknown')} is kept"
+    remains = f"{str(kept)!r} of step {_step(read_lightly(kept))} is kept" if kept else "There is no earlier one"
     if is_disk_full(error):
         return (
-            f"The disk is full: the checkpoint {str(file)!r} of step {checkpoint.get('global_step', 'unknown')} cannot "
-            f"be written; {remains}. Make room, or name a folder on another disk in dirpath, and go on by --ckpt_path."
+            f"The disk is full: the checkpoint {str(file)!r} of step {_step(checkpoint)} cannot be written. {remains}. "
+            "Free space or set dirpath to a folder on another disk, and resume with --ckpt_path."
         )
-    return f"The checkpoint {str(file)!r} cannot be written ({error}); {remains}."
+    return f"The checkpoint {str(file)!r} cannot be written ({error}). {remains}."
+
+
+def _step(checkpoint: Mapping[str, Any]) -> object:
+    return checkpoint.get("global_step", "unknown")
 
 
 def _sync_folder(folder: Path) -> None:
-    """See that a rename is on the disk too; where folders cannot be opened, as on Windows, it is up to the system."""
+    """Make sure that a rename is on the disk; systems that cannot open folders, such as Windows, do so themselves."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -183,5 +184,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_remote(path: _PATH) -> bool:
-    """Whether a path is not of this machine's file system."""
+    """Whether a path is a URL rather than a path of this machine."""
     return "://" in str(path)

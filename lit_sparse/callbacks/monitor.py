@@ -1,4 +1,4 @@
-"""Log how sparse the adapters are, and show what is left of each layer at the end."""
+"""Log how sparse the adapters are, and print a table of the layers at the end."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.imports import RequirementCache
+from rich import box, get_console
+from rich.table import Table
 from torch import Tensor
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.naming import common_start, places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
-from lit_sparse.callbacks.sparsify import Sparsify
+from lit_sparse.callbacks.sparsify import progress_of
+from lit_sparse.callbacks.support import StepCallback
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import pixels
 from lit_sparse.figures.gates import gate_figure
@@ -30,41 +32,38 @@ from lit_sparse.verbosity import is_quiet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RICH = RequirementCache("rich")
 _MATPLOTLIB = RequirementCache("matplotlib")
 _PREFIX = "sparsity/"
 
 
-class SparsityMonitor(Callback):
+class SparsityMonitor(StepCallback):
     """Log rank, gates, densities and remaining parameters to every logger of the Trainer.
 
-    During training and after each epoch: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
-    ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``rank`` and ``density`` (of A
-    and B together). After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of
-    RoseLoRA, ``sparsity/density_BA_bound``, averaged over layers, and the live ranks per layer of each kind of layer,
-    such as ``sparsity/rank/attention.self.query``. After fit, a table of the layers, and ``sparsity.csv`` with it in
-    the logger's folder; and, where matplotlib is installed, pictures of the ranks and of the gates for loggers that
-    take pictures, ``sparsity/ranks`` and ``sparsity/gates``: those with a ``log_image``, as that of Weights & Biases,
-    and those whose ``experiment`` has an ``add_figure``, as that of TensorBoard.
+    - During training and after each epoch: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
+      ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``rank`` and ``density`` (of A and
+      B together).
+    - After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of RoseLoRA,
+      ``sparsity/density_BA_bound``, averaged over layers, and the mean live rank of each kind of layer, such as
+      ``sparsity/rank/attention.self.query``.
+    - After fit, a table of the layers on the terminal and as ``sparsity.csv`` in the logger's folder. With matplotlib,
+      also figures of the ranks and gates, ``sparsity/ranks`` and ``sparsity/gates``, for loggers with a ``log_image``
+      (Weights & Biases) or an ``experiment.add_figure`` (TensorBoard).
 
     Args:
         every_n_steps: Optimizer steps between two logs; None: the Trainer's ``log_every_n_steps``.
 
     Raises:
-        UsageError: If ``every_n_steps`` < 1, or the module that is fitted holds no adapters.
+        UsageError: If ``every_n_steps`` < 1, or when training starts, if the module has no adapters.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UsageError(f"every_n_steps must be at least 1, or None for the Trainer's own; got {every_n_steps}.")
-        self.every_n_steps = every_n_steps
-        self._logged_at = 0
+        super().__init__(every_n_steps)
         self._adapters: list[LowRankAdapter] = []
         self._kinds: dict[str, list[int]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters by type."""
-        self._logged_at = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         named = dict(adapters_in(pl_module))
         self._adapters = list(named.values())
         self._kinds = {}
@@ -73,43 +72,33 @@ class SparsityMonitor(Callback):
         if not self._adapters:
             raise UsageError(f"SparsityMonitor found no adapter in {type(pl_module).__name__}. Call lit_sparse.inject.")
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
-    ) -> None:
-        """Log the cheap figures every ``every_n_steps`` optimizer steps."""
-        every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.global_step % every or trainer.global_step == self._logged_at:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, is_due: bool) -> None:
+        """Log the metrics that are cheap to compute."""
+        if not is_due:
             return
-        self._logged_at = trainer.global_step  # accumulation batches end at the same step
-        figures = sparsity_of(self._adapters)
-        # Straight to the loggers: what a module logs between two of Lightning's own rounds would be dropped. Lightning
-        # counts the first step as 0 there, so that these are in line with its own, the loss and the epoch's figures.
+        metrics = sparsity_of(self._adapters)
+        # Straight to the loggers: Lightning drops what a module logs between its own rounds. It numbers steps from 0.
         for logger in trainer.loggers:
-            logger.log_metrics({f"{_PREFIX}{k}": float(v) for k, v in figures.items()}, step=trainer.global_step - 1)
+            logger.log_metrics({f"{_PREFIX}{k}": float(v) for k, v in metrics.items()}, step=trainer.global_step - 1)
         entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
-        short = {"rank": figures["mean_rank"], "density": figures["remaining_parameters"] / entries}
+        short = {"rank": metrics["mean_rank"], "density": metrics["remaining_parameters"] / entries}
         pl_module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Log all figures, now also where other callbacks can monitor them."""
+        """Log all metrics through the module, so that other callbacks can monitor them."""
         layers = layer_sparsity(pl_module)
-        figures = {k: v.float() for k, v in sparsity_of(self._adapters).items()}
+        metrics = {k: v.float() for k, v in sparsity_of(self._adapters).items()}
         for key in ("density_BA", "density_BA_bound"):
-            figures[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
+            metrics[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
         for kind, indices in self._kinds.items():
-            figures[f"rank/{kind}"] = torch.tensor(sum(layers[i].rank for i in indices) / len(indices))
-        # All processes have the same figures; Lightning warns of every one that is not averaged nevertheless.
-        values = {f"{_PREFIX}{k}": v.to(pl_module.device) for k, v in figures.items()}
+            metrics[f"rank/{kind}"] = torch.tensor(sum(layers[i].rank for i in indices) / len(indices))
+        values = {f"{_PREFIX}{k}": v.to(pl_module.device) for k, v in metrics.items()}
+        # The values are the same in all processes, but without sync_dist Lightning warns of each.
         pl_module.log_dict(values, batch_size=1, sync_dist=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the table of layers and write it beside the logs."""
-        # On every process: log_dir is broadcast, and a process that asks for it alone waits for ever.
+        """Print the table of layers, write it beside the logs, and log the figures."""
+        # In every process: log_dir is broadcast, so a process that reads it alone waits for ever.
         folder = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
@@ -117,28 +106,26 @@ class SparsityMonitor(Callback):
         if folder is not None:
             write_table(layers, Path(folder) / "sparsity.csv")
         if not is_quiet():
-            sparsify = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
-            _show(layers, None if sparsify is None else sparsify.progress(trainer.global_step))
+            _print_table(layers, progress_of(trainer))
         if _MATPLOTLIB and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            _log_pictures(trainer, layers, self._adapters)
+            _log_figures(trainer, layers, self._adapters)
 
 
-def _log_pictures(trainer: Trainer, layers: Sequence[LayerSparsity], adapters: Sequence[LowRankAdapter]) -> None:
-    """Give pictures to the loggers that take some."""
-    takers = [taker for taker in map(_picture_taker, trainer.loggers) if taker is not None]
-    if not takers:
+def _log_figures(trainer: Trainer, layers: Sequence[LayerSparsity], adapters: Sequence[LowRankAdapter]) -> None:
+    loggers = [log for log in map(_figure_logger, trainer.loggers) if log is not None]
+    if not loggers:
         return
-    drawn = {"ranks": rank_figure(layers)}
+    figures = {"ranks": rank_figure(layers)}
     gates: list[Tensor] = [adapter.gate for adapter in adapters if adapter.gate is not None]
     if gates:
-        drawn["gates"] = gate_figure(gates)
-    for name, figure in drawn.items():
-        for take in takers:
-            take(f"{_PREFIX}{name}", figure, trainer.global_step)
+        figures["gates"] = gate_figure(gates)
+    for name, figure in figures.items():
+        for log in loggers:
+            log(f"{_PREFIX}{name}", figure, trainer.global_step)
 
 
-def _picture_taker(logger: Logger) -> Callable[[str, Figure, int], object] | None:
-    """What hands a picture to a logger: name, figure and step; None for a logger that takes none."""
+def _figure_logger(logger: Logger) -> Callable[[str, Figure, int], object] | None:
+    """A function that gives name, figure and step to a logger; None for a logger that takes no figures."""
     log_image = getattr(logger, "log_image", None)
     if callable(log_image):
         return lambda name, figure, step: log_image(key=name, images=[pixels(figure)], step=step)
@@ -157,55 +144,33 @@ def write_table(layers: list[LayerSparsity], path: Path) -> None:
 
 def read_table(path: Path) -> list[LayerSparsity]:
     """Read what :func:`write_table` wrote."""
-    kinds = {
-        "name": str,
-        "rank": int,
-        "max_rank": int,
-        "remaining_parameters": int,
-        "adapted_parameters": int,
-    }
+    kinds = {"name": str, **dict.fromkeys(("rank", "max_rank", "remaining_parameters", "adapted_parameters"), int)}
     with path.open(newline="", encoding="utf-8") as file:
         return [LayerSparsity(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
-def _show(layers: list[LayerSparsity], progress: Progress | None) -> None:
-    header = ["layer", "rank", "A", "B", "BA", "bound", "left"]
+def _print_table(layers: list[LayerSparsity], progress: Progress | None) -> None:
     common = common_start([layer.name for layer in layers])
-    rows = [
-        [
+    ending = f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."
+    # Narrow enough for one line per layer on 80 columns.
+    table = Table(
+        title=f"Adapters in {common.rstrip('.') or 'the model'}: ranks, densities of A, B, BA, bound on BA's",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for column in ("layer", "rank", "A", "B", "BA", "bound", "left"):
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    for layer in layers:
+        densities = (layer.density_A, layer.density_B, layer.density_BA, layer.density_BA_bound)
+        table.add_row(
             layer.name[len(common) :],
             f"{layer.rank}/{layer.max_rank}",
-            f"{layer.density_A:.3f}",
-            f"{layer.density_B:.3f}",
-            f"{layer.density_BA:.3f}",
-            f"{layer.density_BA_bound:.3f}",
+            *(f"{density:.3f}" for density in densities),
             f"{layer.remaining_parameters:,}",
-        ]
-        for layer in layers
-    ]
-    ending = f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."
-    title = f"Adapters in {common.rstrip('.') or 'the model'}: ranks, densities of A, B, BA, bound on BA's"
-    if _RICH:
-        from rich import box, get_console
-        from rich.table import Table
-
-        # Narrow enough for a layer to a line on 80 columns.
-        table = Table(
-            title=title,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            show_edge=False,
         )
-        for column in header:
-            table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        # The one that Lightning's progress bar draws on: it then makes room for the table.
-        get_console().print(table)
-        get_console().print(ending, highlight=False)
-    else:
-        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]]
-        rank_zero_info("\n".join([title, *lines, ending]))
+    console = get_console()  # Lightning's progress bar draws on it too, and makes room for the table
+    console.print(table)
+    console.print(ending, highlight=False)

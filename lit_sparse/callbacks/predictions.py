@@ -1,120 +1,52 @@
-"""Write predictions to a file: the command line would only throw them away."""
+"""Write predictions to a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pyarrow as pa
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from pyarrow import parquet
 from torch import Tensor
 
 from lit_sparse.errors import UsageError
 
-_GROUP = 8192  # rows that Parquet's readers take in at once; the first of them tell the columns' types
-
-
-class _LinesFile:
-    """JSON Lines: what was written can be read, whatever comes after."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("w", encoding="utf-8")
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        self._stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class _ParquetFile:
-    """Parquet: rows are collected into groups, and can be read once the file is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows: list[dict[str, Any]] = []
-        self._columns: list[str] = []
-        self._writer: Any = None
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        columns = list(rows[0])
-        self._columns = self._columns or columns
-        if columns != self._columns:  # pyarrow would leave out what the first row does not have
-            raise UsageError(
-                f"{self._path} has the columns {self._columns}, and a prediction has {columns}. Use .jsonl instead."
-            )
-        self._rows += rows
-        if len(self._rows) >= _GROUP:
-            self._write()
-
-    def close(self) -> None:
-        try:
-            if self._rows or self._writer is None:
-                self._write()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
-
-    def _write(self) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        rows, self._rows = self._rows, []
-        try:
-            table = pa.Table.from_pylist(rows, None if self._writer is None else self._writer.schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise UsageError(f"{self._path} cannot hold the predictions in columns: {error}. Use .jsonl.") from error
-        if self._writer is None:
-            self._writer = parquet.ParquetWriter(self._path, table.schema)
-        self._writer.write_table(table)
-
-
-_FILES: dict[str, type[_LinesFile] | type[_ParquetFile]] = {".jsonl": _LinesFile, ".parquet": _ParquetFile}
-
 
 class PredictionWriter(BasePredictionWriter):
-    """Write what ``predict_step`` returns, a dictionary of one entry per row each, as JSON Lines or Parquet.
+    """Write what ``predict_step`` returns, dictionaries with one entry per row, as JSON Lines or Parquet.
 
-    Rows are in the order of the data. With several processes each writes its share, to ``output`` with the number
-    of the process before the ending.
+    Rows keep the order of the data. JSON Lines are written after every batch, Parquet at the end. Each of several
+    processes writes its share, into a file with the number of the process before the suffix.
 
     Args:
         output: File to write, replaced if it exists: ``.jsonl`` for a line per row, ``.parquet`` for columns.
 
     Raises:
-        UsageError: If ``output`` has another ending or its folder does not exist, ``predict_step`` returns no
-            dictionary, or columns or their types change in a Parquet file.
+        UsageError: If ``output`` has another suffix or its folder does not exist, if ``predict_step`` returns no
+            dictionary, or if the values of a Parquet column have several types.
     """
 
     def __init__(self, output: str) -> None:
         super().__init__("batch")
         self.output = Path(output)
-        if self.output.suffix not in _FILES:
-            raise UsageError(f"output={output!r} must end in {' or '.join(_FILES)}, which says the format.")
+        if self.output.suffix not in (".jsonl", ".parquet"):
+            raise UsageError(f"output must end in .jsonl or .parquet; got {output!r}.")
         if not self.output.parent.is_dir():
-            raise UsageError(f"The folder of output={output!r} does not exist: make it first.")
-        self._file: _LinesFile | _ParquetFile | None = None
+            raise UsageError(f"The folder of output={output!r} does not exist. Create it first.")
+        self._path: Path | None = None
+        self._lines: IO[str] | None = None
+        self._rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Open the file."""
-        several = trainer.world_size > 1
-        path = self.output.with_suffix(f".{trainer.global_rank}{self.output.suffix}") if several else self.output
-        self._file = _FILES[path.suffix](path)
+        several, suffix = trainer.world_size > 1, self.output.suffix
+        self._path = self.output.with_suffix(f".{trainer.global_rank}{suffix}") if several else self.output
+        self._lines = self._path.open("w", encoding="utf-8") if suffix == ".jsonl" else None
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
-        dataloader_idx: int,  # noqa: ARG002
-    ) -> None:
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *_: Any) -> None:  # noqa: ARG002
         """Append the rows of a batch."""
         if not isinstance(prediction, dict):
             raise UsageError(
@@ -122,19 +54,36 @@ class PredictionWriter(BasePredictionWriter):
                 f"{type(pl_module).__name__} returned {type(prediction).__name__}."
             )
         columns = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in prediction.items()}
-        if self._file is None:
-            raise RuntimeError("write_on_batch_end came without on_predict_start.")
-        self._file.append([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if self._lines is None:
+            self._rows += rows
+        else:
+            self._lines.writelines(map(_line, rows))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Close the file."""
-        self._close()
+    def on_predict_end(self, *_: Any) -> None:
+        """Finish the file."""
+        path, self._path = self._path, None
+        if self._lines is not None:
+            self._lines.close()
+        elif path is not None:
+            rows, self._rows = self._rows, []
+            _write_parquet(path, rows)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Close the file; what was written stays."""
-        self._close()
+    def on_exception(self, *_: Any) -> None:
+        """Finish the file with the rows so far."""
+        self.on_predict_end()
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        instead = path.with_suffix(".jsonl")
+        instead.write_text("".join(map(_line, rows)), encoding="utf-8")
+        raise UsageError(f"{path} cannot hold the predictions in columns: {error}. They are in {instead}.") from error
+    parquet.write_table(table, path)

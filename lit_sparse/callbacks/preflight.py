@@ -1,4 +1,4 @@
-"""Refuse, before training, callbacks of Lightning's that would fail later."""
+"""Refuse before training what Lightning's callbacks would refuse later."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.parsing import lightning_hasattr
 
+from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError, listed
 
 
 class Preflight(Callback):
-    """Refuses a search for a learning rate, and to monitor a validation metric that the module does not log.
+    """Refuse a search for the learning rate, and callbacks that monitor a validation metric which is not logged.
 
-    The short validation before training logs what every validation logs, so a misspelt name need not wait for the end
-    of the first epoch. Metrics of training are only known later; Lightning looks for these at its first check.
+    The sanity check before training logs all validation metrics, so a misspelt name is found before the first epoch.
+    Lightning itself checks training metrics, once they exist.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Refuse a ``LearningRateFinder`` that is to set an attribute which the module does not have."""
-        if any(_sets_what_is_not_there(callback, pl_module) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise UsageError(
-                f"LearningRateFinder sets one attribute lr of a module, but {type(pl_module).__name__} takes the rates "
-                "of weights and gates from its optimizer. Take the callback out, and compare the losses of short runs "
-                "with several values of the optimizer's lr."
-            )
+        """Refuse a ``LearningRateFinder`` that would set an attribute which the module lacks."""
+        for finder in callbacks_of(trainer, LearningRateFinder):
+            names = [finder._attr_name] if finder._attr_name else ["lr", "learning_rate"]
+            if finder._update_attr and not any(lightning_hasattr(pl_module, name) for name in names):
+                raise UsageError(
+                    f"LearningRateFinder sets an attribute lr, but {type(pl_module).__name__} takes learning rates "
+                    "from its optimizer. Remove the callback, and compare short runs with several values of lr."
+                )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare what EarlyStopping and ModelCheckpoint monitor with what was logged."""
+        """Compare the metrics that EarlyStopping and ModelCheckpoint monitor with those that were logged."""
         if not type(pl_module).__module__.startswith("lit_sparse."):
-            return  # a module of the user's own may leave metrics out of this validation
-        # With several validation sets, callback_metrics are only filled by a whole validation.
+            return  # a user's module may log fewer metrics in the sanity check
+        # With several validation sets, only a whole validation fills callback_metrics.
         results = [result.meta for result in (trainer._results or {}).values()]
         logged = sorted({*trainer.callback_metrics, *(meta.name for meta in results if meta.on_epoch)})
         for callback in [*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks]:
@@ -43,10 +45,3 @@ class Preflight(Callback):
                 f"{type(callback).__name__} monitors {monitor!r}, but validation logs {listed(logged)} only."
                 + (f" Did you mean {close[0]!r}?" if close else "")
             )
-
-
-def _sets_what_is_not_there(callback: Callback, module: LightningModule) -> bool:
-    if not isinstance(callback, LearningRateFinder) or not callback._update_attr:
-        return False
-    names = [callback._attr_name] if callback._attr_name else ["lr", "learning_rate"]
-    return not any(lightning_hasattr(module, name) for name in names)

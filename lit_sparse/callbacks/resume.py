@@ -1,10 +1,9 @@
-"""Make a run that was killed end as if it had not been."""
+"""Exact resume: a run that was killed ends as if it had not been."""
 
 from __future__ import annotations
 
 import logging
 import random
-import re
 import signal
 import tempfile
 import threading
@@ -24,58 +23,53 @@ from torch import Tensor, distributed, nn
 from lit_sparse.adapters.naming import clean_name
 from lit_sparse.callbacks.checkpoint_files import WholeFiles, furthest_first, is_remote, last_checkpoint, read_lightly
 from lit_sparse.callbacks.run_end import Interrupted
+from lit_sparse.callbacks.support import move_last
 from lit_sparse.errors import UsageError
+from lit_sparse.foreign_errors import is_lost_process
 from lit_sparse.strategies.replicas import average_gradients, is_distributed
 
 _log = logging.getLogger(__name__)
 
-_LOST = re.compile(r"gloo.*(read|write) error|connection (reset|closed)|NCCL.*(remote|abort|timeout)", re.I | re.S)
-"""What torch's backends say when a process on the other side is gone."""
-
 RANDOM_STATES = "random_states"
-"""The checkpoint entry with the states of the random number generators of every process."""
+"""Checkpoint entry with the states of the random number generators of every process."""
 GRADIENTS = "gradients"
-"""The checkpoint entry with gradients that are still accumulating, by name of the parameter."""
+"""Checkpoint entry with gradients that are still accumulating, by parameter name."""
 
 
 class ExactResume(Callback):
-    """Keep in checkpoints what a resumed run needs to go on as if it had not been interrupted.
+    """Save with each checkpoint what a resumed run needs to continue exactly.
 
-    Checkpoints get the states of the random number generators (torch on CPU and GPU, numpy, Python) of every process,
-    and between two batches of one optimizer step the gradients so far. They are written beside the old file and put in
-    its place whole, so that being killed leaves the one or the other; and before one is read, its checksums are. A
-    damaged file named ``last…`` is passed over for the newest sound checkpoint in its folder, with a warning; any other
-    damaged file is an error.
+    - Checkpoints contain the states of the random number generators (torch on CPU and GPU, numpy, Python) of every
+      process, and the gradients so far if an optimizer step is half accumulated.
+    - A new checkpoint is written beside the old file and then replaces it, so that one of them survives if the process
+      is killed. Checksums are verified before a file is read. A damaged file named ``last…`` is replaced by the newest
+      undamaged checkpoint of its folder, with a warning; any other damaged file is an error.
+    - Ctrl-C stops a single process between two batches. If one of several processes fails, the others log that.
 
-    With a data loader that knows its place (those of this package, or torchdata's ``StatefulDataLoader``), a run on a
-    CPU is then bit for bit the uninterrupted one, from a checkpoint in the middle of an epoch too. What is random in
-    worker processes is not: they have generators of their own. When a process of several is gone, the others say so in
-    plain words before they end. :class:`~lit_sparse.SparseModule` brings this callback.
+    With a data loader that saves its position (those of this package, or torchdata's ``StatefulDataLoader``), a resumed
+    run on a CPU equals the uninterrupted one bit for bit, also from the middle of an epoch. Random numbers drawn in
+    worker processes differ. :class:`~lit_sparse.SparseModule` brings this callback.
 
     Raises:
-        UsageError: When a checkpoint is read that is damaged, or processes read different ones.
+        UsageError: If a checkpoint to read is damaged, processes read different ones, or a folder for checkpoints
+            cannot be written to.
     """
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
         self._gradients: dict[str, Tensor] = {}
         self._interrupt: Any = None
-        """The handler of Ctrl-C that was there before training."""
+        """The handler of Ctrl-C before training."""
         self._interrupted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Read and write checkpoints by :class:`WholeFiles`, unless the user has a plugin for that, and come last."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
+        """Run after the other callbacks, and use :class:`WholeFiles` unless the user has a checkpoint plugin."""
+        move_last(trainer, self)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Try the folders of checkpoints now, not after an epoch of training.
-
-        Raises:
-            UsageError: If one of them cannot be written to.
-        """
+        """Test now, not after an epoch, whether the folders for checkpoints can be written to."""
         for folder in _checkpoint_folders(trainer) if trainer.is_global_zero else ():
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -83,12 +77,12 @@ class ExactResume(Callback):
                     pass
             except OSError as error:
                 raise UsageError(
-                    f"Checkpoints cannot be written to {str(folder)!r} ({error.strerror}): name another folder in "
-                    "dirpath of ModelCheckpoint."
+                    f"Checkpoints cannot be written to {folder!r} ({error.strerror}). Set dirpath of ModelCheckpoint "
+                    "to another folder."
                 ) from error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the states of all processes, each of which comes through here."""
+        """Add the states of all processes; every process calls this."""
         checkpoint[RANDOM_STATES] = _of_all_processes(_random_state())
         if _is_accumulating(trainer):
             checkpoint[GRADIENTS] = _gradients(pl_module)
@@ -100,16 +94,12 @@ class ExactResume(Callback):
         self._gradients = checkpoint.get(GRADIENTS, {}) if fitting else {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set them, as the last thing before training goes on.
-
-        Raises:
-            UsageError: If the processes would go on from different steps.
-        """
+        """Restore them, as the last thing before training continues."""
         steps = _of_all_processes(trainer.global_step)
         if len(set(steps)) > 1:
             raise UsageError(
-                f"The processes resumed at different steps, {steps}: they found different checkpoints. Keep them on a "
-                "file system that all nodes see, or name the file in ckpt_path."
+                f"The processes resumed at different steps, {steps}, because they found different checkpoints. Keep "
+                "checkpoints on a file system that all nodes share, or set ckpt_path to one file."
             )
         states, self._states = self._states, None
         gradients, self._gradients = self._gradients, {}
@@ -121,47 +111,37 @@ class ExactResume(Callback):
             return
         if len(states) != trainer.world_size:
             rank_zero_warn(
-                f"The checkpoint was written by {len(states)} processes and is resumed by {trainer.world_size}: what "
-                "is drawn at random, such as dropout, differs from the uninterrupted run."
+                f"The checkpoint was written by {len(states)} processes and is resumed by {trainer.world_size}: random "
+                "numbers, such as dropout, differ from the uninterrupted run."
             )
             return
         _set_random_state(states[trainer.global_rank])
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
-    ) -> None:
-        """Stop here if Ctrl-C was pressed during the batch."""
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop if Ctrl-C was pressed during the batch."""
         if self._interrupted:
             raise Interrupted
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Give Ctrl-C back."""
+    def on_train_end(self, *_: Any) -> None:
+        """Restore the handler of Ctrl-C."""
         self._release_interrupts()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Say in plain words where a run that was interrupted goes on, and when another process is gone."""
+        """Log how to resume an interrupted run, and that another process is gone."""
         self._release_interrupts()
-        if (
-            isinstance(exception, KeyboardInterrupt | SIGTERMException)
-            and trainer.state.fn == TrainerFn.FITTING
-            and trainer.is_global_zero
-        ):
-            _log.warning("Interrupted at optimizer step %d. %s", trainer.global_step, _way_on(trainer))
-        if is_distributed() and isinstance(exception, RuntimeError) and _LOST.search(str(exception)):
+        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if interrupted and trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+            _log.warning("Interrupted at optimizer step %d. %s", trainer.global_step, _how_to_resume(trainer))
+        if is_distributed() and is_lost_process(exception):
             _log.error(
-                "Process %d of %d was left alone: another one was killed or failed, and its own output says why. Start "
-                "again with ckpt_path 'last' to go on from the last checkpoint.",
+                "Process %d of %d lost another process, which was killed or failed; see the output of that process. "
+                "Start again with ckpt_path 'last' to resume from the last checkpoint.",
                 trainer.global_rank,
                 trainer.world_size,
             )
 
     def _hold_interrupts(self, trainer: Trainer) -> None:
-        """Let Ctrl-C wait for the end of a batch, where one process trains in the main thread."""
+        """Delay Ctrl-C to the end of a batch, if a single process trains in the main thread."""
         self._interrupted = False
         if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
             return
@@ -183,29 +163,29 @@ class ExactResume(Callback):
 
 
 def _checkpoint_folders(trainer: Trainer) -> list[str]:
-    """Where its callbacks write, less what is not on a disk as usual."""
+    """Local folders that checkpoint callbacks write to."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     return [str(folder) for folder in folders if folder is not None and not is_remote(folder)]
 
 
-def _way_on(trainer: Trainer) -> str:
+def _how_to_resume(trainer: Trainer) -> str:
     found = [last_checkpoint(folder) for folder in _checkpoint_folders(trainer)]
     furthest = next(iter(furthest_first(file for file in found if file is not None)), None)
     if furthest is None:
         return "No checkpoint was written yet."
     step = read_lightly(furthest).get("global_step", "unknown")
-    return f"The last checkpoint is {furthest}, of step {step}: fit --ckpt_path goes on there."
+    return f"The last checkpoint is {furthest} of step {step}: resume with fit --ckpt_path."
 
 
 def _is_accumulating(trainer: Trainer) -> bool:
-    """Whether the next batch adds to gradients that are there."""
+    """Whether the next batch adds to the gradients so far."""
     batches = trainer.fit_loop.epoch_loop.batch_progress
     return not batches.is_last_batch and batches.current.ready % trainer.accumulate_grad_batches != 0
 
 
 @torch.no_grad()
 def _gradients(module: LightningModule) -> dict[str, Tensor]:
-    """Those of all trained parameters; with several processes, which have added up their own, the mean of them."""
+    """Gradients of all trained parameters, averaged over processes, each of which accumulated its own."""
     copies: dict[str, nn.Parameter] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -216,7 +196,7 @@ def _gradients(module: LightningModule) -> dict[str, Tensor]:
 
 
 def _random_state() -> dict[str, Any]:
-    """As plain values and tensors, which ``weights_only`` loading takes."""
+    """States of all generators as plain values and tensors, for ``weights_only`` loading."""
     numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
     keys = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     state = {

@@ -1,4 +1,4 @@
-"""What is done for checkpoints when a run ends, whichever callback keeps them."""
+"""Save the last state of a run, for any checkpoint callback."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lit_sparse.methods.progress import Progress
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C between two batches, where a checkpoint can be saved from which the run goes on exactly."""
+    """Ctrl-C between two batches, where a checkpoint can be saved that resumes exactly."""
 
 
 def save_end(callback: ModelCheckpoint, trainer: Trainer) -> None:
-    """Save the state of now as a callback's last checkpoint, unless this step is saved already.
+    """Save the current state as a callback's last checkpoint, unless this step is saved already.
 
     Args:
-        callback: Without a metric its newest file is saved too; with ``save_last="link"`` a file to link to.
-        trainer: In all processes, at the same step.
+        callback: Its newest file is saved too if it monitors no metric, or if ``save_last="link"`` needs a target.
+        trainer: The Trainer; all processes call this at the same step.
     """
     if callback._should_skip_saving_checkpoint(trainer):
         return
@@ -30,15 +30,15 @@ def save_end(callback: ModelCheckpoint, trainer: Trainer) -> None:
         callback._save_checkpoint(trainer, callback._get_metric_interpolated_filepath_name(candidates, trainer))
     elif callback.monitor is None:
         callback._save_topk_checkpoint(trainer, candidates)
-    callback.current_score = None  # that of a state before
+    callback.current_score = None  # it belongs to an earlier state
     callback._save_last_checkpoint(trainer, candidates)
 
 
 def finish_plain_checkpoints(trainer: Trainer, progress: Progress | None) -> None:
-    """Bring the files of Lightning's own ``ModelCheckpoint`` to the end of the run, and warn of a best that is dense.
+    """Save the last state with Lightning's own ``ModelCheckpoint``, and warn if its best checkpoint is not final.
 
     Args:
-        trainer: Whose callbacks are looked through.
+        trainer: The Trainer with these callbacks.
         progress: How far the run came.
     """
     for callback in trainer.checkpoint_callbacks:
@@ -51,6 +51,6 @@ def finish_plain_checkpoints(trainer: Trainer, progress: Progress | None) -> Non
         found = Progress.in_checkpoint(read_lightly(best))
         if found is not None and progress is not None and not found.final and found.step < progress.step:
             rank_zero_warn(
-                f"The best checkpoint by {callback.monitor!r} is of {found}: {best}. Use lit_sparse.SparseCheckpoint, "
-                "which chooses among the states whose sparsity is final."
+                f"The best checkpoint by {callback.monitor!r} is of {found}: {best}. lit_sparse.SparseCheckpoint "
+                "chooses the best among the states whose sparsity is final."
             )

@@ -1,4 +1,4 @@
-"""SoRA's sparsifying schedule: train on with larger and larger thresholds, and keep the best model of each stage."""
+"""SoRA's sparsifying schedule: raise the threshold from stage to stage, and keep the best model of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import sparsity_of
 from lit_sparse.callbacks.measuring import measured
 from lit_sparse.callbacks.sparsify import Sparsify
-from lit_sparse.errors import UsageError
+from lit_sparse.callbacks.support import callbacks_of
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.figures.canvas import save
 from lit_sparse.figures.stages import stage_figure
 from lit_sparse.functional import threshold_stages
@@ -24,29 +25,31 @@ _MATPLOTLIB = RequirementCache("matplotlib")
 
 
 class ThresholdStages(Callback):
-    """Raise the threshold ξ from stage to stage of one run, and draw the metric over what remains.
+    """Raise the threshold ξ from stage to stage of one run, and plot the metric over the remaining parameters.
 
-    The first stage trains with the smallest threshold, each later one goes on from there with the next. In every stage
-    the learning rate of a module of this library warms up and decays anew. In the folder, after each stage:
-    ``stage-<n>.ckpt``, the checkpoint of its best validation, and ``stages.csv`` with a row for each: threshold, the
-    parameters, ranks and metric at that best validation, and the figures of the module on the training rows at the
-    stage's end (``train_loss`` …); and with matplotlib ``stages.png``, the metric over the remaining parameters. The
-    method's own threshold gives way to that of the first stage.
+    The first stage trains with the smallest threshold, which replaces the method's own. Each later stage continues with
+    the next threshold. For modules of this library, the learning rate warms up and decays again in every stage. After
+    each stage the folder contains:
+
+    - ``stage-<n>.ckpt``, the checkpoint of the stage's best validation;
+    - ``stages.csv``, with a row per stage: threshold; parameters, mean rank and metric at the best validation; and the
+      module's metrics on the training rows at the end of the stage (``train_loss`` …);
+    - with matplotlib ``stages.png``, the metric over the remaining parameters.
 
     Args:
         first: ξ of the first stage, at least 0.
         last: ξ of the last stage, above ``first``.
         count: Number of stages, at least 2.
-        monitor: Validation metric that says which model of a stage is best, such as ``val_accuracy``.
+        monitor: Validation metric that selects the best model of a stage, such as ``val_accuracy``.
         first_epochs: Epochs of the first stage.
         epochs: Epochs of every later stage. The Trainer's ``max_epochs`` must be
             first_epochs + (count - 1) · epochs.
         mode: Whether the ``max`` or the ``min`` of the metric is best.
-        spacing: ``linear``, ``log_linear`` or ``exp_linear``, as :func:`~lit_sparse.functional.threshold_stages`.
-        folder: Where to write; None: ``stages`` in the logger's folder.
+        spacing: ``linear``, ``log_linear`` or ``exp_linear``, see :func:`~lit_sparse.functional.threshold_stages`.
+        folder: Folder for the files; None: ``stages`` in the logger's folder.
 
     Raises:
-        UsageError: If an argument is outside its range, the run's epochs do not fit, the method has no ``threshold``,
+        UsageError: If an argument is outside its range, ``max_epochs`` does not fit, the method has no ``threshold``,
             or the monitored metric is not logged.
 
     Source:
@@ -65,10 +68,9 @@ class ThresholdStages(Callback):
         spacing: Literal["linear", "log_linear", "exp_linear"] = "linear",
         folder: str | None = None,
     ) -> None:
-        if count < 2:
-            raise UsageError(f"count is the number of stages, at least 2; got {count}.")
-        if min(first_epochs, epochs) < 1:
-            raise UsageError(f"first_epochs and epochs are at least 1; got {first_epochs} and {epochs}.")
+        require_range("count", count, at_least=2)
+        require_range("first_epochs", first_epochs, at_least=1)
+        require_range("epochs", epochs, at_least=1)
         if mode not in ("max", "min"):
             raise UsageError(f"mode must be 'max' or 'min'; got {mode!r}.")
         self.thresholds = threshold_stages(first, last, count, spacing)
@@ -76,45 +78,47 @@ class ThresholdStages(Callback):
         self.first_epochs, self.epochs = first_epochs, epochs
         self.folder = folder
         self.rows: list[dict[str, float]] = []
-        """What ``stages.csv`` holds."""
+        """The rows of ``stages.csv``."""
         self._best: dict[str, float] | None = None
 
     def shares(self) -> list[float]:
-        """The share of the run that each stage takes."""
-        lengths = [self.first_epochs] + [self.epochs] * (len(self.thresholds) - 1)
+        """Share of the run that each stage takes."""
+        lengths = self._lengths()
         return [length / sum(lengths) for length in lengths]
 
+    def _lengths(self) -> list[int]:
+        return [self.first_epochs] + [self.epochs] * (len(self.thresholds) - 1)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Refuse a run of another length, and one without loggers that does not say where to write."""
+        """Refuse a run of another length, and one without a folder to write to."""
         if stage != "fit":
             return
-        wanted = self.first_epochs + (len(self.thresholds) - 1) * self.epochs
-        if trainer.max_epochs != wanted:
+        if trainer.max_epochs != sum(self._lengths()):
             raise UsageError(
-                f"ThresholdStages has {len(self.thresholds)} stages of {self.first_epochs} and then {self.epochs} "
-                f"epochs, {wanted} in all, and the Trainer's max_epochs is {trainer.max_epochs}: make them equal."
+                f"The stages take {self._lengths()} epochs: set the Trainer's max_epochs to {sum(self._lengths())}; "
+                f"got {trainer.max_epochs}."
             )
         if self.folder is None and not trainer.loggers:
-            raise UsageError("ThresholdStages needs a folder to write to: give folder, or the Trainer a logger.")
+            raise UsageError("ThresholdStages needs a folder to write to: set folder, or give the Trainer a logger.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the first threshold, which a method without one refuses, and find the folder."""
-        sparsify = next((c for c in trainer.callbacks if isinstance(c, Sparsify)), None)  # type: ignore[attr-defined]
+        sparsify = next(iter(callbacks_of(trainer, Sparsify)), None)
         if sparsify is None:
-            raise UsageError("ThresholdStages sets the threshold of a method, and the Trainer has no Sparsify.")
+            raise UsageError("ThresholdStages sets the threshold of a method, but the Trainer has no Sparsify.")
         self._method = sparsify.method
         self._method.set_threshold(self.thresholds[0])
         self._current = 0
         sparsify.last_stage = sum(self.shares()[:-1])
-        folder = self.folder or Path(trainer.log_dir or ".") / "stages"  # on every process: log_dir is broadcast
+        folder = self.folder or Path(trainer.log_dir or ".") / "stages"  # in every process: log_dir is broadcast
         self._folder = Path(folder)
         if any("threshold" in adapter.overrides for _, adapter in adapters_in(pl_module)):
-            raise UsageError("ThresholdStages sets one threshold for all layers: leave it out of overrides.")
+            raise UsageError("ThresholdStages sets one threshold for all layers: remove threshold from overrides.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Set the threshold of the stage, be it resumed in the middle of an epoch."""
+        """Set the threshold of the stage, also after a resume in the middle of an epoch."""
         if trainer.global_step == 0:
-            self.rows, self._best = [], None  # the same callback in a second run
+            self.rows, self._best = [], None  # this callback may be in its second run
         self._set_threshold(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -122,15 +126,15 @@ class ThresholdStages(Callback):
         self._set_threshold(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the model if it is the best of its stage."""
+        """Save the model if it is the best of its stage."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
             raise UsageError(
-                f"ThresholdStages monitors {self.monitor!r}, which is not logged; there are "
+                f"ThresholdStages monitors {self.monitor!r}, which is not logged. Metrics are "
                 f"{sorted(trainer.callback_metrics)}."
             )
-        # Whether a checkpoint is saved all processes must agree on, though a metric that was not reduced may differ.
+        # All processes must agree whether to save a checkpoint, but a metric that was not reduced may differ.
         value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         stage = self._stage(trainer.current_epoch)
         best = self._best
@@ -154,7 +158,7 @@ class ThresholdStages(Callback):
             return
         if self._best is None or self._best["stage"] != stage + 1:
             raise UsageError(
-                f"Stage {stage + 1} ended without a validation: set the Trainer's check_val_every_n_epoch."
+                f"Stage {stage + 1} ended without a validation: lower the Trainer's check_val_every_n_epoch."
             )
         batches, data = trainer.train_dataloader or (), getattr(trainer, "datamodule", None)
         trained = measured(pl_module, batches, data, sharded=True)
@@ -163,11 +167,11 @@ class ThresholdStages(Callback):
             self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """The stages that are over, and the best validation of the one that is not."""
+        """Rows of the finished stages, and the best validation of the current one."""
         return {"rows": [dict(row) for row in self.rows], "best": dict(self._best) if self._best else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self.rows, self._best = list(state_dict["rows"]), state_dict["best"]
 
     def _set_threshold(self, trainer: Trainer) -> None:

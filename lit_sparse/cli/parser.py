@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,12 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_sparse
 from lit_sparse.cli.arguments import with_packaged_configs
-
-# Lines of jsonargparse's errors that say nothing of what is wrong: the types it tried, and reprs of its own.
-_NOISE = re.compile(
-    r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: (NestedArg|Namespace)\(.*"
-)
+from lit_sparse.foreign_errors import lacks_model, unknown_key, without_noise
 
 
 class SparseParser(LightningArgumentParser):
@@ -52,14 +46,11 @@ class SparseParser(LightningArgumentParser):
         """Print what is wrong, and exit with status 2."""
         if not self.exit_on_error:  # a parser within ours: its caller may have another type to try
             super().error(message, ex)
-        lines = [line.strip() for line in message.splitlines()]
-        unknown = re.search(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)", message)
-        hint = _suggestion(unknown[1], self.options) if unknown else ""
-        if re.search(r"arguments are required: \w+\.model\b", message):
-            hint = (
-                ": neither the configuration nor the words of the command line name a model (model: {class_path: …})."
-            )
-        fail(" ".join(line for line in lines if not _NOISE.fullmatch(line)) + hint, status=2)
+        unknown = unknown_key(message)
+        hint = _suggestion(unknown, self.options) if unknown else ""
+        if lacks_model(message):
+            hint = ": name a model in the configuration or on the command line (model: {class_path: …})."
+        fail(without_noise(message) + hint, status=2)
 
 
 def refused_by_lightning(error: Exception) -> bool:

@@ -20,7 +20,8 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
-from lit_sparse.errors import UsageError, is_disk_full, listed
+from lit_sparse.errors import UsageError, listed
+from lit_sparse.foreign_errors import is_disk_full
 from lit_sparse.interchange.card import ExportedFolder, Provenance, model_card
 from lit_sparse.interchange.metadata import write_metadata
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch

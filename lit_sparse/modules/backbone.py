@@ -23,6 +23,7 @@ from lit_sparse.adapters.head import pretrained_bodies, task_head
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.data.quickstart import resolve
 from lit_sparse.errors import UsageError, listed
+from lit_sparse.foreign_errors import is_size_mismatch, refused_global
 
 # What a damaged or forged folder, or an argument that its class does not know, makes transformers raise.
 _LOADING_ERRORS = (
@@ -82,14 +83,14 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
     except UsageError:
         raise
     except UnpicklingError as error:
-        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "it is damaged")
+        found = refused_global(error) or "it is damaged"
         raise UsageError(
             f"The backbone {name!r} cannot be loaded: its weights are a pickle that holds more than weights ({found}). "
             "Take them as safetensors."
         ) from error
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
-        if "ignore_mismatched_sizes" in reason:
+        if is_size_mismatch(error):
             reason = (
                 "its head has another number of outputs than the data has labels. Set backbone_args to "
                 "{ignore_mismatched_sizes: true} for a new head."

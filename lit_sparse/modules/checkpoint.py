@@ -18,6 +18,7 @@ from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.token_rows import same_tokens, token_record, train_rows
 from lit_sparse.errors import UsageError
+from lit_sparse.foreign_errors import refused_global
 from lit_sparse.methods.progress import Progress
 
 KEY = "lit_sparse"
@@ -73,8 +74,7 @@ def load(
         reader: Any = load_remote if "://" in str(path) else functools.partial(torch.load, mmap=mmap)
         checkpoint: Any = reader(path, map_location=map_location, weights_only=weights_only)
     except Exception as error:  # a file that is no checkpoint may raise anything
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
-        reason = reason.strip() or (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = refused_global(error) or (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UsageError(f"{str(path)!r} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UsageError(f"{str(path)!r} is no checkpoint: it has no state_dict.")

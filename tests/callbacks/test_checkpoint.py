@@ -229,9 +229,9 @@ def test_last_is_rewritten_where_the_metric_did_not_improve_or_is_not_there_yet(
 
 
 def test_nothing_is_kept_under_the_name_of_last_but_the_last():
-    with pytest.raises(ls.UsageError, match="save_last is true or false"):
+    with pytest.raises(ls.UsageError, match="save_last must be true or false"):
         ls.SparseCheckpoint(save_last="link")
-    with pytest.raises(ls.UsageError, match="filename 'last' is the name of the run's last state"):
+    with pytest.raises(ls.UsageError, match="filename 'last' is reserved for the last state"):
         ls.SparseCheckpoint(filename="last")
     with pytest.raises(ls.UsageError, match="best_of must be 'final' or 'all'; got 'some'"):
         ls.SparseCheckpoint(best_of="some")
@@ -316,7 +316,7 @@ def test_a_state_that_is_saved_before_it_is_validated_may_be_the_best(project):
 @pytest.mark.parametrize("save_last", [True, False])
 def test_where_no_validated_state_was_final_best_is_the_last(save_last, project):
     keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", save_last=save_last)
-    with pytest.warns(UserWarning, match=r"No state was validated by 'early' once its sparsity was final: the best"):
+    with pytest.warns(UserWarning, match=r"No state with final sparsity was validated by 'early'"):
         trainer = fit(project, "SoRA", keep, Falls(), max_steps=6, max_epochs=-1, val_check_interval=4)
     assert step_of(keep.best_model_path) == trainer.global_step == 6
     assert (Path(keep.best_model_path).name == "last.ckpt") == save_last
@@ -381,7 +381,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(number, project, c
     with pytest.raises(SystemExit):
         fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), At(7, interrupt(number)))
     assert step_of("kept/last.ckpt") == 7
-    assert re.search(r"The last checkpoint is .*last.ckpt, of step 7: fit --ckpt_path goes on there", caplog.text)
+    assert re.search(r"The last checkpoint is .*last.ckpt of step 7: resume with fit --ckpt_path", caplog.text)
     again = fit(project, "RoseLoRA", ls.SparseCheckpoint("kept", **keep), Falls(), ckpt_path="kept/last.ckpt")
     again.save_checkpoint("again.ckpt")
     fit(project, "RoseLoRA", enable_checkpointing=False).save_checkpoint("straight.ckpt")

@@ -168,7 +168,7 @@ def test_what_cannot_be_compacted_is_refused_before_training(bert):
         ls.CompactRanks(0)
     plain = L.LightningModule()
     plain.configure_optimizers = lambda: None
-    with pytest.raises(ls.UsageError, match="LightningModule holds no adapter to compact"):
+    with pytest.raises(ls.UsageError, match="LightningModule has no adapter to compact"):
         ls.CompactRanks(1).on_fit_start(trainer(), plain)
     module = ls.SequenceClassification(
         bert,

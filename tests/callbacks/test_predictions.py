@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 import lit_sparse as ls
-from lit_sparse.callbacks import predictions
 
 
 def quiet(*callbacks: pl.Callback) -> pl.Trainer:
@@ -56,8 +55,7 @@ class Rows(pl.LightningModule):
         return self.change(batch)
 
 
-def test_parquet_holds_the_rows_of_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "_GROUP", 6)
+def test_parquet_holds_the_rows_of_the_lines(tmp_path: Path) -> None:
     batches = DataLoader(torch.arange(10), batch_size=4)
     module = Rows(lambda n: {"label": n, "probabilities": n[:, None] / torch.tensor([2.0, 4.0]), "text": n.tolist()})
     lines, columns = (ls.PredictionWriter(str(tmp_path / f"out.{ending}")) for ending in ("jsonl", "parquet"))
@@ -66,7 +64,6 @@ def test_parquet_holds_the_rows_of_the_lines(tmp_path: Path, monkeypatch: pytest
     file = parquet.ParquetFile(tmp_path / "out.parquet")
     assert file.read().to_pylist() == expected
     assert [row["label"] for row in expected] == list(range(10))
-    assert file.num_row_groups == 2  # of eight rows, when six were there, and of two
     assert load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")[3] == expected[3]
 
 
@@ -76,24 +73,38 @@ def test_parquet_of_no_rows_can_be_read(tmp_path: Path) -> None:
     assert parquet.read_table(tmp_path / "out.parquet").num_rows == 0
 
 
-def test_a_column_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "_GROUP", 1)
+def test_rows_that_have_no_common_type_are_written_as_lines(tmp_path: Path) -> None:
     module = Rows(lambda n: {"n": n.tolist() if int(n[0]) == 0 else ["words"] * len(n)})
-    with pytest.raises(ls.UsageError, match=r"out.parquet cannot hold the predictions in columns: .*Use .jsonl"):
-        quiet(ls.PredictionWriter(str(tmp_path / "out.parquet"))).predict(module, DataLoader(torch.arange(4)))
-    assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == [{"n": 0}]  # what was written stays
+    with pytest.raises(ls.UsageError, match=r"out.parquet cannot hold the predictions in columns: .*out.jsonl"):
+        quiet(ls.PredictionWriter(str(tmp_path / "out.parquet"))).predict(module, DataLoader(torch.arange(3)))
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines == [{"n": 0}, {"n": "words"}, {"n": "words"}]
 
 
-def test_columns_stay_the_same(tmp_path: Path) -> None:
+def test_a_column_that_some_rows_lack_is_null_there(tmp_path: Path) -> None:
     module = Rows(lambda n: {"n": n, **({"more": n} if int(n[0]) else {})})
-    writer = ls.PredictionWriter(str(tmp_path / "out.parquet"))
-    with pytest.raises(ls.UsageError, match=r"has the columns \['n'\], and a prediction has \['n', 'more'\]"):
-        quiet(writer).predict(module, DataLoader(torch.arange(4)))
+    quiet(ls.PredictionWriter(str(tmp_path / "out.parquet"))).predict(module, DataLoader(torch.arange(2)))
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert rows == [{"n": 0, "more": None}, {"n": 1, "more": 1}]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_the_rows_before_an_error_are_kept(ending: str, tmp_path: Path) -> None:
+    def predict(n: torch.Tensor) -> dict[str, Any]:
+        if int(n[0]) == 2:
+            raise RuntimeError("a fault")
+        return {"n": n}
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        quiet(ls.PredictionWriter(str(tmp_path / f"out.{ending}"))).predict(Rows(predict), DataLoader(torch.arange(4)))
+    kind = "json" if ending == "jsonl" else ending
+    rows = load_dataset(kind, data_files=str(tmp_path / f"out.{ending}"), split="train", cache_dir=str(tmp_path))
+    assert rows["n"][:] == [0, 1]
 
 
 def test_errors(tmp_path: Path) -> None:
     for name in ("out.csv", "out", "out.JSONL"):
-        with pytest.raises(ls.UsageError, match=rf"output='{name}' must end in .jsonl or .parquet"):
+        with pytest.raises(ls.UsageError, match=rf"output must end in .jsonl or .parquet; got '{name}'"):
             ls.PredictionWriter(name)
     with pytest.raises(ls.UsageError, match=r"folder of output='.*nowhere/out.jsonl' does not exist"):
         ls.PredictionWriter(str(tmp_path / "nowhere" / "out.jsonl"))

@@ -59,7 +59,7 @@ def test_metrics_of_several_validation_sets_are_looked_for(monitor, known, parts
 
 def test_a_learning_rate_finder_is_told_where_the_rates_are(parts, tmp_path):
     run = trainer(tmp_path, LearningRateFinder())
-    with pytest.raises(UsageError, match=r"sets one attribute .*gates from its optimizer"):
+    with pytest.raises(UsageError, match=r"LearningRateFinder sets an attribute lr"):
         run.fit(*parts)
 
 

@@ -290,7 +290,7 @@ def test_another_number_of_processes_is_pointed_out(tmp_path):
     checkpoint[RANDOM_STATES] *= 2
     torch.save(checkpoint, tmp_path / "two.ckpt")
     again, _ = small_run(tmp_path / "again")
-    with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1: what is drawn at random"):
+    with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1: random numbers"):
         again.fit(BoringModel(), ckpt_path=tmp_path / "two.ckpt")
 
 
@@ -334,7 +334,7 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(damage, kep
     damage(kept / "step=8.ckpt")
     assert ls.last_checkpoint(kept) == kept / "step=7.ckpt"
     again, _ = small_run(kept.parent / "again")
-    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged, .*; going on from the older .*step=7\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged, .* Using the older .*step=7\.ckpt"):
         again.fit(BoringModel(), ckpt_path=kept / "last.ckpt")
     assert again.global_step == 8
     (kept / "last.ckpt").unlink()
@@ -345,12 +345,12 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(damage, kep
 def test_a_damaged_checkpoint_that_was_named_is_an_error(damage, kept):
     damage(kept / "step=8.ckpt")
     (kept / "last.ckpt").unlink()
-    with pytest.raises(ls.UsageError, match=r"step=8\.ckpt' is no checkpoint, or a damaged one; the newest .*step=7"):
+    with pytest.raises(ls.UsageError, match=r"step=8\.ckpt' is not a checkpoint or is damaged\. The newest .*step=7"):
         small_run(kept.parent / "again")[0].fit(BoringModel(), ckpt_path=kept / "step=8.ckpt")
     for file in filter(is_sound, kept.glob("*.ckpt")):
         damage(file)
     (kept / "last.ckpt").write_bytes(b"")
-    with pytest.raises(ls.UsageError, match=r"last\.ckpt' is no checkpoint, .*; there is no other in its folder"):
+    with pytest.raises(ls.UsageError, match=r"last\.ckpt' is not a checkpoint .* Its folder has no other"):
         small_run(kept.parent / "again")[0].fit(BoringModel(), ckpt_path=kept / "last.ckpt")
     with pytest.raises(ls.UsageError, match=r"none\.ckpt' does not exist"):
         usable(kept / "none.ckpt")
@@ -389,7 +389,7 @@ def test_a_write_that_is_cut_short_leaves_the_old_file(kept, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(
-        ls.TrainingError, match=r"cannot be written .Input/output error.; '.*last\.ckpt' of step 8 is kept"
+        ls.TrainingError, match=r"cannot be written .Input/output error.\. '.*last\.ckpt' of step 8 is kept"
     ):
         WholeFiles().save_checkpoint({}, kept / "last.ckpt")
     assert (kept / "last.ckpt").read_bytes() == old
@@ -448,8 +448,8 @@ def test_a_full_disk_is_named_as_such_and_what_was_saved_stays(small_disk):
     with pytest.raises(ls.TrainingError, match="The disk is full: ") as raised:
         trainer.fit(module)
     message = str(raised.value)
-    assert re.search(r"'.*step=5\.ckpt' of step 5 cannot be written; '.*kept/last\.ckpt' of step 4 is kept", message)
-    assert "Make room, or name a folder on another disk in dirpath" in message
+    assert re.search(r"'.*step=5\.ckpt' of step 5 cannot be written\. '.*kept/last\.ckpt' of step 4 is kept", message)
+    assert "Free space or set dirpath to a folder on another disk" in message
     assert torch.load(small_disk / "kept" / "last.ckpt")["global_step"] == 4
     assert not list((small_disk / "kept").glob(".*"))
     (small_disk / "filled").unlink()

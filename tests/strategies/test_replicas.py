@@ -135,7 +135,7 @@ def test_two_processes_are_kept_equal_or_stopped(told: list[dict[str, Any]]) -> 
         assert process["broadcast"] == [[0.0, 0.0], [0, 1, 2]]
         assert process["agreed"] is None
         layer = "model.bert.encoder.layer.1.attention.output.dense"
-        found = f"TrainingError: At step 6 process 1 holds another lora_A of '{layer}' than process 0"
+        found = f"TrainingError: At step 6, lora_A of '{layer}' in process 1 differ from those in process 0"
         assert process["diverged"].startswith(found)
         assert "The processes hold different frozen weights" in process["other weights"]
         assert "auto_wrap ['LlamaDecoderLayer'] are no classes of" in process["no such block"]
