@@ -1,4 +1,4 @@
-"""``--quiet``: one switch for everything that shows how far something is."""
+"""``--quiet``: one switch for progress bars, tables and messages."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 def be_quiet() -> None:
-    """Show no progress and no tables of training from now on; warnings and errors stay."""
+    """Hide progress bars, tables and messages from now on, but not warnings and errors."""
     _state["quiet"] = True
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -34,7 +34,7 @@ def quiet_within() -> Iterator[None]:
 
 
 def _show_bars(shown: bool) -> None:
-    # Here, for they take half a second that a callback in a user's own program need not pay.
+    # Imported here: they take half a second, which a user's program that needs only a callback does not pay.
     import datasets
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
@@ -61,11 +61,11 @@ def show(text: str) -> None:
 
 
 def stages(title: str, names: Sequence[str]) -> Iterator[None]:
-    """A progress bar of work that has a few stages; every ``next`` begins one. A file or a pipe gets none.
+    """Show a progress bar of a few stages on a terminal; every ``next`` starts a stage.
 
     Args:
-        title: What is done.
-        names: What is done in each stage.
+        title: Name of the work.
+        names: Names of its stages.
     """
     with tqdm(total=len(names), desc=title, leave=False, disable=True if is_quiet() else None) as bar:
         for name in names:

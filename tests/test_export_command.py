@@ -303,7 +303,7 @@ def test_a_module_of_the_users_own_is_imported_when_they_say_so(project, refuse,
     ("options", "status", "message"),
     [
         (["--formt", "peft"], 2, "unrecognized arguments: --formt peft. Did you mean 'format'?"),
-        (["--colour", "red"], 2, "unrecognized arguments: --colour red. --help lists what there is."),
+        (["--colour", "red"], 2, "unrecognized arguments: --colour red. --help lists the known ones."),
         (
             ["--format", "onnx"],
             2,
@@ -423,7 +423,7 @@ def test_a_module_that_needs_more_than_a_checkpoint_holds(checkpoint, refuse, tm
 def test_the_commands_are_shown(capsys):
     assert {"export", "merge"} <= set(COMMANDS)
     for words, shown in (
-        (["--help"], ["export", "merge", "Export what a run trained, from its checkpoint alone."]),
+        (["--help"], ["export", "merge", "Export the adapters of a checkpoint."]),
         (["export", "--help"], ["usage: lit-sparse export", "{peft,gguf,sparse,delta,merged}", "--push_to_hub"]),
         (["merge", "--help"], ["usage: lit-sparse merge", "--dtype", "--tolerance"]),
     ):

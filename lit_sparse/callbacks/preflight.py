@@ -26,7 +26,7 @@ class Preflight(Callback):
             if finder._update_attr and not any(lightning_hasattr(pl_module, name) for name in names):
                 raise UsageError(
                     f"LearningRateFinder sets an attribute lr, but {type(pl_module).__name__} takes learning rates "
-                    "from its optimizer. Remove the callback, and compare short runs with several values of lr."
+                    "from its optimizer. Remove the callback, and compare short runs with values of the optimizer's lr."
                 )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

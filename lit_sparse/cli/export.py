@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from lit_sparse.cli.arguments import spelled_out
@@ -11,7 +10,7 @@ from lit_sparse.cli.parser import SparseParser
 from lit_sparse.serving.from_checkpoint import export_checkpoint
 from lit_sparse.verbosity import show
 
-# Command → (what it does, the arguments of export_checkpoint that it sets).
+# Command → (summary, the arguments of export_checkpoint that it sets).
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "export": ("Export the adapters of a checkpoint.", {}),
     "merge": (
@@ -45,5 +44,5 @@ def run(words: Sequence[str], program: str, name: str) -> None:
     Raises:
         UsageError: As :func:`export_checkpoint`.
     """
-    arguments = parser(name, prog=f"{program} {name}").parse_args(spelled_out(words, export_checkpoint))
-    show(str(partial(export_checkpoint, **_COMMANDS[name][1])(**arguments.as_dict())))
+    arguments = parser(name, prog=f"{program} {name}").parse_args(spelled_out(words, export_checkpoint)).as_dict()
+    show(str(export_checkpoint(**arguments, **_COMMANDS[name][1])))

@@ -1,15 +1,12 @@
-"""``lit-sparse inspect SOURCE``: the table of stored adapters, their figures and their page."""
+"""``lit-sparse inspect SOURCE``: table, figures and report of stored adapters."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-import jsonargparse
-
+from lit_sparse.cli.parser import SparseParser
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
 from lit_sparse.reporting.pictures import pictures
@@ -18,38 +15,30 @@ from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.table import text_table
 from lit_sparse.verbosity import show
 
-_OPTIONS = ("figures", "report", "layer", "metrics")
-
 
 def names_a_source(words: Sequence[str]) -> bool:
-    """Whether the words after ``inspect`` are for adapters that are stored, and not for a configuration.
+    """Whether ``inspect`` is to read stored adapters, rather than list the layers that a configuration would adapt.
 
     Args:
-        words: What the user typed after ``inspect``; every option takes one value.
+        words: The words after ``inspect``: a source or one of its options comes first, or those of a configuration.
     """
-    if any(word.partition("=")[0] in [f"--{option}" for option in _OPTIONS] for word in words):
-        return True
-    values = {i + 1 for i, word in enumerate(words) if word.startswith("-") and "=" not in word}
-    return any(not word.startswith("-") and i not in values for i, word in enumerate(words))
+    options = ("--figures", "--report", "--layer", "--metrics")
+    return bool(words) and (not words[0].startswith("-") or words[0].partition("=")[0] in options)
 
 
 def run(words: Sequence[str], program: str) -> None:
     """Run the command.
 
     Args:
-        words: What the user typed after ``inspect``.
-        program: Name of the program, for its help.
+        words: The words after ``inspect``.
+        program: Name of the program, for the help.
 
     Raises:
-        UsageError: If a word is not understood, or what :func:`inspect_adapters` raises.
+        UsageError: As :func:`inspect_adapters`.
     """
-    parser = jsonargparse.ArgumentParser(prog=f"{program} inspect", exit_on_error=False, allow_abbrev=False)
-    parser.add_function_arguments(inspect_adapters, as_positional=True)
-    try:
-        arguments = parser.parse_args(list(words))
-    except argparse.ArgumentError as error:
-        raise UsageError(f"{' '.join(str(error).split())}.{_hint(words)}") from error
-    inspect_adapters(**arguments.as_dict())
+    parser = SparseParser(prog=f"{program} inspect")
+    parser.options = parser.add_function_arguments(inspect_adapters, as_positional=True)
+    inspect_adapters(**parser.parse_args(words).as_dict())
 
 
 def inspect_adapters(
@@ -59,23 +48,23 @@ def inspect_adapters(
     layer: str | None = None,
     metrics: str | None = None,
 ) -> None:
-    """Print a table of adapters where they are stored, without loading a backbone.
+    """Print a table of stored adapters, without loading a backbone.
 
     Args:
         source: A checkpoint file, a folder in PEFT's format, or the folder of a run's logs.
-        figures: Folder to write pictures into, as PNG.
-        report: HTML file to write: a page with all of it, which needs no network.
-        layer: Layer of which the pictures show BA, by its name or trailing parts of it; otherwise the one with the
+        figures: Folder to write figures into, as PNG.
+        report: HTML file to write: a report with table and figures that needs no network.
+        layer: Layer whose BA the figures show, by its name or trailing parts of it; otherwise the layer with the
             largest change.
-        metrics: The run's metrics.csv, for curves; otherwise the one beside the source or a folder above it.
+        metrics: The run's metrics.csv, for curves; otherwise the one beside the source or in a folder above it.
 
     Raises:
-        UsageError: If the source cannot be read or holds no adapters, the layer does not exist, or there are figures to
-            draw and no matplotlib.
+        UsageError: If the source cannot be read or holds no adapters, the layer does not exist, a file cannot be
+            written, or matplotlib is needed and not installed.
     """
     adapters = read_adapters(source, metrics)
     if layer is not None:
-        adapters.layer(layer)  # a wrong name is told before anything is written
+        adapters.layer(layer)  # refuse an unknown name before anything is written
     sys.stdout.write(text_table(adapters) + "\n")
     if figures is None and report is None:
         return
@@ -87,15 +76,8 @@ def inspect_adapters(
             for name, figure in drawn.items():
                 save(figure, folder / f"{name}.png")
         except OSError as error:
-            raise UsageError(f"{figures!r} cannot be written: {error.strerror}.") from error
+            raise UsageError(f"{figures!r} cannot be written to: {error.strerror}.") from error
         show(f"Wrote {', '.join(f'{name}.png' for name in drawn)} into {folder}.")
     if report is not None:
         write_page(adapters, drawn, Path(report))
         show(f"Wrote {report}.")
-
-
-def _hint(words: Sequence[str]) -> str:
-    given = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
-    unknown = next((word for word in given if word not in _OPTIONS), None)
-    close = get_close_matches(unknown, _OPTIONS, n=1) if unknown else []
-    return f" Did you mean '--{close[0]}'?" if close else f" Options are {', '.join(f'--{o}' for o in _OPTIONS)}."

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import lit_sparse
 from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoint, usable
 from lit_sparse.cli import edit, export, inspect
-from lit_sparse.cli.arguments import require_readable, with_packaged_configs, without_quiet
 from lit_sparse.cli.parser import SparseParser, fail, refused_by_lightning
 from lit_sparse.cli.trainer import SaveRunConfig, SparseTrainer
 from lit_sparse.errors import TrainingError, UsageError
@@ -30,22 +29,23 @@ from lit_sparse.modules.base import SparseModule
 from lit_sparse.verbosity import be_quiet, quiet_within
 
 DESCRIPTION = """Fine-tune Hugging Face models with sparse adapters, or any LightningModule of yours: lightning fit
---config my.yaml --trainer.max_epochs 1. The configurations of the package are at hand everywhere, as --config
-lit_sparse://quickstart.yaml. Every command takes --quiet, to show warnings, errors and what is asked for."""
-# Lightning's own words for these end in the middle of a sentence.
+--config my.yaml --trainer.max_epochs 1. Configurations of the package are named like --config
+lit_sparse://quickstart.yaml. Every command takes --quiet, which hides all but results, warnings and errors."""
+# Lightning's own summaries end in the middle of a sentence.
 _SUMMARIES = {
-    "fit": "Train what a configuration describes; words after it override its keys.",
-    "validate": "Measure on the validation rows; with --ckpt_path, what a run has trained.",
-    "test": "Measure on the test rows; with --ckpt_path, what a run has trained.",
-    "predict": "Predict; PredictionWriter among the callbacks writes what comes out.",
+    "fit": "Train with a configuration; options after it override its keys.",
+    "validate": "Measure on the validation rows; --ckpt_path names the trained checkpoint.",
+    "test": "Measure on the test rows; --ckpt_path names the trained checkpoint.",
+    "predict": "Predict; the callback PredictionWriter writes the predictions.",
 }
 
-# A word that is not ours goes to the lightning command of another package, if there is one.
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "edit", *export.NAMES)
+# Other words go to the lightning command of another package, if there is one.
+COMMANDS = (*_SUMMARIES, "inspect", "edit", *export.NAMES)
 
-# The disk is full, or what is there may not be written or read.
+# The disk is full, or a file may not be written or read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
+# For inspect: nothing runs and nothing is logged, so the devices of a cluster are not needed.
 _NO_RUN = {
     "accelerator": "cpu",
     "strategy": "auto",
@@ -59,7 +59,7 @@ _NO_RUN = {
     "enable_checkpointing": False,
 }
 
-# What these words of the Trainer's mean for a module of ours, which keeps adapters whole in every process.
+# For modules of this package, these names of strategies mean ours, which keep adapters whole in every process.
 _SHARDING: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp": ("lit_sparse.SparseFSDPStrategy", {}),
     "fsdp_cpu_offload": ("lit_sparse.SparseFSDPStrategy", {"cpu_offload": True}),
@@ -74,18 +74,18 @@ class SparseCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, but for ``inspect`` and ``edit``."""
+        """Lightning's, and ``inspect`` and ``edit``."""
         return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}, "edit": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--quiet``."""
-        parser.add_argument("--quiet", action="store_true", help="Show only warnings, errors and what is asked for.")
+        parser.add_argument("--quiet", action="store_true", help="Show only results, warnings and errors.")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         for name, summary in _SUMMARIES.items():
             kwargs.setdefault(name, {}).setdefault("description", summary)
         super()._add_subcommands(parser, **kwargs)
-        self.add_arguments_to_parser(parser)  # before the command too
+        self.add_arguments_to_parser(parser)  # --quiet may stand before the command too
         subcommands: Any = parser._subcommands_action
         for action in subcommands._choices_actions:
             action.help = _SUMMARIES.get(action.dest, action.help)
@@ -93,13 +93,12 @@ class SparseCLI(LightningCLI):
             subcommands.add_subcommand(name, export.parser(name), help=export.summary(name))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an ``optimizer`` beside a module that builds its own, and a checkpoint that cannot be read."""
+        """Adjust the Trainer to the command; refuse an unreadable checkpoint, and a second optimizer."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.quiet or self.config.get("quiet"):
             be_quiet()
             config.trainer.enable_progress_bar = config.trainer.enable_model_summary = False
         if self.subcommand == "inspect":
-            # Nothing runs, so that what a cluster has is not needed, and nothing is logged.
             vars(config.trainer).update(_NO_RUN)
         if self.subcommand == "edit":
             _set_up_editing(config)
@@ -119,34 +118,34 @@ class SparseCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer; what it refuses is what the user wrote."""
+        """Make the Trainer; its errors are about the user's arguments."""
         try:
             return super().instantiate_trainer(**kwargs)
         except MisconfigurationException:
             raise
         except (TypeError, ValueError) as error:
-            raise UsageError(f"There is no such Trainer: {error}") from error
+            raise UsageError(f"The Trainer cannot be made: {error}") from error
 
     def before_fit(self) -> None:
-        """Find the checkpoint that ``last`` means: Lightning would take a damaged one, and know no other."""
+        """Find the checkpoint for ``last``: Lightning would take a damaged one."""
         config = self.config_init[self.subcommand]
         if config.get("ckpt_path") != "last":
             return
         folders: list[str] = [getattr(c, "dirpath", None) or "" for c in self.trainer.checkpoint_callbacks]
         found = [last_checkpoint(folder) for folder in folders if folder]
-        # What SLURM's signal left is often further.
+        # The checkpoint written at SLURM's signal often has a higher step.
         found.append(last_checkpoint(self.trainer.default_root_dir, "hpc_ckpt_*.ckpt"))
         sound = [file for file in found if file is not None]
         if any(folders) or sound:
-            # None the first time: a job that is requeued has the same command.
+            # None at first: a requeued job runs the same command again.
             furthest = next(iter(furthest_first(sound)), None)
             config["ckpt_path"] = None if furthest is None else str(furthest)
 
     def instantiate_classes(self) -> None:
-        """Make the objects; what their constructors refuse comes out as they said it."""
+        """Make the objects, and raise a UsageError of their constructors as it is."""
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse wraps it in a list of the types it tried
+        except ValueError as error:  # jsonargparse wraps it into a list of the types it tried
             cause = error.__cause__
             while cause is not None and not isinstance(cause, UsageError):
                 cause = cause.__cause__
@@ -155,75 +154,58 @@ class SparseCLI(LightningCLI):
             raise cause from None
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would replace the model of the configuration by the checkpoint's, without a word. What the
-        # user wrote stands; our modules refuse a checkpoint that does not fit.
+        # Lightning would silently replace the model of the configuration by the checkpoint's. Ours keeps the user's
+        # model, and refuses a checkpoint that does not fit.
         return
 
 
 def _set_up_editing(config: Any) -> None:
-    """What the Trainer must be to edit: its test loop, with gradients, into one folder."""
+    """Edits run in the Trainer's test loop, with gradients, and write to one folder."""
     vars(config.trainer).update(_EDITING)
     if config.trainer.logger is None:
         config.trainer.logger = False
     if config.trainer.default_root_dir is None:
-        config.trainer.default_root_dir = config.model.get("init_args", {}).get("output")  # for the configuration
+        config.trainer.default_root_dir = config.model.get("init_args", {}).get("output")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Errors that a user can mend are printed in one line, with status 1, or 2 when the configuration does not
-    parse; anything else keeps its traceback. ``LIT_SPARSE_TRACEBACK=1`` shows the traceback of the former too. A run
-    that SIGTERM stopped ends with status 143, as a shell reports the signal.
+    Errors that a user can mend are printed in one line, with status 1, or 2 if the configuration does not parse; others
+    keep their traceback. ``LIT_SPARSE_TRACEBACK=1`` shows all tracebacks. A run that SIGTERM stopped ends with status
+    143, as a shell reports the signal.
 
     Args:
         args: Words after the program's name; None: those of the process.
     """
     folder = str(Path.cwd())
     if not {"", folder} & set(sys.path):
-        sys.path.insert(0, folder)  # as python -m does, so that modules of the user's own are found
+        sys.path.insert(0, folder)  # as python -m does, so that the user's own modules are found
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    words = sys.argv[1:] if args is None else list(args)
     try:
         with quiet_within():
-            _run(words, typed=args is None)
-    except SIGTERMException:  # it has no status of its own, and so would end with 0
+            _run(args)
+    except SIGTERMException:  # it has no status of its own: the process would end with 0
         raise SystemExit(128 + signal.SIGTERM) from None
-    except (UsageError, TrainingError, MisconfigurationException) as error:
-        if os.environ.get("LIT_SPARSE_TRACEBACK"):
+    except Exception as error:
+        if not _can_be_mended(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
-        fail(str(error), status=1)
-    except OSError as error:
-        if error.errno not in _NO_PLACE or os.environ.get("LIT_SPARSE_TRACEBACK"):
-            raise
-        fail(f"A file cannot be written or read: {error}.", status=1)
-    except (RuntimeError, ValueError) as error:
-        if not refused_by_lightning(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
-            raise
-        fail(str(error), status=1)
+        fail(f"A file cannot be written or read: {error}." if isinstance(error, OSError) else str(error), status=1)
 
 
-def _run(words: Sequence[str], typed: bool) -> None:
+def _can_be_mended(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _NO_PLACE
+    return isinstance(error, UsageError | TrainingError | MisconfigurationException) or refused_by_lightning(error)
+
+
+def _run(args: Sequence[str] | None) -> None:
+    """Run a command that has a parser of its own, or else one of LightningCLI's."""
+    words = sys.argv[1:] if args is None else args
     if "--quiet" in words:
         be_quiet()
-    require_readable(with_packaged_configs(words))
-    if _runs_without_a_configuration(words):
-        return
-    SparseCLI(
-        trainer_class=SparseTrainer,
-        args=None if typed else list(words),
-        parser_class=SparseParser,
-        parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
-        save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-    )
-
-
-def _runs_without_a_configuration(words: Sequence[str]) -> bool:
-    """Run a command that has a parser of its own, if the words are one."""
-    name, *others = without_quiet(words) or [""]
+    name, *others = [word for word in words if word != "--quiet"] or [""]
     if name in export.NAMES:
         export.run(others, _program(), name)
     elif name == "inspect" and inspect.names_a_source(others):
@@ -231,35 +213,36 @@ def _runs_without_a_configuration(words: Sequence[str]) -> bool:
     elif name == "edit" and others[:1] and others[0] in edit.NAMES:
         edit.run(others, _program())
     else:
-        return False
-    return True
+        SparseCLI(
+            trainer_class=SparseTrainer,
+            args=None if args is None else list(args),
+            parser_class=SparseParser,
+            parser_kwargs={"prog": _program(), "description": DESCRIPTION, "version": lit_sparse.__version__},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+        )
 
 
 def lightning_main() -> None:
-    """``lightning``: ours, but for commands of another package that installs a program of that name."""
+    """``lightning``: our commands, and those of another package that installs a program of that name."""
     words = sys.argv[1:]
     values = {i + 1 for i, word in enumerate(words) if word in ("-c", "--config")}
     word = next((word for i, word in enumerate(words) if not word.startswith("-") and i not in values), None)
-    other = _other_lightning()
+    programs = entry_points(group="console_scripts", name="lightning")
+    other = next((program for program in programs if program.module != __name__), None)  # such as lightning_sdk's
     if word is not None and word not in COMMANDS and other is not None:
         other.load()()
         return
     main()
 
 
-def _other_lightning() -> EntryPoint | None:
-    """The ``lightning`` program of another installed package, such as lightning_sdk."""
-    own = __name__
-    found = entry_points(group="console_scripts", name="lightning")
-    return next((entry for entry in found if entry.module != own), None)
-
-
 def _checkpoint(path: str | None, weights_only: bool | None, resumes: bool) -> str | None:
-    if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen later, or not on this machine
+    if path is None or path in ("best", "last", "hpc") or ":" in path:  # chosen later, or a URL
         return path
     file = usable(path)
     if file.is_file() and weights_only is not False:
-        found = checkpoints.load(file, mmap=True)  # refused here in a line, before anything is built
+        found = checkpoints.load(file, mmap=True)  # refuse it before anything is built
         if resumes:
             checkpoints.require_resumable(found, file)
     return str(file)

@@ -1,4 +1,4 @@
-"""The Trainer of the command line, and what it writes of its configuration."""
+"""The Trainer of the command line, and the file of its configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_sparse.verbosity import show
 
 
 class SparseTrainer(Trainer):
-    """Lightning's Trainer with two commands more."""
+    """Lightning's Trainer with two more commands, ``inspect`` and ``edit``."""
 
     def inspect(
         self,
@@ -31,18 +31,18 @@ class SparseTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,  # noqa: ARG002
     ) -> None:
-        """List the layers that a configuration would adapt; given a checkpoint or folder instead, what it holds.
+        """List the layers that a configuration would adapt; ``inspect SOURCE`` lists stored adapters instead.
 
-        No weights are loaded and nothing is trained. The latter is :mod:`lit_sparse.cli.inspect`.
+        No weights are loaded and nothing is trained.
 
         Args:
-            model: A module that holds adapters after ``configure_model``.
+            model: A module that has adapters after ``configure_model``.
             datamodule: Its data, read only if the module takes the number of labels from it.
-            ckpt_path: Not for this command; here because the configurations that ``fit`` writes have it.
-            weights_only: The same.
+            ckpt_path: Must be None; the configurations that ``fit`` writes contain it.
+            weights_only: Ignored, likewise.
         """
         if ckpt_path is not None:
-            raise UsageError("inspect looks at what a configuration would adapt, not at a checkpoint: omit ckpt_path.")
+            raise UsageError("inspect with a configuration reads no checkpoint: omit ckpt_path, or give inspect FILE.")
         self.strategy.connect(model)
         model.trainer = self
         if datamodule is not None:
@@ -54,19 +54,19 @@ class SparseTrainer(Trainer):
         with torch.device("meta"):
             model.configure_model()
         if isinstance(model, Editor):
-            # An edit puts its adapters in and takes them out again; none is in the model between edits.
+            # An Editor injects adapters for each edit only.
             if not isinstance(model.method, SparseMethod):
-                raise UsageError(f"inspect lists adapters, and {type(model.method).__name__} has none.")
+                raise UsageError(f"inspect lists adapters, but {type(model.method).__name__} uses none.")
             with torch.device("meta"):
                 inject(model.model, model.method)
         backbone = model.model if isinstance(model, SparseModule | Editor) else None
         sys.stdout.write(describe(backbone or model) + "\n")
 
     def edit(self, model: Editor, datamodule: EditingData) -> None:
-        """Edit facts by the requests of a file, and measure each; ``edit apply|list|remove`` for edits that were saved.
+        """Edit facts by the requests of a file, and measure each; ``edit apply|list|remove`` work on saved edits.
 
         Args:
-            model: What edits.
+            model: The editor.
             datamodule: The requests.
         """
         self.test(model, datamodule, verbose=False)
@@ -76,19 +76,19 @@ class SparseTrainer(Trainer):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration of a run beside its logs, over that of an earlier run but never over a user's own file.
+    """Save the configuration of a run beside its logs, replacing that of an earlier run but never a user's own file.
 
-    Without a logger that is the current folder, where a ``config.yaml`` is often what the user wrote: then the name is
+    Without a logger it is saved in the current folder. If that has a ``config.yaml`` of the user's, the name is
     ``run_config.yaml``.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the name, and save."""
-        folder = trainer.log_dir  # on all processes: it is broadcast
+        folder = trainer.log_dir  # in all processes: it is broadcast
         if trainer.is_global_zero and folder is not None and not is_remote(folder):
             file = Path(folder) / self.config_filename
             given = [Path(str(path)).resolve() for path in self.config.get("config") or []]
-            # Lightning's own name stands in the first line of what it saved.
+            # Lightning's files begin with a comment that names it.
             if file.is_file() and (file.resolve() in given or not file.read_bytes().startswith(b"# lightning")):
                 self.config_filename = "run_config.yaml"
         super().setup(trainer, pl_module, stage)

@@ -1,4 +1,4 @@
-"""The mathematics of the methods: functions of tensors and numbers, in place where a name ends in ``_``."""
+"""The formulas of the methods: functions of tensors and numbers, in place if the name ends in ``_``."""
 
 from lit_sparse.functional.density import density as density
 from lit_sparse.functional.density import product_density as product_density

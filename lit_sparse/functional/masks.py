@@ -1,14 +1,14 @@
-"""Keep the top share of every slice of a tensor of scores."""
+"""Masks of the largest scores in every slice of a tensor."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import require_range
 
 _SMALLEST_GROUP = 3
-"""With groups of two, what is left to select among is nearly as much as before."""
+"""With groups of two, nearly as many entries remain to select from as before."""
 
 
 def kept_entries(fraction: float, length: int) -> int:
@@ -24,29 +24,30 @@ def kept_entries(fraction: float, length: int) -> int:
     Raises:
         UsageError: If ``fraction`` is outside (0, 1] or ``length`` is below 1.
 
+    Example:
+        >>> kept_entries(0.25, 10), kept_entries(0.01, 10)
+        (2, 1)
+
     Source:
         Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), Eq. (6): ``fraction`` = τ bounds the share from above.
     """
-    if not 0 < fraction <= 1:
-        raise UsageError(f"fraction is the share of entries to keep, in (0, 1]; got {fraction}.")
-    if length < 1:
-        raise UsageError(f"There is nothing to keep along a dimension of length {length}; give it entries.")
-    # 0.29 · 100 is 28.999999999999996 in floating point, and the user's 0.29 means 29.
+    require_range("fraction", fraction, above=0, at_most=1)
+    require_range("length", length, at_least=1)
+    # In floating point 0.29 · 100 is 28.999999999999996; 29 is meant.
     return max(1, math.floor(fraction * length + 1e-9))
 
 
 def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
     """Mark the largest ``fraction`` of ``scores`` along ``dim``, equally many in every slice.
 
-    Equal scores go to the lower index, and nothing depends on memory layout or device, so every process
-    draws the same mask from the same scores. NaN ranks with −inf: below every finite score. No value is
-    read back from a device.
+    Among equal scores the lower index wins, independent of memory layout and device: every process computes the same
+    mask from the same scores. NaN counts as −inf, below every finite score. No value is read back from a device.
 
     Args:
         scores: Sensitivities, any shape: ``(..., rank, in_features)`` for A, ``(..., out_features, rank)``
             for B.
         fraction: Share to keep, unitless, in (0, 1]; rounded down to whole entries, at least one.
-        dim: The dimension to choose along, may be negative: −1 ranks within each row of A, −2 within each
+        dim: The dimension to choose along, may be negative: −1 chooses within each row of A, −2 within each
             column of B.
 
     Returns:
@@ -56,6 +57,10 @@ def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
     Raises:
         UsageError: If ``fraction`` is outside (0, 1] or ``scores`` is empty along ``dim``.
 
+    Example:
+        >>> top_fraction_mask(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), 0.5, dim=-1)
+        tensor([[ True, False,  True, False]])
+
     Source:
         Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), Eq. (8): the pruning of A and B at τ⁽ᵗ⁾ = ``fraction``.
     """
@@ -63,11 +68,11 @@ def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
     if keep == scores.shape[dim]:
         return torch.ones_like(scores, dtype=torch.bool)
     scores = scores.movedim(dim, -1).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    # Not a stable argsort, which takes many times as long on a CPU; and not the indices of topk, which may order equal
-    # scores anyhow, while A's scores are all zero at first.
+    # A stable argsort takes many times as long on a CPU. The indices of topk are in no fixed order among equal scores,
+    # and A's scores are all zero at first.
     smallest_kept = _kth_largest(scores, keep)
     if _is_at_hand(scores):
-        # Without ties that is all, and a third of the time.
+        # Without ties this mask is complete, in a third of the time.
         kept = scores >= smallest_kept
         if int(kept.count_nonzero()) == keep * (kept.numel() // kept.shape[-1]):
             return kept.movedim(-1, dim)
@@ -77,22 +82,22 @@ def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
 
 
 def _is_at_hand(scores: Tensor) -> bool:
-    """Whether looking at the values makes nobody wait, as it would for a GPU."""
+    """Whether reading values does not wait for a device."""
     return scores.device.type == "cpu"
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of every last dimension, shape ``(..., 1)``.
+    """The k-th largest entry along the last dimension, shape ``(..., 1)``.
 
-    The k largest lie in those k groups of entries that have the largest maxima (or entries equal to them do): with
-    groups of g, two selections among width / g and k · g entries replace one among all. They are fewest for
-    g = √(width / k), and take a quarter less time at density 0.05 on a CPU.
+    The k largest entries, or equal ones, lie in the k groups with the largest maxima. With groups of g entries, two
+    selections, among width / g and k · g entries, replace one among all. That is fewest for g = √(width / k), and takes
+    a quarter less time at density 0.05 on a CPU.
     """
     width = scores.shape[-1]
     size = round(math.sqrt(width / k))
     if size >= _SMALLEST_GROUP:
         count = width // size
-        groups = scores[..., : size * count].unflatten(-1, (size, count))  # each of entries that lie count apart
+        groups = scores[..., : size * count].unflatten(-1, (size, count))  # entries of a group lie count apart
         chosen = groups.amax(-2).topk(k, sorted=False).indices
         among = groups.gather(-1, chosen.unsqueeze(-2).expand(*groups.shape[:-1], k)).flatten(-2)
         scores = torch.cat([among, scores[..., size * count :]], dim=-1)

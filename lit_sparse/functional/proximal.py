@@ -1,4 +1,4 @@
-"""What a penalty does to a number: proximal maps, and the operator that SoRA's release uses instead."""
+"""Proximal maps of the ℓ1 penalty, and the operator that SoRA's release uses instead."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
 
 
 def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
@@ -26,7 +26,11 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
         A new tensor with the shape and dtype of ``x``.
 
     Raises:
-        UsageError: If ``threshold`` is a negative number or NaN.
+        UsageError: If ``threshold`` is a negative number, infinite or NaN.
+
+    Example:
+        >>> soft_threshold(torch.tensor([-3.0, 0.5, 2.0]), 1.0)
+        tensor([-2.,  0.,  1.])
 
     Source:
         Ding et al. 2023 (SoRA, arXiv:2311.11696), the update of the gate with threshold = η·λ.
@@ -36,11 +40,11 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def released_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
-    """Shrink every entry by ``threshold``, then zero what is left below ``threshold`` again.
+    """Shrink every entry by ``threshold``, then zero results that are below ``threshold``.
 
-    SoRA's released code runs this where the paper has :func:`soft_threshold`. It is not a proximal map:
-    entries with threshold < |x| < 2·threshold vanish too, while |x| = threshold is left alone. Offered
-    for reproducing published runs.
+    SoRA's released code uses this instead of the paper's :func:`soft_threshold`; it serves to reproduce published runs.
+    It is not a proximal map: entries with threshold < |x| < 2·threshold become zero too, and |x| = threshold does not
+    change.
 
     Args:
         x: Any shape, floating point.
@@ -50,7 +54,11 @@ def released_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
         A new tensor with the shape and dtype of ``x``.
 
     Raises:
-        UsageError: If ``threshold`` is a negative number or NaN.
+        UsageError: If ``threshold`` is a negative number, infinite or NaN.
+
+    Example:
+        >>> released_threshold(torch.tensor([-3.0, 0.5, 1.5]), 1.0)
+        tensor([-2.,  0.,  0.])
 
     Source:
         The release of Ding et al. 2023 (arXiv:2311.11696) at commit c275ac2, its sparse optimizer's step.
@@ -86,23 +94,24 @@ def optimizer_metric_threshold(
         UsageError: If ``weight`` is negative, ``step`` is a number below 1, ``beta2`` is outside [0, 1) or
             ``eps`` is not positive.
 
+    Example:
+        >>> optimizer_metric_threshold(weight=1.0, lr=0.1, second_moment=torch.tensor([0.25, 4.0]), step=1, beta2=0.0,
+        ...                            eps=1e-8)
+        tensor([0.2000, 0.0500])
+
     Source:
         Yun et al. 2021 (ProxGen, arXiv:2006.07065), the ℓ1 case with Adam's preconditioner.
     """
-    if not weight >= 0:
-        raise UsageError(f"weight is the strength λ of the penalty, at least 0; got {weight}.")
-    if not 0 <= beta2 < 1:
-        raise UsageError(f"beta2 is the decay of Adam's second moment, in [0, 1); got {beta2}.")
-    if not eps > 0:
-        raise UsageError(f"The optimizer's metric needs an eps above 0; got {eps}. Adam's default is 1e-8.")
+    require_range("weight", weight, at_least=0)
+    require_range("beta2", beta2, at_least=0, below=1)
+    require_range("eps", eps, above=0)
     if isinstance(step, Tensor):
-        # Not 1 − beta2**step: counters are float32, where that difference loses half its digits early on.
+        # Not 1 − beta2**step: in float32, the dtype of counters, it loses half its digits in early steps.
         counted = step.to(second_moment.dtype)
         correction: float | Tensor = -torch.expm1(counted * (math.log(beta2) if beta2 else -math.inf))
-    elif step >= 1:
-        correction = 1 - beta2**step
     else:
-        raise UsageError(f"step counts the optimizer steps taken, at least 1; got {step}.")
+        require_range("step", step, at_least=1)
+        correction = 1 - beta2**step
     return weight * lr / ((second_moment / correction).sqrt() + eps)
 
 
@@ -115,8 +124,14 @@ def soft_threshold_(tensors: Sequence[Tensor], threshold: float | Tensor | Seque
             for each of ``tensors`` that broadcasts to its shape.
 
     Raises:
-        UsageError: If ``threshold`` is a negative number or NaN, a tensor of several numbers, or a
+        UsageError: If ``threshold`` is a negative number, infinite or NaN, a tensor of several numbers, or a
             sequence of another length than ``tensors``.
+
+    Example:
+        >>> gates = [torch.tensor([2.0, -0.5]), torch.tensor([[1.5]])]
+        >>> soft_threshold_(gates, 1.0)
+        >>> gates
+        [tensor([1., 0.]), tensor([[0.5000]])]
     """
     _replace_(tensors, threshold, soft_threshold)
 
@@ -129,8 +144,7 @@ def released_threshold_(tensors: Sequence[Tensor], threshold: float | Tensor | S
         threshold: As in :func:`soft_threshold_`.
 
     Raises:
-        UsageError: If ``threshold`` is a negative number or NaN, a tensor of several numbers, or a
-            sequence of another length than ``tensors``.
+        UsageError: As in :func:`soft_threshold_`.
     """
     _replace_(tensors, threshold, released_threshold)
 
@@ -139,10 +153,9 @@ def _clip(x: Tensor, threshold: float | Tensor) -> Tensor:
     """Limit ``x`` to [−threshold, threshold]."""
     if isinstance(threshold, Tensor):
         limit = threshold.to(x.dtype)
-        # Not clamp: it refuses a learning rate that is a CPU scalar beside gates on a GPU.
+        # Not clamp: it refuses a CPU scalar, such as a learning rate, with gates on a GPU.
         return x.minimum(limit).maximum(-limit)
-    if not threshold >= 0:
-        raise UsageError(f"threshold is how far to shrink towards zero, at least 0; got {threshold}.")
+    require_range("threshold", threshold, at_least=0)
     return x.clamp(-threshold, threshold)
 
 
@@ -152,14 +165,14 @@ def _replace_(
     threshold: float | Tensor | Sequence[Tensor],
     operator: Callable[[Tensor, float | Tensor], Tensor],
 ) -> None:
-    """Overwrite every tensor by ``operator`` of it, on one flat copy for each device and dtype."""
+    """Replace every tensor by ``operator`` of it, on one flat copy per device and dtype."""
     if isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise UsageError(
-            f"threshold is one number for all tensors or a sequence of tensors, one for each; "
-            f"got a single tensor of shape {tuple(threshold.shape)}."
+            "threshold must be one number, or a sequence with a tensor for each tensor; got a single tensor of shape "
+            f"{tuple(threshold.shape)}."
         )
     if isinstance(threshold, Sequence) and len(threshold) != len(tensors):
-        raise UsageError(f"Got {len(threshold)} thresholds for {len(tensors)} tensors; give one for each.")
+        raise UsageError(f"Give one threshold for each tensor; got {len(threshold)} for {len(tensors)} tensors.")
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         alike.setdefault((tensor.device, tensor.dtype), []).append(index)

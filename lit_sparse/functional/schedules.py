@@ -3,11 +3,11 @@
 import math
 from typing import Literal
 
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
 
 
 def resolve_step(value: int | float, total: int) -> int | float:
-    """Turn a point in the run into steps: an integer already counts them, a float is a share of ``total``.
+    """Turn a point in the run into steps: an int counts steps, a float is a share of ``total``.
 
     Args:
         value: Steps as an int, at least 0; or a share of the run as a float in [0, 1]. 1 is the first step
@@ -19,29 +19,31 @@ def resolve_step(value: int | float, total: int) -> int | float:
 
     Raises:
         UsageError: If ``value`` is a bool, a negative int or a float outside [0, 1], or ``total`` is below 1.
+
+    Example:
+        >>> resolve_step(20, total=200), resolve_step(0.2, total=200)
+        (20, 40.0)
     """
-    if total < 1:
-        raise UsageError(f"total is the number of optimizer steps in the run, at least 1; got {total}.")
+    require_range("total", total, at_least=1)
     if isinstance(value, bool):
-        raise UsageError(f"A point in the run is a number of steps or a share of them; got {value}.")
+        raise UsageError(f"A point in the run must be a number of steps or a share of the run; got {value}.")
     if isinstance(value, float):
         if not 0 <= value <= 1:
-            raise UsageError(f"A float is a share of the run, in [0.0, 1.0]; got {value}. Give steps as an int.")
-        return round(value * total, 9)  # 0.29 · 100 is 28.999999999999996, and the user's 0.29 means 29
-    if value < 0:
-        raise UsageError(f"A number of steps is at least 0; got {value}.")
+            raise UsageError(f"A float is a share of the run, from 0.0 to 1.0; got {value}. Give steps as an int.")
+        return round(value * total, 9)  # 0.29 · 100 is 28.999999999999996; 29 is meant
+    require_range("A number of steps", value, at_least=0)
     return value
 
 
 def cubic_density(step: int, total: int, density: float, begin: int | float, end: int | float) -> float:
     """Share of entries to keep at ``step``: 1 up to ``begin``, ``density`` from ``end``, a cubic between.
 
-    Between, it is density + (1 − density)·(1 − (step − begin)/(end − begin))³: fast at first, while there is
-    much to prune. With ``begin`` equal to ``end`` it jumps right after ``begin``.
+    The cubic is density + (1 − density)·(1 − (step − begin)/(end − begin))³: it falls fast at first, while many entries
+    are left to prune. If ``begin`` equals ``end``, the share jumps right after ``begin``.
 
     Args:
         step: Optimizer steps taken.
-        total: Optimizer steps in the whole run, at least 1; another ``total`` moves points given as shares.
+        total: Optimizer steps in the whole run, at least 1.
         density: τ, the final share to keep, unitless, in (0, 1].
         begin: t_i, the last step with everything kept; steps as an int or a share of the run as a float.
         end: t_f, the first step at the final density; likewise, not before ``begin``.
@@ -53,16 +55,19 @@ def cubic_density(step: int, total: int, density: float, begin: int | float, end
         UsageError: If ``density`` is outside (0, 1], ``begin`` or ``end`` is no point in the run (see
             :func:`resolve_step`), or ``begin`` comes after ``end``.
 
+    Example:
+        >>> [cubic_density(step, total=100, density=0.5, begin=0, end=1.0) for step in (0, 50, 100)]
+        [1.0, 0.5625, 0.5]
+
     Source:
         Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), the schedule of τ⁽ᵗ⁾.
     """
-    if not 0 < density <= 1:
-        raise UsageError(f"density is the final share of entries to keep, in (0, 1]; got {density}.")
+    require_range("density", density, above=0, at_most=1)
     first, last = resolve_step(begin, total), resolve_step(end, total)
     if first > last:
         raise UsageError(
-            f"begin = {begin} comes after end = {end}: steps {first:g} and {last:g} of {total}. "
-            "Pruning must end no earlier than it begins; a float is a share of the run, an int counts steps."
+            f"begin = {begin} comes after end = {end}: they are steps {first:g} and {last:g} of {total}. A float is a "
+            "share of the run, an int counts steps."
         )
     if step <= first:
         return 1.0
@@ -91,21 +96,22 @@ def threshold_stages(
             ``first`` is 0 with ``"exp_linear"``, or ``last`` is not finite and above ``first`` (equal to it
             for one stage).
 
+    Example:
+        >>> threshold_stages(0.0, 6.0, count=4, spacing="linear")
+        [0.0, 2.0, 4.0, 6.0]
+
     Source:
         Ding et al. 2023 (SoRA, arXiv:2311.11696), Algorithm 1; the spacings are the release's.
     """
     if spacing not in ("linear", "log_linear", "exp_linear"):
-        raise UsageError(f"spacing is 'linear', 'log_linear' or 'exp_linear'; got {spacing!r}.")
-    if count < 1:
-        raise UsageError(f"count is the number of stages, at least 1; got {count}.")
-    if not 0 <= first < math.inf:
-        raise UsageError(f"first is the smallest threshold, at least 0 and finite; got {first}.")
+        raise UsageError(f"spacing must be 'linear', 'log_linear' or 'exp_linear'; got {spacing!r}.")
+    require_range("count", count, at_least=1)
+    require_range("first", first, at_least=0)
     if count == 1:
         if first != last:
-            raise UsageError(f"One stage has one threshold; got first = {first} and last = {last}: make them equal.")
+            raise UsageError(f"With one stage, first and last must be equal; got {first} and {last}.")
         return [first]
-    if not first < last < math.inf:
-        raise UsageError(f"Thresholds rise from stage to stage, so last is above first = {first}; got {last}.")
+    require_range("last", last, above=first)
     if spacing == "exp_linear" and first == 0:
         raise UsageError("'exp_linear' has equal ratios, so first must be above 0; got 0. Try 'linear'.")
     between = [_between(first, last, index / (count - 1), spacing) for index in range(1, count - 1)]

@@ -1,4 +1,4 @@
-"""How much the loss depends on an entry: |w · ∂L/∂w|, and its moving average."""
+"""Sensitivity of the loss to an entry, |w · ∂L/∂w|, and its moving average."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import masks
 
 
@@ -20,6 +20,10 @@ def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
 
     Returns:
         A new tensor of that shape, not negative, in the units of the loss.
+
+    Example:
+        >>> sensitivity(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
+        tensor([1., 3.])
 
     Source:
         Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), Eq. (3).
@@ -54,10 +58,14 @@ def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
     Raises:
         UsageError: If ``beta`` is outside [0, 1).
 
+    Example:
+        >>> moving_average(torch.tensor([1.0]), torch.tensor([3.0]), beta=0.75)
+        tensor([1.5000])
+
     Source:
         Wang et al. 2024 (RoseLoRA, arXiv:2406.10777), Eq. (4).
     """
-    _require_decay(beta)
+    require_range("beta", beta, at_least=0, below=1)
     return average.lerp(value.to(average.dtype), 1 - beta)
 
 
@@ -65,7 +73,7 @@ def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
 def update_moving_average_(averages: Sequence[Tensor], values: Sequence[Tensor], beta: float) -> None:
     """Apply :func:`moving_average` to many averages in place, in a handful of kernels, without gradients.
 
-    Where a value is not finite the average stays as it is: one infinite gradient would otherwise never leave it.
+    Where a value is not finite the average does not change: otherwise one infinite gradient would stay in it for ever.
 
     Args:
         averages: Any shapes.
@@ -75,9 +83,9 @@ def update_moving_average_(averages: Sequence[Tensor], values: Sequence[Tensor],
     Raises:
         UsageError: If ``beta`` is outside [0, 1), or there are not as many values as averages.
     """
-    _require_decay(beta)
+    require_range("beta", beta, at_least=0, below=1)
     if len(averages) != len(values):
-        raise UsageError(f"Got {len(values)} values for {len(averages)} averages; give one for each.")
+        raise UsageError(f"Give one value for each average; got {len(values)} for {len(averages)} averages.")
     if not averages:
         return
     finite = where_finite(values, averages)
@@ -91,18 +99,13 @@ def where_finite(values: Sequence[Tensor], otherwise: Sequence[Tensor]) -> list[
 
     Args:
         values: Any shapes, all on one device.
-        otherwise: What to take instead: one for each value, of its shape.
+        otherwise: The replacements: a tensor for each value, of its shape.
 
     Returns:
-        ``values`` themselves when they are found to be finite, on a CPU; else views of a copy.
+        On a CPU ``values`` themselves if they are finite; else views of a copy.
     """
     if not values or (masks._is_at_hand(values[0]) and bool(get_total_norm(values).isfinite())):
         return list(values)
     flat, spare = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (values, otherwise))
     pieces = torch.where(flat.isfinite(), flat, spare).split([value.numel() for value in values])
     return [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]
-
-
-def _require_decay(beta: float) -> None:
-    if not 0 <= beta < 1:
-        raise UsageError(f"beta is the share of the average that the past keeps, in [0, 1); got {beta}.")

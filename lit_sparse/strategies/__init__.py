@@ -1,1 +1,1 @@
-"""Sharded backbones with replicated adapters, as strategies of the Trainer."""
+"""Strategies of the Trainer that shard the backbone and replicate the adapters."""

@@ -1,4 +1,4 @@
-"""Find the blocks of a backbone, the units in which its weights are gathered and freed again."""
+"""Find the blocks of a backbone: the units in which FSDP gathers and frees its weights."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from lit_sparse.errors import UsageError
 
 
 def transformer_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
-    """The blocks of a model, outermost first found, none inside of another.
+    """The outermost blocks of a model, each once.
 
     Args:
         model: Any model.
-        names: Names of the blocks' classes; None: the members of the model's outermost module lists, which is where
-            transformers keep their layers.
+        names: Class names of the blocks; None: the members of the outermost module lists, where transformers keep
+            their layers.
 
     Raises:
-        UsageError: If a class is named that the model does not have, or none is named and there is no module list.
+        UsageError: If the model has no class of a name, or no names are given and it has no module list.
     """
     if names is None:
         blocks = list(_members(model))
         if not blocks:
             kinds = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
             raise UsageError(
-                f"{type(model).__name__} keeps no blocks in a module list, so what to shard as one is not known. Name "
-                f"their classes in auto_wrap; the model's are {kinds}."
+                f"{type(model).__name__} has no module list of blocks to shard. Name the classes of its blocks in "
+                f"auto_wrap; its classes are {kinds}."
             )
-        return list(dict.fromkeys(blocks))  # a block that is shared is one
-    present = {type(module).__name__ for module in model.modules()}
-    absent = [name for name in names if name not in present]
+        return list(dict.fromkeys(blocks))
+    absent = [name for name in names if name not in {type(module).__name__ for module in model.modules()}]
     if absent or not names:
-        blocks = list(_members(model))
-        found = f"; its blocks are {sorted({type(block).__name__ for block in blocks})}" if blocks else ""
-        raise UsageError(f"auto_wrap {absent or list(names)} are no classes of {type(model).__name__}{found}.")
+        kinds = sorted({type(block).__name__ for block in _members(model)})
+        found = f" Its blocks are {kinds}." if kinds else ""
+        raise UsageError(f"auto_wrap: {type(model).__name__} has no classes {absent or list(names)}.{found}")
     return list(dict.fromkeys(_outermost(model, set(names))))
 
 
@@ -48,7 +47,7 @@ def _members(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a member of a list is made of layers, and not one itself."""
+    """Whether a member of a list consists of layers, rather than being one layer."""
     if isinstance(module, LowRankAdapter):
         return False
     return any(module.children()) and any(True for _ in module.parameters())

@@ -1,4 +1,4 @@
-"""FSDP1 around adapters."""
+"""FSDP1 with replicated adapters."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lit_sparse.strategies.sharded import ReplicatedAdapters, trained_parameters
 
 
 class SparseFSDPStrategy(ReplicatedAdapters, FSDPStrategy):
-    """Lightning's ``FSDPStrategy`` (FSDP1) with the frozen backbone sharded and everything trained replicated.
+    """Lightning's ``FSDPStrategy`` (FSDP1), which shards the frozen backbone and replicates everything trained.
 
-    In a YAML ``strategy: fsdp`` means this one where the module is a :class:`~lit_sparse.SparseModule`. Runs are the
-    same as under DDP: weights are gathered in the dtype in which they are stored, and mixed precision is autocast's
-    alone. Gradient clipping works. On CPUs it works too, which Lightning's does not.
+    For a :class:`~lit_sparse.SparseModule`, ``strategy: fsdp`` in a YAML file means this strategy. Runs equal those
+    under DDP: weights are gathered in their stored dtype, and mixed precision is autocast alone. Unlike Lightning's
+    strategy it supports gradient clipping, and CPUs.
 
     Args:
-        auto_wrap: Class names of the blocks that are sharded as one, such as ``[LlamaDecoderLayer]``; None: found from
-            the model.
-        cpu_offload: Keep the shards in host memory between their uses.
+        auto_wrap: Class names of the blocks, such as ``[LlamaDecoderLayer]``; None: found from the model. The weights
+            of a block are gathered and freed together.
+        cpu_offload: Keep the shards in host memory while they are not in use.
         sharding_strategy: ``FULL_SHARD``; ``SHARD_GRAD_OP``: keep weights gathered between forward and backward pass;
             ``HYBRID_SHARD``: shard within a node and replicate over nodes.
         process_group_backend: ``nccl``, ``gloo`` …; None: the device's.
         timeout: How long a process waits for the others in a collective.
 
     Raises:
-        UsageError: At set-up, if the module has no adapters, its backbone is quantized or has no blocks as described,
-            or the processes hold different frozen weights; if ``cpu_offload`` is given on CPUs.
+        UsageError: At set-up, if the module has no adapters, its backbone is quantized or the blocks are not found, if
+            the processes hold different frozen weights, or if ``cpu_offload`` is set on CPUs.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class SparseFSDPStrategy(ReplicatedAdapters, FSDPStrategy):
 
     @property
     def mixed_precision_config(self) -> None:
-        """None: FSDP would compute embeddings and norms in half precision as well, which autocast does not."""
+        """None: FSDP would compute embeddings and norms in half precision too, unlike autocast."""
         return
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
-        """FSDP's, but for clipping."""
+        """FSDP's plugin, with another way to clip gradients."""
         plugin = self._precision_plugin
         return plugin if isinstance(plugin, FSDPPrecision) else _ReplicatedPrecision("32-true")
 
@@ -76,10 +76,10 @@ class SparseFSDPStrategy(ReplicatedAdapters, FSDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self._sharded is not None and self._sharded.module is model:
-            return self._sharded  # fit, then test
+            return self._sharded  # it was sharded for fit, and is now tested
         self._require_shardable(model)
         if self.root_device.type == "cpu" and self.cpu_offload.offload_params:
-            raise UsageError("cpu_offload keeps shards in host memory, where on CPUs they are anyway: leave it out.")
+            raise UsageError("On CPUs the shards are in host memory already: remove cpu_offload.")
         trained = trained_parameters(model)
         blocks = set(transformer_blocks(model, self.auto_wrap))
         self._sharded = FullyShardedDataParallel(
@@ -96,10 +96,10 @@ class SparseFSDPStrategy(ReplicatedAdapters, FSDPStrategy):
 
 
 class _ReplicatedPrecision(FSDPPrecision):
-    """Clips by the norm of what this process holds, which is all that is trained."""
+    """Clip by the norm of this process's gradients: every process holds all that is trained."""
 
     clip_grad_by_norm = Precision.clip_grad_by_norm
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Leave weights as they were loaded unless half precision is asked for, as under DDP; FSDP's would widen."""
+        """Keep the dtype of loaded weights under 32-true, as DDP does; FSDP's plugin would make them float32."""
         return module if self.precision == "32-true" else super().convert_module(module)

@@ -1,4 +1,4 @@
-"""FSDP2 around adapters, its shards cut straight out of the files of the weights."""
+"""FSDP2 with replicated adapters, whose shards are read directly from the weight files."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 class SparseFSDP2Strategy(ReplicatedAdapters, ModelParallelStrategy):
     """FSDP2 (``fully_shard``) for the frozen backbone, with everything trained replicated.
 
-    In a YAML ``strategy: fsdp2`` means this one where the module is a :class:`~lit_sparse.SparseModule`. Runs are the
-    same as under DDP: weights are gathered in the dtype in which they are stored, and mixed precision is autocast's.
+    For a :class:`~lit_sparse.SparseModule`, ``strategy: fsdp2`` in a YAML file means this strategy. Runs equal those
+    under DDP: weights are gathered in their stored dtype, and mixed precision is autocast alone.
 
-    A backbone that ``from_pretrained`` read in the dtype of its files lies mapped in host memory, not read: every
-    process copies out of it, block by block, only the rows that it keeps.
+    ``from_pretrained`` in the dtype of the files only maps the weights into memory. Every process then copies, block by
+    block, the rows that it keeps.
 
     Args:
-        auto_wrap: Class names of the blocks that are sharded as one, such as ``[LlamaDecoderLayer]``; None: found from
-            the model.
-        cpu_offload: Keep the shards in host memory between their uses.
+        auto_wrap: Class names of the blocks, such as ``[LlamaDecoderLayer]``; None: found from the model. The weights
+            of a block are gathered and freed together.
+        cpu_offload: Keep the shards in host memory while they are not in use.
         process_group_backend: ``nccl``, ``gloo`` …; None: the device's.
         timeout: How long a process waits for the others in a collective.
 
     Raises:
-        UsageError: At set-up, if the module has no adapters, its backbone is quantized or has no blocks as described,
-            or the processes hold different frozen weights.
+        UsageError: At set-up, if the module has no adapters, its backbone is quantized or the blocks are not found, or
+            the processes hold different frozen weights.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class SparseFSDP2Strategy(ReplicatedAdapters, ModelParallelStrategy):
         self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
-        """Make one group of all processes, which share the data and the backbone."""
+        """Make one group of all processes, which divide data and backbone among them."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard the module, then make its optimizers."""
+        """Shard the module, then make the optimizers."""
         if self.accelerator is None or self.model is None:
             raise RuntimeError("The strategy is not connected to an accelerator and a module.")
         self.accelerator.setup(trainer)
@@ -76,14 +76,11 @@ class SparseFSDP2Strategy(ReplicatedAdapters, ModelParallelStrategy):
     def _shard(self, module: nn.Module) -> None:
         self._require_shardable(module)
         trained = trained_parameters(module)
-        options: dict[str, Any] = {
-            "mesh": self.device_mesh["data_parallel"],
-            "ignored_params": set(trained),
-            "offload_policy": CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
-            if self.cpu_offload
-            else OffloadPolicy(),
-        }
-        device = torch.device("cpu") if self.cpu_offload else self.root_device
+        policy, device = OffloadPolicy(), self.root_device
+        if self.cpu_offload:
+            policy, device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), torch.device("cpu")
+        mesh = self.device_mesh["data_parallel"]
+        options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(trained), "offload_policy": policy}
         for unit in [*transformer_blocks(module, self.auto_wrap), *_roots(module)]:
             _shard_from_memory(unit, device, options)
         for part in module.modules():
@@ -93,8 +90,8 @@ class SparseFSDP2Strategy(ReplicatedAdapters, ModelParallelStrategy):
 
 
 def _roots(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost parts that are called: what of them is in no block is gathered while they run."""
-    # Not the LightningModule itself: its steps are called, its forward is not.
+    """The outermost modules with a forward pass, during which their weights outside of blocks are gathered."""
+    # Not the LightningModule itself: its steps are called instead of its forward.
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _roots(child)
@@ -103,13 +100,13 @@ def _roots(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _shard_from_memory(unit: nn.Module, device: torch.device, options: dict[str, Any]) -> None:
-    """Shard the frozen parameters of ``unit`` that are not yet, reading of each only what this process keeps."""
+    """Shard the frozen parameters of ``unit`` that are not sharded yet, reading only the rows to keep."""
     whole: dict[nn.Parameter, Tensor] = {}
     empty: dict[nn.Parameter, nn.Parameter] = {}
     for part in unit.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and not parameter.requires_grad and not isinstance(parameter, DTensor):
-                if parameter not in empty:  # a tied one is one
+                if parameter not in empty:  # tied parameters stay tied
                     empty[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
                     whole[empty[parameter]] = parameter.detach()
                 part._parameters[name] = empty[parameter]
@@ -134,7 +131,7 @@ def _is_empty(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def _cut(values: Tensor, shard: DTensor) -> None:
-    """Copy the rows that this process keeps: as many as others, the last ones fewer, as ``torch.chunk`` would."""
+    """Copy the rows that this process keeps, divided as by ``torch.chunk``: the last processes may have fewer."""
     mesh = shard.device_mesh
     rows = -(-values.shape[0] // mesh.size())
     first = min(rows * mesh.get_local_rank(), values.shape[0])

@@ -1,4 +1,4 @@
-"""Keep parameters that every process holds whole equal in all of them, in one collective per dtype."""
+"""Keep replicated parameters equal in all processes, with one collective per dtype."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def is_distributed() -> bool:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradient of each parameter by its mean over all processes, in one flat collective.
 
-    A process in which a parameter took no part counts as a gradient of zero, as under DDP with
-    ``find_unused_parameters``; a parameter that took part in none keeps None, as in a single process.
+    A process without a gradient for a parameter counts as zero, as under DDP with ``find_unused_parameters``. A
+    parameter without a gradient in all processes keeps None.
 
     Args:
-        parameters: The same ones in the same order in every process.
+        parameters: The same parameters in the same order in every process.
     """
     if not is_distributed():
         return
@@ -29,7 +29,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         gradients = [p.grad for p in group]
         present = [gradient is not None for gradient in gradients]
         pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(group, gradients, strict=True)]
-        # Which parameters took part travels with the gradients: only a process that lacks one must know of the others.
+        # The collective also tells which parameters have a gradient; only a process that lacks one reads that.
         taking_part = group[0].new_ones(len(group)) if all(present) else group[0].new_tensor(present)
         flat = torch.cat([*(piece.flatten() for piece in pieces), taking_part])
         distributed.all_reduce(flat)
@@ -43,7 +43,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def broadcast_from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrite each tensor, in place, by that of process 0."""
+    """Overwrite each tensor in place with that of process 0."""
     if not is_distributed():
         return
     for group in _alike(tensors):
@@ -55,7 +55,7 @@ def broadcast_from_first(tensors: Sequence[Tensor]) -> None:
 
 
 def _alike(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors by dtype and device."""
+    """Group tensors by dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)

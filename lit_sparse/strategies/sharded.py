@@ -1,4 +1,4 @@
-"""What strategies share that shard the frozen backbone and hold everything trained in every process."""
+"""Base of the strategies that shard the frozen backbone and replicate everything trained."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lit_sparse.strategies.replicas import average_gradients, broadcast_from_fir
 
 
 class ReplicatedAdapters(ParallelStrategy):
-    """Mix-in of a sharding strategy: what is trained is held whole by every process, and kept equal.
+    """Mix-in for a sharding strategy: every process holds everything trained, and keeps it equal.
 
-    Adapters are small, and their rows and columns are chosen and zeroed as wholes. FSDP does not synchronize
-    parameters that it is told to leave alone: here they start as those of process 0, and their gradients are averaged
-    in one flat collective before each optimizer step, before they are observed and clipped. Checkpoints are ordinary
-    files of what is trained, written once, which any strategy and any number of processes resumes.
+    Adapters are small, and methods choose and zero whole rows and columns. FSDP ignores these parameters, so this class
+    synchronizes them: they start as those of process 0, and their gradients are averaged in one flat collective before
+    each optimizer step, before they are observed and clipped. Checkpoints are ordinary files of the trained parameters,
+    written once. Any strategy with any number of processes can resume from them.
     """
 
-    # Weights and optimizer are then restored as in a single process, before anything is sharded.
+    # Weights and optimizer are restored as in a single process, before anything is sharded.
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
     save_checkpoint = Strategy.save_checkpoint
@@ -46,7 +46,7 @@ class ReplicatedAdapters(ParallelStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Take a step whose gradients are averaged between the backward pass and everything that looks at them."""
+        """Take a step, with gradients averaged right after the backward pass."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def averaged() -> Any:
@@ -57,7 +57,7 @@ class ReplicatedAdapters(ParallelStrategy):
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained and the buffers, under the names that they have in a single process."""
+        """Trained parameters and buffers, under the names that they have in a single process."""
         module = self._module()
         state = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
         for prefix, part in module.named_modules():
@@ -67,10 +67,10 @@ class ReplicatedAdapters(ParallelStrategy):
         return {clean_name(name): value for name, value in state.items()}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load what is trained; frozen weights may be absent.
+        """Load trained parameters; frozen weights may be absent.
 
         Raises:
-            UsageError: If ``strict`` and anything else does not match.
+            UsageError: If ``strict`` and other entries are missing or unknown.
         """
         module = self._module()
         keys = module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -84,18 +84,18 @@ class ReplicatedAdapters(ParallelStrategy):
         return module
 
     def _require_shardable(self, module: nn.Module) -> None:
-        """Check, before anything is sharded, that this can work, and that the processes hold the same weights."""
+        """Check that the module can be sharded, and that the processes hold the same frozen weights."""
         name = type(self).__name__
         packed = next((layer for layer, _ in quantized_layers(module)), None)
         if packed is not None:
             raise UsageError(
-                f"{name} cannot shard quantized weights, such as those of {packed!r}. Use strategy ddp, or a backbone "
-                "in bfloat16."
+                f"{name} cannot shard quantized weights, such as those of {packed!r}. Use strategy ddp, or a bfloat16 "
+                "backbone."
             )
         if not any(True for _ in adapters_in(module)):
             raise UsageError(
-                f"{name} shards what is frozen around adapters, and {type(module).__name__} holds none. Inject a "
-                "method in __init__ or configure_model, or use the strategy that it is made of."
+                f"{name} needs adapters, but {type(module).__name__} has none. Call lit_sparse.inject in __init__ or "
+                "configure_model, or use Lightning's strategy."
             )
         if is_distributed():
             digest = _digest(frozen_sample(module))
@@ -103,12 +103,12 @@ class ReplicatedAdapters(ParallelStrategy):
             distributed.all_gather_object(digests, digest)
             if len(set(digests)) > 1:
                 raise UsageError(
-                    "The processes hold different frozen weights: some were drawn at random, each its own. Seed them "
-                    "all alike by seed_everything, or load the backbone from one folder."
+                    "The processes hold different frozen weights, because some were initialized at random. Call "
+                    "seed_everything with one seed, or load the backbone from a folder."
                 )
 
     def _replicate(self, module: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-        """Move what is trained to the device, and let all processes start as process 0."""
+        """Move trained parameters to the device, and copy those of process 0 to all processes."""
         for parameter in trained:
             parameter.data = parameter.data.to(self.root_device)
         for metric in module.modules():

@@ -110,5 +110,5 @@ def test_density_is_the_share_of_nonzero_entries():
     ("shape_a", "shape_b"), [((2, 4), (4, 3)), ((3, 2, 4), (5, 2)), ((2, 2, 4), (3, 5, 2)), ((4,), (5, 2))]
 )
 def test_factors_that_make_no_product_are_errors(measure, shape_a, shape_b):
-    with pytest.raises(UsageError, match=r"lora_B is \(\.\.\., out_features, rank\); got \("):
+    with pytest.raises(UsageError, match=r"lora_B \(\.\.\., out_features, rank\); got \("):
         measure(torch.ones(shape_a), torch.ones(shape_b))

@@ -134,16 +134,16 @@ def test_kept_entries_where_floating_point_alone_would_err():
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, math.nan])
 def test_a_fraction_outside_the_unit_interval_is_an_error(fraction):
-    with pytest.raises(UsageError, match=rf"share of entries to keep, in \(0, 1\]; got {fraction}\."):
+    with pytest.raises(UsageError, match=rf"fraction must be above 0 and at most 1; got {fraction}\."):
         kept_entries(fraction, 10)
-    with pytest.raises(UsageError, match=rf"share of entries to keep, in \(0, 1\]; got {fraction}\."):
+    with pytest.raises(UsageError, match=rf"fraction must be above 0 and at most 1; got {fraction}\."):
         top_fraction_mask(torch.ones(2, 3), fraction, dim=1)
 
 
 def test_an_empty_dimension_is_an_error():
-    with pytest.raises(UsageError, match="nothing to keep along a dimension of length 0"):
+    with pytest.raises(UsageError, match="length must be at least 1; got 0"):
         kept_entries(0.5, 0)
-    with pytest.raises(UsageError, match="nothing to keep along a dimension of length 0"):
+    with pytest.raises(UsageError, match="length must be at least 1; got 0"):
         top_fraction_mask(torch.ones(3, 0), 0.5, dim=1)
 
 

@@ -57,12 +57,12 @@ def test_a_share_of_the_run_lands_on_the_step_it_names():
 @pytest.mark.parametrize(
     ("value", "total", "message"),
     [
-        (True, 10, "a number of steps or a share of them; got True"),
-        (-1, 10, "A number of steps is at least 0; got -1"),
-        (-0.1, 10, r"share of the run, in \[0\.0, 1\.0\]; got -0\.1"),
-        (20.0, 10, r"share of the run, in \[0\.0, 1\.0\]; got 20\.0\. Give steps as an int"),
-        (math.nan, 10, r"share of the run, in \[0\.0, 1\.0\]; got nan"),
-        (0.5, 0, "number of optimizer steps in the run, at least 1; got 0"),
+        (True, 10, "a number of steps or a share of the run; got True"),
+        (-1, 10, "A number of steps must be at least 0; got -1"),
+        (-0.1, 10, r"share of the run, .*; got -0\.1"),
+        (20.0, 10, r"share of the run, .*; got 20\.0\. Give steps as an int"),
+        (math.nan, 10, r"share of the run, .*; got nan"),
+        (0.5, 0, "total must be at least 1; got 0"),
     ],
 )
 def test_what_is_no_point_in_the_run_is_an_error(value, total, message):
@@ -76,12 +76,12 @@ def test_what_is_no_point_in_the_run_is_an_error(value, total, message):
 
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.5, math.nan])
 def test_a_density_outside_the_unit_interval_is_an_error(density):
-    with pytest.raises(UsageError, match=rf"share of entries to keep, in \(0, 1\]; got {density}\."):
+    with pytest.raises(UsageError, match=rf"density must be above 0 and at most 1; got {density}\."):
         cubic_density(1, 10, density, 0, 5)
 
 
 def test_pruning_that_ends_before_it_begins_is_an_error():
-    with pytest.raises(UsageError, match=r"begin = 0\.5 comes after end = 20: steps 50 and 20 of 100"):
+    with pytest.raises(UsageError, match=r"begin = 0\.5 comes after end = 20: they are steps 50 and 20 of 100"):
         cubic_density(1, 100, 0.5, 0.5, 20)
 
 
@@ -116,19 +116,19 @@ def test_stages_rise_from_exactly_the_first_to_exactly_the_last(first, ratio, co
 
 def test_one_stage_has_one_threshold():
     assert threshold_stages(0.3, 0.3, 1, "linear") == [0.3]
-    with pytest.raises(UsageError, match=r"first = 0\.1 and last = 0\.3: make them equal"):
+    with pytest.raises(UsageError, match=r"first and last must be equal; got 0\.1 and 0\.3"):
         threshold_stages(0.1, 0.3, 1, "linear")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.1, 0.3, 0, "linear"), "number of stages, at least 1; got 0"),
-        ((0.3, 0.3, 2, "linear"), r"last is above first = 0\.3; got 0\.3"),
-        ((0.3, 0.1, 2, "linear"), r"last is above first = 0\.3; got 0\.1"),
-        ((0.3, math.inf, 2, "linear"), r"last is above first = 0\.3; got inf"),
-        ((-0.1, 0.3, 2, "linear"), r"at least 0 and finite; got -0\.1"),
-        ((math.nan, 0.3, 2, "linear"), "at least 0 and finite; got nan"),
+        ((0.1, 0.3, 0, "linear"), "count must be at least 1; got 0"),
+        ((0.3, 0.3, 2, "linear"), r"last must be above 0\.3; got 0\.3"),
+        ((0.3, 0.1, 2, "linear"), r"last must be above 0\.3; got 0\.1"),
+        ((0.3, math.inf, 2, "linear"), r"last must be above 0\.3; got inf"),
+        ((-0.1, 0.3, 2, "linear"), r"first must be at least 0; got -0\.1"),
+        ((math.nan, 0.3, 2, "linear"), "first must be at least 0; got nan"),
         ((0.0, 0.3, 2, "exp_linear"), "first must be above 0; got 0"),
         ((0.1, 0.3, 2, "cubic"), "'linear', 'log_linear' or 'exp_linear'; got 'cubic'"),
     ],

@@ -71,14 +71,14 @@ def test_the_foreach_form_equals_the_elementwise_form(rows, beta, narrow):
 
 @pytest.mark.parametrize("beta", [-0.1, 1.0, math.nan])
 def test_a_decay_outside_the_unit_interval_is_an_error(beta):
-    with pytest.raises(UsageError, match=rf"the past keeps, in \[0, 1\); got {beta}\."):
+    with pytest.raises(UsageError, match=rf"beta must be at least 0 and below 1; got {beta}\."):
         moving_average(torch.ones(1), torch.ones(1), beta)
-    with pytest.raises(UsageError, match=rf"the past keeps, in \[0, 1\); got {beta}\."):
+    with pytest.raises(UsageError, match=rf"beta must be at least 0 and below 1; got {beta}\."):
         update_moving_average_([torch.ones(1)], [torch.ones(1)], beta)
 
 
 def test_as_many_values_as_averages_are_needed():
-    with pytest.raises(UsageError, match="Got 1 values for 2 averages"):
+    with pytest.raises(UsageError, match="got 1 for 2 averages"):
         update_moving_average_([torch.ones(1), torch.ones(1)], [torch.ones(1)], 0.5)
 
 

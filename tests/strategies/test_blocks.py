@@ -61,14 +61,14 @@ def test_blocks_can_be_named() -> None:
     assert [type(block).__name__ for block in blocks].count("T5LayerSelfAttention") == 4
     assert len(transformer_blocks(model, ["T5Block", "T5LayerFF"])) == 4  # those within the blocks are not of their own
     with pytest.raises(
-        ls.UsageError, match=r"auto_wrap \['BertLayer'\] are no classes of T5.*blocks are \['T5Block'\]"
+        ls.UsageError, match=r"auto_wrap: T5\w* has no classes \['BertLayer'\].*blocks are \['T5Block'\]"
     ):
         transformer_blocks(model, ["BertLayer"])
-    with pytest.raises(ls.UsageError, match=r"auto_wrap \[\] are no classes"):
+    with pytest.raises(ls.UsageError, match=r"auto_wrap: \w+ has no classes \[\]"):
         transformer_blocks(model, [])
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))
-    with pytest.raises(ls.UsageError, match=r"keeps no blocks in a module list.*Name their classes in auto_wrap"):
+    with pytest.raises(ls.UsageError, match=r"has no module list of blocks.*classes of its blocks in auto_wrap"):
         transformer_blocks(plain)
