@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from lit_sparse.editing.training import FineTuning as FineTuning
     from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
+    from lit_sparse.interchange.card import ExportReport as ExportReport
     from lit_sparse.interchange.card import Provenance as Provenance
-    from lit_sparse.interchange.export import ExportReport as ExportReport
+    from lit_sparse.interchange.export import ExportOptions as ExportOptions
     from lit_sparse.interchange.gguf_export import export_gguf as export_gguf
     from lit_sparse.interchange.merged_folder import export_merged as export_merged
     from lit_sparse.interchange.peft_export import export_peft as export_peft
@@ -129,7 +130,8 @@ _HOME = {
     "UsageError": "errors",
     "export_checkpoint": "serving.from_checkpoint",
     "Provenance": "interchange.card",
-    "ExportReport": "interchange.export",
+    "ExportReport": "interchange.card",
+    "ExportOptions": "interchange.export",
     "export_merged": "interchange.merged_folder",
     "export_gguf": "interchange.gguf_export",
     "export_peft": "interchange.peft_export",

@@ -175,7 +175,7 @@ def test_a_backbone_that_was_moved(project, checkpoint, expected, refuse, tmp_pa
     status, error = refuse("export", "--ckpt_path", "moved.ckpt", "--output", "out")
     assert status == 1
     assert "'/not/here/bert' does not exist" in error
-    assert "If the backbone was moved, say where it is by backbone" in error
+    assert "If the backbone was moved, give its place as backbone" in error
     main(["export", "--ckpt_path", "moved.ckpt", "--output", "out", "--backbone", str(tmp_path / "elsewhere")])
     loaded = peft.PeftModel.from_pretrained(base(project), "out")
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
@@ -311,7 +311,7 @@ def test_a_module_of_the_users_own_is_imported_when_they_say_so(project, refuse,
         ),
         (["--format", "gguf"], 1, "No LoRA file for llama.cpp can be written for BertForSequenceClassification"),
         (["--tolerance", "small"], 2, 'Parser key "tolerance"'),
-        (["--tolerance", "-1"], 1, "tolerance is the largest difference of outputs that is accepted; got -1.0"),
+        (["--tolerance", "-1"], 1, "tolerance must be at least 0; got -1.0"),
         (["--dtype", "float16"], 1, "dtype is for the format merged; peft keeps the precision of the adapters."),
         (
             ["--format", "delta", "--layout", "ragged"],

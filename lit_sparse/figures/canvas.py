@@ -1,4 +1,4 @@
-"""Make matplotlib figures without its global state, and turn them into files, pixels and inline SVG."""
+"""Make matplotlib figures without global state, and turn them into files, pixels and inline SVG."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b82c4", "#d97b29", "#2f9e6e", "#b8559b", "#7a6ff0", "#9a8b2f", "#c94f4f", "#3aa6b0")
-"""Readable on white as on black."""
+"""Readable on white and on black."""
 INK = "#111111"
-"""Dark letters on a light cell, which stay dark on a dark page; plain black becomes the page's own ink."""
+"""Letters on light cells, which stay dark on a dark page; plain black becomes the page's text colour."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -37,14 +37,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def open_axes(axes: Axes) -> None:
-    """Leave away the frame's upper and right side, and draw faint horizontal lines."""
+    """Hide the upper and right side of the frame, and draw faint horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#8888884d", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def save(figure: Figure, output: str | Path) -> None:
-    """Write a picture; the ending of ``output`` says the format."""
+    """Write a figure to a file; its suffix decides the format."""
     figure.savefig(output, dpi=150)
 
 
@@ -60,25 +60,25 @@ def pixels(figure: Figure) -> Any:
 
 
 def inline_svg(figure: Figure, title: str) -> str:
-    """The picture as an ``<svg>`` element for a page of HTML: transparent, and black drawn in the page's ink.
+    """The figure as an ``<svg>`` element for an HTML page: transparent, with black in the page's text colour.
 
     Args:
-        figure: The picture.
-        title: What it shows, for those who cannot see it; unique in the page.
+        figure: The figure.
+        title: Its description for screen readers, unique in the page.
     """
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    # Letters as text: they can be searched, and take the page's font. A salt of its own gives the same ids every time.
+    # Letters as text can be searched and take the page's font. The salt makes ids reproducible.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|\w+tick|\w*Collection)_\d+"', "", svg)
-    # An image lies in the page's own data; names of XML's dialects are no addresses, and HTML does not need them.
+    # HTML needs no XML namespaces.
     svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = svg.replace("#000000", "currentColor")
-    own = re.sub(r"\W+", "-", title)  # two figures of the page may have a part alike, of the same id
+    own = re.sub(r"\W+", "-", title)  # two figures of a page may have equal parts with equal ids
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{own}-", svg)
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" ', svg, count=1)

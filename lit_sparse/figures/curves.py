@@ -1,4 +1,4 @@
-"""What a run logged, over its steps: ranks, densities, losses and metrics, each in a panel of its own."""
+"""Logged values over the steps of a run: panels for ranks, densities, losses and metrics."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _PANELS: dict[str, Callable[[str], bool]] = {
 
 
 def panels(curves: Curves) -> dict[str, Curves]:
-    """What of a run's log is drawn: title of each panel to its curves, empty if there is nothing of the kind."""
+    """Panel title to curves; panels without curves are left out."""
     found = {title: {n: c for n, c in curves.items() if wanted(n) and c} for title, wanted in _PANELS.items()}
     return {title: own for title, own in found.items() if own}
 
 
 def curve_figure(curves: Curves, step: int | None = None) -> Figure:
-    """A panel for each of ranks, densities, losses and metrics that was logged.
+    """A panel each for ranks, densities, losses and metrics, as far as they were logged.
 
     Args:
-        curves: What was logged.
-        step: Where to draw a vertical line: the step of a checkpoint.
+        curves: Logged values.
+        step: Step of a checkpoint, drawn as a vertical line.
 
     Raises:
-        UsageError: If nothing of these was logged, or matplotlib is not installed.
+        UsageError: If none of these was logged, or matplotlib is not installed.
     """
     drawn = panels(curves)
     rows, columns = (len(drawn) + 1) // 2, min(2, len(drawn))

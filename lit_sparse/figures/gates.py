@@ -1,4 +1,4 @@
-"""How the gates are spread, and how many are exactly zero."""
+"""Histogram of gates, and how many are exactly zero."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def gate_figure(gates: list[Tensor]) -> Figure:
-    """A histogram of all gates; those at exactly zero are a bar of their own.
+    """A histogram of all gates, with a separate bar for gates at exactly zero.
 
     Args:
-        gates: Those of every layer.
+        gates: The gates of each layer.
 
     Raises:
         UsageError: If there is no gate, or matplotlib is not installed.
@@ -27,7 +27,7 @@ def gate_figure(gates: list[Tensor]) -> Figure:
     values = torch.cat([gate.detach().flatten().float().cpu() for gate in gates]) if gates else torch.empty(0)
     if not values.numel():
         raise UsageError("There are no gates to draw: only SoRA and methods like it have them.")
-    live = values[(values != 0) & values.isfinite()]  # a run that diverged still has its picture
+    live = values[(values != 0) & values.isfinite()]  # a diverged run still has its figure
     zeros = int((values == 0).sum())
     axes = figure.add_subplot()
     open_axes(axes)
@@ -41,9 +41,9 @@ def gate_figure(gates: list[Tensor]) -> Figure:
         label = f"{live.numel()} not zero"
         axes.hist(live.tolist(), bins=bins, range=(-reach, reach), color=COLOURS[0], label=label)
     if zeros:
-        # On top of those that are nearly zero, which it would hide.
+        # On top of the bar of nearly zero gates, which it would hide.
         axes.bar(0, zeros, width=width, bottom=near, color=COLOURS[1], label=f"{zeros} exactly zero")
-    if highest and near + zeros > 4 * highest:  # the bar would flatten all others: it is cut off
+    if highest and near + zeros > 4 * highest:  # cut off the bar, which would flatten all others
         axes.set_ylim(top=2.5 * highest)
         axes.annotate(f" {zeros} ↑", (width / 2, 2.4 * highest), va="top", color=COLOURS[1], fontweight="bold")
     axes.set_xlabel("gate")

@@ -1,4 +1,4 @@
-"""A number for every adapted layer: blocks from left to right, kinds of layer downward."""
+"""A number for every adapted layer: blocks from left to right, kinds of layers downward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def rank_figure(layers: Sequence[LayerSparsity]) -> Figure:
-    """The rank that is left in every layer.
+    """The live ranks of every layer.
 
     Raises:
         UsageError: If there is no layer, or matplotlib is not installed.
@@ -31,16 +31,16 @@ def grid_figure(values: Mapping[str, float], title: str, label: str, highest: fl
 
     Args:
         values: Full layer name to value, at least 0.
-        title: Above.
-        label: What the values are.
+        title: Title of the figure.
+        label: Meaning of the values, beside the colour bar.
         highest: Value of the darkest colour.
-        form: How a value is written into its cell, as for ``str.format``.
+        form: Format of a value in its cell, as for ``str.format``.
 
     Raises:
         UsageError: If there is no layer, or matplotlib is not installed.
     """
     if not values:
-        new_figure(1, 1)  # a missing matplotlib is told first
+        new_figure(1, 1)  # reports a missing matplotlib first
         raise UsageError("There is no adapter to draw: inject a method, or give the sparsity.csv of a run.")
     spots = places(values)
     kinds = list(dict.fromkeys(kind for kind, _ in spots.values()))

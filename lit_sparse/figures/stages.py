@@ -1,4 +1,4 @@
-"""SoRA's sparsifying schedule: a metric over the parameters that remain."""
+"""SoRA's sparsifying schedule: a metric over the remaining parameters."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def stage_figure(rows: Sequence[Mapping[str, float]], metric: str) -> Figure:
-    """Validation metric over remaining parameters, a point for each stage, and the training figures in panels below.
+    """Validation metric over remaining parameters with a point for each stage; training metrics in panels below.
 
     Args:
-        rows: Of each stage ``remaining_parameters``, ``threshold``, the metric, and values named ``train_…``.
+        rows: ``remaining_parameters``, ``threshold``, the metric and values named ``train_…`` of each stage.
         metric: Name of the validation metric.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where BA can change the frozen weight, and by how much: a spy plot."""
+"""Spy plot of BA: the entries of the frozen weight that it changes, and by how much."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CELLS = 320
 
 
 def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
-    """The entries of one BA, larger ones darker, and none where BA is zero by its support.
+    """The entries of one BA: larger ones darker, blank outside of its support.
 
     Args:
-        title: Above.
+        title: Title of the figure.
         lora_A: Shape ``(rank, in_features)``.
-        scaled_B_t: Scale and gate in it, shape ``(rank, out_features)``.
+        scaled_B_t: Bᵀ with scale and gate, shape ``(rank, out_features)``.
 
     Raises:
         UsageError: If matplotlib is not installed.
@@ -34,7 +34,7 @@ def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
     sizes, touched = support_cells(lora_A, scaled_B_t, _CELLS)
     drawn = torch.where(touched, sizes, float("nan"))
     extent = (0, inputs, outputs, 0)
-    # The largest few entries would leave the rest pale.
+    # A few large entries would make all others pale.
     top = float(sizes[touched].quantile(0.99)) if bool(touched.any()) and touched.sum() < 2**24 else float(sizes.max())
     aspect: Literal["equal", "auto"] = "equal" if shape == outputs / inputs else "auto"
     image = axes.imshow(
@@ -48,7 +48,7 @@ def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
 
 
 def _colours() -> Colormap:
-    """Blues without the palest, so that a small change differs from none, which is white."""
+    """Blues without the palest ones, so that small changes differ from white, which is none."""
     import matplotlib as mpl
     from matplotlib.colors import ListedColormap
 
@@ -63,10 +63,10 @@ def support_cells(lora_A: Tensor, scaled_B_t: Tensor, cells: int) -> tuple[Tenso
     Args:
         lora_A: Shape ``(rank, in_features)``.
         scaled_B_t: Shape ``(rank, out_features)``.
-        cells: At most so many rows and columns of cells.
+        cells: Largest number of rows and of columns of cells.
 
     Returns:
-        Of each cell the root mean square of its entries, and whether any is in BA's support; both of shape
+        Root mean square of each cell's entries, and whether any of them is in BA's support; both of shape
         ``(rows, columns)``.
     """
     A, B_t = lora_A.detach().double().cpu(), scaled_B_t.detach().double().cpu()

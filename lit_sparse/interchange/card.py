@@ -1,4 +1,4 @@
-"""The model card that stands beside an export."""
+"""What an export says of itself: the report for a terminal, and the model card in the folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lit_sparse.methods.progress import Progress
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an export came from, for its card; what is not known is left out there.
+    """Where an export came from, for its card, which leaves out what is not known.
 
     Args:
-        base_model: Name of the pretrained model; None: what the model says of itself.
+        base_model: Name of the pretrained model; None: the model's ``name_or_path``.
         method: Class name of the method.
         arguments: The method's arguments.
         metrics: Name to value, as the checkpoint keeps them.
-        license: The hub's word for the license of the export.
-        progress: How far the run was that trained it.
+        license: License of the export, by its identifier on the hub.
+        progress: How far the run was.
     """
 
     base_model: str | None = None
@@ -36,104 +36,112 @@ class Provenance:
     progress: Progress | None = None
 
 
-@dataclass(frozen=True)
-class ExportedFolder:
-    """A folder that a card describes.
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote, and how well it was read back.
 
     Args:
-        place: Its path as the user gave it, or the repository on the hub.
-        is_repository: Whether ``place`` is on the hub.
-        files: Names of the files in it.
-        vocabulary: Number of rows that embeddings must have for it; None: as many as the pretrained model has.
+        folder: The folder.
+        format: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
+        bytes: Size of the files of weights.
+        remaining_parameters: Non-zero entries of A and B in live ranks.
+        head_parameters: Parameters trained whole, without rows of tokens.
+        difference: Largest difference of any output from the live model's.
+        tolerance: Largest difference that was accepted.
+        state: A sentence on the run's progress and on what is left of the adapters.
+        whole: A sentence on what is stored beside the adapters.
+        notes: Sentences that a user of the folder must know.
     """
 
-    place: str
-    is_repository: bool
-    files: Collection[str]
-    vocabulary: int | None = None
+    folder: Path
+    format: str
+    bytes: int
+    remaining_parameters: int
+    head_parameters: int
+    difference: float
+    tolerance: float
+    state: str
+    whole: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line with the numbers, and one for each note."""
+        numbers = (
+            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights; {self.state}; "
+            f"{self.whole}. Read back, its outputs differ from the live model's by "
+            f"{self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
+        )
+        return "\n".join((numbers, *self.notes))
 
 
-_WHAT = {
+_CONTENTS = {
     "peft": "a LoRA in PEFT's format, of the ranks that training kept",
     "gguf": "a LoRA in llama.cpp's format, of the ranks that training kept",
-    "sparse": "sparse low-rank adapters: of A and B only what is not zero",
+    "sparse": "sparse low-rank adapters: the non-zero entries of A and B",
     "delta": "a patch: the entries of the frozen weights that training changed, and by how much",
     "merged": "a whole model, with the adapters added to its weights",
 }
 
 
 def model_card(
-    form: str,
     model: nn.Module,
-    folder: ExportedFolder,
+    report: ExportReport,
+    layers: Sequence[LayerSparsity],
     provenance: Provenance,
-    state: str,
-    ranks: Sequence[LayerSparsity],
-    whole: str,
-    notes: Sequence[str] = (),
+    repository: str | None,
+    files: Collection[str],
+    vocabulary: int | None,
 ) -> str:
-    """The text of ``README.md`` in the hub's form.
+    """The text of ``README.md``.
 
     Args:
-        form: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         model: The model, for its class and labels.
-        folder: What is written, and where it can be loaded from.
+        report: The export.
+        layers: What is left of each layer.
         provenance: Where the export came from.
-        state: How far the run was, where that is known, and what is left of the adapters, in words.
-        ranks: The adapters.
-        whole: What is stored beside the adapters, in words.
-        notes: What a user of the folder must know of the programs that read it.
+        repository: Repository on the hub that the folder goes to; None: it stays where it is.
+        files: Names of the files in the folder.
+        vocabulary: Rows that embeddings must have before the folder is loaded; None: as many as they have.
     """
     name = getattr(model, "name_or_path", None) or None
     base_model = _hub_id(provenance.base_model) or _hub_id(name)
-    here = name if name is not None and Path(name).exists() and not folder.is_repository else None
-    code = snippet(
-        form, model, here or base_model or name, folder.place, folder.is_repository, folder.files, folder.vocabulary
-    )
-    model_class = type(model).__name__
-    method = (provenance.method or "adapters").lower()
+    here = name if name is not None and Path(name).exists() and repository is None else None
+    form = report.format
+    base, place = here or base_model or name, repository or str(report.folder)
+    code = snippet(form, model, base, place, repository is not None, files, vocabulary)
+    method = provenance.method
     front = ModelCardData(
         base_model=base_model,
         library_name=form if form in ("peft", "gguf") else "transformers",
         license=provenance.license,
-        tags=["lit-sparse", "lora", *([method] if provenance.method else [])],
+        tags=["lit-sparse", "lora", *([method.lower()] if method else [])],
     )
+    arguments = [(key, f"`{value!r}`") for key, value in provenance.arguments.items() if value is not None]
+    ranks = [(layer.name, layer.rank, layer.max_rank, layer.remaining_parameters) for layer in layers]
+    labels = labels_of(model) or []
     parts = [
-        f"---\n{front.to_yaml()}\n---\n\n# {provenance.method or 'Sparse adapters'} on {base_model or model_class}\n",
-        f"This folder holds {_WHAT[form]}, written by lit_sparse.\n",
-        _method(provenance),
-        _metrics(provenance.metrics),
-        f"## What remains\n\n{state[0].upper()}{state[1:]}; {whole}.\n\n"
-        f"| layer | rank | trained rank | remaining parameters |\n|---|---|---|---|\n"
-        + "".join(f"| {row.name} | {row.rank} | {row.max_rank} | {row.remaining_parameters} |\n" for row in ranks),
-        _labels(model),
+        f"---\n{front.to_yaml()}\n---\n\n# {method or 'Sparse adapters'} on {base_model or type(model).__name__}\n",
+        f"This folder holds {_CONTENTS[form]}, written by lit_sparse.\n",
+        f"## Method\n\n{method} with\n\n{_table(('argument', 'value'), arguments)}" if method else "",
+        f"## Metrics\n\n{_table(('metric', 'value'), [(n, f'{v:.4g}') for n, v in provenance.metrics.items()])}"
+        if provenance.metrics
+        else "",
+        f"## What remains\n\n{report.state[0].upper()}{report.state[1:]}; {report.whole}.\n\n"
+        + _table(("layer", "rank", "trained rank", "remaining parameters"), ranks),
+        f"## Labels\n\n{', '.join(f'{i}: {label}' for i, label in enumerate(labels))}\n" if labels else "",
         f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",
-        "## Engines\n\n" + "".join(f"- {note}\n" for note in notes) if notes else "",
+        "## Engines\n\n" + "".join(f"- {note}\n" for note in report.notes) if report.notes else "",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _labels(model: nn.Module) -> str:
-    labels = labels_of(model)
-    return "" if labels is None else f"## Labels\n\n{', '.join(f'{i}: {name}' for i, name in enumerate(labels))}\n"
-
-
-def _method(provenance: Provenance) -> str:
-    if provenance.method is None:
-        return ""
-    rows = "".join(f"| {name} | `{value!r}` |\n" for name, value in provenance.arguments.items() if value is not None)
-    return f"## Method\n\n{provenance.method} with\n\n| argument | value |\n|---|---|\n{rows}"
-
-
-def _metrics(metrics: Mapping[str, float]) -> str:
-    if not metrics:
-        return ""
-    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
-    return f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}"
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    first, *rest = [f"| {' | '.join(map(str, cells))} |\n" for cells in (head, *rows)]
+    return "".join([first, f"|{'---|' * len(head)}\n", *rest])
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name of a model on the hub; None for a folder that is not a copy which the hub's client made."""
+    """Name of a model on the hub, also from a path into the hub's cache; None for any other folder."""
     if name is None or "://" in name:
         return None
     cached = next((part for part in Path(name).parts if part.startswith("models--")), None)

@@ -1,40 +1,35 @@
-"""What a user of a folder must know of the engines that may read it."""
+"""Notes on the engines that can read a folder in PEFT's format."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM's ``--max-lora-rank`` takes (vllm/config/lora.py, MaxLoRARanks)."""
+"""The values of vLLM's ``--max-lora-rank`` (vllm/config/lora.py, MaxLoRARanks)."""
 _VLLM_DEFAULT = 16
 
 
 def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Sequence[str]) -> list[str]:
-    """Sentences for the card of a folder in PEFT's format and for the terminal.
+    """Notes for card and terminal.
 
     Args:
         layout: ``padded`` or ``ragged``.
         rank: The largest rank in the folder.
         size: Bytes of A and B as written.
-        ragged_size: The same in the layout ragged.
+        ragged_size: Bytes of A and B in the layout ragged.
         saved: The modules that are saved whole.
     """
     if layout == "ragged":
         notes = [
-            "Each layer has its own rank: for PEFT and transformers only. llama.cpp and programs built on it (ollama, "
-            "LM Studio) divide lora_alpha by the rank of each tensor, and so make layers of smaller ranks too strong. "
-            "TGI drops a projection that one layer lacks. Export with layout padded for them."
+            "Each layer has its own rank: for PEFT and transformers only. llama.cpp (and ollama, LM Studio) divides "
+            "lora_alpha by the rank of each tensor, which makes layers of smaller ranks too strong. TGI drops a "
+            "projection that one layer lacks. Export with layout padded for them."
         ]
     else:
-        notes = [
-            f"Every adapted layer has rank {rank} and the scale 1 under the rule of vLLM, llama.cpp, TGI, PEFT and "
-            "transformers."
-        ]
+        notes = [f"Every adapted layer has rank {rank}, and scale 1 in vLLM, llama.cpp, TGI, PEFT and transformers."]
         if ragged_size < size:
-            notes[0] += (
-                f" A and B take {size:,} bytes; the layout ragged, for PEFT and transformers only, would take "
-                f"{ragged_size:,}."
-            )
+            smaller = f"the layout ragged, for PEFT and transformers only, would take {ragged_size:,}."
+            notes[0] += f" A and B take {size:,} bytes; {smaller}"
     if rank > _VLLM_DEFAULT:
         needed = next((r for r in _VLLM_RANKS if r >= rank), None)
         notes.append(
@@ -44,8 +39,8 @@ def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Seq
         )
     if saved:
         notes.append(
-            f"Trained whole and in modules_to_save: {', '.join(saved)}. PEFT and transformers load these. vLLM "
-            "refuses them (since August 2026 it takes score and classifier), llama.cpp's converter stops at them, TGI "
-            "leaves them out: serve the format merged there, or train with train_head false."
+            f"Trained whole and in modules_to_save: {', '.join(saved)}. PEFT and transformers load them. vLLM refuses "
+            "them (since August 2026 it takes score and classifier), llama.cpp's converter stops, TGI ignores them: "
+            "serve the format merged there, or train with train_head false."
         )
     return notes

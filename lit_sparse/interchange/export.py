@@ -1,15 +1,15 @@
-"""Write what was trained into a folder, read it back, and keep it only if it says what the live model says."""
+"""Write a folder, read it back, and keep it only if it gives the live model's outputs."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub import HfApi
@@ -20,153 +20,172 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
-from lit_sparse.errors import UsageError, listed
+from lit_sparse.errors import UsageError, listed, require_range
 from lit_sparse.foreign_errors import is_disk_full
-from lit_sparse.interchange.card import ExportedFolder, Provenance, model_card
+from lit_sparse.interchange.card import ExportReport, Provenance, model_card
 from lit_sparse.interchange.metadata import write_metadata
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import save_processor
 from lit_sparse.interchange.remains import trained_whole
 from lit_sparse.interchange.snippet import labels_of
-from lit_sparse.interchange.vocabulary import StoredRows, rows_of, texts_of, token_notes, whole_sentence
+from lit_sparse.interchange.vocabulary import rows_of, texts_of, token_notes, whole_sentence
 from lit_sparse.methods.progress import Trained, sentence, warn_if_nothing_is_left
 from lit_sparse.verbosity import stages
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote, and how well it was read back.
+class ExportOptions(TypedDict, total=False):
+    """Options that every export takes by name.
 
     Args:
-        folder: Where it is.
-        format: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
-        bytes: Size of its files of weights.
-        remaining_parameters: Entries of A and B that are not zero, in ranks that contribute something.
-        head_parameters: What was trained whole, without rows of tokens.
-        difference: Largest difference of any output from the live model's, on the batch that was tried.
-        tolerance: What it may be at most.
-        state: How far the run was, where that is known, and what is left of the adapters, in words.
-        whole: What is stored beside the adapters, in words.
-        notes: What a user of the folder must know, a sentence or two each.
+        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the coarsest dtype.
+        batch: Arguments of the model to compare outputs on; None: made from its configuration.
+        provenance: Method, metrics and license for the card.
+        push_to_hub: Repository on the hub, such as ``me/my-lora``, to upload the folder to.
     """
 
-    folder: Path
-    format: str
-    bytes: int
-    remaining_parameters: int
-    head_parameters: int
-    difference: float
-    tolerance: float
-    state: str
-    whole: str
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """For a terminal: a line with the figures, and one for each note."""
-        figures = (
-            f"Wrote {self.folder} ({self.format}): {self.bytes:,} bytes of weights; {self.state}; "
-            f"{self.whole}. Read back, its outputs differ from the live model's by "
-            f"{self.difference:.1e} at most (tolerance {self.tolerance:.1e})."
-        )
-        return "\n".join((figures, *self.notes))
+    tolerance: float | None
+    batch: Mapping[str, Tensor] | None
+    provenance: Provenance | None
+    push_to_hub: str | None
 
 
-@dataclass(frozen=True)
-class Form:
-    """One form of export.
+class Draft:
+    """An export in progress: the live model's outputs, and the folder that must reproduce them.
 
     Args:
-        name: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
-        write: Fills an empty folder and returns this format's entries of the metadata. ``notes``, a list of sentences,
-            are also printed and put on the card.
-        read: Makes a model of the folder, in memory of its own.
+        folder: An empty folder.
+        entries: Entries of the metadata.
+        model: The live model.
+        tokens: Ids that the batch contains, as far as there is room.
+        options: Options of the export.
         dtypes: Those that weights pass through on the way, beside the model's own.
     """
 
-    name: str
-    write: Callable[[Path], Mapping[str, Any]]
-    read: Callable[[Path], nn.Module]
-    dtypes: tuple[torch.dtype, ...] = ()
+    report: ExportReport
+    """Set when the export is kept."""
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: dict[str, Any],
+        model: nn.Module,
+        tokens: list[int],
+        options: ExportOptions,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> None:
+        self.folder, self.entries = folder, entries
+        names = ["computing the live model's outputs", "writing", "reading back"]
+        self._stage = stages(f"Exporting {entries['format']}", names)
+        next(self._stage)
+        batch = options.get("batch")
+        self._batch = probe_batch(model, tokens) if batch is None else batch
+        self._expected = outputs_of(model, self._batch)
+        tolerance = options.get("tolerance")
+        self.tolerance = default_tolerance(model, self._expected, *dtypes) if tolerance is None else tolerance
+        self.difference = float("inf")
+        next(self._stage)
+
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Write the metadata, with the format's own entries; call it before reading back."""
+        self.entries |= entries
+        write_metadata(self.folder, self.entries)
+        next(self._stage)
+
+    def compare(self, loaded: nn.Module) -> None:
+        """Compare the outputs of the model that was made from the folder.
+
+        Raises:
+            UsageError: If they differ by more than the tolerance.
+        """
+        self.difference = difference_of(self._expected, outputs_of(loaded, self._batch))
+        next(self._stage, None)
+        if not self.difference <= self.tolerance:
+            raise UsageError(
+                f"Read back, the export as {self.entries['format']} gives outputs that differ from the live model's by "
+                f"{self.difference:.3g}, more than the tolerance of {self.tolerance:.3g}. Nothing was written. Raise "
+                "tolerance, or choose another dtype or format."
+            )
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What all forms of export ask alike.
+@contextmanager
+def exporting(
+    form: str,
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    options: ExportOptions,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (),
+    processor: str | os.PathLike[str] | None = None,
+) -> Iterator[Draft]:
+    """Export a model: the context writes the weights, reads them back, and compares.
+
+    The folder is written beside its place and moved there at the end, with metadata, card and tokenizer.
 
     Args:
-        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
-        batch: Arguments of the model to compare outputs on; None: made from its configuration.
-        provenance: What the card says.
-        push_to_hub: Repository on the hub to upload to.
-        processor: Name or folder of the tokenizer or processor to write too; None: the backbone's.
-    """
-
-    tolerance: float | None = None
-    batch: Mapping[str, Tensor] | None = None
-    provenance: Provenance | None = None
-    push_to_hub: str | None = None
-    processor: str | os.PathLike[str] | None = None
-
-
-def export(model: nn.Module, folder: str | os.PathLike[str], form: Form, terms: Terms) -> ExportReport:
-    """Write one form of export, beside the place where it is to be, and move it there once it is right.
-
-    Args:
+        form: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         model: Model with adapters.
         folder: Must not exist, or be empty.
-        form: Which form.
-        terms: What all forms ask alike.
+        options: Options of the export.
+        dtypes: Those that weights pass through on the way, beside the model's own.
+        processor: Name or folder of the tokenizer or processor to write too; None: the backbone's.
+
+    Yields:
+        The draft, for :meth:`Draft.record` and :meth:`Draft.compare`.
 
     Raises:
-        UsageError: If the folder is not empty, no outputs can be compared, they differ by more than the tolerance, or
-            the upload fails. Nothing is left behind but, in the last case, the folder.
+        UsageError: If the folder is not empty, a value is not finite, no outputs can be compared, they differ by more
+            than the tolerance, or the upload fails. Nothing is left behind, except for the folder after an upload.
     """
-    if terms.tolerance is not None and not terms.tolerance >= 0:
-        raise UsageError(f"tolerance is the largest difference of outputs that is accepted; got {terms.tolerance}.")
-    tokens = rows_of(model, by_hand=form.name != "merged")  # what is whole needs no list of its rows
-    head = sum(tensor.numel() for tensor in trained_whole(model).values())
-    trained = {i for _, layer in token_rows_in(model) for i in layer.ids.tolist()}
-    whole = whole_sentence(head, texts_of(tokens), trained)
-    provenance = terms.provenance or Provenance()
+    require_range("tolerance", options.get("tolerance"), at_least=0)
+    provenance, repository = options.get("provenance") or Provenance(), options.get("push_to_hub")
+    rows = rows_of(model, by_hand=form != "merged")
+    texts, whole = texts_of(rows), trained_whole(model)
+    adapted = {f"{name}.{n}": p for name, a in adapters_in(model) for n, p in a.named_parameters(recurse=False)}
+    require_finite({**adapted, **whole, **{name: stored.rows for name, stored in rows.items()}})
     layers = layer_sparsity(model)
     warn_if_nothing_is_left([adapter for _, adapter in adapters_in(model)])
-    state = sentence(provenance.progress, layers)
+    head = sum(tensor.numel() for tensor in whole.values())
+    trained_ids = {i for _, layer in token_rows_in(model) for i in layer.ids.tolist()}
+    beside = whole_sentence(head, texts, trained_ids)
+    vocabulary = embedding_count(model) if rows else None
     name = getattr(model, "name_or_path", None) or None
-    with new_folder(folder) as draft:
-        entries = {**_entries(form.name, model, name, provenance), "trained": asdict(Trained.of(layers))}
-        vocabulary = embedding_count(model) if tokens else None
-        if tokens:
-            entries["new_tokens"] = texts_of(tokens)
-        difference, tolerance = _write_checked(draft, model, form, terms, entries, tokens)
-        save_processor(terms.processor or name, draft, texts_of(tokens))
-        size = sum(file.stat().st_size for file in draft.iterdir() if file.suffix in (".safetensors", ".gguf"))
-        notes = (*entries.get("notes", ()), *token_notes(form.name, texts_of(tokens)))
-        report = ExportReport(
-            Path(folder),
-            form.name,
-            size,
-            sum(layer.remaining_parameters for layer in layers),
-            head,
-            difference,
-            tolerance,
-            state,
-            whole,
-            notes,
+    entries: dict[str, Any] = {
+        "format": form,
+        "lit_sparse_version": __version__,
+        "model_class": type(model).__name__,
+        "base_model_name_or_path": name,
+        "labels": labels_of(model),
+        **asdict(provenance),
+        "trained": asdict(Trained.of(layers)),
+        **({"new_tokens": texts} if rows else {}),
+    }
+    with new_folder(folder) as path:
+        draft = Draft(path, entries, model, list(texts), options, dtypes)
+        yield draft
+        save_processor(processor or name, path, texts)
+        draft.report = ExportReport(
+            folder=Path(folder),
+            format=form,
+            bytes=sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".gguf")),
+            remaining_parameters=sum(layer.remaining_parameters for layer in layers),
+            head_parameters=head,
+            difference=draft.difference,
+            tolerance=draft.tolerance,
+            state=sentence(provenance.progress, layers),
+            whole=beside,
+            notes=(*entries.get("notes", ()), *token_notes(form, texts)),
         )
-        figures = ("bytes", "remaining_parameters", "head_parameters", "difference")
-        write_metadata(draft, {**entries, **{figure: getattr(report, figure) for figure in figures}})
-        place = terms.push_to_hub or str(folder)
-        files = [file.name for file in draft.iterdir()]
-        written = ExportedFolder(place, terms.push_to_hub is not None, files, vocabulary)
-        card = model_card(form.name, model, written, provenance, state, layers, whole, notes)
-        (draft / "README.md").write_text(card, encoding="utf-8")
-    if terms.push_to_hub is not None:
-        _push(report.folder, terms.push_to_hub)
-    return report
+        numbers = ("bytes", "remaining_parameters", "head_parameters", "difference")
+        write_metadata(path, {**entries, **{key: getattr(draft.report, key) for key in numbers}})
+        files = [file.name for file in path.iterdir()]
+        card = model_card(model, draft.report, layers, provenance, repository, files, vocabulary)
+        (path / "README.md").write_text(card, encoding="utf-8")
+    if repository is not None:
+        _push(Path(folder), repository)
 
 
 def require_free(folder: str | os.PathLike[str]) -> None:
-    """Raise a UsageError if there is something at ``folder`` that is no empty folder."""
+    """Raise a UsageError unless ``folder`` does not exist or is an empty folder."""
     target = Path(folder)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         state = "is not empty" if target.is_dir() else "is a file"
@@ -175,10 +194,10 @@ def require_free(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder that becomes ``folder`` when the context ends well, and vanishes when it does not.
+    """An empty folder that becomes ``folder`` if the context ends well, and is removed otherwise.
 
     Raises:
-        UsageError: If there is something at ``folder`` that is no empty folder, it cannot be made, or the disk is full.
+        UsageError: If ``folder`` exists and is not empty, cannot be made, or the disk is full.
     """
     require_free(folder)
     target = Path(folder)
@@ -190,7 +209,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         raise UsageError(f"{str(folder)!r} cannot be made: {error}.") from error
     try:
         yield draft
-        draft.chmod(0o777 & ~_umask())  # of a temporary folder only its owner can read
+        draft.chmod(0o777 & ~_umask())  # only the owner may read a temporary folder
         if target.exists():
             target.rmdir()
         draft.rename(target)
@@ -216,7 +235,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a UsageError that names the tensors in which a value is NaN or infinite, if there are any."""
+    """Raise a UsageError that names the tensors with NaN or infinite values, if there are any."""
     spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if spoilt:
         raise UsageError(
@@ -225,51 +244,12 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _write_checked(
-    draft: Path, model: nn.Module, form: Form, terms: Terms, entries: dict[str, Any], tokens: Mapping[str, StoredRows]
-) -> tuple[float, float]:
-    """Write, read back and compare; the difference and what it may be. ``entries`` gains what the form says."""
-    adapted = {f"{name}.{n}": p for name, a in adapters_in(model) for n, p in a.named_parameters(recurse=False)}
-    require_finite({**adapted, **trained_whole(model), **{name: rows.rows for name, rows in tokens.items()}})
-    stage = stages(f"Exporting {form.name}", ["computing what it must give", "writing", "reading back"])
-    next(stage)
-    batch = terms.batch if terms.batch is not None else probe_batch(model, list(texts_of(tokens)))
-    expected = outputs_of(model, batch)
-    tolerance = terms.tolerance
-    if tolerance is None:
-        tolerance = default_tolerance(model, expected, *form.dtypes)
-    next(stage)
-    entries |= form.write(draft)
-    write_metadata(draft, entries)  # reading back needs it
-    next(stage)
-    difference = difference_of(expected, outputs_of(form.read(draft), batch))
-    next(stage, None)
-    if not difference <= tolerance:
-        raise UsageError(
-            f"Read back, the export as {form.name} gives outputs that differ from the live model's by "
-            f"{difference:.3g}, more than the tolerance of {tolerance:.3g}: nothing was written. Raise tolerance if "
-            "that is good enough, or write in another dtype or format."
-        )
-    return difference, tolerance
-
-
-def _entries(form: str, model: nn.Module, base_model: str | None, provenance: Provenance) -> dict[str, Any]:
-    return {
-        "format": form,
-        "lit_sparse_version": __version__,
-        "model_class": type(model).__name__,
-        "base_model_name_or_path": base_model,
-        "labels": labels_of(model),
-        **asdict(provenance),
-    }
-
-
 def _push(folder: Path, repository: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # whatever the network and the hub answer
+    except Exception as error:  # any error of the network or the hub
         raise UsageError(
             f"{str(folder)!r} is written, but cannot be uploaded to {repository!r}: {' '.join(str(error).split())} Log "
             "in with hf auth login, and run hf upload."

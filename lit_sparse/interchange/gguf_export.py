@@ -1,41 +1,35 @@
-"""Write what is left of adapters as the LoRA file that llama.cpp loads."""
+"""Write adapters as the LoRA file that llama.cpp loads."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.embedding import LowRankEmbedding
-from lit_sparse.adapters.injection import inject
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.errors import UsageError, listed
-from lit_sparse.interchange.card import Provenance
-from lit_sparse.interchange.export import ExportReport, Form, Terms, export, require_finite
-from lit_sparse.interchange.peft_import import exactly
-from lit_sparse.interchange.remains import (
-    folded,
-    padded,
-    plain_copy,
-    require_original_weights,
-    require_trained,
-    trained_whole,
-)
+from lit_sparse.interchange.card import ExportReport
+from lit_sparse.interchange.export import ExportOptions, exporting, require_finite
+from lit_sparse.interchange.loading import inject_layers
+from lit_sparse.interchange.remains import folded, padded, plain_copy, require_trained, trained_whole, without_empty
 from lit_sparse.interchange.vocabulary import rows_of
-from lit_sparse.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FILE = "adapter.gguf"
 
-# Class in transformers -> (architecture in llama.cpp, whether its converter reorders the rows of q and k). Only those
-# whose conversion (llama.cpp, conversion/*.py, modify_tensors) does nothing else to a linear layer; each of them is
-# compared with llama.cpp itself in tests/interchange/test_llama_cpp.py.
+# Class in transformers -> (architecture in llama.cpp, whether its converter reorders the rows of q and k). Otherwise
+# the converter (llama.cpp, conversion/*.py, modify_tensors) leaves linear layers of these architectures as they are;
+# tests/interchange/test_llama_cpp.py compares each with llama.cpp itself.
 _ARCHITECTURES: dict[str, tuple[str, bool]] = {
     "LlamaForCausalLM": ("llama", True),
     "MistralForCausalLM": ("llama", True),
@@ -60,28 +54,18 @@ _APPLIED = {
 }
 
 
-def export_gguf(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    tolerance: float | None = None,
-    batch: Mapping[str, Tensor] | None = None,
-    provenance: Provenance | None = None,
-    push_to_hub: str | None = None,
-) -> ExportReport:
+def export_gguf(model: nn.Module, folder: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
     """Write the adapters as ``adapter.gguf``, a LoRA file for llama.cpp and the programs built on it.
 
-    A and B are float32; gate and scale are folded into B. All layers in the file have one rank, filled up with zeros,
-    and alpha is that rank, so that llama.cpp's scale (alpha by the rank of the tensor) is 1 for each. Layers without a
-    rank are left out. The rows of B of query and key projections are reordered as llama.cpp's converter reorders those
-    of the weights. Needs the package gguf (extra ``gguf``).
+    A and B are float32; gate and scale are folded into B. All layers in the file have the same rank, padded with zeros,
+    and alpha is that rank, so that llama.cpp's scale (alpha divided by the tensor's rank) is 1 for each. Layers without
+    a live rank are left out. The rows of B of query and key projections are reordered as llama.cpp's converter reorders
+    those of the weights. Needs the package gguf (extra ``gguf``).
 
     Args:
         model: The Hugging Face language model with its adapters; left as it is.
         folder: To write; must not exist, or be empty.
-        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
-        batch: Arguments of the model to compare outputs on; None: made from its configuration.
-        provenance: What the card says of method, metrics and license.
-        push_to_hub: Repository on the hub to upload the folder to.
+        **options: See :class:`~lit_sparse.ExportOptions`.
 
     Returns:
         Sizes, and the difference that was found when the file was read back into a copy of the model.
@@ -92,17 +76,19 @@ def export_gguf(
             changed by PiSSA, the folder is not empty, or outputs differ by more than the tolerance. Nothing is then
             left behind.
     """
-    adapters = require_trained(model)
-    require_original_weights(adapters, "a LoRA")
+    adapters = require_trained(model, original="a LoRA")
     if rows_of(model):
         raise UsageError(
             "New tokens have no place in a LoRA file of llama.cpp: use export_merged and llama.cpp's "
             "convert_hf_to_gguf.py."
         )
     names = _tensor_names(model, adapters)
-    write = functools.partial(_write, model, adapters, names)
-    form = Form("gguf", write, functools.partial(_read, model, names), (torch.float32,))
-    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
+    with exporting("gguf", model, folder, options, dtypes=(torch.float32,)) as draft:
+        rank = _write(model, adapters, names, draft.folder)
+        note = f"For llama.cpp and programs built on it. Every layer in the file has rank {rank} and scale 1."
+        draft.record({"notes": [note]})
+        draft.compare(_read(model, names, draft.folder))
+    return draft.report
 
 
 def _tensor_names(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> dict[str, str]:
@@ -137,51 +123,54 @@ def _tensor_names(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> d
     return names
 
 
-def _write(
-    model: nn.Module, adapters: Mapping[str, LowRankAdapter], names: Mapping[str, str], draft: Path
-) -> dict[str, Any]:
+def _write(model: nn.Module, adapters: Mapping[str, LowRankAdapter], names: Mapping[str, str], draft: Path) -> int:
+    """Write the file; the rank of its layers."""
     import gguf
 
-    remains = {name: folded(name, adapter) for name, adapter in adapters.items()}
-    used = {name: layer for name, layer in remains.items() if any(layer.ranks)} or dict([*remains.items()][:1])
-    layers = padded(used)
+    layers = padded(without_empty({name: folded(name, adapter) for name, adapter in adapters.items()}))
     rank = next(iter(layers.values())).ranks[0]
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        # llama.cpp looks up rows of an embedding's A, which therefore is stored with a row for each token.
+        tensors[f"{names[name]}.lora_a"] = layer.lora_A.t() if _is_embedding(model, name) else layer.lora_A
+        tensors[f"{names[name]}.lora_b"] = layer.lora_B_t.t()[_row_order(model, names[name], layer.out_features)]
+    tensors = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    require_finite(tensors)
     writer = gguf.GGUFWriter(draft / FILE, _ARCHITECTURES[type(model).__name__][0])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        lora_B = layer.lora_B_t.t()[_row_order(model, names[name], layer.lora_B_t.shape[1])]
-        # llama.cpp looks up rows of an embedding's A, which therefore is stored with a row for each token.
-        tensors[f"{names[name]}.lora_a"] = layer.lora_A.t() if _is_embedding(model, name) else layer.lora_A
-        tensors[f"{names[name]}.lora_b"] = lora_B
-    tensors = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
-    require_finite(tensors)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"notes": [f"For llama.cpp and programs built on it. Every layer in the file has rank {rank} and scale 1."]}
+    return rank
 
 
-@torch.no_grad()
 def _read(model: nn.Module, names: Mapping[str, str], draft: Path) -> nn.Module:
     import gguf
 
     reader = gguf.GGUFReader(draft / FILE)
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    written = [name for name in names if f"{names[name]}.lora_b" in stored]
-    rank = stored[f"{names[written[0]]}.lora_b"].shape[1]
-    method = LoRA("|".join(exactly(name) for name in written), rank=rank, alpha=alpha, train_head=False)
-    copied = plain_copy(model)
-    for name, adapter in inject(copied, method).items():
+    layers = {}
+    for name in (name for name in names if f"{names[name]}.lora_b" in stored):
         lora_A, lora_B = stored[f"{names[name]}.lora_a"], stored[f"{names[name]}.lora_b"]
-        adapter.lora_A.copy_(lora_A.t() if _is_embedding(model, name) else lora_A)
-        adapter.lora_B[_row_order(model, names[name], len(lora_B))] = lora_B.to(adapter.lora_B)
+        lora_B_t, rank = torch.empty_like(lora_B).t(), lora_B.shape[1]
+        lora_B_t[:, _row_order(model, names[name], len(lora_B))] = lora_B.t()
+        layers[name] = LayerFactors(
+            name=name,
+            lora_A=lora_A.t() if _is_embedding(model, name) else lora_A,
+            lora_B_t=lora_B_t,
+            ranks=(rank,),
+            max_rank=rank,
+            scale=alpha / rank,
+            alpha=alpha,
+        )
+    copied = plain_copy(model)
+    inject_layers(copied, layers, str(draft), train_head=False)
     return copied
 
 
@@ -190,7 +179,7 @@ def _is_embedding(model: nn.Module, name: str) -> bool:
 
 
 def _row_order(model: nn.Module, tensor_name: str, rows: int) -> Tensor:
-    """Which row of the weight in transformers is at each place in llama.cpp, shape ``(rows,)``.
+    """For each row of the weight in llama.cpp its row in transformers, shape ``(rows,)``.
 
     Where the architecture rotates pairs of neighbours, llama.cpp's converter interleaves the two halves of each head.
     """

@@ -1,4 +1,4 @@
-"""``lit_sparse.json``: the file of every export that says what the folder holds and where it came from."""
+"""The files of an exported folder: ``lit_sparse.json``, which says what it holds, and safetensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lit_sparse.errors import UsageError, parse_json
 
@@ -31,3 +35,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise UsageError(f"{file} cannot be read: it holds no names.")
     return entries
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UsageError: If it does not exist or is damaged.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} cannot be read: {error}.") from error

@@ -1,4 +1,4 @@
-"""Patches: which entries of which weights change, by how much; added to a model, taken back, stored."""
+"""Patches: changes of single entries of weights, which can be added to a model, undone and stored."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lit_sparse.interchange.remains import weight_name
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Some entries of one weight.
+    """Entries of one weight.
 
     Args:
-        indices: Their places in the flattened weight, of type long, each once; None: all of them, in order.
-        values: What is added there, or stands there; shape ``(count,)``.
+        indices: Their positions in the flattened weight, of dtype long, each once; None: all entries in order.
+        values: Their values or changes, shape ``(count,)``.
     """
 
     indices: Tensor | None
@@ -42,23 +42,19 @@ Patch = dict[str, Entries]
 
 @torch.no_grad()
 def patch_of(adapters: Mapping[str, LowRankAdapter]) -> Patch:
-    """What merging would add to the frozen weights, where it is not zero.
-
-    Args:
-        adapters: By full name.
-    """
+    """The non-zero entries of what merging would add to the frozen weights."""
     deltas = {weight_name(name, adapter): adapter.delta_weight() for name, adapter in adapters.items()}
     return patch_of_deltas(deltas)
 
 
 @torch.no_grad()
 def patch_of_deltas(deltas: Mapping[str, Tensor]) -> Patch:
-    """The entries of some tensors that are not zero; tensors that are zero everywhere are left out."""
+    """The non-zero entries of tensors; a tensor of zeros has no entry in the patch."""
     patch: Patch = {}
     for name, delta in deltas.items():
         flat = delta.flatten()
         indices = flat.nonzero().flatten()
-        # Beyond a half, places take more memory than zeros.
+        # Beyond a half, indices take more memory than zeros.
         if 2 * len(indices) > flat.numel():
             patch[name] = Entries(None, flat)
         elif len(indices):
@@ -70,56 +66,56 @@ def patch_of_deltas(deltas: Mapping[str, Tensor]) -> Patch:
 def add(model: nn.Module, patch: Patch) -> Patch:
     """Add a patch to the weights of a model, in place, as :func:`~lit_sparse.merge` would.
 
-    The sum is formed in the patch's precision, float32 or better, and rounded once. An entry to which zero is added
-    stays bit for bit what it is.
+    The sum is formed in the patch's precision, float32 or better, and rounded once. Adding zero to an entry leaves it
+    bit for bit what it is.
 
     Args:
         model: With weights of the patch's names.
-        patch: To add.
+        patch: Values to add.
 
     Returns:
-        What stood there, for :func:`put`.
+        The entries before, for :func:`put`.
     """
-    before: Patch = {}
+    before, after = standing(model, patch), {}
     for name, entries in patch.items():
-        weight = model.get_parameter(name)
-        indices, values = _on(weight, entries)
-        flat = weight.detach().flatten()
-        old = flat.clone() if indices is None else flat[indices]
-        new = torch.where(values != 0, (old.to(values.dtype) + values).to(flat.dtype), old)
-        before[name] = Entries(indices, old)
-        _write(weight, flat, indices, new)
+        old = before[name].values
+        values = entries.values.to(old.device)
+        new = torch.where(values != 0, (old.to(values.dtype) + values).to(old.dtype), old)
+        after[name] = Entries(before[name].indices, new)
+    put(model, after)
     return before
 
 
 @torch.no_grad()
 def put(model: nn.Module, patch: Patch) -> None:
-    """Write values into the weights of a model as they are, in place: undoes :func:`add` bit for bit.
+    """Replace entries of a model's weights, in place: undoes :func:`add` bit for bit.
 
     Args:
         model: With weights of these names.
-        patch: Places, and what is to stand there, in the weights' own dtype.
+        patch: Their new values, in the weights' own dtype.
     """
     for name, entries in patch.items():
         weight = model.get_parameter(name)
-        indices, values = _on(weight, entries)
-        _write(weight, weight.detach().flatten(), indices, values)
+        flat = weight.detach().flatten()  # a view where the memory allows it, otherwise a copy
+        indices = slice(None) if entries.indices is None else entries.indices.to(weight.device)
+        flat[indices] = entries.values.to(weight.device)
+        if flat.data_ptr() != weight.data_ptr():
+            weight.copy_(flat.view_as(weight))
 
 
 @torch.no_grad()
 def standing(model: nn.Module, patch: Patch) -> Patch:
-    """What stands now in the places of a patch."""
+    """The present values of the entries of a patch."""
     found: Patch = {}
     for name, entries in patch.items():
-        weight = model.get_parameter(name)
-        indices, _ = _on(weight, entries)
-        flat = weight.detach().flatten()
+        flat = model.get_parameter(name).detach().flatten()
+        indices = None if entries.indices is None else entries.indices.to(flat.device)
         found[name] = Entries(indices, flat.clone() if indices is None else flat[indices])
     return found
 
 
 def tensors_of(patch: Patch) -> dict[str, Tensor]:
-    """A patch as tensors to store: ``<weight>.indices``, as few bytes as can number its places, and ``.values``."""
+    """A patch as tensors to store: ``.values`` and ``.indices`` of each weight, in the smallest integers."""
     tensors: dict[str, Tensor] = {}
     for name, entries in patch.items():
         if entries.indices is not None:
@@ -130,7 +126,7 @@ def tensors_of(patch: Patch) -> dict[str, Tensor]:
 
 
 def patch_from(tensors: Mapping[str, Tensor]) -> Patch:
-    """The patch that :func:`tensors_of` made these of."""
+    """The inverse of :func:`tensors_of`."""
     patch: Patch = {}
     for key, values in tensors.items():
         name, _, part = key.rpartition(".")
@@ -141,12 +137,12 @@ def patch_from(tensors: Mapping[str, Tensor]) -> Patch:
 
 
 def require_fit(model: nn.Module, patch: Patch, what: str) -> None:
-    """Raise a UsageError unless the model has the patch's weights, each with at least its places.
+    """Raise a UsageError unless the model has the patch's weights and entries.
 
     Args:
-        model: To patch.
-        patch: To add.
-        what: Where the patch is from, for the message.
+        model: The model to patch.
+        patch: The patch.
+        what: The patch's name in the message.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     absent = [name for name in patch if name not in weights]
@@ -166,7 +162,7 @@ def require_fit(model: nn.Module, patch: Patch, what: str) -> None:
 
 
 def index_dtype(count: int) -> torch.dtype:
-    """The smallest integers that can number ``count`` places from 0 on."""
+    """The smallest integer dtype for indices below ``count``."""
     limits = {torch.uint8: 2**8, torch.uint16: 2**16, torch.int32: 2**31}
     return next((dtype for dtype, limit in limits.items() if count <= limit), torch.int64)
 
@@ -176,18 +172,3 @@ def _inside(entries: Entries, size: int) -> bool:
     if indices is None or indices.shape != entries.values.shape or not len(indices):
         return False
     return int(indices.min()) >= 0 and int(indices.max()) < size and len(indices.unique()) == len(indices)
-
-
-def _on(weight: Tensor, entries: Entries) -> tuple[Tensor | None, Tensor]:
-    indices = entries.indices
-    return (None if indices is None else indices.to(weight.device)), entries.values.to(weight.device)
-
-
-def _write(weight: Tensor, flat: Tensor, indices: Tensor | None, values: Tensor) -> None:
-    """``flat`` is the flattened weight: a view of it where its memory allows that, else a copy."""
-    if indices is None:
-        flat.copy_(values)
-    else:
-        flat[indices] = values
-    if flat.data_ptr() != weight.data_ptr():
-        weight.copy_(flat.view_as(weight))

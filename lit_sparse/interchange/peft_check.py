@@ -1,12 +1,10 @@
-"""Compare what a folder of PEFT's holds with what its own configuration describes, for a model."""
+"""Check that a folder in PEFT's format holds the tensors that its configuration describes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
@@ -14,22 +12,21 @@ from lit_sparse.adapters.head import input_embeddings, output_embeddings, task_h
 from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.adapters.selection import survey
 from lit_sparse.errors import UsageError, listed
-from lit_sparse.interchange.peft_folder import CONFIG, WEIGHTS, PeftLoRA
+from lit_sparse.interchange.peft_folder import CONFIG, WEIGHTS, PeftLoRA, differs_in_peft
 
 
 def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, LowRankAdapter]) -> None:
     """Check that a folder holds every tensor that its configuration asks for in this model, and no other.
 
-    PEFT leaves a layer without tensors at its random start, and ignores tensors without a layer. Here both are refused.
+    PEFT keeps the random start of a layer without tensors, and ignores tensors without a layer. Here both are refused.
 
     Args:
         model: The model that PEFT was given, with or without adapters.
-        lora: What was read.
+        lora: The folder.
         adapters: The adapters in ``model``.
 
     Raises:
-        UsageError: If a layer or a module that is saved whole lacks a tensor, a tensor belongs to none, or a layer's
-            tensors are those of another kind of layer.
+        UsageError: If tensors are missing, belong to no layer, or belong to another kind of layer.
     """
     layers = _layers(model, adapters)
     absent = [name for name in lora.layers if name not in layers]
@@ -49,36 +46,10 @@ def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Lo
     mistaken = [n for n in lora.layers if (n in lora.embeddings) != isinstance(layers[n], nn.Embedding)]
     if mistaken:
         raise UsageError(f"{lora.folder / WEIGHTS} holds {listed(mistaken)} as another kind of layer than it is here.")
+    ignored = [n for n in lora.layers if isinstance(conv := layers[n], nn.Conv2d) and differs_in_peft(conv)]
+    if ignored:
+        raise UsageError(f"{listed(ignored)} are convolutions with dilation or padding modes that PEFT's LoRA ignores.")
     _require_whole(model, lora)
-
-
-def require_untied(model: nn.Module, lora: PeftLoRA, brought: Mapping[str, Tensor]) -> None:
-    """Refuse values that differ for one tensor that the model has under several names.
-
-    Args:
-        model: The model that is to take them.
-        lora: Where they are from.
-        brought: Name of a parameter or buffer to the value in the folder.
-
-    Raises:
-        UsageError: If two values for one shared tensor differ, or only one of its names is trained in the folder.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    heads = tuple(f"{name}." for name in lora.heads(model))
-    names: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
-    tied: dict[str, str] = {}
-    for same in names.values():
-        stored = [name for name in same if name in brought]
-        pairs = [pair for pair in combinations(stored, 2) if not torch.equal(*(brought[name] for name in pair))]
-        trained = [name for name in stored if name.startswith(heads)]
-        tied |= dict(pairs) | {name: trained[0] for name in same if trained and name not in stored}
-    if tied:
-        raise UsageError(
-            f"{lora.folder} trained a copy of what {type(model).__name__} shares: {tied}. Untie them in the backbone "
-            "(backbone_args: {tie_word_embeddings: false}) to load it."
-        )
 
 
 def _layers(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> dict[str, nn.Module]:

@@ -1,14 +1,15 @@
-"""Write what is left of adapters as the plain LoRA that PEFT and serving engines load."""
+"""Write adapters as the plain LoRA that PEFT and serving engines load."""
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
@@ -17,31 +18,32 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
-from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.linear import LowRankLinear
-from lit_sparse.adapters.patterns import NamePatterns
-from lit_sparse.adapters.token_rows import vocabulary_layers
+from lit_sparse.adapters.token_rows import embedding_count, text_model, vocabulary_layers
 from lit_sparse.errors import UsageError, listed
-from lit_sparse.interchange.card import Provenance
+from lit_sparse.interchange.card import ExportReport
 from lit_sparse.interchange.engines import engine_notes
-from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
-from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, ROWS, WEIGHTS, of_layer
+from lit_sparse.interchange.export import ExportOptions, exporting, save_tensors
+from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, ROWS, WEIGHTS, differs_in_peft
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.remains import (
     folded,
     padded,
     plain_copy,
     plain_name,
-    require_original_weights,
     require_trained,
     trained_whole,
     whole_modules,
+    without_empty,
 )
 from lit_sparse.interchange.vocabulary import rows_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Layout = Literal["ragged", "padded"]
 
-# PEFT's name of a task -> transformers' models for it, and the modules that PEFT's model for it saves whole unasked.
+# PEFT's task type, transformers' models for it, and the modules that PEFT's model for the task always saves whole.
 _TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", ("classifier", "score")),
     ("TOKEN_CLS", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", ("classifier", "score")),
@@ -57,30 +59,25 @@ def export_peft(
     folder: str | os.PathLike[str],
     layout: Layout = "padded",
     with_head: bool = True,
-    tolerance: float | None = None,
-    batch: Mapping[str, Tensor] | None = None,
-    provenance: Provenance | None = None,
-    push_to_hub: str | None = None,
+    **options: Unpack[ExportOptions],
 ) -> ExportReport:
     """Write the adapters as a plain LoRA in PEFT's format.
 
     Gate and scale are folded into B, so that every layer's scale is 1. Engines compute that scale differently: PEFT and
     transformers divide ``alpha_pattern`` by ``rank_pattern``, vLLM and TGI ``lora_alpha`` by ``r`` for all layers,
     llama.cpp ``lora_alpha`` by the rank of the tensor. The layout ``padded`` is right in all of them: every adapted
-    layer is written with the same rank, filled up with zeros, and a layer that lost all its ranks is written as zeros.
-    The layout ``ragged`` is smaller, and for PEFT and transformers only; it leaves out layers without a rank.
+    layer is written with the same rank, padded with zeros, even if it lost all of its ranks. The layout ``ragged`` is
+    smaller, leaves out layers without a rank, and is for PEFT and transformers only.
 
-    The folder is read back into a copy of the model, by :func:`~lit_sparse.load_peft`, and kept only if outputs agree.
+    PEFT reads the folder back into a copy of the model, or :func:`~lit_sparse.load_peft` where PEFT is not installed.
+    The folder is kept only if the outputs agree.
 
     Args:
         model: The Hugging Face model with its adapters; left as it is.
         folder: To write; must not exist, or be empty.
         layout: ``padded``: all layers with the largest rank that remains. ``ragged``: each layer with its own.
-        with_head: Write what was trained whole, as ``modules_to_save``.
-        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
-        batch: Arguments of the model to compare outputs on; None: made from its configuration.
-        provenance: What the card says of method, metrics and license.
-        push_to_hub: Repository on the hub, such as ``me/my-lora``, to upload the folder to.
+        with_head: Write the modules trained whole, as ``modules_to_save``.
+        **options: See :class:`~lit_sparse.ExportOptions`.
 
     Returns:
         Sizes, and the difference that was found.
@@ -91,76 +88,85 @@ def export_peft(
     """
     if layout not in ("ragged", "padded"):
         raise UsageError(f"layout must be 'ragged' or 'padded'; got {layout!r}.")
-    adapters = require_trained(model)
-    require_original_weights(adapters, "a LoRA")
+    adapters = require_trained(model, original="a LoRA")
     _require_expressible(model, adapters)
     _require_expressible_rows(model)
-    write = functools.partial(_write, model, adapters, layout, with_head)
-    form = Form("peft", write, functools.partial(_read, model, with_head))
-    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
+    with exporting("peft", model, folder, options) as draft:
+        notes = _write(model, adapters, layout, with_head, draft.folder)
+        has_peft = importlib.util.find_spec("peft") is not None
+        if not has_peft:
+            notes.append("PEFT was not installed when this folder was written: lit_sparse's own reader checked it.")
+        draft.record({"layout": layout, "with_head": with_head, "notes": notes})
+        copied = plain_copy(model, forget_head=with_head)
+        draft.compare(_load_with_peft(model, copied, draft.folder) if has_peft else _load(copied, draft.folder))
+    return draft.report
 
 
-def _read(model: nn.Module, with_head: bool, draft: Path) -> nn.Module:
-    copied = plain_copy(model, forget_head=with_head)
-    load_peft(copied, draft)
-    return copied
+def _load(plain: nn.Module, folder: Path) -> nn.Module:
+    load_peft(plain, folder)
+    return plain
+
+
+def _load_with_peft(model: nn.Module, plain: nn.Module, folder: Path) -> nn.Module:
+    """The plain copy of ``model`` with PEFT's layers in it."""
+    from peft import PeftModel
+
+    if rows_of(model):
+        text_model(plain).resize_token_embeddings(embedding_count(model), mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice for training
+        try:
+            loaded: nn.Module = PeftModel.from_pretrained(plain, str(folder)).get_base_model()
+        except Exception as error:  # anything that PEFT raises
+            raise UsageError(
+                f"PEFT cannot load the LoRA that was written: {' '.join(str(error).split())}. {_ELSE}"
+            ) from error
+    return loaded
 
 
 def _write(
     model: nn.Module, adapters: Mapping[str, LowRankAdapter], layout: Layout, with_head: bool, draft: Path
-) -> dict[str, Any]:
-    remains = {name: folded(name, adapter) for name, adapter in adapters.items()}
-    written = _ragged(remains) if layout == "ragged" else padded(remains)
-    factors = {name: (layer.lora_A, layer.lora_B_t) for name, layer in written.items()}
-    largest = max(lora_A.shape[0] for lora_A, _ in factors.values())
+) -> list[str]:
+    """Write weights and configuration; notes on the engines that can read them."""
+    layers = {name: folded(name, adapter) for name, adapter in adapters.items()}
+    ragged = without_empty(layers)
+    written = ragged if layout == "ragged" else padded(layers)
+    ranks = {name: layer.ranks[0] for name, layer in written.items()}
     tensors: dict[str, Tensor] = {}
-    for name, (lora_A, lora_B_t) in factors.items():
-        tensors |= _tensors(f"{PREFIX}{name}", adapters[name], lora_A, lora_B_t)
+    for name, layer in written.items():
+        tensors |= _tensors(f"{PREFIX}{name}", adapters[name], layer.lora_A, layer.lora_B_t.t())
     saved = _saved_modules(model) if with_head else []
     for module in saved:
         state = model.get_submodule(module).state_dict()
         tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in state.items()}
-    tokens = rows_of(model)
-    tensors |= {f"{PREFIX}{name}{ROWS}": stored.rows for name, stored in tokens.items()}
+    rows = rows_of(model)
+    tensors |= {f"{PREFIX}{name}{ROWS}": stored.rows for name, stored in rows.items()}
     save_tensors(tensors, draft / WEIGHTS)
-    config = _config(model, {name: pair[0].shape[0] for name, pair in factors.items()}, largest, saved)
-    config["trainable_token_indices"] = {name: stored.ids for name, stored in tokens.items()} or None
+    config = _config(model, ranks, saved)
+    config["trainable_token_indices"] = {name: stored.ids for name, stored in rows.items()} or None
     (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    notes = engine_notes(layout, largest, _bytes(written), _bytes(_ragged(remains)), saved)
-    return {"layout": layout, "with_head": with_head, "notes": notes}
+    size, ragged_size = (sum(layer.nbytes for layer in found.values()) for found in (written, ragged))
+    return engine_notes(layout, max(ranks.values()), size, ragged_size, saved)
 
 
-def _ragged(remains: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
-    """The layers that have a rank; if none has, the first with a rank of zeros, since PEFT accepts no empty adapter."""
-    return {name: layer for name, layer in remains.items() if any(layer.ranks)} or padded(dict([*remains.items()][:1]))
-
-
-def _bytes(layers: Mapping[str, LayerFactors]) -> int:
-    return sum(tensor.nbytes for layer in layers.values() for tensor in (layer.lora_A, layer.lora_B_t))
-
-
-def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B_t: Tensor) -> dict[str, Tensor]:
+def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     """The tensors of one layer, as PEFT shapes and names them."""
     if isinstance(adapter, LowRankEmbedding):
-        return {f"{name}.lora_embedding_A": lora_A, f"{name}.lora_embedding_B": lora_B_t.t()}
-    lora_B = lora_B_t.t()
+        return {f"{name}.lora_embedding_A": lora_A, f"{name}.lora_embedding_B": lora_B}
     if isinstance(adapter, LowRankConv2d):
         lora_A = lora_A.view(-1, *adapter.base.weight.shape[1:])
         lora_B = lora_B[..., None, None]
     return {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
 
 
-def _config(model: nn.Module, ranks: Mapping[str, int], largest: int, saved: list[str]) -> dict[str, Any]:
+def _config(model: nn.Module, ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
+    largest = max(ranks.values())
     names = list(dict.fromkeys(plain_name(model, name) for name, _ in model.named_modules() if name))
     task, unasked = _task(model)
     if any(_excluded(name, unasked) for name in ranks) or any(n.endswith(unasked) for n in names if n not in saved):
-        task = None  # PEFT's model for the task would not adapt these, or look for those in vain
+        task = None  # PEFT's model for the task would not adapt these layers, or miss those modules
     _require_saved_exactly(saved, names, ranks)
     pattern = {_pattern_key(name, ranks): rank for name, rank in ranks.items() if rank != largest}
-    known = NamePatterns("rank_pattern", tails=True)
-    wrong = {name: rank for name, rank in ranks.items() if of_layer(pattern, name, largest, known) != rank}
-    if wrong:
-        raise UsageError(f"No rank_pattern of PEFT's tells the layers {listed(wrong)} from others. {_ELSE}")
     frozen = [m for name in ranks if isinstance(m := getattr(model.get_submodule(name), "base", None), nn.Module)]
     return {
         "peft_type": "LORA",
@@ -196,13 +202,13 @@ def _flat(names: Iterable[str | Sequence[str]]) -> set[str]:
 
 
 def _pattern_key(name: str, names: Collection[str]) -> str:
-    """The full name, or where that is the end of another layer's too, a pattern that means the one alone."""
+    """The full name; if another layer's name ends with it, a pattern that only matches this one."""
     others = [other for other in names if other != name and re.match(rf"(.*\.)?({name})$", other)]
     return f"^{re.escape(name)}" if others else name
 
 
 def _targets(names: Collection[str], ranks: Collection[str]) -> list[str] | str:
-    """The full names, or where PEFT would take one for the end of another layer's, one pattern for all of them."""
+    """The full names; if another layer's name ends with one of them, one pattern for all."""
     meant = set(ranks)
     found = {name for name in names if name in meant or any(name.endswith(f".{target}") for target in meant)}
     return list(ranks) if found == meant else "|".join(re.escape(name) for name in ranks)
@@ -214,7 +220,7 @@ def _excluded(name: str, saved: Collection[str]) -> bool:
 
 
 def _require_saved_exactly(saved: Collection[str], names: Collection[str], ranks: Collection[str]) -> None:
-    # PEFT looks at the end of a name, be it in the middle of a word or not.
+    # PEFT compares the ends of names, even within a word.
     mistaken = [name for name in names if name not in saved and any(name.endswith(module) for module in saved)]
     mistaken += [name for name in ranks if _excluded(name, saved)]
     if mistaken:
@@ -232,7 +238,7 @@ def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter
     for name, adapter in adapters.items():
         reason = _inexpressible(adapter)
         if reason is None and len(names[id(adapter)]) > 1:
-            reason = "stands under several names, of which PEFT would adapt one"
+            reason = "has several names, of which PEFT would adapt one"
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
     if reasons:
@@ -241,39 +247,35 @@ def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter
 
 
 def _require_expressible_rows(model: nn.Module) -> None:
-    """PEFT replaces rows without the bias of a layer, and finds out what is tied from the configuration."""
+    """Check the rows of tokens: PEFT ignores a layer's bias, and relies on the configuration for tied weights."""
     stored = rows_of(model)
     layers = vocabulary_layers(model) if stored else {}
     for name, rows in stored.items():
         tied = [other for other, layer in layers.items() if layer.weight is layers[name].weight]
         reason = None
         if rows.bias is not None:
-            reason = "has a bias, which PEFT leaves out"
+            reason = "has a bias, which PEFT ignores"
         elif len(tied) > 1 and not getattr(model.config, "tie_word_embeddings", False):
             reason = f"shares its weight with {listed(tied[1:])} in another way than PEFT knows"
         elif any(other.endswith(name) and other not in tied for other, _ in model.named_modules()):
-            reason = "has a name that ends another, which PEFT would take for it"
+            reason = "has a name with which another name ends, so PEFT would confuse them"
         if reason is not None:
             raise UsageError(f"PEFT cannot express the rows of new tokens: {name!r} {reason}. {_ELSE}")
 
 
 def _inexpressible(adapter: LowRankAdapter) -> str | None:
     if isinstance(adapter, LowRankConv2d):
-        base = adapter.base
-        if base.groups > 1:
+        if adapter.base.groups > 1:
             return "is a convolution with groups"
-        return "is a convolution with dilation or other padding than zeros" if _is_unusual(base) else None
+        unusual = "is a convolution with dilation or other padding than zeros"
+        return unusual if differs_in_peft(adapter.base) else None
     if isinstance(adapter, LowRankLinear | LowRankEmbedding):
         return None
     return "adapts the weights of experts" if adapter.copies > 1 else "is of a kind that PEFT does not know"
 
 
-def _is_unusual(convolution: nn.Conv2d) -> bool:
-    return convolution.dilation != (1, 1) or convolution.padding_mode != "zeros"
-
-
 def _saved_modules(model: nn.Module) -> list[str]:
-    """The modules to save whole: those trained from end to end, and those that hold another trained parameter."""
+    """The modules to save whole: those that are trained entirely, and those that hold another trained parameter."""
     saved = whole_modules(model)
     for name in trained_whole(model):
         if any(name.startswith(f"{module}.") for module in saved):

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
 from lit_sparse.errors import UsageError, listed, parse_json
-from lit_sparse.interchange.metadata import METADATA, read_metadata
+from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
 from lit_sparse.interchange.vocabulary import StoredRows
 
 CONFIG = "adapter_config.json"
@@ -26,11 +24,11 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 ROWS = ".token_adapter.trainable_tokens_delta"
-"""What the name of a tensor ends with that holds rows of some tokens."""
+"""Suffix of tensors that hold rows of tokens."""
 _FACTOR = re.compile(r"(.+)\.lora_([AB]\.weight|embedding_[AB])")
 _PARTS = {False: ("A.weight", "B.weight"), True: ("embedding_A", "embedding_B")}
-# Settings that are used here, or that say nothing of what the tensors mean. Any other must be unset: DoRA and its like
-# compute something else with the same tensors, and what PEFT will invent next is not known here.
+# Settings that are used here, or that do not change what the tensors mean. Any other must be unset: DoRA, for one,
+# computes another function of the same tensors, and later versions of PEFT will have settings that are unknown here.
 _UNDERSTOOD = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
@@ -38,23 +36,23 @@ _UNDERSTOOD = {
     "trainable_token_indices",
     *("fan_in_fan_out", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
 }
-# The other ways to start (pissa, olora, corda, loftq …) change the frozen weights, and the folder does not hold those.
+# Other initializations (pissa, olora, corda, loftq …) change the frozen weights, which the folder does not hold.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class PeftLoRA:
-    """A LoRA as PEFT keeps it.
+    """A LoRA in PEFT's format.
 
     Args:
-        folder: Where it was read.
-        config: What ``adapter_config.json`` says.
+        folder: Its folder.
+        config: The content of ``adapter_config.json``.
         layers: Full layer name, within the model that PEFT adapted, to its factors.
-        embeddings: Those of the layers that are stored as embeddings.
-        whole: Full name to tensor, of all that is not low-rank: the task head, as a rule.
-        tokens: Full name of an embedding or output layer to its rows of some tokens.
-        patterns: Matches the patterns of the configuration that mean whole names.
-        tails: Matches those that may mean the end of a name.
+        embeddings: Names of the layers that are stored as embeddings.
+        whole: Full name to tensor of everything else, usually the task head.
+        tokens: Full name of an embedding or output layer to its rows of tokens.
+        patterns: Matches patterns of the configuration against whole names.
+        tails: Matches patterns against whole names and name suffixes.
     """
 
     folder: Path
@@ -67,12 +65,12 @@ class PeftLoRA:
     tails: NamePatterns
 
     def heads(self, model: nn.Module) -> list[str]:
-        """Names of the modules of ``model`` that the folder brings whole: those of ``modules_to_save``."""
+        """Names of the modules of ``model`` that ``modules_to_save`` means."""
         saved = self.config.get("modules_to_save") or []
         return [name for name, _ in model.named_modules() if name and any(matches_tail(name, part) for part in saved)]
 
     def targets(self, name: str) -> bool:
-        """Whether PEFT adapts the layer of this full name, by the settings of the folder."""
+        """Whether PEFT adapts the layer of this full name under the folder's configuration."""
         config, parts = self.config, name.split(".")
         starts = [".".join(parts[: i + 1]) for i in range(len(parts))]
         saved = config.get("modules_to_save") or []
@@ -96,7 +94,7 @@ class PeftLoRA:
 
 
 def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
-    """Read a folder of PEFT's; arguments and errors as those of :func:`load_peft`."""
+    """Read a folder in PEFT's format; arguments and errors as those of :func:`load_peft`."""
     path = Path(folder)
     config = _read_config(path)
     tensors = _read_tensors(path)
@@ -129,7 +127,7 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
 
 
 def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -> dict[str, StoredRows]:
-    """The rows of tokens, after a comparison with ``trainable_token_indices``, both ways."""
+    """The rows of tokens, checked against ``trainable_token_indices``."""
     stated: Any = config.get("trainable_token_indices") or {}
     stated = dict.fromkeys(rows, stated) if isinstance(stated, list) else stated
     texts = _texts(path) if rows else {}
@@ -156,7 +154,7 @@ def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -
 
 
 def _texts(path: Path) -> dict[int, str]:
-    """Id to text of the tokens that an export of this library names beside what PEFT reads."""
+    """Id to text of tokens, where this library wrote the folder."""
     try:
         entries: Any = read_metadata(path).get("new_tokens", {})
         return {int(number): str(text) for number, text in entries.items() if text}
@@ -205,10 +203,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} has no {WEIGHTS}"
             + (", only a pickle, which may run code when it is read. Save it again with PEFT." if pickled else ".")
         )
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
+    tensors = read_tensors(file)
     spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if spoilt:
         raise UsageError(f"{file} holds values that are not finite, in {listed(spoilt)}.")
@@ -237,6 +232,11 @@ def _layer(
     return LayerFactors(
         name=name, lora_A=lora_A, lora_B_t=lora_B.t(), ranks=(rank,), max_rank=rank, scale=scale, alpha=alpha
     )
+
+
+def differs_in_peft(convolution: nn.Conv2d) -> bool:
+    """Whether PEFT's A lacks a setting of the convolution, so that its LoRA is another function."""
+    return convolution.dilation != (1, 1) or convolution.padding_mode != "zeros"
 
 
 def of_layer(patterns: Mapping[str, Any] | None, name: str, otherwise: Any, known: NamePatterns) -> Any:

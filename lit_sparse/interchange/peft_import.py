@@ -5,39 +5,44 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.convolution import LowRankConv2d
-from lit_sparse.adapters.factors import LayerFactors
-from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.selection import matches_tail, survey
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError, listed
-from lit_sparse.interchange.peft_check import require_complete, require_untied
+from lit_sparse.interchange.loading import (
+    fill,
+    inject_layers,
+    places_in,
+    require_shapes,
+    require_untied,
+    warn_if_another_backbone,
+)
+from lit_sparse.interchange.peft_check import require_complete
 from lit_sparse.interchange.peft_folder import PeftLoRA, read_peft
 from lit_sparse.interchange.vocabulary import put_rows
-from lit_sparse.methods.base import Overrides
-from lit_sparse.methods.lora import LoRA
+
+_BASE_LAYER = re.compile(r"(\.token_adapter)?\.base_layer\.")
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LowRankAdapter]:
     """Start from a dense LoRA in PEFT's format, in place.
 
-    Into a model with freshly injected adapters, of whatever method, A and B of the folder are copied, and gates set to
-    1: the model then computes what PEFT's did, and training goes on sparsely from there. PEFT's scale is folded into B,
-    the method keeps its own. Ranks that the adapter has beyond the folder's keep their random A and have B = 0. For
-    RoseLoRA nothing is masked yet; a ``clamp`` takes effect at the first step.
+    A model with freshly injected adapters, of any method, gets the folder's A and B, and gates of 1: it then computes
+    what PEFT's model did, and training goes on sparsely from there. PEFT's scale is folded into B; the method keeps its
+    own. Ranks beyond the folder's keep their random A and get B = 0. For RoseLoRA nothing is masked yet; a ``clamp``
+    takes effect at the first step.
 
-    Into a model without adapters, a :class:`~lit_sparse.LoRA` is injected just as the folder says, layer by layer, for
-    inference or to go on densely.
+    A model without adapters gets a :class:`~lit_sparse.LoRA` with the folder's layers and ranks, for inference or for
+    dense training.
 
-    The task head in the folder (``modules_to_save``) goes into the model's, which must be trained. Rows of tokens in it
+    The folder's task head (``modules_to_save``) replaces the model's, which must be trained. Rows of tokens
     (``trainable_token_indices``) are trained here too; embeddings grow to hold them.
 
     Args:
@@ -48,41 +53,39 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Low
         Full layer name to adapter.
 
     Raises:
-        UsageError: If the folder cannot be read, holds something else than plain LoRA on linear layers, convolutions
-            and embeddings, or does not fit: other layers, shapes, a larger rank, a head that is frozen here, tensors
-            that have no place; or if the adapters are not as new.
+        UsageError: If the folder cannot be read, is no plain LoRA on linear layers, convolutions and embeddings, or
+            does not fit the model (layers, shapes, ranks, a frozen head, tensors without a place), or if the adapters
+            were trained already.
     """
     return install(model, read_peft(folder))
 
 
 @torch.no_grad()
 def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
-    """Put what was read into a model; arguments and errors as those of :func:`load_peft`."""
+    """Put a LoRA into a model; arguments and errors as those of :func:`load_peft`."""
     require_whole(model)
-    _compare_backbones(model, lora)
-    adapters = dict(adapters_in(model))
-    if adapters:
-        _require_new(model, adapters)
+    warn_if_another_backbone(model, lora.config.get("base_model_name_or_path"), lora.folder)
+    adapters, config = dict(adapters_in(model)), lora.config
+    _require_new(model, adapters)
     require_complete(model, lora, adapters)
     if adapters:
         _require_layers(model, lora, adapters)
+        _require_ranks(lora, adapters)
+        for name, layer in lora.layers.items():
+            fill(adapters[name], layer, str(lora.folder))
     else:
-        adapters = inject(model, _method(lora, lora.heads(model)))
-    for name, layer in lora.layers.items():
-        _start(adapters[name], layer, max(other.max_rank for other in lora.layers.values()))
+        adapters = inject_layers(
+            model,
+            lora.layers,
+            str(lora.folder),
+            dropout=config.get("lora_dropout") or 0.0,
+            train_head=lora.heads(model),
+            use_rslora=bool(config.get("use_rslora")),
+        )
     put_rows(model, lora.tokens)
     held = [*adapters.values(), *(layer for _, layer in token_rows_in(model))]
     _load_whole(model, lora, {id(p) for module in held for p in module.parameters(recurse=False)})
     return adapters
-
-
-def _compare_backbones(model: nn.Module, lora: PeftLoRA) -> None:
-    trained, here = lora.config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if trained and here and trained.rstrip("/") != str(here).rstrip("/"):
-        rank_zero_warn(
-            f"{lora.folder} was trained on {trained!r}, and this model is {here!r}. If that is more than another name "
-            "for the same weights, the adapter is worth nothing here."
-        )
 
 
 def _require_new(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> None:
@@ -96,7 +99,6 @@ def _require_new(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> No
 
 
 def _require_layers(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, LowRankAdapter]) -> None:
-    """Check that the folder's layers are those adapted here."""
     only_there = [name for name in lora.layers if name not in adapters]
     only_here = [name for name in adapters if name not in lora.layers]
     if only_there or only_here:
@@ -107,7 +109,7 @@ def _require_layers(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Low
 
 
 def _tails(names: Iterable[str], every: Iterable[str]) -> list[str]:
-    """The shortest trailing name parts, all of one length, that mean ``names`` and no other of ``every``."""
+    """The shortest name suffixes, all of one length, that match ``names`` and no other of ``every``."""
     wanted, others = set(names), set(every) - set(names)
     for length in range(1, max(name.count(".") for name in wanted) + 1):
         tails = sorted({".".join(name.split(".")[-length:]) for name in wanted})
@@ -116,60 +118,18 @@ def _tails(names: Iterable[str], every: Iterable[str]) -> list[str]:
     return sorted(wanted)
 
 
-def _method(lora: PeftLoRA, heads: list[str]) -> LoRA:
-    config = lora.config
-    overrides: Overrides = {}
+def _require_ranks(lora: PeftLoRA, adapters: Mapping[str, LowRankAdapter]) -> None:
+    largest = max(layer.max_rank for layer in lora.layers.values())
     for name, layer in lora.layers.items():
-        own: dict[str, Any] = {"rank": layer.max_rank, "alpha": layer.alpha}
-        if own != {"rank": config["r"], "alpha": config["lora_alpha"]}:
-            overrides[exactly(name)] = own
-    return LoRA(
-        target_modules="|".join(exactly(name) for name in lora.layers),
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
-        train_head=heads,
-        use_rslora=bool(config.get("use_rslora")),
-        overrides=overrides or None,
-    )
-
-
-def exactly(name: str) -> str:
-    """A pattern for ``target_modules`` and ``overrides`` that means one layer."""
-    # In a group, since the bare name would also be taken for the trailing part of longer ones.
-    return f"(?:{re.escape(name)})"
-
-
-def _start(adapter: LowRankAdapter, layer: LayerFactors, largest: int) -> None:
-    name, rank = layer.name, layer.max_rank
-    if isinstance(adapter, LowRankConv2d):
-        base = adapter.base
-        if base.dilation != (1, 1) or base.padding_mode != "zeros":
+        if layer.max_rank > adapters[name].rank:
             raise UsageError(
-                f"{name!r} is a convolution with dilation or other padding than zeros, which PEFT leaves out."
+                f"The LoRA has rank {layer.max_rank} at {name!r}, the adapter there {adapters[name].rank}. Set rank to "
+                f"{largest}, the largest of the LoRA, or override it for this layer."
             )
-    if rank > adapter.rank:
-        raise UsageError(
-            f"The LoRA has rank {rank} at {name!r}, the adapter there {adapter.rank}. Set rank to {largest}, the "
-            "largest of the LoRA, or override it for this layer."
-        )
-    shapes = (layer.in_features, layer.out_features)
-    if shapes != (adapter.in_features, adapter.out_features):
-        raise UsageError(
-            f"The LoRA maps {shapes[0]} features to {shapes[1]} at {name!r}, the layer {adapter.in_features} to "
-            f"{adapter.out_features}: it was trained on another model."
-        )
-    used = layer.lora_A.any(1)  # a padded layer's other ranks keep their random A, as ranks beyond the folder's do
-    adapter.lora_A[:rank][used] = layer.lora_A[used].to(adapter.lora_A)
-    scale = (1.0 if layer.scale is None else layer.scale) / adapter.scale
-    adapter.lora_B_t.zero_()
-    adapter.lora_B_t[:rank] = (layer.lora_B_t.double() * scale).to(adapter.lora_B_t)
-    if adapter.gate is not None:
-        adapter.gate.fill_(1)
 
 
 def _is_same(model: nn.Module, name: str, here: Tensor, stored: Tensor) -> bool:
-    """Whether a frozen tensor is the stored one, but for the rows in the place of which others are trained."""
+    """Whether a frozen tensor equals the stored one, apart from rows that are trained separately."""
     owner = model.get_submodule(name.rpartition(".base.")[0]) if ".base." in name else None
     if isinstance(owner, TokenRows):
         stored = stored.index_copy(0, owner.ids, here[owner.ids])
@@ -177,19 +137,14 @@ def _is_same(model: nn.Module, name: str, here: Tensor, stored: Tensor) -> bool:
 
 
 def _load_whole(model: nn.Module, lora: PeftLoRA, own: set[int]) -> None:
-    """Load the task head; what else the folder brings must be what the model has."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    places = {**dict(model.named_buffers(remove_duplicate=False)), **parameters}
-    places_in = re.compile(r"(\.token_adapter)?\.base_layer\.")
-    brought = {places_in.sub(".base.", name): tensor for name, tensor in lora.whole.items()}
-    require_untied(model, lora, brought)
+    """Load the task head; other stored tensors must equal the model's."""
+    parameters, places = dict(model.named_parameters(remove_duplicate=False)), places_in(model)
+    brought = {_BASE_LAYER.sub(".base.", name): tensor for name, tensor in lora.whole.items()}
+    heads = tuple(f"{name}." for name in lora.heads(model))
+    require_untied(model, brought, lora.folder, [name for name in brought if name.startswith(heads)])
+    require_shapes(model, {name: tensor.shape for name, tensor in brought.items()}, lora.folder)
     for name, tensor in brought.items():
         here = places[name]
-        if here.shape != tensor.shape:
-            raise UsageError(
-                f"{lora.folder} holds {name!r} of shape {tuple(tensor.shape)}, here it has {tuple(here.shape)}: a head "
-                "for another number of labels, or another vocabulary."
-            )
         frozen = name in parameters and not here.requires_grad
         if frozen and not here.is_meta and not _is_same(model, name, here, tensor.to(here)):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Run a model on a batch made from its configuration, and compare what two models say."""
+"""Compare the outputs of two models on a batch that is made from their configuration."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from lit_sparse.errors import UsageError
 _LENGTH = 16  # tokens
 _SAMPLES = 16000  # of a sound: a second
 _PIXELS = 224  # where the configuration names no size
-_SMALL = 0.1  # outputs that cancel out to less are no measure of rounding
-# What another order of the same operations does, relative to the largest output.
+_SMALL = 0.1  # smaller outputs, which cancel out, do not measure rounding
+# Effect of another order of the same operations, relative to the largest output.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def probe_batch(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tensor]:
-    """One row of input, always the same for models of one configuration.
+    """One row of input, the same for all models of one configuration.
 
     Args:
         model: A Hugging Face model, or a module that holds one and passes its arguments on.
-        tokens: Ids that are to be among the first half of the input, as many as there is room for.
+        tokens: Ids to put into the first half of the input, as far as there is room.
 
     Returns:
-        ``input_ids``, ``pixel_values``, ``input_values`` or ``input_features``, whichever the model reads, and what
-        belongs to them, on the model's device.
+        ``input_ids``, ``pixel_values``, ``input_values`` or ``input_features``, whichever the model reads, with the
+        masks and other inputs it needs, on the model's device.
 
     Raises:
-        UsageError: If it is not known how to make input for the model.
+        UsageError: If no input can be made for this kind of model.
     """
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    batch = None if inner is None else _INPUTS.get(inner.main_input_name, _none)(inner)
+    make = None if inner is None else _INPUTS.get(inner.main_input_name)
+    batch = None if make is None else make(inner)
     if inner is None or batch is None:
         raise UsageError(
             f"No input can be made from the configuration of {type(model).__name__} to compare outputs on: give one as "
@@ -55,10 +56,10 @@ def probe_batch(model: nn.Module, tokens: Sequence[int] = ()) -> dict[str, Tenso
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """Every tensor of numbers that the model gives for a batch, in evaluation mode, on the CPU.
+    """All floating-point outputs of the model for a batch, in evaluation mode, on the CPU.
 
     Raises:
-        UsageError: If the model does not run on the batch, or gives no such tensor.
+        UsageError: If the model does not run on the batch, or has no such output.
     """
     with _evaluating(model):
         try:
@@ -66,17 +67,19 @@ def outputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
         except Exception as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
             raise UsageError(
-                f"{type(model).__name__} does not run on {shapes} ({' '.join(str(error).split())}), so that outputs "
-                "cannot be compared: give arguments that fit it as batch."
+                f"{type(model).__name__} does not run on {shapes} ({' '.join(str(error).split())}), so outputs cannot "
+                "be compared: give fitting arguments as batch."
             ) from error
     found = [tensor.detach().cpu() for tensor in _tensors(output)]
     if not found:
-        raise UsageError(f"{type(model).__name__} gives no tensor of numbers to compare, but {type(output).__name__}.")
+        raise UsageError(
+            f"{type(model).__name__} returns {type(output).__name__}, without a tensor of numbers to compare."
+        )
     return found
 
 
 def difference_of(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest absolute difference; infinite where shapes differ, nan where a value is none on one side only."""
+    """The largest absolute difference; infinite where shapes differ, NaN where only one side has a NaN."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
     pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True)]
@@ -86,12 +89,12 @@ def difference_of(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
 
 
 def default_tolerance(model: nn.Module, outputs: Sequence[Tensor], *dtypes: torch.dtype) -> float:
-    """What rounding may change in the outputs of a model.
+    """Largest effect of rounding on the outputs of a model.
 
     Args:
-        model: For the coarsest dtype of its parameters; quantized layers count as bfloat16.
-        outputs: The tolerance is a share of the largest value in them.
-        dtypes: Others that the model passes through.
+        model: The coarsest dtype of its parameters counts; quantized layers count as bfloat16.
+        outputs: The tolerance is a share of their largest value.
+        dtypes: Further dtypes that weights pass through.
     """
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if any(quantized_layers(model)):
@@ -129,7 +132,7 @@ def _tokens(model: PreTrainedModel) -> dict[str, Tensor] | None:
     count = getattr(config, "vocab_size", None)
     if count is None:
         return None
-    # Far apart, each another one; a pad token would be taken for the end of the row, and BART's needs one eos.
+    # Distinct and far apart. A pad token would end the row; BART needs exactly one eos.
     ids = [i * max(1, count // (_LENGTH + 2)) % count for i in range(1, _LENGTH + 1)]
     eos = getattr(config, "eos_token_id", None)
     special = {t for t in (getattr(config, "pad_token_id", None), eos) if isinstance(t, int)}
@@ -173,10 +176,6 @@ def _features(model: PreTrainedModel) -> dict[str, Tensor] | None:
         return batch
     width = getattr(config, "feature_projection_input_dim", None)
     return None if width is None else {"input_features": _wave(1, _LENGTH, width)}
-
-
-def _none(model: PreTrainedModel) -> None:  # noqa: ARG001
-    return None
 
 
 def _wave(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write the tokenizer or processor of a model beside what is exported."""
+"""Write the tokenizer or processor of a model into the exported folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from lightning.fabric.utilities import rank_zero_warn
 from transformers import AutoFeatureExtractor, AutoProcessor
 
-# One of these is in every folder with a tokenizer, image processor, feature extractor or several of them.
+# Every folder with a tokenizer, image processor or feature extractor has one of these.
 _PROCESSOR_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -20,7 +20,7 @@ _PROCESSOR_FILES = (
 def save_processor(
     source: str | os.PathLike[str] | None, draft: Path, tokens: Mapping[int, str | None] = MappingProxyType({})
 ) -> None:
-    """Write the tokenizer or processor of a model, with new tokens; warn if it has none that loads and takes them.
+    """Write the tokenizer or processor of a model, with new tokens; warn if that fails.
 
     Args:
         source: Name or folder of the model.
@@ -39,8 +39,5 @@ def save_processor(
             if text and tokenizer.add_tokens([text]) is not None and tokenizer.convert_tokens_to_ids(text) != number:
                 raise ValueError(f"it has another number than {number} for {text!r}")
         processor.save_pretrained(draft)
-    except Exception as error:  # whatever a damaged file or a missing package makes of it: the model is worth more
-        reason = " ".join(str(error).split())
-        rank_zero_warn(
-            f"No tokenizer or processor is written beside the model: that of {source!r} cannot be ({reason})."
-        )
+    except Exception as error:  # a damaged file or a missing package must not stop the export
+        rank_zero_warn(f"The tokenizer or processor of {source!r} cannot be written: {' '.join(str(error).split())}.")

@@ -1,4 +1,4 @@
-"""What a trained model comes to: its adapters folded and without dead ranks, and what was trained whole."""
+"""What an export takes from a trained model: folded adapters without dead ranks, and parameters trained whole."""
 
 from __future__ import annotations
 
@@ -62,23 +62,31 @@ def padded(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
     }
 
 
-def require_trained(model: nn.Module) -> dict[str, LowRankAdapter]:
+def without_empty(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
+    """The layers that have a rank; if none has, the first with a rank of zeros, since no format takes an empty LoRA."""
+    return {name: layer for name, layer in layers.items() if any(layer.ranks)} or padded(dict([*layers.items()][:1]))
+
+
+def require_trained(model: nn.Module, original: str | None = None) -> dict[str, LowRankAdapter]:
     """The adapters of a model that can be exported.
 
     Args:
-        model: As it came out of training.
+        model: After training.
+        original: Refuse adapters that changed their frozen weights, which this ("a LoRA") would not fit; None: export
+            the weights, too.
 
     Returns:
         Full name to adapter.
 
     Raises:
-        UsageError: If it is a LightningModule, holds no adapter or one that is switched off, or all of it is frozen.
+        UsageError: If it is a LightningModule, it holds no adapter or a disabled one, all of it is frozen, or PiSSA
+            changed weights that must be the original ones.
     """
     kind = type(model).__name__
     if isinstance(model, LightningModule):
         raise UsageError(
-            f"{kind} is a LightningModule, whose names no other program knows: give the Hugging Face model in it, as a "
-            "rule module.model."
+            f"{kind} is a LightningModule, whose names other programs do not know: give the Hugging Face model in it, "
+            "usually module.model."
         )
     adapters = dict(adapters_in(model))
     if not adapters:
@@ -88,21 +96,17 @@ def require_trained(model: nn.Module) -> dict[str, LowRankAdapter]:
         raise UsageError(f"{len(off)} adapters are switched off, the first at {off[0]!r}: switch them on to export.")
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(
-            f"All of {kind} is frozen, so that nothing tells which head was trained. Export before freeze() or "
+            f"All of {kind} is frozen, so the trained head cannot be told from the rest. Export before freeze() or "
             "requires_grad_(False)."
         )
-    return adapters
-
-
-def require_original_weights(adapters: dict[str, LowRankAdapter], format_name: str) -> None:
-    """Raise a UsageError if an adapter took something out of its frozen weight: it is none for the original model."""
     changed = [name for name, adapter in adapters.items() if adapter.took_from_weight]
-    if changed:
+    if changed and original is not None:
         raise UsageError(
             f"{len(changed)} adapters started from the singular vectors of the frozen weights (init_weights 'pissa'), "
-            f"the first at {changed[0]!r}: these weights were changed, and {format_name} would be one for the changed "
-            "weights, which nobody else has. Export the whole model as merged."
+            f"the first at {changed[0]!r}. That changed the weights, and {original} would only fit the changed ones. "
+            "Export the whole model as merged."
         )
+    return adapters
 
 
 def weight_name(name: str, adapter: LowRankAdapter) -> str:

@@ -1,4 +1,4 @@
-"""The lines of code that load an exported folder and use it, as its model card shows them."""
+"""Code for the model card: load an exported folder and use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 def labels_of(model: nn.Module) -> list[str] | None:
-    """Names of the classes in the order of their numbers; None where the model has only LABEL_0, LABEL_1 and so on."""
+    """Names of the classes in order; None where the model only has LABEL_0, LABEL_1 and so on."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
         return None
@@ -34,16 +34,16 @@ def snippet(
     files: Collection[str],
     vocabulary: int | None = None,
 ) -> str:
-    """Python code that loads a folder, and where it holds a tokenizer runs the model on a text; for gguf, commands.
+    """Python code that loads a folder and, if it has a tokenizer, runs the model on a text; for gguf, shell commands.
 
     Args:
-        form: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
-        model: The model that was exported, of which a program of transformers' can be made.
-        base: Hub id or existing folder of the pretrained model; None where it was built in Python.
+        form: Format of the export.
+        model: The exported model.
+        base: Hub id or folder of the pretrained model; None where it was built in Python.
         place: The folder as the user named it, or the repository on the hub.
         is_repository: Whether ``place`` is on the hub.
         files: Names of the files in the folder.
-        vocabulary: Number of rows that PEFT needs embeddings to have; None: as many as the pretrained model has.
+        vocabulary: Rows that embeddings must have before PEFT loads the folder; None: as many as they have.
     """
     if form == "gguf":
         return _commands(base, place, is_repository)
@@ -76,7 +76,7 @@ def snippet(
 
 
 def _commands(base: str | None, place: str, is_repository: bool) -> str:
-    """The shell's lines that make a GGUF file of the base model and run llama.cpp with the LoRA."""
+    """Shell commands that convert the base model to GGUF and run llama.cpp with the LoRA."""
     source = base or "BASE"
     remote = "" if base is None or Path(base).exists() else "--remote "
     file = "adapter.gguf" if is_repository else f"{place}/adapter.gguf"

@@ -1,32 +1,35 @@
-"""Sparse adapters and edit patches in a folder: of A, B or of their product only what is not zero."""
+"""Sparse adapters and edit patches in a folder: the non-zero entries of A and B, or of their product."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.factors import LayerFactors
-from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.adapters.selection import survey
 from lit_sparse.errors import UsageError, listed
-from lit_sparse.interchange.card import Provenance
-from lit_sparse.interchange.export import ExportReport, Form, Terms, export, save_tensors
+from lit_sparse.interchange.card import ExportReport
+from lit_sparse.interchange.export import ExportOptions, exporting, save_tensors
+from lit_sparse.interchange.loading import (
+    inject_layers,
+    places_in,
+    require_shapes,
+    require_untied,
+    warn_if_another_backbone,
+)
 from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
-from lit_sparse.interchange.peft_import import exactly
 from lit_sparse.interchange.remains import (
     folded,
     plain_copy,
-    require_original_weights,
     require_trained,
     trained_whole,
     weight_name,
@@ -34,33 +37,25 @@ from lit_sparse.interchange.remains import (
 )
 from lit_sparse.interchange.stored_folder import HEAD, PARTS, TOKENS, VERSION, WEIGHTS, Saved, read_folder
 from lit_sparse.interchange.vocabulary import put_rows, rows_of, write_rows
-from lit_sparse.methods.lora import LoRA
 
-# A patch of more entries than this is no local edit, and larger than A and B.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _LOCAL = 0.1
+"""Share of entries beyond which a patch is no local edit, and larger than A and B."""
 
 
-def save_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    tolerance: float | None = None,
-    batch: Mapping[str, Tensor] | None = None,
-    provenance: Provenance | None = None,
-    push_to_hub: str | None = None,
-) -> ExportReport:
-    """Write adapters of any kind and head as small as they are, for :func:`load_adapter`.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
+    """Write adapters of any kind and the head, as small as they are, for :func:`load_adapter`.
 
-    Gate and scale are folded into B, ranks that contribute nothing are left out. A and Bᵀ, both with a row for each
-    rank, are stored whole or as the places and values of what is not zero, equally many in each row, whichever is
+    Gate and scale are folded into B; ranks that contribute nothing are left out. A and Bᵀ have a row for each rank.
+    Each is stored whole, or as columns and values of its non-zero entries (the same number in each row), whichever is
     smaller: ``<layer>.lora_A``, or ``<layer>.lora_A.indices`` and ``<layer>.lora_A.values``.
 
     Args:
         model: The model with its adapters; left as it is.
         folder: To write; must not exist, or be empty.
-        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
-        batch: Arguments of the model to compare outputs on; None: made from its configuration.
-        provenance: What the card says of method, metrics and license.
-        push_to_hub: Repository on the hub to upload the folder to.
+        **options: See :class:`~lit_sparse.ExportOptions`.
 
     Returns:
         Sizes, and the difference that was found when the folder was read back into a copy of the model.
@@ -69,21 +64,15 @@ def save_adapter(
         UsageError: If there is no adapter, the frozen weights were changed by PiSSA, the folder is not empty, or
             outputs differ by more than the tolerance. Nothing is then left behind.
     """
-    adapters = require_trained(model)
-    require_original_weights(adapters, "the adapter")
-    form = Form("sparse", functools.partial(_write_sparse, model, adapters), functools.partial(_read, model))
-    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
+    adapters = require_trained(model, original="the adapter")
+    with exporting("sparse", model, folder, options) as draft:
+        draft.record(_write_sparse(model, adapters, draft.folder))
+        draft.compare(_read(model, draft.folder))
+    return draft.report
 
 
-def export_delta(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    tolerance: float | None = None,
-    batch: Mapping[str, Tensor] | None = None,
-    provenance: Provenance | None = None,
-    push_to_hub: str | None = None,
-) -> ExportReport:
-    """Write, for each frozen weight, which entries training changed and by how much: a patch of the model.
+def export_delta(model: nn.Module, folder: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportReport:
+    """Write which entries of the frozen weights training changed, and by how much: a patch of the model.
 
     :func:`load_adapter` adds it to the weights of a plain model, as :func:`~lit_sparse.merge` would: entries outside
     the support of BA stay bit for bit what they were. For few, precise edits; with more than about one entry per row
@@ -92,10 +81,7 @@ def export_delta(
     Args:
         model: The model with its adapters; left as it is.
         folder: To write; must not exist, or be empty.
-        tolerance: Largest difference of outputs that is accepted; None: what rounding may do in the model's dtype.
-        batch: Arguments of the model to compare outputs on; None: made from its configuration.
-        provenance: What the card says of method, metrics and license.
-        push_to_hub: Repository on the hub to upload the folder to.
+        **options: See :class:`~lit_sparse.ExportOptions`.
 
     Returns:
         Sizes, and the difference that was found when the folder was read back into a copy of the model.
@@ -104,30 +90,31 @@ def export_delta(
         UsageError: If there is no adapter, a frozen weight is quantized or was changed by PiSSA, the folder is not
             empty, or outputs differ by more than the tolerance. Nothing is then left behind.
     """
-    adapters = require_trained(model)
-    require_original_weights(adapters, "a patch")
+    adapters = require_trained(model, original="a patch")
     packed = {id(layer) for _, layer in quantized_layers(model)}
     found = [name for name, adapter in adapters.items() if id(adapter.layer) in packed]
     if found:
         raise UsageError(
             f"The frozen weights of {listed(found)} are quantized: there are no entries to add to. Use save_adapter "
-            "(format sparse), or export_merged (merged), which unpacks them."
+            "(format sparse), or export_merged (merged), which dequantizes them."
         )
-    form = Form("delta", functools.partial(_write_delta, model, adapters), functools.partial(_read, model))
-    return export(model, folder, form, Terms(tolerance, batch, provenance, push_to_hub))
+    with exporting("delta", model, folder, options) as draft:
+        draft.record(_write_delta(model, adapters, draft.folder))
+        draft.compare(_read(model, draft.folder))
+    return draft.report
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LowRankAdapter]:
     """Put what :func:`save_adapter` or :func:`export_delta` wrote into a plain model of the same class, in place.
 
-    Sparse adapters are injected with the ranks that they have, as a dense :class:`~lit_sparse.LoRA` whose zeros would
-    not stay zero in training: for inference. A patch is added to the frozen weights, and leaves no adapter; loading it
-    twice adds it twice.
+    Sparse adapters are injected with the ranks that they have, as a dense :class:`~lit_sparse.LoRA` for inference:
+    training would not keep their zeros. A patch is added to the frozen weights and leaves no adapter; loading it twice
+    adds it twice.
 
     Args:
         model: Freshly loaded, with a head for as many labels.
-        folder: What was written.
+        folder: The folder.
 
     Returns:
         Full layer name to adapter; empty for a patch.
@@ -139,26 +126,23 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, 
     if any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds adapters already. Load into a freshly loaded model.")
     require_whole(model)
-    base = saved.entries.get("base_model_name_or_path")
-    here = getattr(model, "name_or_path", None)
-    if base and here and str(base).rstrip("/") != str(here).rstrip("/"):
-        rank_zero_warn(
-            f"{folder} was trained on {base!r}, and this model is {here!r}. If that is more than another name for the "
-            "same weights, the adapter is worth nothing here."
-        )
+    warn_if_another_backbone(model, saved.entries.get("base_model_name_or_path"), saved.folder)
     head = {name.removeprefix(HEAD): tensor for name, tensor in saved.tensors.items() if name.startswith(HEAD)}
-    places = _places(model)
-    _require_places(model, saved, places, {name: list(tensor.shape) for name, tensor in head.items()})
-    adapters = _add_delta(model, saved) if saved.entries["format"] == "delta" else _inject(model, saved)
-    (write_rows if saved.entries["format"] == "delta" else put_rows)(model, saved.tokens)
-    places |= _places(model)  # a buffer of a head that went to float32 is another tensor
+    is_delta, layers = saved.entries["format"] == "delta", saved.entries["layers"]
+    known: Iterable[str] = layers if is_delta else survey(model)
+    absent = [name for name in layers if name not in known]
+    if absent:
+        raise UsageError(
+            f"{saved.folder} holds {listed(absent)}, which {type(model).__name__} lacks. Load a "
+            f"{saved.entries.get('model_class')}."
+        )
+    patched = {name: entry["shape"] for name, entry in layers.items()} if is_delta else {}
+    require_shapes(model, {**patched, **{name: tensor.shape for name, tensor in head.items()}}, saved.folder)
+    require_untied(model, head, saved.folder)
+    adapters = _add_delta(model, saved) if is_delta else _inject(model, saved)
+    (write_rows if is_delta else put_rows)(model, saved.tokens)
+    places = places_in(model)
     for name, tensor in head.items():
-        same = [other for other in head if places[other] is places[name] and not torch.equal(head[other], tensor)]
-        if same:
-            raise UsageError(
-                f"{folder} holds two values for what {type(model).__name__} shares: {listed([name, *same])}. Untie "
-                "them in the backbone (tie_word_embeddings=False) to load it."
-            )
         places[name].copy_(tensor)
     return adapters
 
@@ -170,16 +154,16 @@ def _read(model: nn.Module, draft: Path) -> nn.Module:
 
 
 def _write_sparse(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft: Path) -> dict[str, Any]:
+    layers = {name: folded(name, adapter) for name, adapter in adapters.items()}
+    left = {name: layer for name, layer in layers.items() if any(layer.ranks)}
+    shapes = {
+        name: {"ranks": layer.ranks, "shape": [layer.out_features, layer.in_features]} for name, layer in left.items()
+    }
     tensors: dict[str, Tensor] = {}
-    layers: dict[str, Any] = {}
-    for name, adapter in adapters.items():
-        remains = folded(name, adapter)
-        if not any(remains.ranks):
-            continue
-        layers[name] = {"ranks": remains.ranks, "shape": [adapter.out_features, adapter.in_features]}
+    for name, layer in left.items():
         for part in PARTS:
-            tensors |= _packed(f"{name}.{part}", getattr(remains, part))
-    return _with_head(model, tensors, layers, draft)
+            tensors |= _packed(f"{name}.{part}", getattr(layer, part))
+    return _with_head(model, tensors, shapes, draft)
 
 
 def _write_delta(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft: Path) -> dict[str, Any]:
@@ -224,68 +208,10 @@ def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:
     return {f"{name}.indices": columns.to(dtype), f"{name}.values": matrix.gather(1, columns)}
 
 
-def _places(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
-
-
-def _require_places(
-    model: nn.Module, saved: Saved, places: Mapping[str, Tensor], head: Mapping[str, list[int]]
-) -> None:
-    layers: dict[str, Any] = saved.entries["layers"]
-    is_delta = saved.entries["format"] == "delta"
-    known: Iterable[str] = places if is_delta else survey(model)
-    absent = [name for name in layers if name not in known] + [name for name in head if name not in places]
-    if absent:
-        raise UsageError(
-            f"{saved.folder} has {listed(absent)}, which {type(model).__name__} has not. Load a "
-            f"{saved.entries.get('model_class')}, of which it is."
-        )
-    wanted = {**head, **({name: entry["shape"] for name, entry in layers.items()} if is_delta else {})}
-    for name, shape in wanted.items():
-        here = tuple(places[name].shape)
-        if here != tuple(shape):
-            raise UsageError(
-                f"{saved.folder} has {name!r} of shape {tuple(shape)}, {type(model).__name__} of {here}: it is "
-                "of another size, or has another number of labels."
-            )
-
-
 def _inject(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
-    layers: dict[str, dict[str, Any]] = saved.entries["layers"]
-    if not layers:
+    if not saved.factors:
         return {}
-    ranks = {name: max(entry["ranks"]) for name, entry in layers.items()}
-    largest = max(ranks.values())
-    method = LoRA(
-        target_modules="|".join(exactly(name) for name in layers),
-        rank=largest,
-        alpha=largest,
-        train_head=saved.entries["head_modules"],
-        overrides={exactly(n): {"rank": r, "alpha": r} for n, r in ranks.items() if r != largest} or None,
-    )
-    adapters = inject(model, method)
-    for name in layers:
-        _fill(saved, name, adapters[name], saved.factors[name])
-    return adapters
-
-
-def _fill(saved: Saved, name: str, adapter: LowRankAdapter, remains: LayerFactors) -> None:
-    there = (remains.lora_A.shape[1], remains.lora_B_t.shape[1], len(remains.ranks))
-    here = (adapter.in_features, adapter.out_features, adapter.copies)
-    if there != here:
-        raise UsageError(
-            f"{saved.folder} adapts {name!r} as (inputs, outputs, experts) = {there}, here it has {here}: it was "
-            "trained on another model."
-        )
-    for part in PARTS:
-        parameter: Tensor = getattr(adapter, part)
-        parameter.zero_()
-        rows = getattr(remains, part).split(remains.ranks)
-        for own, values in zip(parameter.split(adapter.rank), rows, strict=True):
-            own[: len(values)] = values.to(own)
+    return inject_layers(model, saved.factors, str(saved.folder), train_head=saved.entries["head_modules"])
 
 
 def _add_delta(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:

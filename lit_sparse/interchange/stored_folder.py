@@ -1,43 +1,47 @@
-"""Read what :func:`~lit_sparse.save_adapter` and :func:`~lit_sparse.export_delta` wrote, and check that it is whole."""
+"""Read folders of ``save_adapter`` and ``export_delta``, and check that they are whole."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.errors import UsageError, listed
-from lit_sparse.interchange.metadata import METADATA, read_metadata
+from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
 from lit_sparse.interchange.vocabulary import StoredRows
 
 WEIGHTS = "adapter.safetensors"
 PARTS = ("lora_A", "lora_B_t")
 HEAD = "head."
-"""What the names of tensors begin with that were trained whole."""
+"""Prefix of tensors that were trained whole."""
 TOKENS = "tokens."
-"""What the names of tensors begin with that are rows of new tokens."""
+"""Prefix of rows of new tokens."""
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A folder that was read: what its metadata say, and its tensors by name."""
+    """A folder that was read.
+
+    Args:
+        folder: The folder.
+        entries: Its metadata.
+        tensors: All of its tensors by name.
+        factors: Full layer name to A and B; empty for a patch.
+        tokens: Full name of an embedding or output layer to its rows of new tokens.
+    """
 
     folder: Path
     entries: dict[str, Any]
     tensors: dict[str, Tensor]
     factors: dict[str, LayerFactors]
-    """A and B of every layer; empty for a patch."""
     tokens: dict[str, StoredRows]
-    """Name of an embedding or output layer to its rows of new tokens."""
 
 
 def read_folder(folder: Path) -> Saved:
@@ -55,19 +59,15 @@ def read_folder(folder: Path) -> Saved:
     entries = read_metadata(folder)
     form = entries.get("format")
     if form not in ("sparse", "delta"):
-        how = {"peft": "load_peft", "gguf": "llama.cpp", "merged": "the model class's from_pretrained"}.get(
-            str(form), "the version that wrote it"
-        )
-        raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {how}.")
+        loaders = {"peft": "load_peft", "gguf": "llama.cpp", "merged": "the model class's from_pretrained"}
+        loader = loaders.get(str(form), "the version that wrote it")
+        raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {loader}.")
     if entries.get("version") != VERSION:
         raise UsageError(
             f"{str(folder)!r} is of version {entries.get('version')} of its format, and {VERSION} is known here: load "
             f"it with lit_sparse {entries.get('lit_sparse_version')}."
         )
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+    tensors = read_tensors(folder / WEIGHTS)
     try:
         factors = _factors(entries, tensors)
         tokens = {name: _rows(name, entry, tensors) for name, entry in entries.get("tokens", {}).items()}
@@ -80,7 +80,7 @@ def read_folder(folder: Path) -> Saved:
 
 
 def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
-    """A and B of every layer, or one of several errors where the tensors are not those that the metadata describe."""
+    """A and B of every layer; raises various errors if the tensors do not fit the metadata."""
     _require_exactly(entries, tensors)
     for name, tensor in tensors.items():
         if not name.startswith(HEAD) and name.endswith(".indices") == tensor.is_floating_point():
@@ -100,18 +100,9 @@ def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         widths = {"lora_A": in_features, "lora_B_t": out_features}
         found = {part: _unpacked(tensors, f"{name}.{part}", width) for part, width in widths.items()}
         for part, width in widths.items():
-            if tuple(found[part].shape) != (sum(ranks), width):
-                raise ValueError(
-                    f"{part} of {name!r} has the shape {tuple(found[part].shape)}, and {(sum(ranks), width)} is wanted"
-                )
-        factors[name] = LayerFactors(
-            name=name,
-            lora_A=found["lora_A"],
-            lora_B_t=found["lora_B_t"],
-            ranks=ranks,
-            max_rank=max(ranks),
-            alpha=float(max(ranks)),
-        )
+            _require_shape(f"{name}.{part}", found[part], (sum(ranks), width))
+        largest = max(ranks)
+        factors[name] = LayerFactors(name=name, **found, ranks=ranks, max_rank=largest, alpha=float(largest))  # type: ignore[arg-type]
     return factors
 
 
@@ -133,8 +124,12 @@ def _require_exactly(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if wanted != set(tensors):
         raise ValueError(f"missing are {listed(wanted - set(tensors))}, unknown are {listed(set(tensors) - wanted)}")
     for name, shape in head.items():
-        if list(tensors[name].shape) != shape:
-            raise ValueError(f"{name!r} has the shape {tuple(tensors[name].shape)}, and {tuple(shape)} is wanted")
+        _require_shape(name, tensors[name], shape)
+
+
+def _require_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if list(tensor.shape) != list(shape):
+        raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, and {tuple(shape)} is wanted")
 
 
 def _rows(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredRows:
@@ -151,7 +146,7 @@ def read_factors(folder: str | os.PathLike[str]) -> dict[str, LayerFactors]:
     """A and B of every layer in a folder of :func:`save_adapter`, scale and gates folded into B.
 
     Raises:
-        UsageError: If the folder cannot be read, or holds a patch, of which A and B are not known.
+        UsageError: If the folder cannot be read, or holds a patch, which has no A and B.
     """
     saved = read_folder(Path(folder))
     if saved.entries["format"] != "sparse":

@@ -1,4 +1,4 @@
-"""The rows of new tokens on their way into a folder and out of it."""
+"""Rows of new tokens: out of a model into a folder, and back."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lit_sparse.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Rows of one matrix that a folder holds.
+    """Stored rows of one matrix.
 
     Args:
-        ids: The tokens, in ascending order.
-        texts: The tokens as text in that order; empty where that is not known.
+        ids: Ids of the tokens, ascending.
+        texts: Texts of the tokens in that order; empty if they are unknown.
         rows: Shape ``(tokens, width)``.
         bias: Shape ``(tokens,)``; None where no layer with this matrix has a bias.
     """
@@ -43,20 +43,20 @@ class StoredRows:
 
 @torch.no_grad()
 def rows_of(model: nn.Module, by_hand: bool = True) -> dict[str, StoredRows]:
-    """The rows that the pretrained model lacks: those that are trained, and all that were added by hand.
+    """The rows that the pretrained model lacks: trained rows, and rows added by hand.
 
-    Rows added by hand (``resize_token_embeddings``) are told from the configuration in the folder that the model was
-    loaded from. They are frozen, but no copy of the pretrained model has them.
+    Rows added by hand (``resize_token_embeddings``) are those beyond the vocabulary in the configuration that the model
+    was loaded with. They are frozen, but no copy of the pretrained model has them.
 
     Args:
         model: With adapters.
-        by_hand: Whether rows that were added by hand count too.
+        by_hand: Whether to include rows added by hand.
 
     Returns:
-        Name of a layer, for each weight one, to its rows.
+        Layer name to rows; of layers that share a weight, only the first.
 
     Raises:
-        UsageError: If rows were taken away by hand, or added to embeddings that are adapted.
+        UsageError: If rows were removed by hand, or added to embeddings that are adapted.
     """
     try:
         host = text_model(model)
@@ -73,27 +73,26 @@ def rows_of(model: nn.Module, by_hand: bool = True) -> dict[str, StoredRows]:
 
 @torch.no_grad()
 def put_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
-    """Give a model stored rows, to compute with and to train on; its embeddings grow to hold them.
+    """Load stored rows as trainable rows; the embeddings grow to hold them.
 
     Args:
-        model: Without rows of its own, or with rows of the same tokens.
-        stored: Name of a layer to its rows.
+        model: Without trainable rows, or with rows of the same tokens.
+        stored: Layer name to rows.
 
     Raises:
-        UsageError: If the model has no such layer, or one of another width, or trains other rows.
+        UsageError: If the model has no such layer, the layer has another width, or other rows are trained.
     """
     for name, new in stored.items():
         layers = [layer for own, layer in token_rows_in(model) if own == name]
         if layers and not same_tokens(layers[0].ids.tolist(), layers[0].texts, new.ids, new.texts):
             raise UsageError(
-                f"{name!r} trains rows of other tokens than those that are loaded: set new_tokens to "
-                f"{new.texts or 'them'}."
+                f"{name!r} trains rows of other tokens than the stored ones: set new_tokens to {new.texts or 'those'}."
             )
         rows = layers[0].rows if layers else train_rows(model, new.ids, new.texts, only=name)[0].rows
         if rows.shape != new.rows.shape:
             raise UsageError(
-                f"Rows of {name!r} have the shape {tuple(new.rows.shape)}, here it is {tuple(rows.shape)}: they were "
-                "trained on another model."
+                f"Stored rows of {name!r} have shape {tuple(new.rows.shape)}, the model's {tuple(rows.shape)}: they "
+                "were trained on another model."
             )
         rows.copy_(new.rows)
         for _, layer in token_rows_in(model):
@@ -103,29 +102,27 @@ def put_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
 
 @torch.no_grad()
 def write_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
-    """Write stored rows into the weights of a plain model; its embeddings grow to hold them.
+    """Write stored rows into the weights of a plain model; the embeddings grow to hold them.
 
     Raises:
-        UsageError: If the model has no such layer, or one of another width.
+        UsageError: If the model has no such layer, or the layer has another width.
     """
     for name, new in stored.items():
         grow(text_model(model), max(new.ids) + 1)
         layers = vocabulary_layers(model)
         if name not in layers or layers[name].weight.shape[1:] != new.rows.shape[1:]:
             raise UsageError(f"{type(model).__name__} has no {name!r} for rows of {new.rows.shape[1]} numbers.")
-        layers[name].weight[new.ids] = new.rows.to(layers[name].weight)
+        weight = layers[name].weight
+        weight[new.ids] = new.rows.to(weight)
         for layer in layers.values():
-            if (
-                layer.weight is layers[name].weight
-                and new.bias is not None
-                and getattr(layer, "bias", None) is not None
-            ):
+            biased = layer.weight is weight and getattr(layer, "bias", None) is not None
+            if biased and new.bias is not None:
                 layer.bias[new.ids] = new.bias.to(layer.bias)
 
 
 @torch.no_grad()
 def forget_rows(model: nn.Module, stored: Mapping[str, StoredRows]) -> None:
-    """Take stored rows out of a plain model: it is then as large as what a user loads before the folder."""
+    """Remove stored rows from a plain model, so that it is as large as the pretrained one."""
     if not stored:
         return
     layers = vocabulary_layers(model)
@@ -148,12 +145,12 @@ def texts_of(stored: Mapping[str, StoredRows]) -> dict[int, str | None]:
 
 
 def whole_sentence(head: int, tokens: Collection[int], trained: Collection[int]) -> str:
-    """What is stored beside the adapters.
+    """A sentence on what is stored beside the adapters.
 
     Args:
         head: Number of parameters trained whole.
         tokens: Ids of the tokens with a stored row.
-        trained: Ids of those whose rows were trained.
+        trained: Ids of the tokens whose rows were trained.
     """
     parts = [f"{head:,} parameters trained whole"]
     counts = {"": len(set(tokens) & set(trained)), " stored as they are": len(set(tokens) - set(trained))}
@@ -162,10 +159,10 @@ def whole_sentence(head: int, tokens: Collection[int], trained: Collection[int])
 
 
 def token_notes(form: str, texts: Mapping[int, str | None]) -> list[str]:
-    """Sentences for the card of a folder and for the terminal.
+    """Notes on stored rows of tokens, for card and terminal.
 
     Args:
-        form: ``peft``, ``sparse``, ``delta`` or ``merged``.
+        form: Format of the export.
         texts: Id to text of the tokens with a stored row.
     """
     notes = []
@@ -181,11 +178,8 @@ def token_notes(form: str, texts: Mapping[int, str | None]) -> list[str]:
     if texts and form == "peft":
         notes.append(
             "vLLM, llama.cpp and TGI cannot read rows of tokens from a LoRA: serve the format merged there. PEFT needs "
-            "the embeddings resized before it loads the folder, as above."
-        )
-        notes.append(
-            "transformers alone (AutoModel….from_pretrained of this folder, load_adapter) does not resize the "
-            "embeddings, and ends with an IndexError at the first new token: use PEFT's AutoPeftModel, or resize first."
+            "the embeddings resized before it loads the folder, as above. Without that, transformers' load_adapter "
+            "ends with an IndexError at the first new token: use PEFT's AutoPeftModel, or resize first."
         )
     return notes
 
@@ -220,7 +214,7 @@ def _rows_of(model: nn.Module, group: list[tuple[str, Any]], added: set[int]) ->
 def _added_by_hand(model: nn.Module, host: PreTrainedModel) -> set[int]:
     try:
         base = type(host.config).from_pretrained(host.name_or_path or "", local_files_only=True)
-    except Exception:  # built in Python, moved, or not in the cache: there is nothing to compare with
+    except Exception:  # built in Python, moved, or not in the cache: nothing to compare with
         return set()
     before = getattr(base.get_text_config(), "vocab_size", None)
     now = getattr(host.config.get_text_config(), "vocab_size", None)

@@ -1,1 +1,1 @@
-"""Look at adapters where they are stored: tables, figures and pages from files alone, without a backbone."""
+"""Tables, figures and pages about stored adapters, without a backbone."""

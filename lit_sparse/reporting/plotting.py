@@ -1,4 +1,4 @@
-"""Figures of adapters, in a model or where they are stored; needs the ``plot`` extra."""
+"""Figures of the adapters in a model, a file or a folder; needs the ``plot`` extra."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lit_sparse.reporting.sources import read_adapters
 
 
 def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
-    """Draw the rank that is left in every adapted layer: blocks from left to right, kinds of layer downward.
+    """Draw the live ranks of every adapted layer: blocks from left to right, kinds of layers downward.
 
     Args:
         adapters: A model with adapters, the ``sparsity.csv`` that :class:`~lit_sparse.SparsityMonitor` wrote, or any
             source of :func:`~lit_sparse.write_report`.
-        output: Picture to write; its ending says the format.
+        output: File to write; its suffix decides the format.
 
     Raises:
         UsageError: If matplotlib is not installed, or there is no adapter to draw.
@@ -37,11 +37,11 @@ def plot_ranks(adapters: nn.Module | str | Path, output: str | Path) -> None:
 
 
 def plot_gates(adapters: nn.Module | str | Path, output: str | Path) -> None:
-    """Draw how the gates are spread, those at exactly zero apart.
+    """Draw a histogram of the gates, with a separate bar for gates at exactly zero.
 
     Args:
         adapters: A model with adapters, or a source of :func:`~lit_sparse.write_report` with A and B in it.
-        output: Picture to write; its ending says the format.
+        output: File to write; its suffix decides the format.
 
     Raises:
         UsageError: If matplotlib is not installed, the source cannot be read, or there are no gates.
@@ -54,23 +54,23 @@ def plot_curves(run: str | Path, output: str | Path, metrics: str | Path | None 
 
     Args:
         run: A source of :func:`~lit_sparse.write_report` with a metrics.csv.
-        output: Picture to write; its ending says the format.
-        metrics: The metrics.csv; None: the one that lies with the source.
+        output: File to write; its suffix decides the format.
+        metrics: The metrics.csv; None: the one beside the source.
 
     Raises:
-        UsageError: If matplotlib is not installed, the source cannot be read, or nothing of these was logged.
+        UsageError: If matplotlib is not installed, the source cannot be read, or none of these was logged.
     """
     adapters = read_adapters(run, metrics)
     save(curve_figure(adapters.curves, adapters.step), output)
 
 
 def plot_support(adapters: nn.Module | str | Path, output: str | Path, layer: str | None = None) -> None:
-    """Draw where BA can change a frozen weight, and by how much: a spy plot.
+    """Draw a spy plot of BA: the entries of a frozen weight that it changes, and by how much.
 
     Args:
         adapters: A model with adapters, or a source of :func:`~lit_sparse.write_report` with A and B in it.
-        output: Picture to write; its ending says the format.
-        layer: Full name of the layer, or trailing parts of it; None: the one with the largest change.
+        output: File to write; its suffix decides the format.
+        layer: Full name or suffix of the layer; None: the layer with the largest change.
 
     Raises:
         UsageError: If matplotlib is not installed, the source cannot be read, or there is no such layer.

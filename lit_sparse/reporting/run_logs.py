@@ -1,4 +1,4 @@
-"""What a run logged: its metrics.csv, as Lightning's CSVLogger writes it."""
+"""Logged values of a run, from the metrics.csv of Lightning's CSVLogger."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def find_metrics(checkpoint: Path) -> Path | None:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read what was logged.
+    """Read logged values.
 
     Args:
         path: A metrics.csv.
 
     Returns:
-        Name of each logged value to pairs of step and value, in the order of the steps.
+        Name to pairs of step and value, in the order of the steps.
 
     Raises:
         UsageError: If the file does not exist, or is no table with a column ``step``.
@@ -47,10 +47,10 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def scores(curves: Curves, step: int | None) -> dict[str, tuple[int, float]]:
-    """The last validation and test figures that were logged up to a step, each with its step, metrics before losses.
+    """The last validation and test values up to a step, each with its step; metrics before losses.
 
     Args:
-        curves: What was logged.
+        curves: Logged values.
         step: Optimizer steps taken; None: the whole run.
     """
     found = {}

@@ -26,13 +26,13 @@ from lit_sparse.modules.rebuilding import saved_method
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where an adapter differs from the plain model.
+    """One difference between the plain model and the model with an adapter.
 
     Args:
-        holder: The dictionary of a module that holds its children, parameters, buffers or attributes.
-        key: The name in it.
-        plain: What the plain model has there.
-        own: What the adapter puts there.
+        holder: The dictionary of a module's children, parameters, buffers or attributes.
+        key: The name in the dictionary.
+        plain: The plain model's value.
+        own: The adapter's value.
     """
 
     holder: dict[str, Any]
@@ -42,19 +42,19 @@ class _Place:
 
 
 class AdapterBank:
-    """Holds adapters of several runs for one backbone, and puts one of them at a time into it, for inference.
+    """Adapters of several runs for one backbone, one of which is in use at a time, for inference.
 
-    The adapters may differ in layers, ranks and methods, and each brings its own task head, also for another number of
-    labels (then without letting the model compute a loss, which goes by its own number). All share the frozen weights:
-    a bank costs the memory of one backbone and of each adapter's A, B, sensitivities and head. Switching puts modules
-    in the places of others and copies nothing. The model is then what :func:`~lit_sparse.inject` makes of it, at its
-    speed; statistics see the adapter in use, and :meth:`using` with None gives the plain backbone.
-    :func:`~lit_sparse.merge` changes the shared weights: it is the end of the bank.
+    The adapters may differ in layers, ranks and methods, and each brings its own task head. Heads may have different
+    numbers of labels; the model's own loss then does not fit. All adapters share the frozen weights: a bank takes the
+    memory of one backbone and of each adapter's A, B, sensitivities and head. Switching replaces modules and copies
+    nothing. Model and speed are then the same as after :func:`~lit_sparse.inject`; statistics see the adapter in use,
+    and :meth:`using` with None gives the plain backbone. :func:`~lit_sparse.merge` changes the shared weights, and so
+    ends the bank.
 
-    Put the model into its dtype before the first adapter comes; its device and training mode may change at any time.
+    Set the model's dtype before you add adapters; its device and training mode may change at any time.
 
     Args:
-        model: The backbone as its runs started from it, without adapters. It is changed in place, and frozen.
+        model: The backbone as its runs started from it, without adapters. It is frozen and changed in place.
 
     Raises:
         UsageError: If ``model`` holds adapters.
@@ -70,14 +70,14 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters, in the order in which they came."""
+        """Names of the adapters, in the order of :meth:`add`."""
         return list(self._places)
 
     def add(self, name: str, source: str | os.PathLike[str]) -> None:
-        """Load an adapter, without changing which is in use.
+        """Load an adapter; the one in use stays in use.
 
         Args:
-            name: How it will be called.
+            name: Its name in the bank.
             source: Folder of a LoRA in PEFT's format, or checkpoint file of a :class:`~lit_sparse.SparseModule`.
 
         Raises:
@@ -101,10 +101,10 @@ class AdapterBank:
         self._places[name] = places
 
     def use(self, name: str | None) -> None:
-        """Put an adapter and its head into the model, in the place of the one in use.
+        """Switch to another adapter and its head.
 
         Args:
-            name: Of the adapter; None for the plain backbone with its own head.
+            name: Name of the adapter; None: the plain backbone with its own head.
 
         Raises:
             UsageError: If there is no such adapter, or the one in use is no longer in the model.
@@ -115,8 +115,8 @@ class AdapterBank:
             places = self._places[self.in_use]
             if any(isinstance(place.own, nn.Module) and place.holder[place.key] is not place.own for place in places):
                 raise UsageError(
-                    f"The model was changed while {self.in_use!r} was in use. If it was merged, the weights that the "
-                    "adapters share are others now: load the backbone again, and make a new bank."
+                    f"The model was changed while {self.in_use!r} was in use. If it was merged, the shared weights "
+                    "have changed: load the backbone again, and make a new bank."
                 )
             for place in places:
                 _put(place, place.plain)
@@ -126,7 +126,7 @@ class AdapterBank:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
-        """Within the context, ``name`` is in use; after it, what was before.
+        """Use an adapter within the context, and switch back after it.
 
         Args:
             name: As for :meth:`use`.
@@ -142,10 +142,10 @@ class AdapterBank:
             self.use(before)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; if it is in use, the model is the plain backbone after that.
+        """Remove an adapter; if it is in use, the model becomes the plain backbone.
 
         Args:
-            name: Of the adapter.
+            name: Name of the adapter.
 
         Raises:
             UsageError: If there is no such adapter.
@@ -161,7 +161,7 @@ class AdapterBank:
 
 
 def _everything(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Every place of the model in which an adapter may stand, or something of its head."""
+    """Every child, parameter, buffer and number of outputs of the model: (dictionary, key, value)."""
     for module in list(model.modules()):
         for holder in (module._modules, module._parameters, module._buffers):
             for key, value in list(holder.items()):
@@ -171,7 +171,7 @@ def _everything(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 
 def _put(place: _Place, new: Any) -> None:
-    """Replace what stands there; the newcomer may have missed that the model moved or changed its mode."""
+    """Replace a value; the new one follows the device and training mode of the old one."""
     old = place.holder[place.key]
     if isinstance(new, nn.Module):
         new.train(old.training)
@@ -213,7 +213,7 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def _require_rows(model: nn.Module, path: Path, tokens: Iterable[Iterable[int]]) -> None:
-    """Refuse an adapter with tokens for which the shared embeddings would have to grow."""
+    """Refuse an adapter with tokens beyond the shared embeddings."""
     largest = max((i for ids in tokens for i in ids), default=-1)
     if largest >= 0 and largest >= embedding_count(model):
         raise UsageError(
@@ -223,14 +223,14 @@ def _require_rows(model: nn.Module, path: Path, tokens: Iterable[Iterable[int]])
 
 
 def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put new tensors in the places of those that an adapter brings values for, so that the plain ones keep theirs."""
+    """Replace the tensors that an adapter has values for by new ones, so that the plain ones keep theirs."""
     plain: dict[str, Tensor] = dict(
         chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     )
     everything = list(_everything(model))
     for name, tensor in tensors.items():
         if name not in plain:
-            continue  # of an adapter that is yet to come
+            continue  # belongs to an adapter, which is injected later
         old = plain[name]
         owner = model.get_submodule(name.rpartition(".")[0])
         if tensor.shape != old.shape:
@@ -244,5 +244,5 @@ def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new)
         for holder, key, value in everything:
-            if value is old:  # under every name, if it is shared
+            if value is old:  # under all names of a shared tensor
                 holder[key] = new

@@ -1,4 +1,4 @@
-"""Restore a model from its checkpoint alone, and export it."""
+"""Rebuild a trained module from its checkpoint alone, and export it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sparse.data.quickstart import hub_id, resolve
 from lit_sparse.errors import UsageError
-from lit_sparse.interchange.card import Provenance
-from lit_sparse.interchange.export import ExportReport, require_free
+from lit_sparse.interchange.card import ExportReport, Provenance
+from lit_sparse.interchange.export import ExportOptions, require_free
 from lit_sparse.interchange.gguf_export import export_gguf
 from lit_sparse.interchange.merged_folder import Dtype, export_merged
 from lit_sparse.interchange.peft_export import Layout, export_peft
@@ -25,7 +25,10 @@ from lit_sparse.modules.rebuilding import known_class, rebuild, saved_method
 
 Format = Literal["peft", "gguf", "sparse", "delta", "merged"]
 
-# Arguments that only training needs, or that the record has.
+_IN_PYTHON = (
+    "Or build the module in Python, load the checkpoint, and call export_peft or another export with module.model."
+)
+# Arguments that only training needs, or that the checkpoint's record has.
 _NOT_REBUILT = ("optimizer", "start_from", "compile", "gradient_checkpointing", "new_tokens", "_class_path")
 
 
@@ -49,27 +52,27 @@ def export_checkpoint(
     Args:
         ckpt_path: Checkpoint file of a SparseModule whose backbone was given by name.
         output: Folder to write; must not exist, or be empty.
-        format: peft: a plain LoRA, for PEFT and serving engines. gguf: one for llama.cpp. sparse: of A and B only what
-            is not zero. delta: the entries of the frozen weights that change, a patch. merged: the whole model, for
-            transformers.
+        format: peft: a plain LoRA, for PEFT and serving engines. gguf: a LoRA for llama.cpp. sparse: the non-zero
+            entries of A and B. delta: a patch of the changed entries of the frozen weights. merged: the whole model,
+            for transformers.
         layout: For peft. padded: all layers with one rank, for every engine; ragged: each with its own, smaller, for
             PEFT and transformers only.
-        with_head: For peft: write what was trained whole too.
+        with_head: For peft: also write modules that were trained whole.
         dtype: For merged: dtype of the weights; null: that of the backbone.
-        tolerance: Largest difference of outputs from the live model's that is accepted; null: what rounding may do.
-        backbone: Where the backbone is now, if not where the run had it.
-        license: What the model card says.
+        tolerance: Largest difference of outputs that is accepted; null: what rounding may do.
+        backbone: Name or folder of the backbone, if it has moved since the run.
+        license: License on the model card.
         push_to_hub: Repository on the hub, such as me/my-adapter, to upload the folder to.
-        import_modules: Python modules of yours to import first, with the classes that the checkpoint names.
+        import_modules: Your Python modules to import first, with the classes that the checkpoint names.
         trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
-        require_final: Refuse a checkpoint that was saved before its sparsity was final; otherwise it is a warning.
+        require_final: Refuse a checkpoint that was saved before its sparsity was final, instead of a warning.
 
     Returns:
         Sizes, and the difference that was found when the folder was read back.
 
     Raises:
-        UsageError: If the checkpoint cannot be read or no model be made of it, an option does not belong to the format,
-            the export is refused, or ``require_final`` is set and the sparsity was not final.
+        UsageError: If the checkpoint cannot be read or lacks what rebuilds its model, an option does not belong to the
+            format, the export is refused, or ``require_final`` is set and the sparsity was not final.
     """
     _require_options(format, layout, with_head, dtype)
     require_free(output)  # before the backbone is loaded
@@ -79,17 +82,17 @@ def export_checkpoint(
     _check_final(checkpoint, ckpt_path, require_final)
     module = restore(checkpoint, ckpt_path, backbone, trust_remote_code)
     model: Any = module.model
-    common: dict[str, Any] = {
+    options: ExportOptions = {
         "tolerance": tolerance,
         "provenance": _provenance(checkpoint, module, license),
         "push_to_hub": push_to_hub,
     }
     if format == "peft":
-        return export_peft(model, output, layout, with_head, **common)
+        return export_peft(model, output, layout, with_head, **options)
     if format == "merged":
-        return export_merged(model, output, dtype, resolve(module.backbone), **common)
+        return export_merged(model, output, dtype, resolve(module.backbone), **options)
     write = {"gguf": export_gguf, "sparse": save_adapter, "delta": export_delta}[format]
-    return write(model, output, **common)
+    return write(model, output, **options)
 
 
 def restore(
@@ -98,17 +101,17 @@ def restore(
     backbone: str | None = None,
     trust_remote_code: bool = False,
 ) -> SparseModule:
-    """Build the module that wrote a checkpoint, with its backbone, and load what it trained.
+    """Rebuild the module that wrote a checkpoint, with its backbone, and load the trained parameters.
 
     Args:
-        checkpoint: As read.
-        path: Where from, for messages.
+        checkpoint: The checkpoint's content.
+        path: Its file, for messages.
         backbone: Name or folder of the backbone; None: the checkpoint's.
         trust_remote_code: Whether code that comes with the backbone may run.
 
     Raises:
-        UsageError: If the backbone was given as a built model or runs code of its own, the module needs what the
-            checkpoint does not hold, or trained something outside the backbone.
+        UsageError: If the backbone was given as a built model or runs its own code, the module needs arguments that
+            the checkpoint does not hold, or parameters outside the backbone were trained.
     """
     saved = checkpoint[checkpoints.KEY]
     _require_rebuildable(checkpoint, path)
@@ -118,14 +121,11 @@ def restore(
     try:
         module = rebuild(kind, {"hyper_parameters": kept}, given, trust_remote_code)
     except TypeError as error:
-        raise UsageError(
-            f"{kind.__name__} cannot be made of {str(path)!r} alone ({error}). Build it in Python, load the "
-            "checkpoint, and call export_peft, save_adapter, export_delta or export_merged with its model."
-        ) from error
+        raise UsageError(f"{kind.__name__} cannot be made of {str(path)!r} alone ({error}). {_IN_PYTHON}") from error
     try:
         module.configure_model()
     except UsageError as error:
-        hint = "If the backbone was moved, say where it is by backbone."
+        hint = "If the backbone was moved, give its place as backbone."
         if backbone is not None:
             hint = f"The checkpoint was trained on the backbone {saved['backbone']!r}, and backbone is {backbone!r}."
         raise UsageError(f"{error} ({hint})") from error
@@ -149,18 +149,17 @@ def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[
     if "module" not in saved or "hyper_parameters" not in checkpoint:
         raise UsageError(
             f"{str(path)!r} does not say which module wrote it: it is of an earlier version. Resume the run for a step "
-            "to write it anew, or load it in Python and call export_peft or its like."
+            f"to write it anew. {_IN_PYTHON}"
         )
     if saved["built"]:
         raise UsageError(
             f"The backbone of {str(path)!r} was given to its run as a model that was already built, which a checkpoint "
-            "does not hold. Build it again in Python, load the checkpoint, and call export_peft, save_adapter, "
-            "export_delta or export_merged with module.model."
+            f"does not hold. {_IN_PYTHON}"
         )
     outside = checkpoints.outside_backbone(checkpoint)
     if outside:
         raise UsageError(
-            f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: an export would be without them."
+            f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: an export would lack them."
         )
 
 
@@ -177,7 +176,7 @@ def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_nam
 
 
 def _check_final(checkpoint: Mapping[str, Any], path: str, required: bool) -> None:
-    """Warn of a state that is not as sparse as at the end of the run, or refuse it."""
+    """Warn of a checkpoint that is not as sparse as the run's end, or refuse it."""
     progress = Progress.in_checkpoint(checkpoint)
     if progress is None and required:
         raise UsageError(f"{path!r} does not record whether its sparsity was final: it is of an earlier version.")
@@ -185,7 +184,7 @@ def _check_final(checkpoint: Mapping[str, Any], path: str, required: bool) -> No
         return
     if Path(path).name.startswith("last"):
         why = "the run was stopped before its sparsity was final (EarlyStopping, a time limit or a kill)"
-        advice = "fit --ckpt_path goes on there, without what stopped it."
+        advice = "Go on with fit --ckpt_path, without the cause of the stop."
     else:
         why, advice = "it is not as sparse as at the end of the run", "SparseCheckpoint keeps the end as last.ckpt."
     found = f"{path!r} is of {progress}: {why}"

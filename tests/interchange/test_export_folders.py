@@ -281,7 +281,7 @@ def test_a_tokenizer_is_written_where_there_is_one(tmp_path):
     save_tiny_tokenizer(tmp_path / "tokenizer")
     assert "tokenizer.json" in written("with", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"No tokenizer or processor is written beside the model"):
+    with pytest.warns(UserWarning, match=r"tokenizer or processor of .* cannot be written"):
         assert "model.safetensors" in written("damaged", tmp_path / "tokenizer")
 
 
@@ -392,9 +392,9 @@ def test_models_that_are_no_trained_ones_are_refused(write, tmp_path):
     refused(fresh(), "BertForSequenceClassification holds no adapter to export")
     module = LightningModule()
     module.model = as_trained(fresh())
-    refused(module, "is a LightningModule.*give the Hugging Face model in it, as a rule module.model")
+    refused(module, "is a LightningModule.*give the Hugging Face model in it, usually module.model")
     refused(as_trained(fresh()).requires_grad_(False), "All of BertForSequenceClassification is frozen")
-    refused(as_trained(fresh()), "tolerance is the largest difference.*got -1", tolerance=-1)
+    refused(as_trained(fresh()), "tolerance must be at least 0; got -1", tolerance=-1)
     refused(as_trained(fresh()), "does not run on {'pixels'", batch={"pixels": IDS})
     off = as_trained(fresh())
     next(ls.adapters_in(off))[1].enabled = False
@@ -410,7 +410,7 @@ def test_no_batch_can_be_made_for_a_module_of_ones_own(tmp_path):
         ls.save_adapter(model, tmp_path / "out")
     with pytest.raises(ls.UsageError, match=r"Images is no Hugging Face model, and has no save_pretrained"):
         ls.export_merged(model, tmp_path / "out", batch={"x": torch.ones(1, 4, 5, 5)})
-    with pytest.raises(ls.UsageError, match=r"dtype must be 'float32'.*got 'int8'"):
+    with pytest.raises(ls.UsageError, match=r"dtype must be one of .*'float32'.*got 'int8'"):
         ls.export_merged(as_trained(fresh()), tmp_path / "out", dtype="int8")
 
 
@@ -450,9 +450,9 @@ def test_what_is_damaged_or_does_not_fit_is_refused(tmp_path):
     folder = folder_with(tmp_path)
     with pytest.raises(ls.UsageError, match=r"holds adapters already. Load into a freshly loaded model"):
         ls.load_adapter(as_trained(fresh()), folder)
-    with pytest.raises(ls.UsageError, match=r"has \['bert.encoder.*which RobertaForSequenceClassification has not"):
+    with pytest.raises(ls.UsageError, match=r"holds \['bert.encoder.*which RobertaForSequenceClassification lacks"):
         ls.load_adapter(fresh(RobertaForSequenceClassification), folder)
-    with pytest.raises(ls.UsageError, match=r"'classifier.bias' of shape \(2,\).*another number of labels"):
+    with pytest.raises(ls.UsageError, match=r"'classifier.bias' of shape \(2,\).* has \(3,\): .*number of labels"):
         ls.load_adapter(fresh(num_labels=3), folder)
     with pytest.raises(
         ls.UsageError, match=r"as \(inputs, outputs, experts\) = \(32, 64, 1\), here it has \(32, 48, 1\)"
@@ -479,7 +479,7 @@ def test_a_patch_for_a_weight_of_another_shape_changes_nothing(tmp_path):
     ls.export_delta(as_trained(fresh(), ls.RoseLoRA(["intermediate.dense"], rank=2, density=0.05)), tmp_path / "patch")
     model = fresh(intermediate_size=48)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ls.UsageError, match=r"of shape \(64, 32\), BertForSequenceClassification of \(48, 32\)"):
+    with pytest.raises(ls.UsageError, match=r"of shape \(64, 32\), BertForSequenceClassification has \(48, 32\)"):
         ls.load_adapter(model, tmp_path / "patch")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

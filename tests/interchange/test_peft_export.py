@@ -1,8 +1,10 @@
 """lit_sparse.interchange.peft_export: what it writes, read by the installed PEFT and by transformers."""
 
+import importlib.util
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -331,7 +333,7 @@ def test_a_layer_under_two_names_is_refused(tmp_path):
     model = Twice()
     model.block["fc"] = model.fc
     as_trained(model, ls.LoRA(["fc"], rank=2))
-    with pytest.raises(ls.UsageError, match="stands under several names, of which PEFT would adapt one"):
+    with pytest.raises(ls.UsageError, match="has several names, of which PEFT would adapt one"):
         ls.export_peft(model, tmp_path / "lora", batch={"x": torch.ones(1, 3)})
 
 
@@ -380,3 +382,46 @@ def test_a_head_that_peft_would_not_tell_from_another_module_is_refused(tmp_path
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(ls.UsageError, match=re.escape("layout must be 'ragged' or 'padded'; got 'square'.")):
         ls.export_peft(as_trained(fresh()), tmp_path / "lora", layout="square")
+
+
+# Read back.
+
+
+def test_without_peft_our_own_reader_checks_and_the_card_says_so(tmp_path, monkeypatch):
+    model = as_trained(fresh())
+    assert "lit_sparse's own reader" not in str(ls.export_peft(model, tmp_path / "with"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    report = ls.export_peft(model, tmp_path / "without")
+    assert report.difference < 1e-10
+    for text in (str(report), (tmp_path / "without" / "README.md").read_text()):
+        assert "PEFT was not installed when this folder was written: lit_sparse's own reader checked it" in text
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_a_folder_that_peft_cannot_read_is_not_kept(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
+    with pytest.raises(ls.UsageError, match="PEFT cannot load the LoRA that was written: no such thing"):
+        ls.export_peft(as_trained(fresh()), tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_peft_computes_otherwise_is_not_kept(tmp_path, monkeypatch):
+    load = peft.PeftModel.from_pretrained
+
+    def scaled(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        for layer in loaded.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                layer.scale_layer(2.0)
+        return loaded
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", scaled)
+    with pytest.raises(ls.UsageError, match="the export as peft gives outputs that differ"):
+        ls.export_peft(as_trained(fresh()), tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []

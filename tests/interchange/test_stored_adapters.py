@@ -189,7 +189,7 @@ def tied():
     return build_tiny(LlamaForCausalLM, tie_word_embeddings=True)
 
 
-SHARED = r"trained a copy of what LlamaForCausalLM shares: .*'lm_head.weight'.*Untie them"
+SHARED = r"holds two values for what LlamaForCausalLM shares: .*'lm_head.weight'.*Untie them"
 
 
 def test_two_values_for_one_shared_tensor_are_refused(two_copies):
