@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_with_its_stage(tiny_bert, tmp_path, trainer):
         ({"count": 1, "last": 0.0}, "count must be at least 2; got 1"),
         ({"epochs": 0}, "^epochs must be at least 1; got 0"),
         ({"mode": "best"}, "mode must be 'max' or 'min'; got 'best'"),
-        ({"last": 0.0}, "last is above first"),
+        ({"last": 0.0}, "last must be above 0; got 0"),
     ],
 )
 def test_arguments(changes, message):
