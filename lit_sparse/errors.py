@@ -1,20 +1,20 @@
-"""Errors that a user can mend by changing an argument, a file or a configuration."""
+"""Errors that a user can fix by changing an argument, a file or a configuration."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 class UsageError(ValueError):
-    """Something the user asked for cannot be done; the message says what was found and what to do.
+    """The user's request cannot be carried out; the message names the cause and how to fix it.
 
     The command line prints these in one line, without a traceback. From Python it is an ordinary ``ValueError``.
     """
 
 
 class TrainingError(RuntimeError):
-    """Training ran into a state from which going on would only destroy what was learned.
+    """Training was stopped because further steps would destroy the trained weights.
 
     Printed by the command line as :class:`UsageError` is.
     """
@@ -55,6 +55,19 @@ def require_range(
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     wanted = " and ".join(f"{phrase} {bound:g}" for phrase, bound in bounds.items() if math.isfinite(bound))
     raise UsageError(f"{name} must be {wanted}; got {value}.")
+
+
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a UsageError unless an argument has one of the given values.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        choices: The allowed values, at least two.
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise UsageError(f"{name} must be {', '.join(others)} or {last}; got {value!r}.")
 
 
 def parse_json(text: str) -> Any:

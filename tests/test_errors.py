@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lit_sparse.errors import UsageError, listed, require_range
+from lit_sparse.errors import UsageError, listed, require_choice, require_range
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_a_value_outside_is_named_with_the_range(value, bounds, wanted):
 def test_a_long_list_is_cut():
     assert listed("ba") == "['a', 'b']"
     assert listed(map(str, range(8))) == "['0', '1', '2', '3', '4', '5'] and 2 more"
+
+
+def test_a_choice():
+    require_choice("mode", "max", ("max", "min"))
+    with pytest.raises(UsageError, match="spacing must be 'a', 'b' or 'c'; got 'd'"):
+        require_choice("spacing", "d", ("a", "b", "c"))

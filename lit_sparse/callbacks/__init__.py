@@ -1,1 +1,1 @@
-"""The only files that know when Lightning calls what."""
+"""Callbacks of the Trainer."""

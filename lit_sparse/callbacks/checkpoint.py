@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_sparse.callbacks.run_end import Interrupted, save_end
 from lit_sparse.callbacks.sparsify import progress_of
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_choice
 
 
 class SparseCheckpoint(ModelCheckpoint):
@@ -49,8 +49,7 @@ class SparseCheckpoint(ModelCheckpoint):
     ) -> None:
         if not isinstance(save_last, bool):
             raise UsageError(f"save_last must be true or false; got {save_last!r}.")
-        if best_of not in ("final", "all"):
-            raise UsageError(f"best_of must be 'final' or 'all'; got {best_of!r}.")
+        require_choice("best_of", best_of, ("final", "all"))
         if options.get("filename") == self.CHECKPOINT_NAME_LAST:
             raise UsageError("filename 'last' is reserved for the last state of the run: choose another filename.")
         super().__init__(dirpath, save_last=save_last, **options)

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.callbacks.measuring import measured
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_choice
 
 Measure = Callable[[LightningModule, Iterable[Any], LightningDataModule], dict[str, float]]
 """A function of module, batches and their data module that returns metrics by name."""
@@ -43,8 +43,7 @@ class ForgettingProbe(Callback):
         split: Literal["validate", "test"] = "validate",
         measure: Measure | None = None,
     ) -> None:
-        if split not in ("validate", "test"):
-            raise UsageError(f"split must be 'validate' or 'test'; got {split!r}.")
+        require_choice("split", split, ("validate", "test"))
         if not name or "/" in name:
             raise UsageError(f"name is the prefix of the metrics' names and holds no slash; got {name!r}.")
         self.data, self.name, self.split = data, name, split

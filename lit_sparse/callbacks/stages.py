@@ -16,7 +16,7 @@ from lit_sparse.adapters.statistics import sparsity_of
 from lit_sparse.callbacks.measuring import measured
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.support import callbacks_of
-from lit_sparse.errors import UsageError, require_range
+from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.figures.canvas import save
 from lit_sparse.figures.stages import stage_figure
 from lit_sparse.functional import threshold_stages
@@ -71,8 +71,7 @@ class ThresholdStages(Callback):
         require_range("count", count, at_least=2)
         require_range("first_epochs", first_epochs, at_least=1)
         require_range("epochs", epochs, at_least=1)
-        if mode not in ("max", "min"):
-            raise UsageError(f"mode must be 'max' or 'min'; got {mode!r}.")
+        require_choice("mode", mode, ("max", "min"))
         self.thresholds = threshold_stages(first, last, count, spacing)
         self.monitor, self.mode = monitor, mode
         self.first_epochs, self.epochs = first_epochs, epochs

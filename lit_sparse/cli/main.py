@@ -171,7 +171,7 @@ def _set_up_editing(config: Any) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Errors that a user can mend are printed in one line, with status 1, or 2 if the configuration does not parse; others
+    Errors that a user can fix are printed in one line, with status 1, or 2 if the configuration does not parse; others
     keep their traceback. ``LIT_SPARSE_TRACEBACK=1`` shows all tracebacks. A run that SIGTERM stopped ends with status
     143, as a shell reports the signal.
 
@@ -189,12 +189,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:  # it has no status of its own: the process would end with 0
         raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
-        if not _can_be_mended(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
+        if not _can_be_fixed(error) or os.environ.get("LIT_SPARSE_TRACEBACK"):
             raise
         fail(f"A file cannot be written or read: {error}." if isinstance(error, OSError) else str(error), status=1)
 
 
-def _can_be_mended(error: Exception) -> bool:
+def _can_be_fixed(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _NO_PLACE
     return isinstance(error, UsageError | TrainingError | MisconfigurationException) or refused_by_lightning(error)

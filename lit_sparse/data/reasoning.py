@@ -15,7 +15,7 @@ from lit_sparse.data.instructions import InstructionData, PadPromptAndResponse
 from lit_sparse.data.sources import Reader, require_text
 from lit_sparse.data.tables import read_files
 from lit_sparse.data.text import Collator, Rows
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_choice
 
 
 class ReasoningData(InstructionData):
@@ -88,8 +88,7 @@ class ReasoningData(InstructionData):
         unknown = [name for name in sets or () if name not in RULES]
         if unknown or sets == []:
             raise UsageError(f"sets are some of {', '.join(RULES)}; got {unknown or sets}.")
-        if validation not in ("loss", "answers"):
-            raise UsageError(f"validation must be 'loss' or 'answers'; got {validation!r}.")
+        require_choice("validation", validation, ("loss", "answers"))
         self.sets = sets
         self.train_file = train_file
         self.validation = validation

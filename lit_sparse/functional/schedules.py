@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from lit_sparse.errors import UsageError, require_range
+from lit_sparse.errors import UsageError, require_choice, require_range
 
 
 def resolve_step(value: int | float, total: int) -> int | float:
@@ -103,8 +103,7 @@ def threshold_stages(
     Source:
         Ding et al. 2023 (SoRA, arXiv:2311.11696), Algorithm 1; the spacings are the release's.
     """
-    if spacing not in ("linear", "log_linear", "exp_linear"):
-        raise UsageError(f"spacing must be 'linear', 'log_linear' or 'exp_linear'; got {spacing!r}.")
+    require_choice("spacing", spacing, ("linear", "log_linear", "exp_linear"))
     require_range("count", count, at_least=1)
     require_range("first", first, at_least=0)
     if count == 1:

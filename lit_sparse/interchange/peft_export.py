@@ -20,7 +20,7 @@ from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.token_rows import embedding_count, text_model, vocabulary_layers
-from lit_sparse.errors import UsageError, listed
+from lit_sparse.errors import UsageError, listed, require_choice
 from lit_sparse.interchange.card import ExportReport
 from lit_sparse.interchange.engines import engine_notes
 from lit_sparse.interchange.export import ExportOptions, exporting, save_tensors
@@ -86,8 +86,7 @@ def export_peft(
         UsageError: If PEFT cannot express the adapters or the head, the frozen weights were changed by PiSSA, the
             folder is not empty, or outputs differ by more than the tolerance. Nothing is then left behind.
     """
-    if layout not in ("ragged", "padded"):
-        raise UsageError(f"layout must be 'ragged' or 'padded'; got {layout!r}.")
+    require_choice("layout", layout, ("ragged", "padded"))
     adapters = require_trained(model, original="a LoRA")
     _require_expressible(model, adapters)
     _require_expressible_rows(model)

@@ -17,7 +17,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
 from lit_sparse.adapters.patterns import NamePatterns
 from lit_sparse.adapters.selection import matches_tail
-from lit_sparse.errors import UsageError, require_range
+from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.methods.step import Run, Step
 
 InitWeights = Literal["lora", "pissa"]
@@ -260,12 +260,6 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.init_args().items())
         return f"{type(self).__name__}({arguments})"
-
-
-def require_choice(argument: str, value: object, choices: tuple[str, str]) -> None:
-    """Raise a UsageError unless an argument has one of two values."""
-    if value not in choices:
-        raise UsageError(f"{argument} must be {choices[0]!r} or {choices[1]!r}; got {value!r}.")
 
 
 def names_layer(pattern: str, name: str, known: NamePatterns) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
-from lit_sparse.errors import UsageError, require_range
+from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.functional import optimizer_metric_threshold, released_threshold_, soft_threshold_
-from lit_sparse.methods.base import GateInit, SparseMethod, require_choice
+from lit_sparse.methods.base import GateInit, SparseMethod
 from lit_sparse.methods.step import Run, Step
 
 Operator = Literal["soft", "released"]

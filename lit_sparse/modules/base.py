@@ -32,7 +32,7 @@ from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.stages import ThresholdStages
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
@@ -97,8 +97,7 @@ class SparseModule(EvaluationLoop):
         super().__init__()
         if not 0 <= warmup < 1:
             raise UsageError(f"warmup is a share of the run, in [0, 1); got {warmup}.")
-        if lr_schedule not in ("linear", "cosine", "constant"):
-            raise UsageError(f"lr_schedule must be 'linear', 'cosine' or 'constant'; got {lr_schedule!r}.")
+        require_choice("lr_schedule", lr_schedule, ("linear", "cosine", "constant"))
         if isinstance(backbone, nn.Module) and backbone_args:
             raise UsageError("backbone_args are for loading a backbone by name; this one is already built.")
         self.model = None
