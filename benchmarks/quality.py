@@ -113,7 +113,7 @@ def run(data: Path, cell: Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _write_rows(data / cell.task, Path(folder), task, cell.phase)
         rows = ls.GLUE(
-            cell.task, folder, tokenizer=_backbone(), max_length=MAX_LENGTH, batch_size=task.batch, seed=cell.seed
+            folder, task=cell.task, tokenizer=_backbone(), max_length=MAX_LENGTH, batch_size=task.batch, seed=cell.seed
         )
         rows.prepare_data()
         rows.setup("fit")

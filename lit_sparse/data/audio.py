@@ -10,9 +10,8 @@ from datasets import Audio
 from torch import Tensor
 from transformers import AutoFeatureExtractor
 
-from lit_sparse.data import quickstart
-from lit_sparse.data.media import MediaData, Medium
-from lit_sparse.errors import UsageError
+from lit_sparse.data.media import MediaData, Medium, load_processor
+from lit_sparse.errors import UsageError, require_range
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class AudioMedium(Medium):
         return dict(self.extractor(decoded, **arguments))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class AudioData(MediaData):
     """Sounds with a class each, from a folder or from the hub; needs ``pip install "lit-sparse[audio]"``.
 
@@ -66,64 +66,19 @@ class AudioData(MediaData):
     benchmarks hide them, gives batches without labels; so does prediction.
 
     Args:
-        path: Where the sounds are: a folder with a folder for each split (train, validation, test, predict) that
-            has a folder for each class; a folder of classes alone, which is then the training split; a folder with
-            tables named by split (train.parquet …) or laid out like a data set of the hub; or the id of a data set
-            on the hub. A table holds sounds or their paths, which start at the working directory.
-        name: Configuration of the data set on the hub, where it has several.
-        revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
-            source has none. The rows held out are the same in every run.
-        audio: Column of the sounds; folders of sounds call it ``audio``.
-        label: Column of the label; folders of sounds call it ``label``.
-        labels: Names of the classes in the order of their ids. None takes them from the training split: the names
-            that the column itself has, otherwise its sorted distinct values.
+        audio: Column of the sounds; in folders of sounds it is ``audio``.
         max_seconds: Longest sound in seconds; what is beyond is cut off. None cuts nothing, and the longest sound of
             a batch decides how much memory it takes.
-        processor: Hub id or folder of the feature extractor; None is that of the model's ``backbone``.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        num_workers: Processes that decode sounds and assemble batches; 0 is this one. A GPU waits for the sounds
-            unless there are several.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
+
+    audio: str = "audio"
+    max_seconds: float | None = None
 
     _medium_class = AudioMedium
 
-    def __init__(
-        self,
-        path: str,
-        name: str | None = None,
-        revision: str | None = None,
-        validation_fraction: float | None = None,
-        audio: str = "audio",
-        label: str = "label",
-        labels: list[str] | None = None,
-        max_seconds: float | None = None,
-        processor: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            revision=revision,
-            validation_fraction=validation_fraction,
-            column=audio,
-            label=label,
-            labels=labels,
-            processor=processor,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if max_seconds is not None and not max_seconds > 0:
-            raise UsageError(f"max_seconds must be above 0; got {max_seconds}.")
-        self.max_seconds = max_seconds
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("max_seconds", self.max_seconds, above=0)
 
     def _load_medium(self, name: str) -> AudioMedium:
         missing = [package for package in ("soundfile", "soxr") if find_spec(package) is None]
@@ -131,11 +86,4 @@ class AudioData(MediaData):
             raise UsageError(
                 f'Sounds need {" and ".join(missing)}: install the audio extra, pip install "lit-sparse[audio]".'
             )
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(quickstart.resolve(name))
-        except (ImportError, OSError, ValueError) as error:
-            raise UsageError(
-                f"The feature extractor of {name!r} could not be loaded ({' '.join(str(error).split())}): give its "
-                f"folder as processor, or its hub id while the hub can be reached."
-            ) from error
-        return AudioMedium(extractor, self.max_seconds)
+        return AudioMedium(load_processor(AutoFeatureExtractor, name), self.max_seconds)

@@ -1,8 +1,9 @@
 """Files of a word and its tag on each line, in the form of CoNLL-2003."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from lit_sparse.errors import UsageError
 
@@ -10,15 +11,29 @@ ENDINGS = (".conll", ".bio", ".txt")
 _DOCUMENT = "-DOCSTART-"  # the line that opens a document
 
 
-def read_conll(file: Path, split: str, words: str, tags: str) -> Dataset:
-    """Read sentences of lines whose first column is a word and whose last column is its tag."""
+def read_conll(files: Sequence[Path], split: str, words: str, tags: str) -> Dataset:
+    """Read sentences of lines whose first column is a word and whose last column is its tag.
+
+    Args:
+        files: Files that are read one after another.
+        split: Name of the split. Lines of "predict" need no tag.
+        words: Name of the column of words in the result.
+        tags: Name of the column of tags.
+
+    Raises:
+        UsageError: If a file cannot be read or a line has no tag.
+    """
+    return concatenate_datasets([_read(file, split, words, tags) for file in files])
+
+
+def _read(file: Path, split: str, words: str, tags: str) -> Dataset:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also part within words
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split within words
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The file {str(file)!r} of the split {split!r} cannot be read: {error}.") from error
     sentences: list[list[tuple[str, str]]] = [[]]
     for number, line in enumerate(map(str.rstrip, lines), start=1):
-        columns = line.split("\t" if "\t" in line else " ")  # a word may hold a no-break space, where split() parts
+        columns = line.split("\t" if "\t" in line else " ")  # split() would also divide words at no-break spaces
         if not line or columns[0] == _DOCUMENT:
             sentences.append([])
             continue

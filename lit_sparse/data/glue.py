@@ -1,6 +1,6 @@
 """The nine tasks of GLUE by name, with their columns, labels and official metrics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,12 +8,10 @@ from lit_sparse.data.sources import Reader, open_source
 from lit_sparse.data.text_classification import TextClassificationData
 from lit_sparse.errors import UsageError
 
-_HUB_ID = "nyu-mll/glue"
-
 
 @dataclass(frozen=True)
 class _Task:
-    columns: tuple[str, ...]  # the text, or the two texts of a pair
+    columns: tuple[str, str | None]  # the text, and the second text of a pair
     labels: tuple[str, ...] | None  # names in the order of their ids; None is regression
     metrics: tuple[str, ...]
 
@@ -21,8 +19,8 @@ class _Task:
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _TASKS = {
-    "cola": _Task(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
-    "sst2": _Task(("sentence",), ("negative", "positive"), ("accuracy",)),
+    "cola": _Task(("sentence", None), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": _Task(("sentence", None), ("negative", "positive"), ("accuracy",)),
     "mrpc": _Task(_PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
     "qqp": _Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     "stsb": _Task(_PAIR, None, ("pearson", "spearman")),
@@ -33,6 +31,7 @@ _TASKS = {
 }
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class GLUE(TextClassificationData):
     """A task of GLUE by its name.
 
@@ -47,63 +46,43 @@ class GLUE(TextClassificationData):
         path: Hub id of GLUE, or a local copy: a folder with one sub-folder per task, or the folder of the
             task, with files named train, validation, test (MNLI: validation_matched, …) that end in .csv,
             .json, .jsonl or .parquet.
-        revision: Branch, tag or commit on the hub; None is the newest state.
-        tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
         max_length: Longest row in tokens; longer ones are cut, of a pair the longer text first. With BERT's
             vocabulary 128 cuts 12 % of the training rows of RTE, 0.4 % of QNLI and none of the smaller tasks
             and SST-2; MNLI and QQP were not measured.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
-            If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
-            workers nothing to do but padding.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
 
     Source:
         Wang et al. 2018 (arXiv:1804.07461).
     """
 
-    def __init__(
-        self,
-        task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"],
-        path: str = _HUB_ID,
-        revision: str | None = None,
-        tokenizer: str | None = None,
-        max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        if task not in _TASKS:
-            raise UsageError(f"GLUE has no task {task!r}; its tasks are {', '.join(_TASKS)}.")
-        facts = _TASKS[task]
-        super().__init__(
-            path=path,
-            revision=revision,
-            text=facts.columns[0],
-            text_pair=facts.columns[1] if len(facts.columns) == 2 else None,
-            labels=list(facts.labels) if facts.labels else None,
-            regression=facts.labels is None,
-            metrics=list(facts.metrics),
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.task = task
-        if task == "mnli":
+    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    path: str = field(default="nyu-mll/glue", kw_only=False)
+
+    # The task decides these.
+    name: None = field(default=None, init=False)
+    data_files: None = field(default=None, init=False)
+    validation_fraction: None = field(default=None, init=False)
+    text: str = field(init=False)
+    text_pair: str | None = field(init=False)
+    label: str = field(default="label", init=False)
+    labels: list[str] | None = field(init=False)
+    regression: bool = field(init=False)
+    metrics: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.task not in _TASKS:
+            raise UsageError(f"GLUE has no task {self.task!r}; its tasks are {', '.join(_TASKS)}.")
+        facts = _TASKS[self.task]
+        self.text, self.text_pair = facts.columns
+        self.labels = list(facts.labels) if facts.labels else None
+        self.regression = facts.labels is None
+        self.metrics = list(facts.metrics)
+        super().__post_init__()
+        if self.task == "mnli":
             self._validation_splits = ("validation_matched", "validation_mismatched")
             self._test_splits = ("test_matched", "test_mismatched")
 
     def _readers(self) -> dict[str, Reader]:
-        copy = Path(str(self.path)).expanduser()
+        copy = Path(self.path).expanduser()
         if not copy.exists():
             return open_source(self.path, self.task, self.revision, None, self._split_names())
         folder = copy / self.task

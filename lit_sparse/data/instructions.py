@@ -1,18 +1,17 @@
 """Prompts with the responses that a causal language model is to give."""
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lit_sparse.data.sources import DataFiles, require_text
-from lit_sparse.data.text import Collator, Rows, TextData
+from lit_sparse.data.padding import IGNORED as IGNORED
+from lit_sparse.data.padding import PadPromptAndResponse as PadPromptAndResponse
+from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.sources import Place, require_text, require_texts
+from lit_sparse.data.text import TextData
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
-
-IGNORED = -100  # the label that torch's cross entropy leaves out
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -25,6 +24,7 @@ _ALPACA_WITH_INPUT = (
 )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class InstructionData(TextData):
     """Prompts and responses for causal language models; the loss is on the response alone.
 
@@ -39,104 +39,51 @@ class InstructionData(TextData):
     Prediction batches hold the prompts alone and are padded on the left, for ``generate`` to go on from.
 
     Args:
-        path: Where the rows are: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .json, .jsonl or .parquet) or laid out
-            like a data set of the hub; or one such file, which is then the training split. Give either this
-            or ``data_files``.
-        name: Configuration of the data set on the hub, where it has several.
-        revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, or list of files that are read one after another, for files that are not named by
-            split.
-        validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
-            source has none. The rows held out are the same in every run.
         template: The prompt, with names of columns in braces: ``"Q: {question} A: "``. Braces that are meant
             literally are doubled. Special tokens that it spells stay where they are; a bos at its beginning is
             not added again. None is the prompt of Stanford Alpaca, which many instruction sets came
             with: it takes the column ``instruction`` and, in rows where a column ``input`` holds some text,
             that too.
         response: Column of the response.
-        tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
         max_length: Longest row in tokens, prompt, response and eos together. The tokenizer's own limit holds
             if it is lower. 256 is the default of LLM-Adapters.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
-            If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
-            workers nothing to do but padding.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        data_files: DataFiles | None = None,
-        validation_fraction: float | None = None,
-        template: str | None = None,
-        response: str = "output",
-        tokenizer: str | None = None,
-        max_length: int = 256,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            revision=revision,
-            data_files=data_files,
-            validation_fraction=validation_fraction,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.template = template
-        self.response = response
+    template: str | None = None
+    response: str = "output"
+    max_length: int = 256
 
     def _columns(self, labelled: bool) -> list[str]:
         prompt = _columns_of(_ALPACA if self.template is None else self.template)
         return [*prompt, self.response] if labelled else prompt
 
     def _recipe(self) -> list[Any]:
-        return [self.template, self.response]
+        return [*super()._recipe(), self.template, self.response]
 
-    def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
+    def _collator(self, role: str) -> Collator:
+        return PadPromptAndResponse(self.pad_token_id, left=role == "predict")
+
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         prompts = [
-            self._prompt({column: values[i] for column, values in rows.items()}, split, number)
-            for i, number in enumerate(numbers)
+            self._prompt({column: values[i] for column, values in rows.items()}, place)
+            for i, place in enumerate(places)
         ]
         heads = open_ended(self._tokenizer, prompts)
         answers: list[list[int]] = [[]] * len(heads)
         if labelled:
-            answers = self._answers(prompts, heads, self._responses(rows, numbers, split))
+            answers = self._answers(prompts, heads, require_texts(rows[self.response], self.response, places))
         heads = [self._cut(head, self._token_limit - len(answer)) for head, answer in zip(heads, answers, strict=True)]
         encoded = {"input_ids": [head + answer for head, answer in zip(heads, answers, strict=True)]}
         if labelled:
             encoded["labels"] = [[IGNORED] * len(head) + answer for head, answer in zip(heads, answers, strict=True)]
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    def _prompt(self, row: dict[str, Any], split: str, number: int) -> str:
+    def _prompt(self, row: dict[str, Any], place: Place) -> str:
         template = self.template
         if template is None:
             template = _ALPACA_WITH_INPUT if str(row.get("input") or "").strip() else _ALPACA
-        columns = _columns_of(template)
-        texts = {name: require_text(row[name], name, split, number, blank=False) for name in columns}
+        texts = {name: require_text(row[name], name, place) for name in _columns_of(template)}
         return _WholeNames().vformat(template, (), texts)
-
-    def _responses(self, rows: Rows, numbers: list[int], split: str) -> list[str]:
-        return [
-            require_text(text, self.response, split, number, blank=False)
-            for text, number in zip(rows[self.response], numbers, strict=True)
-        ]
 
     def _answers(self, prompts: list[str], heads: list[list[int]], responses: list[str]) -> list[list[int]]:
         """Tokens of the responses, each with eos at its end if there is room for it."""
@@ -161,41 +108,6 @@ class InstructionData(TextData):
             return prompt
         keep_first = 1 if room > 0 and prompt[0] == self._tokenizer.bos_token_id else 0
         return prompt[:keep_first] + prompt[len(prompt) - room + keep_first :]
-
-    def _collator(self, role: str) -> Collator:
-        return PadPromptAndResponse(int(self._tokenizer.pad_token_id), left=role == "predict")
-
-
-@dataclass(frozen=True)
-class PadPromptAndResponse:
-    """Makes a batch of rows with ``input_ids`` and, perhaps, ``labels`` by padding to the longest of them.
-
-    Args:
-        pad_token_id: Token to pad ``input_ids`` with; ``attention_mask`` is 0 and ``labels`` are -100 there.
-        left: Whether padding goes to the left.
-    """
-
-    pad_token_id: int
-    left: bool = False
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return tensors of shape (rows, longest row), of type long."""
-        mask = [[1] * len(row["input_ids"]) for row in rows]
-        batch = {
-            "input_ids": self._pad([row["input_ids"] for row in rows], self.pad_token_id),
-            "attention_mask": self._pad(mask, 0),
-        }
-        if "labels" in rows[0]:
-            batch["labels"] = self._pad([row["labels"] for row in rows], IGNORED)
-        return batch
-
-    def _pad(self, sequences: list[list[int]], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(sequence, dtype=torch.long) for sequence in sequences],
-            batch_first=True,
-            padding_value=value,
-            padding_side="left" if self.left else "right",
-        )
 
 
 class _WholeNames(string.Formatter):

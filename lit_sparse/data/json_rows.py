@@ -1,25 +1,18 @@
 """Rows of JSON files, with one type for each column over all of its rows."""
 
-from __future__ import annotations
-
-import io
 import json
-import mmap
-import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.json
 from datasets import Features
 
 from lit_sparse.errors import parse_json
 
-_CHUNK = 10 << 20  # bytes that are parsed at a time
-_NULL_ROW = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
-_NULL_FIRST = re.compile(rb"\A\s*null")
+_CHUNK_ROWS = 1_000  # rows that become a table at a time
 
 
 class JsonRows:
@@ -30,16 +23,10 @@ class JsonRows:
 
     def learn(self, file: Path) -> None:
         """Widen the types by those of the values in ``file``."""
-        _require_no_null_row(file)
-        for part in _json_parts(file, None):
-            if isinstance(part, pa.Table):
-                part.validate(full=True)  # this parser takes bytes that are no UTF-8
-                for field in part.schema:
-                    self._widen(field.name, _without_times(field.type))
-            else:
-                for name in dict.fromkeys(name for row in part for name in row):
-                    for kind in _types_of([row.get(name) for row in part]):
-                        self._widen(name, kind)
+        for rows in _parts(file):
+            for name in dict.fromkeys(name for row in rows for name in row):
+                for kind in _types_of([row.get(name) for row in rows]):
+                    self._widen(name, kind)
 
     def _widen(self, name: str, new: pa.DataType | None) -> None:
         old = self._types.get(name, pa.null())
@@ -65,97 +52,48 @@ class JsonRows:
 
     def tables(self, file: Path) -> Iterator[pa.Table]:
         """The rows of ``file`` in parts, with these types."""
-        anything = [name for name, kind in self._types.items() if kind is None]
-        schema = pa.schema({name: kind or pa.string() for name, kind in self._types.items()})
-        for part in _json_objects(file) if anything else _json_parts(file, schema):
-            if isinstance(part, pa.Table):
-                yield part.select(schema.names).cast(schema)
-            else:
-                columns = {
-                    field.name: _column([row.get(field.name) for row in part], field.type, field.name in anything)
-                    for field in schema
-                }
-                yield pa.table(columns, schema=schema)
+        for rows in _parts(file):
+            yield pa.table({name: _column([row.get(name) for row in rows], kind) for name, kind in self._types.items()})
 
 
-def _require_no_null_row(file: Path) -> None:
-    """A row that is null ends the process where it is the first of what pyarrow (26) parses at once."""
-    if file.stat().st_size == 0:
-        return
-    pattern = _NULL_ROW if file.suffix == ".jsonl" else _NULL_FIRST
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = pattern.search(content)
-        if found is not None:
-            line = content[: found.start()].count(b"\n") + 1
-            raise ValueError(f"null where a row is wanted, in line {line}")
+def _parts(file: Path) -> Iterator[list[dict[str, Any]]]:
+    """The objects of a file."""
+    with file.open(encoding="utf-8-sig", newline="\n") as stream:
+        first = next(filter(str.strip, stream), "{}")
+    rows = _lines(file) if _is_object(first) else _document(file)
+    while part := list(islice(rows, _CHUNK_ROWS)):
+        yield part
 
 
-def _json_parts(file: Path, schema: pa.Schema | None) -> Iterator[pa.Table | list[dict[str, Any]]]:
-    """The rows of a JSON file: as tables or, where they do not fit ``schema`` or each other, as Python's objects."""
-    if not _has_lines(file):
-        yield _document(file)
-        return
-    for lines, block in _blocks(file):
-        try:
-            yield pa.json.read_json(
-                io.BytesIO(block),
-                pa.json.ReadOptions(block_size=len(block)),
-                pa.json.ParseOptions(explicit_schema=schema),
-            )
-        except pa.ArrowInvalid:
-            yield _lines(block, lines)
-
-
-def _json_objects(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a JSON file as Python's objects."""
-    if not _has_lines(file):
-        yield _document(file)
-    else:
-        yield from (_lines(block, lines) for lines, block in _blocks(file))
-
-
-def _has_lines(file: Path) -> bool:
-    """Whether the file has an object on each line, rather than one list or object over several lines."""
-    with file.open("rb") as stream:
-        first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"{}")
+def _is_object(line: str) -> bool:
     try:
-        return isinstance(parse_json(first.decode("utf-8-sig")), dict)
-    except ValueError:
+        return isinstance(parse_json(line), dict)
+    except ValueError:  # an object or a list over several lines
         return False
 
 
-def _document(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                row = parse_json(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+            if isinstance(row, dict):
+                yield row
+            elif line.strip():
+                raise ValueError(f"line {number} is {line.strip()[:50]!r}, and no object with columns")
+
+
+def _document(file: Path) -> Iterator[dict[str, Any]]:
     content = parse_json(file.read_text(encoding="utf-8-sig"))
-    return _objects([content] if isinstance(content, dict) else content)
-
-
-def _blocks(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines of a file, with the number of lines before them."""
-    lines = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_CHUNK) + stream.readline():
-            yield lines, block
-            lines += block.count(b"\n")
-
-
-def _lines(block: bytes, before: int) -> list[dict[str, Any]]:
-    """The objects in ``block``, one a line; ``before`` lines of the file are before it."""
-    rows = []
-    for number, line in enumerate(block.decode("utf-8-sig").split("\n"), start=before + 1):
-        try:
-            rows += [parse_json(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-    return _objects(rows)
-
-
-def _objects(rows: Any) -> list[dict[str, Any]]:
+    rows = [content] if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise ValueError(f"it holds {str(rows)[:50]!r}, and no objects with columns")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {number}, counted from 0, is {str(row)[:50]!r}, and no object with columns")
-    return rows
+        yield row
 
 
 def _types_of(values: list[Any]) -> list[pa.DataType | None]:
@@ -174,23 +112,15 @@ def _type_of(value: Any) -> pa.DataType | None:
         return None
 
 
-def _column(values: list[Any], kind: pa.DataType, anything: bool) -> pa.Array:
-    if anything:
-        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    elif pa.types.is_string(kind):
+def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array:
+    """The values as an array; as JSON where no type holds them, and in a column of texts what is no text."""
+    if kind is None or pa.types.is_string(kind):
         values = [
-            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            value if value is None or (kind is not None and isinstance(value, str)) else _json(value)
             for value in values
         ]
-    return pa.array(values, kind)
+    return pa.array(values, kind or pa.string())
 
 
-def _without_times(kind: pa.DataType) -> pa.DataType:
-    """``kind`` with text in the place of times: JSON has none, but the parser takes text such as 2020-01-01 for one."""
-    if pa.types.is_timestamp(kind):
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_without_times(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _without_times(field.type)) for field in kind])
-    return kind
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

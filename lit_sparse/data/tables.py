@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
 import pandas as pd
@@ -31,6 +31,15 @@ _NUMBERS = {
 }
 
 
+def fingerprint(made_of: list[Any]) -> str:
+    """A name for the cache of `datasets`, which depends on ``made_of`` alone.
+
+    Args:
+        made_of: Everything that decides what is cached; must be JSON.
+    """
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+
+
 def read_files(files: Sequence[Path], split: str) -> Dataset:
     """Read the files of one split, all of one kind, one after another.
 
@@ -48,7 +57,7 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
         states = [[str(file.absolute()), (stat := file.stat()).st_mtime_ns, stat.st_size] for file in files]
     except OSError as error:
         raise UsageError(f"The files of the split {split!r} cannot be read: {error}.") from error
-    digest = hashlib.sha256(json.dumps([states, __version__]).encode()).hexdigest()[:32]
+    digest = fingerprint([states, __version__])
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "lit_sparse" / f"{digest}.arrow"
     if not cached.is_file():
         kind = _learn(files, split)

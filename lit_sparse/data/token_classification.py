@@ -3,23 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import ClassLabel, Dataset, concatenate_datasets
-from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from lit_sparse.data.conll import ENDINGS, read_conll
-from lit_sparse.data.sources import DataFiles, Reader, open_source, paths_of, require_columns
-from lit_sparse.data.text import Collator, Rows, TextData
+from lit_sparse.data.labels import learn_classes
+from lit_sparse.data.padding import IGNORED, pad
+from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.sources import TABLES, Kinds, Place, Reader, open_source
+from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
 NO_TOKEN = -1  # the position of a word that was cut off, or that the tokenizer drops
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TokenClassificationData(TextData):
     """Words with a tag each, from files or from the hub; the first sub-token of a word stands for the word.
 
@@ -38,16 +37,10 @@ class TokenClassificationData(TextData):
     Batches for prediction hold ``word_positions`` and ``words``, lists of strings, instead of labels.
 
     Args:
-        path: Where the rows are: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .json, .jsonl, .parquet, or as above) or laid
-            out like a data set of the hub; or one such file, which is then the training split. Give either this
+        path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
+            split (train, validation, test, predict; ending in .csv, .json, .jsonl, .parquet, or as above); a folder
+            laid out like a data set of the hub; a single file, which is then the training split. Give either ``path``
             or ``data_files``.
-        name: Configuration of the data set on the hub, where it has several.
-        revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, or list of files that are read one after another, for files that are not named by
-            split.
-        validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the
-            source has none. The rows held out are the same in every run.
         words: Column of the lists of words.
         tags: Column of the lists of tags, which are names or class ids.
         labels: Names of the tags in the order of their ids. None takes them from the source if it names its
@@ -56,99 +49,34 @@ class TokenClassificationData(TextData):
         tokenizer: Hub id or folder of the tokenizer, a fast one; None is that of the model's ``backbone``.
         max_length: Longest row in tokens; the words beyond are cut off. The tokenizer's own limit holds if it is
             lower. 128 holds nearly all sentences of news; attention costs time with the square of the length.
-        batch_size: Training rows per batch and device.
-        eval_batch_size: Rows per batch and device in validation, test and prediction; None is the same as
-            ``batch_size``, though there is room for more without gradients.
-        length_grouped: Whether a training batch holds rows of like length, which saves most of the padding.
-            If not, rows are only shuffled.
-        num_workers: Processes that assemble batches; 0 is this one. Rows are tokenised already, which leaves
-            workers nothing to do but padding.
-        seed: Seed of the order of training rows, which depends on it and on the epoch alone.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        data_files: DataFiles | None = None,
-        validation_fraction: float | None = None,
-        words: str = "tokens",
-        tags: str = "ner_tags",
-        labels: list[str] | None = None,
-        tokenizer: str | None = None,
-        max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path=path,
-            name=name,
-            revision=revision,
-            data_files=data_files,
-            validation_fraction=validation_fraction,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.words = words
-        self.tags = tags
-        self.labels = labels
-        self._ids: dict[Any, int] = {}  # what may stand in the tag column -> class id
+    words: str = "tokens"
+    tags: str = "ner_tags"
+    labels: list[str] | None = None
+
+    _needs_offsets = True
 
     def _columns(self, labelled: bool) -> list[str]:
         return [self.words, self.tags] if labelled else [self.words]
 
     def _recipe(self) -> list[Any]:
-        return [self.words, self.tags, [[str(k), v] for k, v in self._ids.items()]]
+        return [*super()._recipe(), self.words, self.tags, self._classes.recipe()]
 
     def _readers(self) -> dict[str, Reader]:
-        files = self._conll_files()
-        if not files:
-            return super()._readers()
-        if self.name or self.revision:
-            raise UsageError(
-                f"name and revision choose within a data set of the hub, but {self.path or 'data_files'} names local "
-                f"files: leave out name={self.name!r} and revision={self.revision!r}."
-            )
-        others = {split: file for split, file in (self.data_files or {}).items() if split not in files}
-        readers = open_source(None, None, None, others, self._split_names()) if others else {}
-        conll = {split: partial(self._read_conll, parts, split) for split, parts in files.items()}
-        return {**readers, **conll}
+        read = partial(read_conll, words=self.words, tags=self.tags)
+        kinds: Kinds = {**TABLES, **dict.fromkeys(ENDINGS, read)}
+        return open_source(self.path, self.name, self.revision, self.data_files, self._split_names(), kinds)
 
-    def _conll_files(self) -> dict[str, list[Path]]:
-        if self.data_files is not None:
-            if self.path is not None:
-                return {}
-            given = {split: paths_of(files, split) for split, files in self.data_files.items()}
-            return {split: files for split, files in given.items() if {file.suffix for file in files} <= set(ENDINGS)}
-        place = Path(self.path or "").expanduser()
-        if place.suffix in ENDINGS:
-            return {"train": [place]}
-        named = [(split, place / f"{split}{ending}") for split in self._split_names() for ending in ENDINGS]
-        return {split: [file] for split, file in named if file.is_file()}
+    def _learn_labels(self, readers: dict[str, Reader]) -> None:
+        self._classes = learn_classes(readers, self.tags, self.labels, self._source, of_lists=True)
+        self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
 
-    def _read_conll(self, files: list[Path], split: str) -> Dataset:
-        return concatenate_datasets([read_conll(file, split, self.words, self.tags) for file in files])
+    def _collator(self, role: str) -> Collator:
+        return PadWords(self._tokenizer, training=role == "train")
 
-    def _load_tokenizer(self) -> None:
-        super()._load_tokenizer()
-        if not self._tokenizer.is_fast:
-            raise UsageError(
-                f"{type(self).__name__} needs a fast tokenizer, which knows the place of each token in the "
-                f"text; {type(self._tokenizer).__name__} is none: give another tokenizer."
-            )
-        self._tokenizer.padding_side = "right"  # positions are counted from the first token
-
-    def _encode(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
-        sentences = [self._checked_words(words, split, n) for words, n in zip(rows[self.words], numbers, strict=True)]
+    def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
+        sentences = [self._checked_words(words, place) for words, place in zip(rows[self.words], places, strict=True)]
         tokenised = self._tokenizer(
             [" ".join(words) for words in sentences], truncation=True, max_length=self._token_limit
         )
@@ -159,8 +87,8 @@ class TokenClassificationData(TextData):
         if not labelled:
             return {**encoded, "words": sentences}
         encoded["word_labels"] = [
-            self._class_ids(tags, len(words), split, n)
-            for tags, words, n in zip(rows[self.tags], sentences, numbers, strict=True)
+            self._class_ids(tags, len(words), place)
+            for tags, words, place in zip(rows[self.tags], sentences, places, strict=True)
         ]
         encoded["labels"] = [
             _at_positions(labels, positions, length)
@@ -170,74 +98,28 @@ class TokenClassificationData(TextData):
         ]
         return encoded
 
-    def _checked_words(self, words: Any, split: str, number: int) -> list[str]:
+    def _checked_words(self, words: Any, place: Place) -> list[str]:
         if not isinstance(words, list) or not words:
             raise UsageError(
-                f"Row {number} (counted from 0) of the split {split!r} has no list of words in the column "
-                f"{self.words!r} but {words!r}: fill it in or remove the row."
+                f"{place} has no list of words in the column {self.words!r} but {words!r}: fill it in or remove "
+                "the row."
             )
-        for place, word in enumerate(words):
+        for number, word in enumerate(words):
             if not isinstance(word, str) or not word:
                 raise UsageError(
-                    f"Row {number} (counted from 0) of the split {split!r} has {word!r} for word {place} in the "
-                    f"column {self.words!r}: fill it in, or remove it together with its tag."
+                    f"{place} has {word!r} for word {number} in the column {self.words!r}: fill it in, or remove it "
+                    "together with its tag."
                 )
         return words
 
-    def _class_ids(self, tags: Any, count: int, split: str, number: int) -> list[int]:
+    def _class_ids(self, tags: Any, count: int, place: Place) -> list[int]:
         if not isinstance(tags, list) or len(tags) != count:
             found = f"{len(tags)} tags" if isinstance(tags, list) else repr(tags)
             raise UsageError(
-                f"Row {number} (counted from 0) of the split {split!r} has {count} words in the column {self.words!r} "
-                f"but {found} in {self.tags!r}: each word needs one tag."
+                f"{place} has {count} words in the column {self.words!r} but {found} in {self.tags!r}: each word needs "
+                "one tag."
             )
-        unknown = [tag for tag in tags if tag not in self._ids]
-        if unknown:
-            raise UsageError(
-                f"Row {number} (counted from 0) of the split {split!r} has the tag {unknown[0]!r} in the column "
-                f"{self.tags!r}, which is none of {self.label_names}: mend the row, or give all names in labels."
-            )
-        return [self._ids[tag] for tag in tags]
-
-    def _learn_labels(self, readers: dict[str, Reader]) -> None:
-        names = self.labels or self._names_in_features(readers)
-        numbered = names is not None
-        if names is None:
-            names = self._distinct_tags(readers)
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise UsageError(
-                f"Classification needs at least two different tags, but the column {self.tags!r} or labels has {names}."
-            )
-        # Files that the hub exported hold ids; where only names were found, an id would be a guess.
-        self._ids = {**({i: i for i in range(len(names))} if numbered else {}), **{n: i for i, n in enumerate(names)}}
-        self.label_names, self.num_labels = names, len(names)
-
-    def _names_in_features(self, readers: dict[str, Reader]) -> list[str] | None:
-        split = "train" if "train" in readers else next(iter(readers))
-        feature = getattr(readers[split]().features.get(self.tags), "feature", None)  # of List(ClassLabel(...))
-        return list(feature.names) if isinstance(feature, ClassLabel) else None
-
-    def _distinct_tags(self, readers: dict[str, Reader]) -> list[str]:
-        """Sorted tags of the training split; where one is missing, encoding will name the row."""
-        if "train" not in readers:
-            raise UsageError(
-                f"{self.path or 'data_files'} has no training split to learn the tags from: give their names in "
-                f"labels, in the order that the model was trained with."
-            )
-        rows = readers["train"]()
-        require_columns(rows, "train", [self.tags])
-        column = [tags if isinstance(tags, list) else [tags] for tags in rows[self.tags]]
-        tags = {tag for tags in column for tag in tags if tag is not None}
-        numbers = [tag for tag in tags if not isinstance(tag, str)]
-        if numbers:
-            raise UsageError(
-                f"The column {self.tags!r} of the split 'train' holds {numbers[0]!r} and nothing says what it stands "
-                f"for: give the names of the tags in labels, in the order of their ids."
-            )
-        return sorted(tags)
-
-    def _collator(self, role: str) -> Collator:
-        return PadWords(self._tokenizer, training=role == "train")
+        return [self._classes.number_of(tag, self.tags, place) for tag in tags]
 
 
 @dataclass(frozen=True)
@@ -261,7 +143,7 @@ class PadWords:
             return batch
         for name in apart:
             values = [row[name] for row in rows]
-            batch[name] = values if name == "words" else _pad(values)
+            batch[name] = values if name == "words" else pad(values)
         return batch
 
 
@@ -287,8 +169,3 @@ def _at_positions(labels: list[int], positions: list[int], length: int) -> list[
         if position != NO_TOKEN:
             placed[position] = label
     return placed
-
-
-def _pad(values: list[list[int]]) -> Tensor:
-    rows = [torch.tensor(row, dtype=torch.long) for row in values]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)

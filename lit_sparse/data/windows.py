@@ -5,27 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.text import Rows
+from lit_sparse.data.padding import pad
+from lit_sparse.data.rows import Collator, Rows
 
 OUTSIDE = -1  # the offset of tokens that are not of the context
-
-
-@dataclass(frozen=True)
-class PadWindows:
-    """Makes a training batch of windows by padding to the longest.
-
-    Args:
-        tokenizer: Says what tokens are padded with.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return tensors of type long."""
-        return dict(self.tokenizer.pad(rows, return_tensors="pt"))
 
 
 @dataclass(frozen=True)
@@ -33,24 +17,25 @@ class PadQuestions:
     """Makes a batch of questions by putting all their windows into one batch; see ``QuestionAnsweringData``.
 
     Args:
-        tokenizer: Says what tokens are padded with.
+        pad_windows: Pads windows to the longest.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    pad_windows: Collator
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return tensors of type long, and ``id``, ``context`` and ``answers`` as lists."""
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         apart = {name: columns.pop(name) for name in ("id", "context", "answers", "row") if name in columns}
         windows = one_window_each(columns)
-        offsets = [torch.tensor(part, dtype=torch.long) for part in windows.pop("offsets")]
+        offsets = windows.pop("offsets")
+        inputs = [dict(zip(windows, values, strict=True)) for values in zip(*windows.values(), strict=True)]
         owners = [i for i, row in enumerate(rows) for _ in row["input_ids"]]
         return {
-            **self.tokenizer.pad(windows, return_tensors="pt"),
+            **self.pad_windows(inputs),
             **apart,
             "row": torch.tensor(apart["row"]),
             "question": torch.tensor(owners),
-            "offsets": torch.nn.utils.rnn.pad_sequence(offsets, batch_first=True, padding_value=OUTSIDE),
+            "offsets": pad(offsets, OUTSIDE),
         }
 
 

@@ -47,7 +47,7 @@ class Classification(LabelledModule):
         if self.model is not None:
             return
         if self.metrics is None:
-            self.metrics = list(getattr(self._data, "metrics", ())) or None
+            self.metrics = list(getattr(self._data, "metrics", None) or ()) or None
         super().configure_model()
         self.hparams.update(metrics=self.metrics)
         self.make_metrics()  # raises for a metric of another kind of task before anything is trained

@@ -208,7 +208,7 @@ def test_without_its_packages_the_extra_is_named(package, folder, set_up, monkey
 
 def test_a_processor_must_be_for_sounds(folder, set_up, tmp_path):
     vit = save_tiny_vit(tmp_path / "vit")
-    assert_refused("feature extractor of '.*vit' could not be loaded", set_up, folder, processor=vit)
+    assert_refused("processor '.*vit' could not be loaded", set_up, folder, processor=vit)
     assert_refused("No processor is given", set_up, folder, processor=None)
 
 

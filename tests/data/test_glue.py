@@ -61,7 +61,7 @@ def decoded(data, batch):
 def test_every_task_has_its_columns_labels_and_metrics(task, tmp_path, tokenizer):
     columns, names, metrics = FACTS[task]
     write_task(tmp_path / "glue" / task, task)
-    data = GLUE(task, path=str(tmp_path / "glue"), tokenizer=tokenizer)
+    data = GLUE(task=task, path=str(tmp_path / "glue"), tokenizer=tokenizer)
     data.setup("fit")
     assert (data.label_names, data.metrics, data.regression) == (names, metrics, names is None)
     assert data.num_labels == (len(names) if names else 1)
@@ -74,7 +74,7 @@ def test_every_task_has_its_columns_labels_and_metrics(task, tmp_path, tokenizer
 
 def test_mnli_has_two_validation_and_two_test_sets(tmp_path, tokenizer):
     write_task(tmp_path / "mnli", "mnli")
-    data = GLUE("mnli", path=str(tmp_path), tokenizer=tokenizer)
+    data = GLUE(task="mnli", path=str(tmp_path), tokenizer=tokenizer)
     assert data.validation_names == ("matched", "mismatched")
     data.setup("fit")
     matched, mismatched = data.val_dataloader()
@@ -86,7 +86,7 @@ def test_mnli_has_two_validation_and_two_test_sets(tmp_path, tokenizer):
 
 def test_hidden_test_labels_are_left_out(tmp_path, tokenizer):
     write_task(tmp_path / "rte", "rte")
-    data = GLUE("rte", path=str(tmp_path), tokenizer=tokenizer)
+    data = GLUE(task="rte", path=str(tmp_path), tokenizer=tokenizer)
     assert data.validation_names == ("",)
     data.setup("test")
     assert "labels" not in next(iter(data.test_dataloader()))
@@ -96,7 +96,7 @@ def test_hidden_test_labels_are_left_out(tmp_path, tokenizer):
 
 def test_the_folder_of_the_task_itself_will_do(tmp_path, tokenizer):
     write_task(tmp_path / "copy", "cola")
-    data = GLUE("cola", path=str(tmp_path / "copy"), tokenizer=tokenizer)
+    data = GLUE(task="cola", path=str(tmp_path / "copy"), tokenizer=tokenizer)
     data.setup("validate")
     assert decoded(data, next(iter(data.val_dataloader()))) == ["film 0", "film 1"]
 
@@ -106,7 +106,7 @@ def test_a_clone_of_the_hubs_repository_will_do(tmp_path, tokenizer):
     for split in ("train", "validation_matched", "validation_mismatched"):
         Dataset.from_list(rows_of("mnli")).to_parquet(tmp_path / "mnli" / f"{split}-00000-of-00002.parquet")
         Dataset.from_list(rows_of("mnli")).to_parquet(tmp_path / "mnli" / f"{split}-00001-of-00002.parquet")
-    data = GLUE("mnli", path=str(tmp_path), tokenizer=tokenizer)
+    data = GLUE(task="mnli", path=str(tmp_path), tokenizer=tokenizer)
     data.setup("fit")
     assert [len(loader.dataset) for loader in (data.train_dataloader(), *data.val_dataloader())] == [6, 6, 6]
 
@@ -121,7 +121,7 @@ def test_the_hub_is_asked_for_the_task(monkeypatch, tokenizer, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lit_sparse.data.sources.load_dataset", load)
-    data = GLUE("cola", revision="main", tokenizer=tokenizer)
+    data = GLUE(task="cola", revision="main", tokenizer=tokenizer)
     data.setup("fit")
     assert asked == [("nyu-mll/glue", "cola", "main")]
     assert next(iter(data.val_dataloader()))["labels"].tolist() == [0, 1]
@@ -129,9 +129,9 @@ def test_the_hub_is_asked_for_the_task(monkeypatch, tokenizer, tmp_path):
 
 def test_an_unknown_task_lists_the_tasks():
     with pytest.raises(UsageError, match="no task 'mrcp'; its tasks are cola, sst2, mrpc"):
-        GLUE("mrcp")
+        GLUE(task="mrcp")
 
 
 def test_a_missing_copy_is_named(tmp_path):
     with pytest.raises(UsageError, match="nowhere' does not exist"):
-        GLUE("rte", path=str(tmp_path / "nowhere")).setup("fit")
+        GLUE(task="rte", path=str(tmp_path / "nowhere")).setup("fit")

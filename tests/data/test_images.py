@@ -440,7 +440,7 @@ def test_a_processor_is_needed(folder, set_up, tmp_path):
         "No processor is given, and there is no LightningModule with a backbone", set_up, folder, processor=None
     )
     bert = save_tiny_bert(tmp_path / "bert")
-    assert_refused(f"image processor of '{bert}' could not be loaded", set_up, folder, processor=bert)
+    assert_refused(f"processor '{bert}' could not be loaded", set_up, folder, processor=bert)
 
 
 def test_without_pillow_its_extra_is_named(folder, set_up, monkeypatch):

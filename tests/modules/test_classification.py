@@ -148,7 +148,7 @@ def test_several_validation_sets_of_mnli_have_names(tiny_bert, tmp_path, trainer
     for split, count in (("train", 24), ("validation_matched", 10), ("validation_mismatched", 7)):
         rows = [{"premise": "a man sat", "hypothesis": GOOD[i % 6], "label": names[i % 3]} for i in range(count)]
         write_csv(folder / f"{split}.csv", rows)
-    data = ls.GLUE("mnli", str(folder), batch_size=4)
+    data = ls.GLUE(str(folder), task="mnli", batch_size=4)
     module = classifier(tiny_bert)
     run = trainer(max_epochs=1)
     run.fit(module, data)
@@ -210,7 +210,7 @@ def test_a_test_set_with_hidden_labels_says_to_use_predict(tiny_bert, tmp_path, 
             for i, word in enumerate(GOOD)
         ]
         write_csv(folder / f"{split}.csv", rows)
-    data, module, run = ls.GLUE("rte", str(folder), batch_size=4), classifier(tiny_bert), trainer(max_epochs=1)
+    data, module, run = ls.GLUE(str(folder), task="rte", batch_size=4), classifier(tiny_bert), trainer(max_epochs=1)
     run.fit(module, data)
     with pytest.raises(ls.UsageError, match=r"The rows have no labels .* Use predict"):
         run.test(module, data, verbose=False)

@@ -104,8 +104,8 @@ REFUSED = [
     Case("a line of JSON that is cut", [], "train", instead("train.jsonl", '{"text": "a film", "label": "yes"}\n{"te')),
     Case("lines that are lists", [], "train", instead("train.jsonl", "[1, 2]\n" * 4)),
     Case("lines that are numbers", [], "train", instead("train.jsonl", "1\n2\n3\n")),
-    Case("a row that is null", [], "null where a row", instead("train.jsonl", LABELLED.replace("?", '"x"') + "null\n")),
-    Case("a file that begins with null", [], "in line 1", instead("train.json", 'null{"text": "x", "label": "yes"}\n')),
+    Case("a row that is null", [], "line 9 is 'null'", instead("train.jsonl", LABELLED.replace("?", '"x"') + "null\n")),
+    Case("a file that begins with null", [], "line 1", instead("train.json", 'null{"text": "x", "label": "yes"}\n')),
     Case(
         "JSON that is not in UTF-8", [], "utf-8", instead("train.jsonl", b'{"text": "caf\xe9", "label": "yes"}\n' * 4)
     ),

@@ -1,0 +1,55 @@
+"""Batches of rows of unequal length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+def pad(sequences: Sequence[Any], value: int = IGNORED, *, left: bool = False) -> Tensor:
+    """Pad lists or tensors of integers to the longest of them.
+
+    Args:
+        sequences: One list or tensor per row; all dimensions but the first are of equal size.
+        value: The padding.
+        left: Whether the padding goes to the left.
+
+    Returns:
+        Tensor of type long, shape (rows, longest row, …).
+    """
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences],
+        batch_first=True,
+        padding_value=value,
+        padding_side="left" if left else "right",
+    )
+
+
+@dataclass(frozen=True)
+class PadPromptAndResponse:
+    """Makes a batch of rows for a causal language model.
+
+    Args:
+        pad_token_id: Token to pad ``input_ids`` with; ``attention_mask`` is 0 and ``labels`` are -100 there.
+        left: Whether the padding goes to the left.
+        texts: Columns that become lists of texts.
+    """
+
+    pad_token_id: int
+    left: bool = False
+    texts: tuple[str, ...] = ()
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` if the rows have them: (rows, longest row), long."""
+        ids = [row["input_ids"] for row in rows]
+        batch: dict[str, Any] = {
+            "input_ids": pad(ids, self.pad_token_id, left=self.left),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=self.left),
+        }
+        if "labels" in rows[0]:
+            batch["labels"] = pad([row["labels"] for row in rows], left=self.left)
+        return batch | {name: [row[name] for row in rows] for name in self.texts}
