@@ -1,4 +1,4 @@
-"""How the answer to a question is found in text that a model generated, and compared with the right one."""
+"""Find the answer to a question in generated text, and compare it with the right answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class AnswerRule(Protocol):
     """Finds an answer in a text."""
 
     def find(self, text: str) -> str | None:
-        """The answer in its plain form, None if there is none."""
+        """The plain answer, None if there is none."""
 
     def right(self, text: str, answer: str) -> bool:
         """Whether the text gives this answer."""
@@ -20,10 +20,10 @@ class AnswerRule(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words, such as ``answer2`` or ``true``: the first of them that stands in the text.
+    """One of several words, such as ``answer2`` or ``true``: the first of them in the text.
 
     Args:
-        words: In lower case; case in the text does not matter.
+        words: The words in lower case; case in the text does not matter.
 
     Source:
         Hu et al. 2023 (LLM-Adapters, arXiv:2304.01933), whose commonsense sets ask for such words.
@@ -32,7 +32,7 @@ class Choice:
     words: Sequence[str]
 
     def find(self, text: str) -> str | None:
-        """The first of the words, whole ones only: in ``untrue`` there is no ``true``."""
+        """The first of the words; only whole words count: ``untrue`` does not contain ``true``."""
         found = re.search(rf"\b(?:{'|'.join(map(re.escape, self.words))})\b", text.lower())
         return found[0] if found else None
 
@@ -45,9 +45,9 @@ class Choice:
 class Letter:
     """The letter of an option, A to E.
 
-    Where the text says ``answer is`` or ``answer:``, the letter after the last such words; else the last letter in
-    brackets; else the last that stands alone, for a reasoning names its result at its end. LLM-Adapters takes the first
-    capital A to E anywhere, that of ``A train …`` too.
+    The rule takes the letter after the last ``answer is`` or ``answer:``. Without such words it takes the last letter
+    in brackets, and without brackets the last letter that stands alone, because a reasoning ends with its result.
+    LLM-Adapters takes the first capital A to E anywhere, even the one of ``A train …``.
 
     Args:
         letters: Capital letters of the options.
@@ -56,7 +56,7 @@ class Letter:
     letters: str = "ABCDE"
 
     def find(self, text: str) -> str | None:
-        """The letter, a capital one."""
+        """The letter, in upper case."""
         one = f"[{self.letters}]"
         said = rf"(?i:\banswer(?:\s+is)?\s*:?)\s*(?:option\s*)?\(?({one})\b"
         for pattern in (said, rf"\(({one})\)", rf"\b({one})\b"):
@@ -72,23 +72,23 @@ class Letter:
 
 @dataclass(frozen=True)
 class Number:
-    """A number: the last one in the text, as LLM-Adapters takes it.
+    """A number: the last one in the text, as in LLM-Adapters.
 
-    Commas between thousands are left out; a minus counts where it is no difference, as in ``5-3``.
+    Commas between thousands are left out. A minus sign counts unless it is a subtraction, as in ``5-3``.
 
     Args:
-        tolerance: Largest difference to the right number that is still right; 1e-3 as in LLM-Adapters.
+        tolerance: Largest difference from the right number that still counts as right; 1e-3 as in LLM-Adapters.
     """
 
     tolerance: float = 1e-3
 
     def find(self, text: str) -> str | None:
-        """The number as it is written, but for commas."""
+        """The number as it is written, without commas."""
         found = re.findall(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?", text)
         return found[-1].replace(",", "") if found else None
 
     def right(self, text: str, answer: str) -> bool:
-        """Whether the number is as large as the answer."""
+        """Whether the number equals the answer, within the tolerance."""
         found, gold = self.find(text), self.find(answer)
         return found is not None and gold is not None and abs(float(found) - float(gold)) <= self.tolerance
 
@@ -114,4 +114,4 @@ RULES: dict[str, AnswerRule] = {
     "MultiArith": Number(),
     "SingleEq": Number(),
 }
-"""The rule of each set, by the name of its folder in LLM-Adapters."""
+"""Name of a set's folder in LLM-Adapters → its rule."""

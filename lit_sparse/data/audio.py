@@ -16,7 +16,7 @@ from lit_sparse.errors import UsageError, require_range
 
 @dataclass(frozen=True)
 class AudioMedium(Medium):
-    """Sounds, decoded by soundfile, resampled by soxr and made ready by a feature extractor."""
+    """Sounds, decoded by soundfile, resampled by soxr and processed by a feature extractor."""
 
     kind: ClassVar[str] = "audio"
     feature: ClassVar[Any] = Audio(decode=False)
@@ -50,7 +50,7 @@ class AudioMedium(Medium):
         """``input_values`` or ``input_features``, and ``attention_mask`` where the feature extractor gives one."""
         arguments = {"sampling_rate": self.extractor.sampling_rate, "return_tensors": "pt"}
         padding = inspect.signature(type(self.extractor).__call__).parameters.get("padding")
-        # Others pad of themselves: Whisper's always to the 30 s that its model needs.
+        # Others pad by default: Whisper's always to the 30 s that its model needs.
         if padding is not None and padding.default is False:
             arguments["padding"] = True
         return dict(self.extractor(decoded, **arguments))
@@ -61,14 +61,14 @@ class AudioData(MediaData):
     """Sounds with a class each, from a folder or from the hub; needs ``pip install "lit-sparse[audio]"``.
 
     Sounds are made mono by the mean of their channels and resampled to the rate of the backbone's feature extractor,
-    which makes what the model takes. Batches hold ``input_values`` or ``input_features``, ``attention_mask`` where
-    the feature extractor gives one, and ``labels``, class ids (long). A test split whose labels are all -1, as
-    benchmarks hide them, gives batches without labels; so does prediction.
+    which makes the model inputs. Batches hold ``input_values`` or ``input_features``, ``attention_mask`` where
+    the feature extractor gives one, and ``labels``, class ids (long). Test splits whose labels are all hidden
+    (-1) give batches without labels; so does prediction.
 
     Args:
         audio: Column of the sounds; in folders of sounds it is ``audio``.
-        max_seconds: Longest sound in seconds; what is beyond is cut off. None cuts nothing, and the longest sound of
-            a batch decides how much memory it takes.
+        max_seconds: Longest sound in seconds; longer ones are cut. With None the longest sound of a batch decides how
+            much memory the batch takes.
     """
 
     audio: str = "audio"

@@ -1,4 +1,4 @@
-"""Files of a word and its tag on each line, in the form of CoNLL-2003."""
+"""Files with a word and its tag on each line, in the format of CoNLL-2003."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -35,18 +35,18 @@ _TASKS = {
 class GLUE(TextClassificationData):
     """A task of GLUE by its name.
 
-    Columns, label ids and label names are those of the data set on the hub, the metrics are GLUE's own: cola
-    matthews; mrpc and qqp accuracy and f1; stsb, the one regression, pearson and spearman; the others
-    accuracy. MNLI has two validation and two test sets, matched and mismatched, and a data loader for each.
-    GLUE hides most test labels: those batches hold none.
+    Columns, label ids and label names are those of the data set on the hub. The metrics are GLUE's own: matthews for
+    cola; accuracy and f1 for mrpc and qqp; pearson and spearman for stsb, the one regression; accuracy for the others.
+    MNLI has two validation and two test sets, matched and mismatched, and a data loader for each. GLUE hides most test
+    labels; such batches hold no labels.
 
     Args:
         task: Name of the task. WNLI's validation set contradicts its training set: do not compare methods
             on it.
-        path: Hub id of GLUE, or a local copy: a folder with one sub-folder per task, or the folder of the
-            task, with files named train, validation, test (MNLI: validation_matched, …) that end in .csv,
-            .json, .jsonl or .parquet.
-        max_length: Longest row in tokens; longer ones are cut, of a pair the longer text first. With BERT's
+        path: Hub id of GLUE, or a local copy: a folder with one sub-folder per task, or the folder of the task. It
+            holds files named train, validation, test (MNLI: validation_matched, …) that end in .csv, .json, .jsonl or
+            .parquet.
+        max_length: Longest row in tokens; longer ones are cut, in a pair the longer text first. With BERT's
             vocabulary 128 cuts 12 % of the training rows of RTE, 0.4 % of QNLI and none of the smaller tasks
             and SST-2; MNLI and QQP were not measured.
 

@@ -14,7 +14,7 @@ from lit_sparse.errors import UsageError
 
 @dataclass(frozen=True)
 class ImageMedium(Medium):
-    """Images, decoded by pillow and made ready by an image processor."""
+    """Images, decoded by pillow and processed by an image processor."""
 
     kind: ClassVar[str] = "image"
     feature: ClassVar[Any] = Image(decode=False)
@@ -54,10 +54,9 @@ class ImageMedium(Medium):
 class ImageData(MediaData):
     """Images with a class each, from a folder or from the hub; needs ``pip install "lit-sparse[vision]"``.
 
-    The image processor of the backbone makes what the model takes: it resizes, crops and normalises. Images are
-    made RGB before, unless the processor says ``do_convert_rgb: false``, and turned as their camera noted. Batches
-    hold ``pixel_values`` and ``labels``, class ids (long). A test split whose labels are all -1, as benchmarks hide
-    them, gives batches without labels; so does prediction.
+    Images are turned upright and converted to RGB, unless the image processor says ``do_convert_rgb: false``. The image
+    processor of the backbone then resizes, crops and normalises them. Batches hold ``pixel_values`` and ``labels``,
+    class ids (long). Test splits whose labels are all hidden (-1) give batches without labels; so does prediction.
 
     Args:
         image: Column of the images; in folders of images it is ``image``.

@@ -1,4 +1,4 @@
-"""Prompts with the responses that a causal language model is to give."""
+"""Prompts with the responses that a causal language model learns to give."""
 
 import string
 from collections.abc import Sequence
@@ -28,22 +28,21 @@ _ALPACA_WITH_INPUT = (
 class InstructionData(TextData):
     """Prompts and responses for causal language models; the loss is on the response alone.
 
-    A row becomes the tokens of its prompt, the tokens of its response and one eos token. ``labels`` repeat the
-    response and eos, and are -100 on the prompt and on padding, which is on the right. The response is split
-    into tokens as part of the whole text, so that it has the tokens that the model would see in running text;
-    only where a token reaches across the end of the prompt is it tokenised on its own.
+    A row becomes the tokens of its prompt, the tokens of its response and one eos token. ``labels`` repeat the response
+    and eos, and are -100 on the prompt and on the padding, which is on the right. Prompt and response are tokenised
+    together, so the response has the tokens of running text. If a token spans the end of the prompt, the response is
+    tokenised separately.
 
-    A row that is longer than ``max_length`` loses the beginning of its prompt (but for a bos token), and if
-    the response alone is too long, the end of the response, which then has no eos token.
+    A row that is longer than ``max_length`` loses the beginning of its prompt, but keeps a bos token. If the response
+    alone is too long, it loses its end, and has no eos token.
 
-    Prediction batches hold the prompts alone and are padded on the left, for ``generate`` to go on from.
+    Prediction batches hold the prompts alone, padded on the left, for ``generate`` to continue.
 
     Args:
-        template: The prompt, with names of columns in braces: ``"Q: {question} A: "``. Braces that are meant
-            literally are doubled. Special tokens that it spells stay where they are; a bos at its beginning is
-            not added again. None is the prompt of Stanford Alpaca, which many instruction sets came
-            with: it takes the column ``instruction`` and, in rows where a column ``input`` holds some text,
-            that too.
+        template: The prompt, with names of columns in braces: ``"Q: {question} A: "``. Literal braces are doubled.
+            Special tokens in it are kept; a bos at its beginning is not added again. None is the prompt of Stanford
+            Alpaca, which many instruction sets use: it takes the column ``instruction`` and, where it is not empty, a
+            column ``input``.
         response: Column of the response.
         max_length: Longest row in tokens, prompt, response and eos together. The tokenizer's own limit holds
             if it is lower. 256 is the default of LLM-Adapters.

@@ -76,7 +76,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     with file.open(encoding="utf-8-sig", newline="\n") as stream:
         for number, line in enumerate(stream, start=1):
             try:
-                row = parse_json(line) if line.strip() else None
+                row = parse_json(line.rstrip("\n")) if line.strip() else None
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
             if isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""Texts of which some tokens are hidden, for a model to find."""
+"""Texts in which a model finds hidden tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from lit_sparse.errors import UsageError, require_range
 class MaskedLMData(TextData):
     """Texts for masked language models: a share of the tokens is hidden, and ``labels`` say which they were.
 
-    Of the hidden tokens 80 % become the mask token, 10 % a random token and 10 % stay, as for BERT; the labels of
-    all others are -100. Training hides other tokens each time, at least one per batch. Validation and test hide
-    the same ones each time, whatever the batch size and the number of processes, and at least one in every row.
+    As for BERT, 80 % of the hidden tokens become the mask token, 10 % a random token, and 10 % stay. The labels of all
+    other tokens are -100. Training hides different tokens each time, at least one per batch. Validation and test hide
+    the same tokens each time, whatever the batch size and the number of processes, and at least one in every row.
 
     Prediction hides nothing: its texts hold mask tokens (``[MASK]``, ``<mask>``) to fill in.
 
@@ -39,7 +39,7 @@ class MaskedLMData(TextData):
 
     @property
     def mask_token_id(self) -> int:
-        """The token that stands in the place of a hidden one. After setup."""
+        """The token that replaces a hidden one. After setup."""
         return int(self._tokenizer.mask_token_id)
 
     def _columns(self, labelled: bool) -> list[str]:  # noqa: ARG002 - prediction reads the same column
@@ -52,8 +52,8 @@ class MaskedLMData(TextData):
         super()._load_processor()
         if self._tokenizer.mask_token_id is None:
             raise UsageError(
-                f"The tokenizer {self._tokenizer_name!r} has no mask token to hide others by: give that of a masked "
-                "language model such as BERT or RoBERTa."
+                f"The tokenizer {self._tokenizer_name!r} has no mask token: give the tokenizer of a masked language "
+                "model such as BERT or RoBERTa."
             )
 
     def _collator(self, role: str) -> Collator:
@@ -93,7 +93,7 @@ class MaskedLMData(TextData):
 
 @dataclass(frozen=True)
 class HideTokens:
-    """Makes a padded batch in which random tokens are hidden, others each time.
+    """Makes a padded batch in which random tokens are hidden, different ones each time.
 
     Args:
         hide: Hides tokens of rows and pads them.

@@ -1,4 +1,4 @@
-"""The base of the data modules whose rows are files, such as images: check each file once, decode it when it is due."""
+"""The base of the data modules of files, such as images: check each file once, decode it when its batch is due."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,20 +21,20 @@ from lit_sparse.errors import UsageError
 
 
 class Medium(ABC):
-    """How files of one kind are decoded and made into what a model takes; goes to the workers with the collator."""
+    """Decodes files of one kind and makes model inputs of them; part of the collator, which goes to the workers."""
 
     kind: ClassVar[str]
-    """What a file is, in English; also the name of the column in a folder."""
+    """The kind in English; also the name of the argument that names the column, and of the column in folders."""
 
     feature: ClassVar[Any]
-    """The feature of `datasets` that leaves such files as they are."""
+    """The feature of `datasets` that keeps such files undecoded."""
 
     endings: ClassVar[tuple[str, ...]]
     """How the names of such files end."""
 
     @abstractmethod
     def check(self, stream: BinaryIO) -> None:
-        """Look at the beginning of a file; raise whatever tells that it cannot be decoded."""
+        """Read the beginning of a file; raise any exception if the file cannot be decoded."""
 
     @abstractmethod
     def decode(self, stream: BinaryIO) -> Any:
@@ -42,7 +42,7 @@ class Medium(ABC):
 
     @abstractmethod
     def batch(self, decoded: list[Any]) -> dict[str, Tensor]:
-        """What the model takes, for several decoded files."""
+        """Model inputs of several decoded files."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -157,7 +157,7 @@ class MediaData(RowData, ABC):
 
 @dataclass(frozen=True)
 class MediaCollator:
-    """Decodes the files of a batch and makes of them what the model takes.
+    """Decodes the files of a batch and makes model inputs of them.
 
     Args:
         medium: The kind of files.

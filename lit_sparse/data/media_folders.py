@@ -1,4 +1,4 @@
-"""Folders of files, with the name of a split or of a class each."""
+"""Folders of files, named by split and by class."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_sparse.data.tables import ENDINGS
 from lit_sparse.errors import UsageError
 
-# Name of a folder -> the split whose files it holds.
+# Name of a folder → the split whose files it holds.
 _FOLDERS = {
     "train": "train",
     "validation": "validation",
@@ -22,7 +22,18 @@ _FOLDERS = {
 
 
 def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """Split → its folder; all is the training split where there are only classes; empty if it is no such folder."""
+    """Find the folders of splits.
+
+    Args:
+        root: Folder with a folder for each split, or with a folder for each class.
+        endings: How the names of the files end.
+
+    Returns:
+        Split → its folder. A folder of classes is the training split. Empty if ``root`` is neither.
+
+    Raises:
+        UsageError: If two folders are of the same split.
+    """
     if not root.is_dir() or _has_tables(root):
         return {}
     found: dict[str, Path] = {}
@@ -40,7 +51,7 @@ def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _has_tables(root: Path) -> bool:
-    """Whether tables say what the files are: one for each split, or the metadata.csv that `datasets` reads."""
+    """Whether tables describe the files: one for each split, or the metadata.csv that `datasets` reads."""
     tables = [file for file in (*root.glob("*.*"), *root.glob("*/metadata.*")) if file.suffix in ENDINGS]
     return any(file.stem.split("-")[0] in (*_FOLDERS.values(), "metadata") for file in tables)
 
@@ -50,10 +61,19 @@ def _has_files(folder: Path, endings: tuple[str, ...]) -> bool:
 
 
 def read_folder(folder: Path, split: str, kind: str, endings: tuple[str, ...]) -> Dataset:
-    """Rows of a path and the name of the folder it lies in, directly or not, below ``folder``.
+    """Read a folder as rows of a path and a label, the name of the sub-folder of ``folder`` that holds the file.
 
     The loaders of `datasets` for folders are not used: the one for sounds needs torchcodec, and both give all splits
-    one list of classes, so that a class without training rows would pass.
+    one list of classes, so a class without training rows would go unnoticed.
+
+    Args:
+        folder: Folder with a folder for each class.
+        split: Name of the split, for errors.
+        kind: Name of the column of paths.
+        endings: How the names of the files end; other files are left out with a warning.
+
+    Raises:
+        UsageError: If there is no such file.
     """
     files, ignored = [], set()
     for file in sorted(folder.rglob("*")):
@@ -61,7 +81,7 @@ def read_folder(folder: Path, split: str, kind: str, endings: tuple[str, ...]) -
         if not file.is_file() or any(part.startswith(".") for part in parts):
             continue
         if file.suffix.lower() in endings:
-            # The time is not read, but makes rows of a changed file new ones for the cache.
+            # The time only changes the name in the cache when a file changes.
             files.append((str(file), parts[0] if len(parts) > 1 else None, file.stat().st_mtime_ns))
         else:
             ignored.add(file.suffix or file.name)

@@ -1,4 +1,4 @@
-"""Questions with several answers, one of which is right."""
+"""Questions with several choices, one of which is right."""
 
 import string
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class MultipleChoiceData(TextData):
 
     Each choice is tokenised as the second text of a pair with the question. Batches hold ``input_ids``,
     ``attention_mask`` and ``token_type_ids`` where the tokenizer gives them, of shape (rows, choices, tokens), and
-    ``labels``, the numbers of the right choices from 0. A test split whose labels are all hidden (-1 or empty)
-    gives batches without labels; so does prediction. What to name for well-known sets:
+    ``labels``, the numbers of the right choices from 0. Test splits whose labels are all hidden (-1 or empty) give
+    batches without labels; so does prediction. The columns of well-known sets:
 
     ==================  =========================  ======================================  =========
     set                 ``question``               ``choices``                             ``label``
@@ -40,10 +40,10 @@ class MultipleChoiceData(TextData):
         question: Column of the question, or several columns whose texts are joined by spaces.
         choices: Column of the choices: a list of texts, or a dictionary of the lists ``text`` and ``label``, the names
             of the choices. Or several columns with a choice each.
-        label: Column of the right choice: its number, counted from 0, or its name, which is a capital letter from A
-            where the choices bring no names. A name goes before a number.
-        max_length: Longest question and choice together in tokens; of longer ones the longer text is cut. The
-            tokenizer's own limit holds if it is lower. Attention costs time with the square of the length.
+        label: Column of the right choice: its number, counted from 0, or its name. Choices without names have the names
+            A, B, C … A value that could be either is taken for a name.
+        max_length: Longest question and choice together, in tokens; the longer of the two is cut. The tokenizer's own
+            limit holds if it is lower. Attention costs time with the square of the length.
         batch_size: Training rows per batch and device; the model sees all choices of each.
     """
 
@@ -83,7 +83,7 @@ class MultipleChoiceData(TextData):
         else:
             self.num_labels = len(self.choices)
         if self.num_labels < 2:
-            raise UsageError(f"choices={self.choices!r} gives {self.num_labels} choices, but it takes two to choose.")
+            raise UsageError(f"choices={self.choices!r} gives {self.num_labels} choices: give at least two.")
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         questions, choices, labels = [], [], []
@@ -134,8 +134,8 @@ def _texts_and_names(value: Any, column: str, place: Place) -> tuple[list[str], 
     texts = value.get("text") if isinstance(value, dict) else value
     if not isinstance(texts, list):
         raise UsageError(
-            f"{place} has no choices in the column {column!r} but {value!r}: they are a list of texts, or a dictionary "
-            "with lists text and label; choices in columns of their own are named by a list of columns."
+            f"{place} has no choices in the column {column!r} but {value!r}: give a list of texts, or a "
+            "dictionary with the lists text and label. If each choice has a column, list the columns in choices."
         )
     texts = [require_text(text, column, place) for text in texts]
     names = value.get("label") if isinstance(value, dict) else None
@@ -150,7 +150,7 @@ def _texts_and_names(value: Any, column: str, place: Place) -> tuple[list[str], 
 
 @dataclass(frozen=True)
 class PadChoices:
-    """Makes a batch of rows that hold a list of choices for each of the model's inputs.
+    """Makes a batch of rows in which each model input is a list with one entry per choice.
 
     Args:
         pad: Pads single choices to the longest of them.

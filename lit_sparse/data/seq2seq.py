@@ -1,4 +1,4 @@
-"""Sources with the targets that an encoder-decoder is to write."""
+"""Pairs of a source and the target that an encoder-decoder learns to write."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from lit_sparse.errors import require_range
 class Seq2SeqData(TextData):
     """Pairs of texts for encoder-decoders, such as articles and summaries or sentences and translations.
 
-    Batches hold ``input_ids`` and ``attention_mask`` of the sources and, but in prediction, ``labels``: the tokens
-    of the targets with an eos at their end, padded with -100. A target that is too long loses its end, eos
-    included. Batches of validation and test also hold ``targets``, the tokens uncut, for generated texts to be
-    compared with. The model itself makes its decoder's input of the labels.
+    Batches hold ``input_ids`` and ``attention_mask`` of the sources and, except in prediction, ``labels``: the tokens
+    of the targets with an eos at their end, padded with -100. A target that is too long loses its end and its eos.
+    Batches of validation and test also hold ``targets``, the uncut tokens, with which generated texts are compared. The
+    model makes its decoder's input from the labels.
 
     Args:
-        source: Column of the text that is read.
-        target: Column of the text that is to be written.
-        prefix: Put before every source: T5 was trained with prefixes such as ``"summarize: "``.
+        source: Column of the text that the model reads.
+        target: Column of the text that the model writes.
+        prefix: Text before every source; T5 was trained with prefixes such as ``"summarize: "``.
         max_length: Longest source in tokens; longer ones are cut at their end. The tokenizer's own limit holds if
             it is lower. 512 is what T5 was trained with.
-        max_target_length: Longest target in tokens that a model trains on and has its loss measured on; the
-            tokenizer's own limit holds if it is lower. 128 holds most one-paragraph summaries.
+        max_target_length: Longest target in tokens for training and for the measured loss; the tokenizer's own limit
+            holds if it is lower. 128 holds most one-paragraph summaries.
     """
 
     source: str = "source"
@@ -64,7 +64,7 @@ class Seq2SeqData(TextData):
     def _targets(self, texts: list[str]) -> list[list[int]]:
         """Tokens of the targets with an eos at their end, once."""
         eos = self._tokenizer.eos_token_id
-        # text_target: the tokenizers of translation models mark the language of what is written.
+        # text_target: the tokenizers of translation models mark the language of the target.
         before, after = added_tokens(self._tokenizer, "text_target")
         if eos is not None and eos not in after:
             after = [*after, eos]
@@ -74,10 +74,10 @@ class Seq2SeqData(TextData):
 
 @dataclass(frozen=True)
 class PadSourceAndTarget:
-    """Makes a batch of rows of encoder inputs and, perhaps, ``labels``, by padding to the longest of each.
+    """Makes a batch of encoder inputs and, if the rows have them, ``labels``, padded to the longest of each.
 
     Args:
-        pad_source: Pads what the encoder reads.
+        pad_source: Pads the encoder inputs.
         max_target_length: Tokens after which labels are cut.
         keep_targets: Whether to add the uncut labels as ``targets``.
     """

@@ -48,7 +48,7 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
 
     Args:
         files: Files that end in .csv, .json, .jsonl or .parquet.
-        split: For messages.
+        split: Name of the split, for errors.
 
     Raises:
         UsageError: If a file cannot be read or holds no rows.
@@ -62,7 +62,7 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
     if not cached.is_file():
         kind = _learn(files, split)
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Elsewhere until it is complete: several processes may read the same files at once.
+        # Another name until it is complete: several processes may read the same files at once.
         with tempfile.TemporaryDirectory(dir=cached.parent, prefix=digest) as folder:
             unfinished = Path(folder) / "rows.arrow"
             with ArrowWriter(features=kind.features(), path=str(unfinished)) as writer:
@@ -100,7 +100,7 @@ def _named(file: Path, split: str) -> Iterator[None]:
     """Name the file in errors of reading it."""
     try:
         yield
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = file.suffix[1:].removesuffix("l")
         raise UsageError(
@@ -109,16 +109,11 @@ def _named(file: Path, split: str) -> Iterator[None]:
 
 
 class _Kind(Protocol):
-    """A kind of file: it sees all files once to learn the types of the columns, then reads them with these types."""
+    """Reads all files once to learn the types of their columns, and again to read the rows with these types."""
 
-    def learn(self, file: Path) -> None:
-        """Widen the types by those of the values in ``file``."""
-
-    def features(self) -> Features:
-        """The columns and their types."""
-
-    def tables(self, file: Path) -> Iterator[pa.Table]:
-        """The rows of ``file`` in parts, with these types."""
+    def learn(self, file: Path) -> None: ...
+    def features(self) -> Features: ...
+    def tables(self, file: Path) -> Iterator[pa.Table]: ...
 
 
 class _Csv:
@@ -131,7 +126,8 @@ class _Csv:
             self._rows += len(texts)
             for name, column in zip(texts.column_names, texts.columns, strict=True):
                 possible = self._possible.setdefault(name, list(_NUMBERS))
-                while possible and not _all_match(column, _NUMBERS[possible[0]]):
+                # None: all cells are missing.
+                while possible and pc.all(pc.match_substring_regex(column, _NUMBERS[possible[0]])).as_py() is False:
                     possible.pop(0)
 
     def features(self) -> Features:
@@ -157,10 +153,6 @@ def _texts(file: Path) -> Iterator[pa.Table]:
             raise ValueError("its rows have more fields than its first line")
         schema = pa.schema([(name, pa.string()) for name in frame.columns])
         yield pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
-
-
-def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
-    return pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False  # None: all are missing
 
 
 class _Parquet:

@@ -20,20 +20,19 @@ class TextClassificationData(TextData):
     """Texts or pairs of texts with a label each, from files or from the hub.
 
     Batches hold ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer gives them, and
-    ``labels``: class ids (long) or, for regression, numbers (float). A test split whose labels are all -1, as
-    benchmarks hide them, gives batches without labels; so does prediction.
+    ``labels``: class ids (long) or, for regression, numbers (float). Test splits whose labels are all
+    hidden (-1), as in many benchmarks, give batches without labels; so does prediction.
 
     Args:
         text: Column of the text.
         text_pair: Column of the second text of a pair; None where rows have one text.
         label: Column of the label.
-        labels: Names of the classes in the order of their ids; labels are then names or ids. None takes them
-            from the source if it names its classes, and otherwise the sorted distinct values of the training
-            split.
+        labels: Names of the classes in the order of their ids; the column may hold names or ids. None takes the names
+            that the source gives, or else the sorted distinct values of the training split.
         regression: Whether labels are numbers to predict instead of classes.
-        metrics: Names of the metrics to report, among accuracy, f1, matthews, and for regression pearson and
-            spearman; None leaves the choice to the model.
-        max_length: Longest row in tokens; longer ones are cut, of a pair the longer text first. The tokenizer's own
+        metrics: Names of the metrics to report: accuracy, f1 and matthews; for regression pearson and spearman. None
+            leaves the choice to the model.
+        max_length: Longest row in tokens; longer ones are cut, in a pair the longer text first. The tokenizer's own
             limit holds if it is lower. 128 holds most sentence pairs; attention costs time with the square of the
             length.
     """

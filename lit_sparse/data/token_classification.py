@@ -22,19 +22,18 @@ NO_TOKEN = -1  # the position of a word that was cut off, or that the tokenizer 
 class TokenClassificationData(TextData):
     """Words with a tag each, from files or from the hub; the first sub-token of a word stands for the word.
 
-    A row has a list of words and a list of as many tags. Besides the files that every data module reads, files
-    ending in .conll, .bio or .txt are read as CoNLL-2003 is written: one word a line, its tag in the last of the
-    columns, which tabs or spaces part; a blank line between sentences; lines of ``-DOCSTART-`` say nothing. Lines
-    of the split "predict" need no tag.
+    A row has a list of words and a list of as many tags. Files that end in .conll, .bio or .txt are read in the format
+    of CoNLL-2003: one word per line, with its tag in the last column; columns are separated by tabs or spaces,
+    sentences by blank lines; lines of ``-DOCSTART-`` are skipped. Lines of the split "predict" need no tag.
 
-    The words of a row are joined by single spaces and tokenised as running text, which is what the model was
-    trained on. Batches hold ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer gives them,
-    and ``labels``: the class id at the first sub-token of each word, -100 elsewhere.
+    The words of a row are joined by single spaces and tokenised as running text, on which models are trained. Batches
+    hold ``input_ids``, ``attention_mask``, ``token_type_ids`` where the tokenizer gives them, and ``labels``: the class
+    id at the first sub-token of each word, -100 elsewhere.
 
-    A row that is longer than ``max_length`` loses its last words. So that evaluation can count them, batches for
-    evaluation also hold ``word_labels``, the class ids of all words, and ``word_positions``, where in ``input_ids``
-    each starts: -1 for a word without a token, -100 beyond the last word, both of shape (rows, most words).
-    Batches for prediction hold ``word_positions`` and ``words``, lists of strings, instead of labels.
+    A row that is longer than ``max_length`` loses its last words. Evaluation counts them, so its batches also hold
+    ``word_labels``, the class ids of all words, and ``word_positions``, the first token of each word in ``input_ids``:
+    -1 for a word without a token, -100 beyond the last word, both of shape (rows, most words). Batches for prediction
+    hold ``word_positions`` and ``words``, lists of strings, instead of labels.
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
@@ -43,12 +42,11 @@ class TokenClassificationData(TextData):
             or ``data_files``.
         words: Column of the lists of words.
         tags: Column of the lists of tags, which are names or class ids.
-        labels: Names of the tags in the order of their ids. None takes them from the source if it names its
-            classes, and otherwise the sorted distinct tags of the training split. For entities they are written
-            as in IOB2: O, B-PER, I-PER …
+        labels: Names of the tags in the order of their ids. None takes the names that the source gives, or else the
+            sorted distinct tags of the training split. Tags of entities are written as in IOB2: O, B-PER, I-PER …
         tokenizer: Hub id or folder of the tokenizer, a fast one; None is that of the model's ``backbone``.
-        max_length: Longest row in tokens; the words beyond are cut off. The tokenizer's own limit holds if it is
-            lower. 128 holds nearly all sentences of news; attention costs time with the square of the length.
+        max_length: Longest row in tokens; later words are cut. The tokenizer's own limit holds if it is lower. 128
+            holds nearly all sentences of news; attention costs time with the square of the length.
     """
 
     words: str = "tokens"
@@ -127,15 +125,15 @@ class PadWords:
     """Makes a batch of rows of :class:`TokenClassificationData` by padding to the longest of them.
 
     Args:
-        tokenizer: Says what tokens are padded with.
-        training: Whether only what the model takes is kept.
+        tokenizer: Defines the padding.
+        training: Whether batches hold model inputs and labels only.
     """
 
     tokenizer: PreTrainedTokenizerBase
     training: bool
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors of type long, and ``words`` as they are."""
+        """Return tensors of type long, and ``words`` as lists of strings."""
         apart = [name for name in ("word_positions", "word_labels", "words") if name in rows[0]]
         inputs = [{name: value for name, value in row.items() if name not in apart} for row in rows]
         batch = dict(DataCollatorForTokenClassification(self.tokenizer)(inputs))
@@ -151,12 +149,12 @@ def first_tokens(words: Sequence[str], char_to_token: Any) -> list[int]:
     """The token with which each word starts, -1 for a word without one.
 
     Args:
-        words: Words of a text in which single spaces part them.
-        char_to_token: Number of a character of the text → number of its token, None where it has none.
+        words: Words of a text, which are separated by single spaces.
+        char_to_token: Maps the number of a character of the text to the number of its token, or to None.
     """
     positions, start = [], 0
     for word in words:
-        # Beyond the first character: the normalizer may have dropped that one.
+        # Not only the first character: the normalizer may have dropped it.
         tokens = (char_to_token(character) for character in range(start, start + len(word)))
         positions.append(next((token for token in tokens if token is not None), NO_TOKEN))
         start += len(word) + 1

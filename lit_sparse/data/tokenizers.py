@@ -1,4 +1,4 @@
-"""Load a tokenizer that can pad, and say in a hash what it makes of a text."""
+"""Load a tokenizer that can pad, and identify it by a hash."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> PreTrainedToken
         raise UsageError(f"The tokenizer {name!r} is a file: give the folder that holds it, or a hub id.")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what damaged files make of it
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # a damaged file may raise any of these
         raise UsageError(
             f"The tokenizer {name!r} could not be loaded ({' '.join(str(error).split())}): give its folder, or "
             f"its hub id while the hub can be reached."
@@ -40,15 +40,15 @@ def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> PreTrainedToken
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> tuple[list[int], list[int]]:
-    """The special tokens that ``tokenizer`` adds on its own, before and after every text.
+    """The special tokens that ``tokenizer`` adds before and after every text.
 
     Args:
-        tokenizer: Of any model.
-        argument: How the text is passed; tokenizers of translation models add other tokens to ``text_target``.
+        tokenizer: Tokenizer of any model.
+        argument: Argument that takes the text; tokenizers of translation models add other tokens to ``text_target``.
     """
     special = set(tokenizer.all_special_ids)
     words = (str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special)
-    # A word of its own: a tokenizer of words may have no token for what it does not know.
+    # A word from its vocabulary: a tokenizer of whole words may have no token for others.
     probe: dict[str, str] = {argument: next((word for word in words if word.isalnum()), "a")}
     bare = tokenizer(**probe, add_special_tokens=False)["input_ids"]
     whole = tokenizer(**probe)["input_ids"]
@@ -57,22 +57,22 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> 
 
 
 def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokens of texts that are continued.
+    """Tokens of texts that a model will continue.
 
-    The tokenizer's bos stands in front, once: a text that begins with it gets no second one. An eos that the tokenizer
-    would add is left out; special tokens that the text itself spells stay where they are.
+    A text gets the tokenizer's bos unless it begins with one, and no eos. Special tokens that the text itself spells
+    are kept.
     """
     before, _ = added_tokens(tokenizer)
-    # verbose: warns of lengths that are cut later
+    # verbose=False: no warnings about long rows, which are cut later
     many: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [ids if ids[: len(before)] == before else before + ids for ids in many]
 
 
 def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides how ``tokenizer`` splits texts; take it before the tokenizer is first used.
+    """A hash of everything that decides how ``tokenizer`` splits texts; take it before the tokenizer is first used.
 
-    After its first use a fast tokenizer also describes the truncation and padding that it last did, which is
-    why `datasets` finds no tokenised rows again when it hashes the tokenizer on its own.
+    After its first use a fast tokenizer also describes its last truncation and padding. The hash that `datasets`
+    makes of a tokenizer changes with them, so `datasets` would not find rows that it has tokenised before.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None)
     words = json.dumps(tokenizer.get_vocab(), sort_keys=True) if fast is None else fast.to_str()

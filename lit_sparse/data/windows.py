@@ -1,4 +1,4 @@
-"""Windows of long texts: which tokens of one are an answer, and how several make a batch."""
+"""Windows of long texts: find the tokens of an answer, and make batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 from lit_sparse.data.padding import pad
 from lit_sparse.data.rows import Collator, Rows
 
-OUTSIDE = -1  # the offset of tokens that are not of the context
+OUTSIDE = -1  # the offset of tokens outside the context
 
 
 @dataclass(frozen=True)
 class PadQuestions:
-    """Makes a batch of questions by putting all their windows into one batch; see ``QuestionAnsweringData``.
+    """Makes one batch of all windows of some questions; see ``QuestionAnsweringData``.
 
     Args:
         pad_windows: Pads windows to the longest.
@@ -43,8 +43,7 @@ def answer_tokens(offsets: Sequence[Sequence[int]], answer: tuple[str, int] | No
     """First and last token of an answer, None unless the window holds all of it.
 
     Args:
-        offsets: First character of each token of a window and the one behind its last; (-1, -1) for tokens that are
-            not of the context.
+        offsets: Start and end of each token of a window, in characters; (-1, -1) for tokens outside the context.
         answer: Text and first character; None is a question without an answer.
     """
     context = [token for token, (start, _) in enumerate(offsets) if start != OUTSIDE]

@@ -63,7 +63,7 @@ def test_every_task_has_its_columns_labels_and_metrics(task, tmp_path, tokenizer
     write_task(tmp_path / "glue" / task, task)
     data = GLUE(task=task, path=str(tmp_path / "glue"), tokenizer=tokenizer)
     data.setup("fit")
-    assert (data.label_names, data.metrics, data.regression) == (names, metrics, names is None)
+    assert (data.label_names, data.metrics, data.regression) == (names, list(metrics), names is None)
     assert data.num_labels == (len(names) if names else 1)
     batch = next(iter(data.train_dataloader()))
     assert "film 0" + " film 0" * (len(columns) - 1) in decoded(data, batch)

@@ -209,7 +209,7 @@ def test_training_on_one_file_is_grouped_by_length_and_cached(write, llama, monk
     arguments = {"path": file, "validation_fraction": 0.1, "template": QUESTION, "tokenizer": llama}
     data = InstructionData(**arguments, batch_size=6)
     data.setup("fit")
-    assert (data.num_labels, data.label_names, data.metrics, data.validation_names) == (None, None, (), ("",))
+    assert (data.num_labels, data.label_names, data.validation_names) == (None, None, ("",))
     widths = [batch["input_ids"].shape[1] for batch in data.train_dataloader()]
     assert widths == sorted(widths, reverse=True)
     monkeypatch.setattr(InstructionData, "_encode", lambda *rows, **how: pytest.fail("tokenised again"))

@@ -154,5 +154,5 @@ def test_missing_columns_list_those_found(prepare):
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 15])
 def test_some_tokens_are_hidden_but_not_all(share):
-    with pytest.raises(UsageError, match=r"mlm_probability is the share of tokens to hide, in \(0, 1\)"):
+    with pytest.raises(UsageError, match=r"mlm_probability must be above 0 and below 1; got"):
         MaskedLMData("rows.json", mlm_probability=share)

@@ -272,7 +272,7 @@ def test_rows_that_do_not_fit_are_named(write, bert):
     room = r"Row 4 .* a question of 12 tokens, which leaves 5 of max_length=20 .*, but stride=5 .*: raise max_length"
     refused(long, write, bert, room, stride=5)
     prepared(long, write, bert, stride=4)
-    with pytest.raises(UsageError, match="stride is a number of tokens, at least 0; got -1"):
+    with pytest.raises(UsageError, match="stride must be at least 0; got -1"):
         QuestionAnsweringData("rows", stride=-1)
 
 

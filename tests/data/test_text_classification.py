@@ -401,7 +401,11 @@ def test_stages_say_which_split_they_miss(write, folder, tokenizer):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 20])
 def test_validation_fraction_is_a_share(fraction, write):
-    assert_refused(r"in \(0, 1\); got", path=write("a.jsonl", TRAIN), validation_fraction=fraction)
+    assert_refused(
+        r"validation_fraction must be above 0 and below 1; got",
+        path=write("a.jsonl", TRAIN),
+        validation_fraction=fraction,
+    )
 
 
 def test_validation_fraction_and_split_exclude_each_other(folder):

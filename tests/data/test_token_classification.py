@@ -217,4 +217,4 @@ def test_mistakes_in_conll_files_are_named(bert, tmp_path):
     with pytest.raises(UsageError, match=r"nowhere.conll' does not exist"):
         TokenClassificationData(str(tmp_path / "nowhere.conll"), tokenizer=bert, validation_fraction=0.5).setup("fit")
     with pytest.raises(UsageError, match=r"leave out name='en' and revision=None"):
-        TokenClassificationData(str(tmp_path), "en", tokenizer=bert).setup("fit")
+        TokenClassificationData(str(tmp_path), name="en", tokenizer=bert).setup("fit")
