@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -27,6 +28,29 @@ def pad(sequences: Sequence[Any], value: int = IGNORED, *, left: bool = False) -
         padding_value=value,
         padding_side="left" if left else "right",
     )
+
+
+@dataclass(frozen=True)
+class PadRows:
+    """Makes a batch of rows by padding them to the longest.
+
+    Args:
+        tokenizer: Pads the columns that are model inputs.
+        integers: Columns of lists of integers to pad with -100, where the rows have them.
+        texts: Columns that become lists, where the rows have them. All other columns are left out.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    integers: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return tensors of shape (rows, longest row), of type long, and the texts."""
+        names = self.tokenizer.model_input_names
+        inputs = [{name: row[name] for name in names if name in row} for row in rows]
+        batch: dict[str, Any] = dict(DataCollatorWithPadding(self.tokenizer)(inputs))
+        batch |= {name: pad([row[name] for row in rows]) for name in self.integers if name in rows[0]}
+        return batch | {name: [row[name] for row in rows] for name in self.texts if name in rows[0]}
 
 
 @dataclass(frozen=True)

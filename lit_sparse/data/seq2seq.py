@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from lit_sparse.data.padding import pad
+from lit_sparse.data.padding import PadRows
 from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.sources import Place, require_texts
 from lit_sparse.data.text import TextData
@@ -47,18 +45,19 @@ class Seq2SeqData(TextData):
         return [self.source, self.target] if labelled else [self.source]
 
     def _recipe(self) -> list[Any]:
-        return [*super()._recipe(), self.source, self.target, self.prefix]
+        return [*super()._recipe(), self.source, self.target, self.prefix, self.max_target_length]
 
     def _collator(self, role: str) -> Collator:
-        limit = min(self.max_target_length, self._tokenizer.model_max_length)
-        return PadSourceAndTarget(super()._collator(role), limit, keep_targets=role in ("validation", "test"))
+        return PadRows(self._tokenizer, ("labels",) if role == "train" else ("labels", "targets"))
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         sources = [self.prefix + text for text in require_texts(rows[self.source], self.source, places)]
         encoded = dict(self._tokenizer(sources, truncation=True, max_length=self._token_limit))
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         if labelled:
-            encoded["labels"] = self._targets(require_texts(rows[self.target], self.target, places))
+            encoded["targets"] = self._targets(require_texts(rows[self.target], self.target, places))
+            limit = min(self.max_target_length, self._tokenizer.model_max_length)
+            encoded["labels"] = [target[:limit] for target in encoded["targets"]]
         return encoded
 
     def _targets(self, texts: list[str]) -> list[list[int]]:
@@ -70,27 +69,3 @@ class Seq2SeqData(TextData):
             after = [*after, eos]
         bare = self._tokenizer(text_target=texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [before + (ids[:-1] if after and ids[-1:] == after[:1] else ids) + after for ids in bare]
-
-
-@dataclass(frozen=True)
-class PadSourceAndTarget:
-    """Makes a batch of encoder inputs and, if the rows have them, ``labels``, padded to the longest of each.
-
-    Args:
-        pad_source: Pads the encoder inputs.
-        max_target_length: Tokens after which labels are cut.
-        keep_targets: Whether to add the uncut labels as ``targets``.
-    """
-
-    pad_source: Collator
-    max_target_length: int
-    keep_targets: bool
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return tensors of shape (rows, longest row), of type long; labels and targets are padded with -100."""
-        batch = dict(self.pad_source([{k: v for k, v in row.items() if k != "labels"} for row in rows]))
-        if "labels" in rows[0]:
-            batch["labels"] = pad([row["labels"][: self.max_target_length] for row in rows])
-            if self.keep_targets:
-                batch["targets"] = pad([row["labels"] for row in rows])
-        return batch

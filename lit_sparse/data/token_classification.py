@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
-
 from lit_sparse.data.conll import ENDINGS, read_conll
 from lit_sparse.data.labels import learn_classes
-from lit_sparse.data.padding import IGNORED, pad
+from lit_sparse.data.padding import IGNORED, PadRows
 from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.sources import TABLES, Kinds, Place, Reader, open_source
 from lit_sparse.data.text import TextData
@@ -71,7 +69,9 @@ class TokenClassificationData(TextData):
         self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
 
     def _collator(self, role: str) -> Collator:
-        return PadWords(self._tokenizer, training=role == "train")
+        if role == "train":
+            return PadRows(self._tokenizer, ("labels",))
+        return PadRows(self._tokenizer, ("labels", "word_labels", "word_positions"), texts=("words",))
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         sentences = [self._checked_words(words, place) for words, place in zip(rows[self.words], places, strict=True)]
@@ -118,31 +118,6 @@ class TokenClassificationData(TextData):
                 "one tag."
             )
         return [self._classes.number_of(tag, self.tags, place) for tag in tags]
-
-
-@dataclass(frozen=True)
-class PadWords:
-    """Makes a batch of rows of :class:`TokenClassificationData` by padding to the longest of them.
-
-    Args:
-        tokenizer: Defines the padding.
-        training: Whether batches hold model inputs and labels only.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    training: bool
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors of type long, and ``words`` as lists of strings."""
-        apart = [name for name in ("word_positions", "word_labels", "words") if name in rows[0]]
-        inputs = [{name: value for name, value in row.items() if name not in apart} for row in rows]
-        batch = dict(DataCollatorForTokenClassification(self.tokenizer)(inputs))
-        if self.training:
-            return batch
-        for name in apart:
-            values = [row[name] for row in rows]
-            batch[name] = values if name == "words" else pad(values)
-        return batch
 
 
 def first_tokens(words: Sequence[str], char_to_token: Any) -> list[int]:
