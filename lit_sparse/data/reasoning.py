@@ -12,8 +12,8 @@ from lit_sparse.data.answers import RULES
 from lit_sparse.data.instructions import InstructionData
 from lit_sparse.data.padding import PadPromptAndResponse
 from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import Place, Reader, require_texts
-from lit_sparse.data.tables import ENDINGS, read_files
+from lit_sparse.data.sources import Place, Reader, files_named_by_split, require_texts
+from lit_sparse.data.tables import read_files
 from lit_sparse.errors import UsageError
 
 
@@ -101,24 +101,17 @@ class ReasoningData(InstructionData):
         return found
 
     def _readers(self) -> dict[str, Reader]:
-        tests = {name: partial(read_files, [self._file(name, "test")], name) for name in self._test_splits}
+        files = {name: files_named_by_split(self._folder / name, ("train", "test")) for name in self._test_splits}
+        for name, found in files.items():
+            if "test" not in found:
+                raise UsageError(f"The set {name!r} has no test.json (or .jsonl, .csv, .parquet) in {self.path}.")
+        training = [file for found in files.values() for file in found.get("train", [])]
         if self.train_file is not None:
-            files = [Path(self.train_file).expanduser()]
-            if not files[0].is_file():
+            training = [Path(self.train_file).expanduser()]
+            if not training[0].is_file():
                 raise UsageError(f"train_file names a file that does not exist: {self.train_file}.")
-        else:
-            files = [file for name in self._test_splits if (file := self._find(name, "train")) is not None]
-        return {**tests, **({"train": partial(read_files, files, "train")} if files else {})}
-
-    def _file(self, name: str, split: str) -> Path:
-        found = self._find(name, split)
-        if found is None:
-            raise UsageError(f"The set {name!r} has no {split}.json (or .jsonl, .csv, .parquet) in {self.path}.")
-        return found
-
-    def _find(self, name: str, split: str) -> Path | None:
-        places = [self._folder / name / f"{split}{ending}" for ending in ENDINGS]
-        return next((place for place in places if place.is_file()), None)
+        readers: dict[str, Reader] = {name: partial(read_files, found["test"], name) for name, found in files.items()}
+        return {**readers, "train": partial(read_files, training, "train")} if training else readers
 
     def _is_labelled(self, rows: Dataset, role: str) -> bool:  # noqa: ARG002 - the base looks at rows
         return not self._is_asked(role) and role != "predict"

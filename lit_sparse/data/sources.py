@@ -148,15 +148,20 @@ def _files_at(path: str, known_splits: Sequence[str], kinds: Kinds) -> dict[str,
     if place.is_file():
         return {"train": [_of_known_kind(place, kinds)]}
     if place.is_dir():
-        return _files_named_by_split(place, known_splits, kinds)
+        return files_named_by_split(place, known_splits, kinds)
     if place.suffix in kinds or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UsageError(f"The path {path!r} does not exist: give an existing file or folder, or a hub id.")
     return {}
 
 
-def _files_named_by_split(folder: Path, known_splits: Sequence[str], kinds: Kinds) -> dict[str, list[Path]]:
+def files_named_by_split(folder: Path, known_splits: Sequence[str], kinds: Kinds = TABLES) -> dict[str, list[Path]]:
+    """Find the files of each split in a folder; several per split are the parts of a data set of the hub.
+
+    Raises:
+        UsageError: If a split has several files that are no such parts.
+    """
     files: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         split = _SHARD.sub("", file.stem)
         if file.suffix in kinds and split in known_splits:
             files.setdefault(split, []).append(file)
