@@ -2,7 +2,6 @@
 
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -15,11 +14,6 @@ from transformers import ASTFeatureExtractor, AutoFeatureExtractor, WhisperFeatu
 from lit_sparse import AudioData, UsageError
 
 RATE = 16_000  # of the feature extractors
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
 from transformers import AutoTokenizer
@@ -24,11 +23,6 @@ MODULES = [
     ls.MaskedLMData,
     ls.Seq2SeqData,
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write(folder, rows):

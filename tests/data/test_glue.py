@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 from backbones import save_tiny_tokenizer
 from datasets import Dataset, DatasetDict
@@ -21,11 +20,6 @@ FACTS = {
     "rte": (["sentence1", "sentence2"], ["entailment", "not_entailment"], ("accuracy",)),
     "wnli": (["sentence1", "sentence2"], ["not_entailment", "entailment"], ("accuracy",)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import sys
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,11 +15,6 @@ from transformers import AutoImageProcessor
 
 from lit_sparse import ImageData, UsageError
 from lit_sparse.data.images import ImageMedium
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

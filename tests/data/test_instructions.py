@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
@@ -26,11 +25,6 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\nIs it true?\n\n### Input:\nThe cat sat.\nThe dog runs.\n\n### Response:\n"
 )
 QUESTION = "Q: {instruction} A: "
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

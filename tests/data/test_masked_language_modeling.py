@@ -2,25 +2,14 @@
 
 import json
 
-import datasets
 import pytest
 import torch
-from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
+from backbones import save_tiny_causal_tokenizer
 from transformers import AutoTokenizer
 
 from lit_sparse import MaskedLMData, UsageError
 
 TEXTS = ["the dog runs", "a good film and a bad film", "one", "it is true so it is not false", "a cat sat in a house"]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return save_tiny_tokenizer(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture

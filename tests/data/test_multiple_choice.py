@@ -2,10 +2,8 @@
 
 import json
 
-import datasets
 import pytest
 import torch
-from backbones import save_tiny_tokenizer
 from transformers import AutoTokenizer
 
 from lit_sparse import MultipleChoiceData, UsageError
@@ -22,16 +20,6 @@ NAMED = [
     }
     for row in ROWS
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return save_tiny_tokenizer(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture

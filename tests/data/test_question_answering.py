@@ -2,10 +2,9 @@
 
 import json
 
-import datasets
 import pytest
 import torch
-from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
+from backbones import save_tiny_causal_tokenizer
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -23,16 +22,6 @@ def row(number, answer, context=CONTEXT, question="What was it?"):
 
 
 ROWS = [row(0, "a house"), row(1, "1984"), row(2, "oe-Ann li"), row(3, "one cat", "The man has one cat.")]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return save_tiny_tokenizer(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,12 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from backbones import save_tiny_causal_tokenizer
 from transformers import AutoTokenizer
 
 import lit_sparse as ls
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import datasets
 import pytest
 import torch
 from backbones import save_tiny_bart, save_tiny_t5, save_tiny_tokenizer
@@ -15,11 +14,6 @@ ROWS = [
     {"source": "the dog runs", "target": "a dog"},
     {"source": "one two three", "target": "it is true, so it is not false"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pandas
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -16,7 +15,6 @@ from lit_sparse.data.tables import ENDINGS, read_files
 @pytest.fixture(autouse=True)
 def _small_parts(tmp_path, monkeypatch):
     """Parts of two rows or so, so that small files have several."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(tables, "_CHUNK_ROWS", 2)
     monkeypatch.setattr(json_rows, "_CHUNK_ROWS", 2)
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from backbones import MAX_LENGTH, save_tiny_causal_tokenizer, save_tiny_tokenizer
@@ -26,11 +25,6 @@ PAIRS = [
     {"one": "a man sat", "two": "a man was", "score": 4.5},
     {"one": "a dog runs", "two": "the cat sat in the tree", "score": 0},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

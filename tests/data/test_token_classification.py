@@ -2,10 +2,9 @@
 
 import json
 
-import datasets
 import pytest
 import torch
-from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
+from backbones import save_tiny_causal_tokenizer
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer
 
@@ -34,16 +33,6 @@ John NNP B-PER
 de NNP I-PER
 Souza-Li NNP I-PER
 ? . O"""
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return save_tiny_tokenizer(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
