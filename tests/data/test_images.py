@@ -186,9 +186,12 @@ def test_a_table_may_hold_paths_and_names(folder, tmp_path, set_up, processor):
         with (tmp_path / f"{split}.csv").open("w", newline="") as stream:
             lines = [[str(file.relative_to(tmp_path)), file.parent.name] for file in files]  # from the working folder
             csv.writer(stream).writerows([["image", "label"], *lines])
-    (batch,) = set_up(tmp_path).val_dataloader()
-    assert same_pixels(batch, files, processor)
-    assert batch["labels"].tolist() == [0, 0, 0, 1, 1, 1]
+    listed = ImageData(data_files={"validation": "validation.csv", "train": "train.csv"}, processor=processor)
+    listed.setup("fit")
+    for data in (set_up(tmp_path), listed):
+        (batch,) = data.val_dataloader()
+        assert same_pixels(batch, files, processor)
+        assert batch["labels"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_labels_may_be_given_in_another_order(folder, set_up):
