@@ -168,13 +168,13 @@ def test_an_empty_choice_in_a_column_names_the_row(prepare):
 
 def test_choices_of_another_form_are_refused(prepare):
     rows = [{"question": "so", "choices": "a dog, a cat", "label": 0}]
-    refused(prepare, rows, r"Row 0 .* has no choices in the column 'choices' but 'a dog, a cat': they are a list")
+    refused(prepare, rows, r"Row 0 .* has no choices in the column 'choices' but 'a dog, a cat': give a list of texts")
     rows = [{"question": "so", "choices": {"text": ["a", "b"], "label": ["A"]}, "label": 0}]
     refused(prepare, rows, r"Row 0 .* has 2 texts but 1 labels in the column 'choices'")
 
 
 def test_one_choice_is_none(prepare):
-    refused(prepare, [{"question": "so", "choices": ["a"], "label": 0}], "gives 1 choices, but it takes two")
+    refused(prepare, [{"question": "so", "choices": ["a"], "label": 0}], "gives 1 choices: give at least two")
     refused(prepare, ROWS, r"choices=\['question'\] gives 1 choices", choices=["question"])
     with pytest.raises(UsageError, match="question names no column"):
         MultipleChoiceData("rows.json", question=[])

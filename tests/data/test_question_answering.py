@@ -268,5 +268,5 @@ def test_rows_that_do_not_fit_are_named(write, bert):
 def test_nested_files_of_another_form_are_refused(bert, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps({"data": [{"context": "a dog", "question": "who"}]}))
     data = QuestionAnsweringData(str(tmp_path / "rows.json"), tokenizer=bert, validation_fraction=0.5)
-    with pytest.raises(UsageError, match="must be of SQuAD's form, data → paragraphs → qas; this one differs"):
+    with pytest.raises(UsageError, match="must have SQuAD's format, data → paragraphs → qas; this one differs"):
         data.setup("fit")
