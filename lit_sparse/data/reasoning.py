@@ -14,7 +14,7 @@ from lit_sparse.data.padding import PadPromptAndResponse
 from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.sources import Place, Reader, files_named_by_split, require_texts
 from lit_sparse.data.tables import read_files
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_choice
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -68,8 +68,7 @@ class ReasoningData(InstructionData):
         unknown = [name for name in self.sets or () if name not in RULES]
         if unknown or self.sets == []:
             raise UsageError(f"sets are some of {', '.join(RULES)}; got {unknown or self.sets}.")
-        if self.validation not in ("loss", "answers"):
-            raise UsageError(f"validation must be 'loss' or 'answers'; got {self.validation!r}.")
+        require_choice("validation", self.validation, ("loss", "answers"))
         self._folder = Path(self.path).expanduser()
         self._test_splits = tuple(self.sets or self._sets_in_folder())
 
