@@ -31,12 +31,7 @@ class Answer(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Share of equal tokens, in [0, 1]."""
-        if len(self.predicted) != len(self.expected) or not self.expected:
-            raise UsageError(
-                f"An answer needs as many predicted tokens as expected tokens, and at least one; got "
-                f"{len(self.predicted)} and {len(self.expected)}."
-            )
+        """Share of equal tokens, in [0, 1]; a ValueError unless both have the same number of tokens, at least one."""
         return fmean(float(a == b) for a, b in zip(self.predicted, self.expected, strict=True))
 
 

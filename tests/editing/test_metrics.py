@@ -34,7 +34,7 @@ def test_an_answer_counts_by_token():
     assert [RIGHT.share, HALF.share, WRONG.share] == [1.0, 0.5, 0.0]
     assert Answer([3, 1, 2], [1, 2, 3]).share == 0  # places count, not what occurs
     for wrong in (Answer([1], [1, 2]), Answer([], [])):
-        with pytest.raises(UsageError, match="as many predicted tokens as expected tokens"):
+        with pytest.raises(ValueError, match=r"shorter|longer|at least one"):
             _ = wrong.share
 
 
