@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 import lit_sparse as ls
 from lit_sparse.adapters.experts import AdaptedExperts
 from lit_sparse.adapters.head import task_head
-from lit_sparse.adapters.selection import left_out, survey
 from lit_sparse.adapters.statistics import layer_sparsity, live_ranks, sparsity_of
+from lit_sparse.adapters.survey import left_out, survey
 
 DENSITY = 0.3
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "backbones.md"
@@ -95,7 +95,7 @@ def test_adapters_train_save_load_and_merge(architecture, make_method, tmp_path)
         ("DeBERTa-v3", "rel_embeddings", "DebertaV2Encoder"),
         ("GPT-2", "wte", "shares its weight with 'lm_head'"),
         ("T5", "shared", "shares its weight"),
-        ("BART", "encoder.embed_positions", "computes something else than an embedding"),
+        ("BART", "encoder.embed_positions", "computes something else than Embedding"),
         ("Whisper", "encoder.conv1", "Conv1d"),
         ("Mixtral", "mlp.gate", "MixtralTopKRouter"),
         ("XLNet", "rel_attn", "XLNetRelativeAttention"),

@@ -1,7 +1,11 @@
 """One rule says which ranks are live: monitor, table, inspect, report, compaction and exports show the same numbers."""
 
 import csv
+import functools
+import math
 import re
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,6 +20,10 @@ import lit_sparse as ls
 from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.cli.inspect import inspect_adapters
 from lit_sparse.interchange.stored_folder import read_factors
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from add_a_gated_method import HardConcreteLoRA
+from add_a_method import MagnitudeRanks
 
 RANK = 4
 
@@ -32,17 +40,26 @@ class ZeroedRows(ls.SparseMethod):
             adapter.lora_B_t[1] = 0
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+METHODS = {
+    "rows": ZeroedRows(),
+    "magnitudes": MagnitudeRanks(rank=RANK, kept=1),
+    "hard concrete": HardConcreteLoRA(rank=RANK, penalty_weight=0.5, gate_lr=1.0),
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tmp_path_factory):
     """A trained module, and the folder that holds its logs and checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     tokens = torch.randint(2, 60, (16, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row[0] % 2} for row in tokens]
     backbone = folder / "backbone"
     build_tiny(BertForSequenceClassification).save_pretrained(backbone)
-    module = ls.SequenceClassification(str(backbone), ZeroedRows(), num_labels=2)
+    method = METHODS[request.param]
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
+    module = ls.SequenceClassification(str(backbone), method, num_labels=2, optimizer=optimizer)
     trainer = L.Trainer(
-        max_epochs=1,
+        max_epochs=3,
         accelerator="cpu",
         logger=CSVLogger(folder, name=None, version="logs"),
         callbacks=[ls.SparsityMonitor()],
@@ -55,22 +72,43 @@ def run(tmp_path_factory):
     return module, folder / "logs"
 
 
+def gates_of(adapter):
+    """A factor for each rank, spelt out."""
+    if adapter.gate is None:
+        return [1.0] * len(adapter.lora_A)
+    return [min(1.0, max(0.0, 1.2 / (1 + math.exp(-v)) - 0.1)) for v in adapter.gate.tolist()]
+
+
 def counted(module):
     """(live ranks, parameters in them), spelt out."""
     ranks = parameters = 0
     for _, adapter in ls.adapters_in(module):
-        for a, b in zip(adapter.lora_A.tolist(), adapter.lora_B_t.tolist(), strict=True):
-            if any(a) and any(b):
+        for a, b, gate in zip(adapter.lora_A.tolist(), adapter.lora_B_t.tolist(), gates_of(adapter), strict=True):
+            if any(a) and any(b) and gate:
                 ranks += 1
                 parameters += sum(v != 0 for v in a) + sum(v != 0 for v in b)
     return ranks, parameters
+
+
+def change(adapter):
+    """``scale · B diag(gate) A``, spelt out."""
+    gates = torch.tensor(gates_of(adapter))
+    return adapter.scale * adapter.lora_B.detach() * gates @ adapter.lora_A.detach()
+
+
+def test_a_layer_in_evaluation_computes_with_the_gates_that_are_exported(run):
+    module, _ = run
+    for _, adapter in ls.adapters_in(module.eval()):
+        x = torch.randn(3, adapter.in_features)
+        torch.testing.assert_close(adapter(x), adapter.base(x) + x @ change(adapter).T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter.delta_weight(), change(adapter), rtol=1e-4, atol=1e-6)
 
 
 def test_monitor_and_its_table_count_the_live_ranks(run):
     module, logs = run
     ranks, parameters = counted(module)
     layers = len(list(ls.adapters_in(module)))
-    assert ranks == layers * RANK // 2
+    assert 0 < ranks < layers * RANK
     table = list(csv.DictReader((logs / "sparsity.csv").open()))
     assert sum(int(row["rank"]) for row in table) == ranks
     assert sum(int(row["remaining_parameters"]) for row in table) == parameters
@@ -101,6 +139,10 @@ def test_exports_hold_the_live_ranks(form, run, tmp_path, capsys):
         pairs = [(factors.lora_A, factors.lora_B_t) for factors in read_factors(tmp_path / "out").values()]
     assert sum(int((A.any(1) & B_t.any(1)).sum()) for A, B_t in pairs) == ranks
     assert sum(int(A.count_nonzero() + B_t.count_nonzero()) for A, B_t in pairs) == parameters
+    by_hand = {name: change(adapter) for name, adapter in ls.adapters_in(module.model)}
+    assert [float((B_t.T @ A).norm()) for A, B_t in pairs] == pytest.approx(
+        [float(delta.norm()) for delta in by_hand.values() if delta.any()], rel=1e-4
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{parameters:,} parameters in {ranks} of" in card
     inspect_adapters(str(tmp_path / "out"))

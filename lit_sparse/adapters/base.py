@@ -31,25 +31,26 @@ class LowRankAdapter(KeepsPrecision):
     """Adds ``scale · B diag(gate) A`` to a frozen weight, seen as a matrix of shape ``(out_features, in_features)``.
 
     B is stored rank-major, as :attr:`lora_B_t` of shape ``(rank, out_features)``: every rank is then one
-    contiguous row in A and in B, which makes the thin matrix products and the per-rank updates fast, and lets methods
-    treat every kind of layer alike. :attr:`lora_B` is the same memory in the orientation of the papers and of PEFT.
+    contiguous row in A and in B, which makes the thin matrix products and the per-rank updates fast, and every kind of
+    layer looks the same to methods. :attr:`lora_B` is the same memory in the orientation of the papers and of PEFT.
 
-    The parameters are float32 when the frozen weight is float16, bfloat16 or quantized, and stay so under
-    ``module.half()``, ``module.to(dtype)`` and Lightning's true half precision: updates of size lr · 1 vanish in 8
-    bits of mantissa. They are rounded to the dtype of the frozen layer's output where they are used, as autocast does.
+    The parameters are float32 when the frozen weight is float16, bfloat16 or quantized, and stay float32 under
+    ``module.half()``, ``module.to(dtype)`` and Lightning's true half precision, because the 8 bits of a bfloat16
+    mantissa lose updates of size lr. The forward pass rounds them to the dtype of the frozen layer's output, as
+    autocast does.
 
-    A sub-class for a kind of layer says what the matrix is, and how inputs pass through it.
+    A sub-class for a kind of layer defines the matrix and the forward pass.
 
     Args:
         weight: The frozen weight, for dtype and device.
         in_features: Columns of the matrix.
         out_features: Rows of the matrix.
         rank: Number of ranks r, at least 1.
-        scale: What B diag(gate) A is multiplied by.
+        scale: Factor of B diag(gate) A.
         dropout: Probability of zeroing an entry of the input before A, while training, in [0, 1).
         gated: Whether each rank has a gate.
-        copies: Number of matrices in the weight, each with its own ranks (experts); their ranks follow each other in
-            the rows of A, Bᵀ and gate.
+        copies: Number of matrices in the weight, each with its own ranks (experts). Their ranks are consecutive rows
+            of A, Bᵀ and gate.
 
     Raises:
         UsageError: If ``rank`` < 1 or ``dropout`` is outside [0, 1).
@@ -80,7 +81,7 @@ class LowRankAdapter(KeepsPrecision):
         self.in_features, self.out_features = in_features, out_features
         self.copies = copies
         self.max_rank = rank
-        """Number of ranks (of each copy) at the start, before :func:`~lit_sparse.compact` took any out."""
+        """Number of ranks (of each copy) at the start, before :func:`~lit_sparse.compact` removed any."""
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.enabled = True
@@ -89,7 +90,7 @@ class LowRankAdapter(KeepsPrecision):
         self.overrides: Mapping[str, float] = {}
         """Arguments that this layer has in place of the method's."""
         self.took_from_weight = False
-        """Whether A and B began as a part of the frozen weight, which is only the rest since then."""
+        """Whether A and B started as a part of the frozen weight, which only holds the rest since then."""
 
         def new(*shape: int) -> nn.Parameter:
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -118,7 +119,7 @@ class LowRankAdapter(KeepsPrecision):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; backbones such as T5 ask a layer for ``weight.dtype``."""
+        """The frozen weight. Backbones such as T5 read its dtype."""
         return self.layer.weight  # type: ignore[return-value]
 
     @property
@@ -133,7 +134,7 @@ class LowRankAdapter(KeepsPrecision):
 
     @property
     def lora_B(self) -> Tensor:
-        """B of shape ``(out_features, rank)``: a view of :attr:`lora_B_t`, so writing to it in place works."""
+        """B of shape ``(out_features, rank)``: a view of :attr:`lora_B_t` that can be written in place."""
         return self.lora_B_t.t()
 
     def effective_gate(self, training: bool = False) -> Tensor | None:
@@ -153,15 +154,15 @@ class LowRankAdapter(KeepsPrecision):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """What merging would add to the frozen weight, in that weight's own orientation and shape."""
+        """The matrix that merging adds to the frozen weight, in the orientation and shape of that weight."""
         return self._as_weight(self._delta_matrix())
 
     @torch.no_grad()
     def start_from_principal(self) -> None:
-        """Take the largest singular values out of the frozen weight and into A and B, with equal shares: PiSSA.
+        """Move the largest singular values from the frozen weight into A and B, in equal shares: PiSSA.
 
-        What is left in the frozen weight is the rest, so that the layer computes what it did; gates must be 1, and the
-        weight must have as many singular values as there are ranks.
+        The layer computes what it did before. Gates must be 1, and the weight must have as many singular values as
+        there are ranks.
 
         Source:
             Meng et al. 2024 (arXiv:2404.02948), Eqs. (2)–(4).
@@ -193,33 +194,29 @@ class LowRankAdapter(KeepsPrecision):
 
 
 class LowRankLayer(LowRankAdapter):
-    """An adapter that stands in the model in the place of the layer it adapts, which it holds as :attr:`base`.
+    """An adapter that replaces the layer it adapts, and holds that layer as :attr:`base`.
 
     Args:
         base: Frozen layer with a ``weight``.
-        in_features: Columns of the matrix.
-        out_features: Rows of the matrix.
         rank: Number of ranks r, at least 1.
-        scale: What B diag(gate) A is multiplied by.
+        scale: Factor of B diag(gate) A: alpha / rank.
         dropout: Probability of zeroing an entry of the input before A, while training, in [0, 1).
         gated: Whether each rank has a gate.
+
+    Raises:
+        UsageError: If ``rank`` < 1 or ``dropout`` is outside [0, 1).
     """
 
     base: nn.Module
 
-    def __init__(
-        self,
-        base: nn.Module,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-        gated: bool = False,
-    ) -> None:
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        super().__init__(weight, in_features, out_features, rank, scale, dropout, gated)
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, gated: bool = False) -> None:
+        super().__init__(base.weight, *self._features(base), rank, scale, dropout, gated)  # type: ignore[arg-type]
         self.base = base.requires_grad_(False)
+
+    @staticmethod
+    def _features(base: Any) -> tuple[int, int]:
+        """Columns and rows of the matrix."""
+        raise NotImplementedError
 
     @property
     def layer(self) -> nn.Module:
@@ -227,7 +224,7 @@ class LowRankLayer(LowRankAdapter):
         return self.base
 
     def __getattr__(self, name: str) -> Any:
-        # What a backbone asks of the layer itself: num_embeddings, padding_idx, kernel_size.
+        # Backbones read attributes of the layer: num_embeddings, padding_idx, kernel_size.
         try:
             return super().__getattr__(name)
         except AttributeError:

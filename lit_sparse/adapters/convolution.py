@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,21 +13,18 @@ from lit_sparse.adapters.base import LowRankLayer
 class LowRankConv2d(LowRankLayer):
     """A frozen convolution plus a low-rank one: A has the kernel of ``base`` and ``rank`` outputs, B is 1 × 1.
 
-    The matrix has a column for each input channel (of a group) and place in the kernel. With several groups no
-    convolution by A and B exists that equals it; their product is then formed and applied as one convolution.
+    The matrix has a column for each input channel (of a group) and position in the kernel. With several groups, no
+    pair of convolutions by A and B equals it, so that their product is formed and applied as one convolution.
 
-    Args:
-        base: Frozen convolution, of any kernel, stride, padding, dilation and groups.
-        rank: Number of ranks r, at least 1.
-        scale: What B diag(gate) A is multiplied by.
-        dropout: Probability of zeroing an entry of x before A, while training, in [0, 1).
-        gated: Whether each rank has a gate.
+    Its arguments are those of every adapter that replaces a layer; ``base`` may have any kernel, stride, padding,
+    dilation and groups.
     """
 
     base: nn.Conv2d
 
-    def __init__(self, base: nn.Conv2d, rank: int, scale: float, dropout: float = 0.0, gated: bool = False) -> None:
-        super().__init__(base, base.weight[0].numel(), base.out_channels, rank, scale, dropout, gated)
+    @staticmethod
+    def _features(base: Any) -> tuple[int, int]:
+        return base.weight[0].numel(), base.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_channels, height, width)`` as ``base`` does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,22 +14,21 @@ class LowRankEmbedding(LowRankLayer):
     """A frozen embedding plus a low-rank one: ``y = base(ids) + scale · B (gate ∘ A[:, ids])``.
 
     As in PEFT, A is ``(rank, num_embeddings)`` and B ``(embedding_dim, rank)``: the weight is the transpose of the
-    matrix. There is no dropout, since the input is token ids. What ``base`` gives for its ``padding_idx`` is not
-    changed: that column of A starts at zero and has no gradient, as that row of ``base`` had none.
-
-    Args:
-        base: Frozen embedding.
-        rank: Number of ranks r, at least 1.
-        scale: What B diag(gate) A is multiplied by.
-        gated: Whether each rank has a gate.
+    matrix. Its arguments are those of every adapter that replaces a layer, without dropout, since the input is token
+    ids. The output for the ``padding_idx`` of ``base`` does not change: that column of A starts at zero and gets no
+    gradient.
     """
 
     base: nn.Embedding
 
     def __init__(self, base: nn.Embedding, rank: int, scale: float, gated: bool = False) -> None:
-        super().__init__(base, base.num_embeddings, base.embedding_dim, rank, scale, 0.0, gated)
+        super().__init__(base, rank, scale, gated=gated)
         if base.padding_idx is not None:
             nn.init.zeros_(self.lora_A[:, base.padding_idx])
+
+    @staticmethod
+    def _features(base: Any) -> tuple[int, int]:
+        return base.num_embeddings, base.embedding_dim
 
     @property
     def bias(self) -> None:

@@ -33,7 +33,7 @@ def expert_weights(module: nn.Module) -> list[ExpertWeight]:
     """The expert weights of a module of transformers' experts interface; none of any other module.
 
     Modules of that interface (``use_experts_implementation``, transformers 5) share one forward: project up, gate or
-    activate, project down, weigh by the router and add up. They say in attributes how their weights lie.
+    activate, project down, weigh by the router and add up. Attributes give the layout of their weights.
     """
     if not all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "is_transposed", "has_bias")):
         return []
@@ -45,13 +45,13 @@ def expert_weights(module: nn.Module) -> list[ExpertWeight]:
 class LowRankExperts(LowRankAdapter):
     """The low-rank part of one weight of all experts: each expert has ranks, and gates, of its own.
 
-    It stands below :class:`AdaptedExperts`, which does the computing. The ranks of the experts follow each other in
-    the rows of ``lora_A`` ``(experts · rank, in)``, ``lora_B_t`` ``(experts · rank, out)`` and ``gate``.
+    It is a child of :class:`AdaptedExperts`, which computes the forward pass. The ranks of the experts are consecutive
+    rows of ``lora_A`` ``(experts · rank, in)``, ``lora_B_t`` ``(experts · rank, out)`` and ``gate``.
 
     Args:
         base: The weight, frozen.
         rank: Number of ranks r of each expert, at least 1.
-        scale: What B diag(gate) A is multiplied by.
+        scale: Factor of B diag(gate) A.
         dropout: Probability of zeroing an entry of an expert's input before A, while training, in [0, 1).
         gated: Whether each rank has a gate.
     """
@@ -73,7 +73,7 @@ class LowRankExperts(LowRankAdapter):
         return self._base.weight
 
     def forward(self, rows: Tensor, expert: int) -> Tensor:
-        """What ``expert`` adds to its frozen output for ``(rows, in_features)``."""
+        """Map ``(rows, in_features)`` to what ``expert`` adds to its frozen output."""
         ranks = slice(expert * self.rank, (expert + 1) * self.rank)
         gate = None if self.gate is None else self.gate[ranks]
         if gate is not None and self.gate_function is not None:
@@ -110,7 +110,7 @@ class AdaptedExperts(nn.Module):
             self.add_module(name, adapter)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Pass each token ``(tokens, hidden)`` through its experts ``(tokens, k)`` and add up with their weights."""
+        """Pass each token ``(tokens, hidden)`` through its experts ``(tokens, k)``, and add their weighted outputs."""
         if not any(adapter.enabled for adapter in self.children() if isinstance(adapter, LowRankExperts)):
             return self.base(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         experts = self.base.get_parameter("down_proj").shape[0]
@@ -120,7 +120,7 @@ class AdaptedExperts(nn.Module):
         sizes = chosen.bincount(minlength=experts).tolist()  # the one host sync
         parts = hidden_states[token].split(sizes)
         outputs = [self._expert(i, part) for i, part in enumerate(parts) if part.shape[0]]
-        rows = torch.cat(outputs or [self._expert(0, parts[0])])  # torch.cat needs one, tokens or not
+        rows = torch.cat(outputs or [self._expert(0, parts[0])])  # torch.cat needs at least one tensor
         weighted = rows * top_k_weights.flatten()[order].unsqueeze(1)
         return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
 

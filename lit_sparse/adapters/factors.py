@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.injection import adapters_in
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,13 +41,14 @@ class LayerFactors:
     @classmethod
     def of(cls, name: str, adapter: LowRankAdapter) -> LayerFactors:
         """The factors of an adapter in a model, sharing its memory."""
+        gate = adapter.effective_gate()
         return cls(
             name=name,
             lora_A=adapter.lora_A.detach(),
             lora_B_t=adapter.lora_B_t.detach(),
             ranks=(adapter.rank,) * adapter.copies,
             max_rank=adapter.max_rank,
-            gate=None if adapter.gate is None else adapter.gate.detach(),
+            gate=None if gate is None else gate.detach(),
             scale=adapter.scale,
         )
 
@@ -74,3 +78,22 @@ class LayerFactors:
         parts = zip(self.lora_A.double().split(self.ranks), self.scaled_lora_B_t().split(self.ranks), strict=True)
         squares = torch.stack([((A @ A.mT) * (B_t @ B_t.mT)).sum() for A, B_t in parts])  # ‖BA‖² = ⟨BᵀB, AAᵀ⟩
         return squares.clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def gate_record(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Record the gates that a method computes from its parameters, for readers without the method's class.
+
+    Args:
+        model: Module with adapters.
+        state: Its state, as a checkpoint holds it.
+
+    Returns:
+        ``{"gates": {layer name: effective gate}}``; empty where the parameters are the gates.
+    """
+    gates = {
+        name: adapter.gate_function(state[f"{name}.gate"], False)
+        for name, adapter in adapters_in(model)
+        if adapter.gate_function is not None and f"{name}.gate" in state
+    }
+    return {"gates": gates} if gates else {}

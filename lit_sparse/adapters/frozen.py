@@ -1,4 +1,4 @@
-"""What of a model is frozen: the names of it in the model's state, and a few of its values."""
+"""The frozen part of a model: its names in the state, and a sample of its values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLES = 4
 
 
 def frozen_entries(module: nn.Module) -> set[str]:
-    """Names in the state of ``module`` of all that is not trained: frozen parameters, and how they are packed."""
+    """Names of frozen entries in the state of ``module``: parameters, and the settings of quantized layers."""
     names = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     for name, layer in quantized_layers(module):
         names.update(f"{name}.{entry}" for entry in layer.state_dict())
@@ -45,7 +45,7 @@ def require_match(module: nn.Module, keys: _IncompatibleKeys, what: str) -> None
 
 
 def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Take the frozen weights out of a checkpoint; under Lightning's ``WeightAveraging`` it holds two states."""
+    """Remove the frozen weights from a checkpoint, which holds two states under Lightning's ``WeightAveraging``."""
     frozen = frozen_entries(module)
     for state in ("state_dict", "current_model_state"):
         if state in checkpoint:
@@ -53,7 +53,7 @@ def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def complete_average(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Put the frozen weights back into an average that was saved without: ``WeightAveraging`` expects them there."""
+    """Add the frozen weights to an average that was saved without them, because ``WeightAveraging`` expects them."""
     if "current_model_state" in checkpoint:
         own = module.state_dict()
         checkpoint["state_dict"] = {**{name: own[name] for name in frozen_entries(module)}, **checkpoint["state_dict"]}
@@ -62,7 +62,7 @@ def complete_average(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 def frozen_sample(model: nn.Module) -> Tensor | None:
     """A few values of frozen parameters, float32 of shape (parameters, samples); None on the meta device.
 
-    Of all but those that are packed: these were made of the same weights as the rest.
+    Packed (quantized) weights are skipped; they derive from the same base weights.
     """
     packed = {id(layer.weight) for _, layer in quantized_layers(model)}
     plain = (p for p in model.parameters() if p.is_floating_point() and p.numel() and id(p) not in packed)

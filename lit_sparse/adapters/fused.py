@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 _MANY_ROWS = 4
-"""From this many times ``in · out / (in + out)`` rows on, the product of A and B is added to the weight first."""
+"""Multiple of ``in · out / (in + out)`` rows from which the product of A and B is added to the weight first."""
 
 _WIDTH = 8
-"""Ranks are padded with zeros to a multiple of this: in between, a layer costs up to 6 % more (MKL, float32)."""
+"""Ranks are padded with zeros to a multiple of this. Other ranks cost a layer up to 6 % more (MKL, float32)."""
 
 
 def fused_linear(
@@ -27,13 +27,13 @@ def fused_linear(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """``rows · weightᵀ + bias + dropout(rows) · Aᵀ · (scale · gate ∘ B_t)``, with a backward without a pass to spare.
+    """``rows · weightᵀ + bias + dropout(rows) · Aᵀ · (scale · gate ∘ B_t)`` with a hand-written backward.
 
-    Autograd alone would add the gradients of the two branches in a pass of its own over rows × in_features, and keep a
-    second copy of the rows under dropout. Here products accumulate onto each other, and dropout keeps a byte per entry.
-    Of weight, A, B_t and gate nothing is kept but themselves: what is made of them, such as a weight in the dtype of
-    autocast, is made again. (``F.linear`` keeps that, for every layer: a second backbone in half precision.) Of many
-    rows the two branches are one product, by a weight that is made for it.
+    Autograd alone would add the gradients of the two branches in one more pass over rows × in_features, and keep a
+    second copy of the rows under dropout. Here, products accumulate onto each other, and dropout keeps one byte per
+    entry. Copies of weight, A, B_t and gate in the dtype of autocast are made again in the backward pass. (``F.linear``
+    keeps them for every layer: a second backbone in half precision.) With many rows, the two branches become one
+    product with a combined weight.
 
     Args:
         rows: ``(rows, in_features)``, in the dtype to compute in.
@@ -42,7 +42,7 @@ def fused_linear(
         A: ``(rank, in_features)``, the same.
         B_t: ``(rank, out_features)``, the same.
         gate: ``(rank,)``, or None for ones.
-        scale: What the product of A and B_t is multiplied by.
+        scale: Factor of the product of A and B_t.
         dropout: Probability of zeroing an entry of the rows before A; the others are scaled by 1 / (1 - dropout).
 
     Returns:
@@ -74,7 +74,7 @@ class _FusedLinear(Function):
         y = rows.mm(wide.t()) if bias is None else torch.addmm(bias.to(rows.dtype), rows, wide.t())
         if hidden is not None:
             y.addmm_(hidden.t(), thin_B)
-        # What autograd does not know as an input or output must be made again for a second derivative: see backward.
+        # Tensors that are no input or output of this node are recomputed for a second derivative: see backward.
         ctx.save_for_backward(rows, weight, A, B_t, gate, hidden, kept)
         ctx.scale, ctx.dropout = scale, dropout
         return y
@@ -82,7 +82,7 @@ class _FusedLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        with _no_autocast(grad_y):  # dtypes are settled: it could only make them differ
+        with _no_autocast(grad_y):  # dtypes are fixed by now
             return _FusedLinear._backward(ctx, grad_y)
 
     @staticmethod
@@ -116,11 +116,11 @@ class _FusedLinear(Function):
 
 
 def _sums_pay(rows: Tensor, weight: Tensor) -> bool:
-    """Whether one weight with the product of A and B in it is cheaper for these rows, and as exact.
+    """Whether a combined weight is cheaper for these rows, and as exact.
 
-    It takes rank · in · out products twice, and spares rank · rows · (in + out) of them and a pass over rows × out and
-    one over rows × in. Where products round their operands, to half precision or to TF32, a small product of A and B
-    would be lost in the rounding of the weight.
+    It costs rank · in · out products twice, and saves rank · rows · (in + out) products, a pass over rows × out and one
+    over rows × in. Where products round their operands to half precision or TF32, a small product of A and B would be
+    lost in the rounding of the weight.
     """
     out_features, in_features = weight.shape
     enough = rows.shape[0] * (out_features + in_features) >= _MANY_ROWS * out_features * in_features
@@ -130,7 +130,7 @@ def _sums_pay(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _float32_is_exact(device_type: str) -> bool:
-    """Whether products of float32 matrices use all of their bits, by the settings of torch for the device.
+    """Whether torch's settings for the device make products of float32 matrices use all bits.
 
     ``torch.set_float32_matmul_precision`` and the settings of ``torch.backends`` allow TF32 (10 bits of mantissa) or
     bfloat16 (7 bits).
@@ -147,23 +147,23 @@ def _folded(B_t: Tensor, gate: Tensor | None, scale: float) -> Tensor:
 
 
 def _thin(matrix: Tensor, rows: Tensor) -> Tensor:
-    """``matrix · rowsᵀ``, in the order in memory in which it and products with it were fastest (MKL, float32).
+    """``matrix · rowsᵀ``, in the memory order that was fastest in measurements (MKL, float32).
 
-    That of A and B for eight ranks: a fifth, measured on an AMD EPYC (an Intel Xeon shows no clear difference of a
-    step). That of the rows for more: 17 to 38 % at 32 ranks, measured on the Xeon.
+    Up to eight ranks, the order of A and B was a fifth faster on an AMD EPYC, without a clear difference on an Intel
+    Xeon. For more ranks, the order of the rows was faster: 17 to 38 % at 32 ranks on the Xeon.
     """
     return matrix.mm(rows.t()) if matrix.shape[0] <= _WIDTH else rows.mm(matrix.t()).t()
 
 
 def _ready(matrix: Tensor, rows: Tensor) -> Tensor:
-    """In the dtype to compute in, with rows of zeros up to a rank for which products are fast."""
+    """Cast to the dtype of ``rows``, and pad with rows of zeros to a rank for which products are fast."""
     matrix = matrix.to(rows.dtype)
     short = -matrix.shape[0] % _WIDTH
     return F.pad(matrix, (0, 0, 0, short)) if short and matrix.shape[0] > _WIDTH else matrix
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where ``tensor`` is."""
+    """Whether autocast is on for the device of ``tensor``."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 

@@ -1,4 +1,4 @@
-"""Find the task head of a model by its structure: what lies outside the pretrained body."""
+"""Find the task head of a model, the modules outside of its pretrained body, and keep its precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def task_head(model: nn.Module) -> list[str]:
     """Names of the modules (and bare parameters) that a task adds to a pretrained body.
 
     For ``BertForSequenceClassification`` that is ``["classifier"]``, for DeBERTa ``["pooler", "classifier"]``,
-    for a ``nn.Module`` of the user's own whatever stands beside the Hugging Face model in it. A language
+    for a user's ``nn.Module`` all modules beside the Hugging Face model in it. A language
     model's output embeddings came with the pretrained weights and are not a task head. A model without any
     Hugging Face model in it has no recognisable head.
 
@@ -23,7 +23,7 @@ def task_head(model: nn.Module) -> list[str]:
         model: A Hugging Face model, or a module that holds one or more.
 
     Returns:
-        Full names within ``model``, without those that hold no parameter.
+        Full names within ``model`` of the parts that hold parameters.
     """
     bodies = {body for _, body in pretrained_bodies(model)}
     if not bodies:
@@ -38,7 +38,7 @@ def task_head(model: nn.Module) -> list[str]:
 
 
 def pretrained_bodies(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The task-independent part of every outermost Hugging Face model in ``model``, with its name."""
+    """Name and task-independent part of every outermost Hugging Face model in ``model``."""
     found: list[tuple[str, nn.Module]] = []
     owned: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -51,7 +51,7 @@ def pretrained_bodies(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_wrapper(model: PreTrainedModel) -> bool:
-    """Whether the user wrote this class around another model: no class of transformers says what it computes."""
+    """Whether the class is a user's wrapper around another model: no class of transformers defines its forward."""
     kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers")]
     return (
         model.base_model is model
@@ -66,7 +66,7 @@ def input_embeddings(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, PreTrainedModel):
             try:
                 layer = module.get_input_embeddings()
-            except NotImplementedError:  # such as those of sounds
+            except NotImplementedError:  # such as models of audio
                 continue
             if isinstance(getattr(layer, "weight", None), Tensor):
                 yield layer
@@ -82,13 +82,13 @@ def output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def keep_precision(trained: nn.Module | nn.Parameter, owner: nn.Module) -> None:
-    """Train in float32, whatever half precision the model has or is given later.
+    """Train a part of the model in float32, whatever half precision the model has or gets later.
 
-    ``.half()``, ``.to(dtype)`` and Lightning's true half precision move what is trained, but do not narrow it: updates
-    of size lr · 1 vanish in 8 bits of mantissa. What enters a module that is wider than the rest of the model is cast.
+    ``.half()``, ``.to(dtype)`` and Lightning's true half precision then leave this part in float32, because the 8 bits
+    of a bfloat16 mantissa lose updates of size lr. Inputs of the part are cast.
 
     Args:
-        trained: A module that is trained whole, or a parameter.
+        trained: A fully trained module, or a parameter.
         owner: The module that holds it.
     """
     if isinstance(trained, nn.Parameter):
@@ -106,7 +106,7 @@ def keep_precision(trained: nn.Module | nn.Parameter, owner: nn.Module) -> None:
 
 
 class _Keeping:
-    """Stands in for a module's ``_apply``, through which every ``.to()``, ``.half()`` and ``.cuda()`` comes.
+    """Replaces the ``_apply`` of a module, which every ``.to()``, ``.half()`` and ``.cuda()`` calls.
 
     Args:
         module: The module.
@@ -130,7 +130,7 @@ class _Keeping:
 
 
 def never_narrowing(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What ``nn.Module._apply`` is given, but leaving tensors of 32 bits and more at their precision."""
+    """The function that ``nn.Module._apply`` gets, changed to keep the precision of tensors of 32 bits and more."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
@@ -150,7 +150,7 @@ def _cast_what_enters(module: nn.Module) -> None:
 
 
 def leave_head_precision(model: nn.Module) -> None:
-    """Undo :func:`keep_precision` in all of ``model``, but for the dtype."""
+    """Undo :func:`keep_precision` in all of ``model``, but leave dtypes as they are."""
     for module in model.modules():
         if isinstance(module.__dict__.get("_apply"), _Keeping):
             del module._apply
@@ -174,7 +174,7 @@ def _cast_inputs(
 def _outside(
     module: nn.Module, bodies: set[nn.Module], prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    """The largest parts of ``module`` that neither are nor contain a body."""
+    """The largest parts of ``module`` that are no body and contain none."""
     if module in bodies:
         return
     if not any(m in bodies for m in module.modules()):

@@ -1,4 +1,4 @@
-"""Put adapters into a backbone, find them again by type, switch them off."""
+"""Put adapters into a backbone, find them by type, and switch them off."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 
 def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
-    """Replace the layers that ``method`` targets by adapters around them, in place.
+    """Wrap the layers that ``method`` targets in adapters, in place.
 
-    Everything is frozen but the adapters and the task head (``method.train_head``). A layer that the model
-    holds under several names gets one adapter under all of them.
+    All parameters are frozen, except those of the adapters and of the task head (``method.train_head``). A layer with
+    several names gets one adapter under all of these names.
 
     Args:
         model: Hugging Face model, or a module that holds one.
-        method: Says which layers, and wraps each.
+        method: Chooses the layers and wraps each of them.
 
     Returns:
         Full layer name to adapter, in the model's order.
 
     Raises:
-        UsageError: If the model holds adapters already, ours or PEFT's, or is offloaded or spread over several
-            devices, a target matches nothing or something that cannot be adapted, a module named in ``train_head`` does
-            not exist or is quantized, or no gradient passes through a quantized layer.
+        UsageError: If the model already holds adapters, ours or PEFT's, is offloaded or spread over several devices, a
+            target matches no layer or one that cannot be adapted, a module in ``train_head`` does not exist or is
+            quantized, or no gradient passes through a quantized layer.
     """
     present = [name for name, _ in adapters_in(model)]
     if present:
@@ -70,7 +70,7 @@ def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
 
 
 def take_out(model: nn.Module) -> None:
-    """Put the frozen layers back where adapters stand; what is trained whole stays as it is.
+    """Replace every adapter by its frozen layer. Fully trained modules keep their values.
 
     Parameters stay frozen as injection left them.
     """
@@ -81,7 +81,7 @@ def take_out(model: nn.Module) -> None:
 def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
     """Iterate over ``(name, adapter)`` of every adapter in ``model``, each once, found by type.
 
-    Names are the same whatever wraps the parts of the model, such as FSDP.
+    Names do not depend on wrappers such as FSDP's.
     """
     for name, module in model.named_modules():
         if isinstance(module, LowRankAdapter):
@@ -90,20 +90,20 @@ def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
 
 @contextmanager
 def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
-    """Within the context, the model is the pretrained one wholly, as a reference in a loss needs it.
+    """Within the context, the model computes exactly what the pretrained model did, for example as a reference.
 
-    Every adapted layer gives exactly the frozen layer's output, and what is trained whole, such as the task head, has
-    the values that it had before injection. Adapters that were switched off before stay off after.
+    Every adapted layer returns the frozen layer's output, and fully trained modules, such as the task head, have the
+    values from before injection. Adapters that were off before the context are off after it.
 
     Args:
         model: Model with adapters.
-        head: False: leave what is trained whole as it is, and only switch the adapters off. True needs a copy of its
-            original values, kept since injection on the device where they were; it moves to the model's at the first
-            use. A head that began at random is the same after a resume only if both runs were seeded alike.
+        head: False: only switch the adapters off. True uses a copy of the original values, made at injection, which
+            moves to the model's device at the first use. After a resume, the original values of a randomly
+            initialized head are the same only if both runs had the same seed.
 
     Raises:
-        UsageError: If there is no adapter in ``model``; with ``head``, if the original values are not known, because a
-            parameter was unfrozen after injection or the adapters took their start out of the frozen weights.
+        UsageError: If there is no adapter in ``model``. With ``head``, also if the original values are not known,
+            because a parameter was unfrozen after injection or PiSSA changed the frozen weights.
     """
     adapters: list[LowRankAdapter | TokenRows] = [adapter for _, adapter in adapters_in(model)]
     if not adapters:
@@ -121,7 +121,7 @@ def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
 
 
 def _replacements(adapters: Mapping[str, LowRankAdapter]) -> dict[nn.Module, nn.Module]:
-    """Frozen module to what stands in its place."""
+    """Frozen module to the module that replaces it."""
     replacements: dict[nn.Module, nn.Module] = {}
     experts: dict[nn.Module, dict[str, LowRankExperts]] = {}
     for name, adapter in adapters.items():

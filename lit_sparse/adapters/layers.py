@@ -1,4 +1,4 @@
-"""Which layers can be adapted, and by which adapter."""
+"""The kinds of layers that can be adapted, and the adapter of each kind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lit_sparse.adapters.quantized import is_quantized
 from lit_sparse.errors import UsageError
 
 Layer = FrozenLinear | nn.Conv2d | nn.Embedding | ExpertWeight
-"""What can be adapted."""
+"""Layers that can be adapted."""
 
 
 def make_adapter(layer: Layer, rank: int, scale: float, dropout: float, gated: bool) -> LowRankAdapter:
-    """The adapter for the kind of ``layer``; arguments as in :class:`~lit_sparse.LowRankAdapter`."""
+    """Make the adapter for a layer. The arguments are those of :class:`~lit_sparse.LowRankAdapter`."""
     if isinstance(layer, ExpertWeight):
         return LowRankExperts(layer, rank, scale, dropout, gated)
     if isinstance(layer, nn.Conv2d):
@@ -28,7 +28,7 @@ def make_adapter(layer: Layer, rank: int, scale: float, dropout: float, gated: b
 
 
 def require_principal(name: str, layer: Layer, rank: int) -> None:
-    """Raise a UsageError unless the weight of ``layer`` has ``rank`` singular values that an adapter can take over."""
+    """Raise a UsageError if the weight of ``layer`` is quantized or has fewer than ``rank`` singular values."""
     weight = layer.weight
     if not isinstance(layer, ExpertWeight) and is_quantized(layer):
         raise UsageError(f"PiSSA starts from the singular vectors of the frozen weight; that of {name!r} is quantized.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from lit_sparse.errors import UsageError
 FrozenLinear = nn.Linear | Conv1D
 """Linear layers; GPT-2's Conv1D is one that stores its weight as (in, out)."""
 
-# Of all modules, in every torch since 2.6; the dictionaries are filled and emptied in place.
+# Hooks on all modules: torch fills and empties these dictionaries in place (since 2.6).
 _GLOBAL_HOOKS = (
     modules._global_forward_hooks,
     modules._global_forward_pre_hooks,
@@ -28,27 +30,17 @@ _GLOBAL_HOOKS = (
 class LowRankLinear(LowRankLayer):
     """``y = base(x) + scale · B (gate ∘ (A x))``, with ``base`` frozen.
 
-    Args:
-        base: Frozen layer, ``nn.Linear`` or ``Conv1D``.
-        rank: Number of ranks r, at least 1.
-        scale: What B diag(gate) A is multiplied by: alpha / rank.
-        dropout: Probability of zeroing an entry of x before A, while training, in [0, 1).
-        gated: Whether each rank has a gate.
-
-    Raises:
-        UsageError: If ``base`` is not linear, ``rank`` < 1, or ``dropout`` is outside [0, 1).
+    Its arguments are those of every adapter that replaces a layer; ``base`` is an ``nn.Linear`` or ``Conv1D``.
     """
 
     base: FrozenLinear
 
-    def __init__(self, base: FrozenLinear, rank: int, scale: float, dropout: float = 0.0, gated: bool = False) -> None:
+    @staticmethod
+    def _features(base: Any) -> tuple[int, int]:
         if not isinstance(base, FrozenLinear):
             raise UsageError(f"LowRankLinear adapts nn.Linear and Conv1D; got {type(base).__name__}.")
-        if isinstance(base, Conv1D):
-            in_features, out_features = base.weight.shape
-        else:
-            in_features, out_features = base.in_features, base.out_features
-        super().__init__(base, in_features, out_features, rank, scale, dropout, gated)
+        # Not the shape of an nn.Linear's weight, which may be packed.
+        return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
@@ -75,7 +67,7 @@ class LowRankLinear(LowRankLayer):
         return fused_linear(rows, weight, bias, self.lora_A, self.lora_B_t, gate, self.scale, dropout)
 
     def _can_fuse(self, rows: Tensor) -> bool:
-        """Whether what ``base`` would do is the product by its weight, and nobody looks on."""
+        """Whether calling ``base`` would only multiply by its weight, without hooks."""
         base = self.base
         weight = base.weight
         casts = autocasts(rows) and torch.float64 not in (rows.dtype, weight.dtype)
@@ -89,7 +81,7 @@ class LowRankLinear(LowRankLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and "forward" not in base.__dict__  # replaced on the object, as accelerate does to move weights
             and not any(_GLOBAL_HOOKS)
-            # A compiler fuses on its own; the others take no hand-written backward.
+            # A compiler fuses by itself; the others do not take a hand-written backward.
             and not torch.compiler.is_compiling()
             and forward_ad._current_level < 0
             and not torch._C._get_tracing_state()

@@ -1,4 +1,4 @@
-"""Fold adapters into the frozen weights, and give the plain model back."""
+"""Fold adapters into the frozen weights, and restore the plain model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MERGED = "_lit_sparse_merged"
 
 @dataclass(frozen=True, eq=False)
 class _Changed:
-    """Entries of a weight before they were changed: all of them if ``indices``, into the flat weight, is None."""
+    """Entries of a weight before a merge: those at ``indices`` of the flat weight, or all if ``indices`` is None."""
 
     indices: Tensor | None
     values: Tensor
@@ -30,7 +30,7 @@ class _Changed:
 
 @dataclass(frozen=True, eq=False)
 class _Merged:
-    """What :func:`unmerge` puts back: the module with the adapters, and the weights below it by name."""
+    """Module and weights that :func:`unmerge` restores: the module with the adapters, and its weights by name."""
 
     adapted: nn.Module
     weights: dict[str, _Changed]
@@ -38,30 +38,28 @@ class _Merged:
 
 @torch.no_grad()
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
-    """Add every adapter's product to its frozen weight, and put the plain layers back, in place.
+    """Add every adapter's product to its frozen weight, and restore the plain layers, in place.
 
-    The sum is formed in the adapters' precision, float32 or better, and rounded once to the weight's. Entries of a
-    weight that the adapter does not reach (outside the support of BA) stay bit for bit what they were. Parameters stay
-    frozen as injection left them.
+    The sum is formed in the adapters' precision, float32 or better, and rounded once to the weight's. Entries outside
+    the support of BA do not change, bit for bit. Parameters stay frozen as injection left them.
 
-    Layers that are quantized, adapted or not, are unpacked first, into the dtype of the model's other frozen weights:
-    the sum has entries that the few bits of a packed weight could not tell apart. The model then takes the memory of
-    one that was never quantized, and says so in its configuration.
+    Quantized layers, adapted or not, are first dequantized into the dtype of the model's other frozen weights, because
+    a packed weight has too few bits for the sum. The model then needs the memory of one that was never quantized, and
+    its quantization config is cleared.
 
     Args:
         model: Model with adapters.
-        keep: Keep what :func:`unmerge` needs: the adapters, and the entries that change, with their places; at most a
-            copy of the weight, which is what a dense adapter comes to. Without it, what an earlier merge kept is given
-            up.
+        keep: Keep the adapters and the old values of the entries that change, for :func:`unmerge`. This takes at most
+            the memory of the weights. False: drop what an earlier merge kept.
 
     Returns:
-        ``model``, of the classes that it had before injection.
+        ``model``, whose modules have the classes from before injection.
 
     Raises:
         UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, a sum is
-            not finite, or a layer is quantized by something else than torchao or bitsandbytes. With ``keep``, also if
-            a layer is quantized at all, there are rows of new tokens, or an earlier merge with ``keep`` was not
-            undone. ``model`` is then what it was.
+            not finite, or a layer is quantized by another library than torchao or bitsandbytes. With ``keep``, also if
+            any layer is quantized, there are rows of new tokens, or an earlier merge with ``keep`` was not undone.
+            ``model`` is not changed then.
     """
     adapters = dict(adapters_in(model))
     if not adapters:
@@ -115,17 +113,17 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> dict[str, LowRankAdapter]:
-    """Undo ``merge(model, keep=True)``: every weight is what it was, bit for bit, and the adapters are in their places.
+    """Undo ``merge(model, keep=True)``: restore every weight bit for bit, and the adapters.
 
     Args:
-        model: As it was merged, also moved to another device or copied.
+        model: The merged model. It may have been moved to another device or copied.
 
     Returns:
         Full layer name to adapter.
 
     Raises:
-        UsageError: If ``model`` was not merged with ``keep``, was merged again without it, holds adapters again, or
-            changed its dtype since.
+        UsageError: If ``model`` was not merged with ``keep``, was then merged without it, holds adapters again, or has
+            another dtype now.
     """
     merged = {module: vars(module)[_MERGED] for module in model.modules() if _MERGED in vars(module)}
     if not merged:
@@ -157,7 +155,7 @@ def unmerge(model: nn.Module) -> dict[str, LowRankAdapter]:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take the adapters out and give the plain model back as it was before injection, its head included, in place.
+    """Remove the adapters and restore the model from before injection, its head included, in place.
 
     Parameters stay frozen or trainable as they are.
 
@@ -165,12 +163,12 @@ def unload(model: nn.Module) -> nn.Module:
         model: Model with adapters.
 
     Returns:
-        ``model``, of the classes that it had before injection.
+        ``model``, whose modules have the classes from before injection.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, as all are
-            within :func:`disable_adapters`, or the original values are not known, because a parameter was unfrozen
-            after injection or the adapters took their start out of the frozen weights. ``model`` is then what it was.
+        UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, or the
+            original values are not known, because a parameter was unfrozen after injection or PiSSA changed the frozen
+            weights. ``model`` is not changed then.
     """
     if not any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds no adapter to unload.")
@@ -191,7 +189,7 @@ def _require_on(model: nn.Module, function: str) -> None:
 
 def _changed(weight: Tensor, merged: Tensor) -> _Changed:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]
-    # By the bits: -0.0 equals 0.0.
+    # Compare bits, because -0.0 equals 0.0.
     indices = (weight.view(integers) != merged.view(integers)).flatten().nonzero().flatten()
     if len(indices) * (indices.dtype.itemsize + weight.dtype.itemsize) >= weight.nbytes or weight.dtype.itemsize == 1:
         return _Changed(None, weight.detach().clone())
@@ -199,7 +197,7 @@ def _changed(weight: Tensor, merged: Tensor) -> _Changed:
 
 
 def _require_finite(adapters: Mapping[str, LowRankAdapter], rows: Sequence[tuple[str, TokenRows]]) -> None:
-    """Raise a UsageError, before any weight is changed, if a sum would bring a NaN or an infinity into one."""
+    """Raise a UsageError if a merge would write a NaN or an infinity into a weight."""
     spoilt = []
     for name, adapter in adapters.items():
         # In the adapter's dtype, since float8 has no isfinite.
@@ -218,5 +216,5 @@ def _require_finite(adapters: Mapping[str, LowRankAdapter], rows: Sequence[tuple
 def _merged(adapter: LowRankAdapter) -> Tensor:
     weight, delta = adapter.weight, adapter.delta_weight()
     merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
-    # Not a plain sum: it would turn a frozen -0.0 into +0.0.
+    # A plain sum would turn a frozen -0.0 into +0.0.
     return torch.where(delta != 0, merged, weight)

@@ -1,4 +1,4 @@
-"""What the names of layers say: which stand at the same place of several blocks, and what all names begin with."""
+"""Read the names of layers: the block and the kind of each, and the prefix of all."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import itertools
 from collections.abc import Iterable
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of names that torch puts in for FSDP1 and activation checkpointing, and leaves out of states itself."""
+"""Parts of module names that torch adds for FSDP1 and activation checkpointing. States do not have them."""
 
 
 def clean_name(name: str) -> str:
-    """The name that a module or parameter has where nothing is wrapped."""
+    """The name of a module or parameter without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Kind of each layer (its name within its block) and number of the block, -1 outside of blocks.
+    """Kind of each layer (its name within its block) and number of its block, -1 outside of blocks.
 
     Args:
-        names: Full names; what all of them begin with is left out of the kinds.
+        names: Full names. Kinds leave out the prefix that all of them share.
     """
     full = list(names)
     common = itertools.takewhile(lambda part: not part.isdigit(), common_start(full).split(".")[:-1])
@@ -31,14 +31,14 @@ def places(names: Iterable[str]) -> dict[str, tuple[str, int]]:
         if i is None:
             found[name] = (".".join(parts[name]), -1)
         else:
-            # An encoder and a decoder both have a block 0: several stacks are told apart by their names.
+            # An encoder and a decoder both have a block 0: kinds then include the name of the stack.
             kind = parts[name][i + 1 :] if len(stacks) == 1 else [*parts[name][:i], *parts[name][i + 1 :]]
             found[name] = (".".join(kind), int(parts[name][i]))
     return found
 
 
 def common_start(names: Iterable[str]) -> str:
-    """The parts that all names begin with, each with its dot."""
+    """The leading parts that all names share, each with its dot."""
     parts = [name.split(".")[:-1] for name in names]
     same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     return "".join(f"{level[0]}." for level in same)

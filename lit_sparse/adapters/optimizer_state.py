@@ -1,4 +1,4 @@
-"""What an optimizer remembers of parameters that lose rows, and which optimizers it can be cut for."""
+"""Cut the state of an optimizer when parameters lose rows, and refuse optimizers whose state cannot be cut."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def require_cuttable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -
     """Refuse an optimizer whose state cannot be cut to the rows that ``parameters`` keep.
 
     Raises:
-        UsageError: Naming what the state holds.
+        UsageError: If an entry of the state cannot be cut.
     """
     cut: set[Tensor] = set(parameters)
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            # LBFGS keeps lists of what it knows of all parameters with the first of them.
+            # LBFGS keeps lists for all parameters in the state of the first one.
             if isinstance(value, list | tuple | dict) or (parameter in cut and _has_rows(value, parameter) is None):
                 _refuse(optimizer, key, value, parameter)
 
 
 def require_cuttable_after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """As :func:`require_cuttable`, before the first step: a copy of the optimizer takes one on copies of parameters.
+    """As :func:`require_cuttable`, before the first step: a copy of the optimizer takes a step on copied parameters.
 
     Raises:
-        UsageError: Naming what the state holds, or why the copy cannot take a step.
+        UsageError: If an entry of the state cannot be cut, or the copy cannot take a step.
     """
     wanted = set(parameters)
     twins: dict[int, nn.Parameter | None] = {}
@@ -48,7 +48,7 @@ def require_cuttable_after_a_step(optimizer: Optimizer, parameters: Iterable[nn.
         for twin in kept:
             twin.grad = torch.ones_like(twin)
         trial.step(lambda: 0.0)
-    except Exception as error:  # whatever an optimizer makes of being copied
+    except Exception as error:  # an optimizer that cannot be copied may raise anything
         raise UsageError(
             f"Ranks cannot be taken out while {type(optimizer).__name__} trains: a step of a copy, to see what it "
             f"remembers, failed ({error}). Compact after training, or use another optimizer, such as AdamW."
@@ -57,7 +57,7 @@ def require_cuttable_after_a_step(optimizer: Optimizer, parameters: Iterable[nn.
 
 
 def keep_rows(optimizer: Optimizer, parameter: nn.Parameter, places: Tensor) -> None:
-    """Cut the state of ``parameter`` to these rows; call it before the parameter is cut."""
+    """Cut the state of ``parameter`` to these rows. Call this before the parameter itself is cut."""
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
         if _has_rows(value, parameter):
@@ -67,9 +67,8 @@ def keep_rows(optimizer: Optimizer, parameter: nn.Parameter, places: Tensor) -> 
 def _has_rows(value: Any, parameter: Tensor) -> bool | None:
     """Whether ``value`` has a row for each of the parameter's; None if its type and shape do not tell.
 
-    Moments have the parameter's shape; the factors of Adafactor have it with a dimension left out or of size 1. Codes
-    of quantized moments are integers or a tensor class of their own, and their scales belong to blocks that may span
-    rows.
+    Moments have the parameter's shape. Adafactor's factors lack a dimension or have it of size 1. Quantized moments are
+    integers or a tensor sub-class, and their scales belong to blocks that may span rows.
     """
     if not isinstance(value, Tensor):
         return False if value is None or isinstance(value, bool | int | float | str) else None
@@ -82,7 +81,7 @@ def _has_rows(value: Any, parameter: Tensor) -> bool | None:
 
 
 def _reduced(shape: torch.Size) -> Iterator[tuple[torch.Size, bool]]:
-    """The shapes that remain of ``shape`` when dimensions are left out or 1, and whether the first one is whole."""
+    """All shapes with dimensions of ``shape`` left out or set to 1, and whether the first dimension is unchanged."""
     shapes: list[tuple[tuple[int, ...], bool]] = [((), True)]
     for index, size in enumerate(shape):
         shapes = [
@@ -95,7 +94,7 @@ def _reduced(shape: torch.Size) -> Iterator[tuple[torch.Size, bool]]:
 
 
 def _copy(optimizer: Optimizer, twins: dict[int, nn.Parameter | None]) -> Optimizer:
-    """A copy without state and hooks that holds ``twins`` in the place of parameters, by their ids."""
+    """A copy without state and hooks, with ``twins`` in place of the parameters with these ids."""
     attributes = {
         name: value
         for name, value in vars(optimizer).items()

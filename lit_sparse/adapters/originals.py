@@ -1,4 +1,4 @@
-"""The values that a task head, and whatever else is trained whole, had before training: keep them, put them back."""
+"""Keep and restore the values that fully trained modules, such as the task head, had before training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError, listed
 
 _KEPT = "_lit_sparse_originals"
-_Swap = tuple[dict[str, Any], str, Tensor, Tensor]  # a module's tensors, name, what stands there, original
+_Swap = tuple[dict[str, Any], str, Tensor, Tensor]  # a module's tensors, name, current tensor, original
 
 
 def keep_originals(module: nn.Module, names: set[str] | None = None) -> None:
     """Keep a copy of the parameters and buffers of ``module``, on their device.
 
-    It lies beside the module's state: no ``state_dict`` holds it, copies and pickles of the module do.
+    The copy is not in any ``state_dict``, but copies and pickles of the module hold it.
 
     Args:
-        module: Before any of it is trained.
-        names: Only these of its own tensors; None: all, those of its children included.
+        module: A module that has not been trained.
+        names: Names of its own tensors to keep; None: all tensors, those of its children included.
     """
     for part in [module] if names else list(module.modules()):
         own = chain(part._parameters.items(), part._buffers.items())
@@ -36,11 +36,11 @@ def keep_originals(module: nn.Module, names: set[str] | None = None) -> None:
 
 
 def forget_originals(model: nn.Module, known: bool = True) -> None:
-    """Give up what was kept.
+    """Drop the copies.
 
     Args:
-        model: With modules of which originals were kept.
-        known: False: note that what is trained had other values, which asking for them then says.
+        model: Model whose original values were kept.
+        known: False: :func:`originals` then refuses, because the model has no other copy of these values.
     """
     for module in model.modules():
         if vars(module).pop(_KEPT, None) is not None and not known:
@@ -49,10 +49,10 @@ def forget_originals(model: nn.Module, known: bool = True) -> None:
 
 @contextmanager
 def originals(model: nn.Module) -> Iterator[None]:
-    """Within the context, what is trained whole has the values that it had before injection.
+    """Within the context, fully trained modules have the values from before injection.
 
     Raises:
-        UsageError: If these are not known.
+        UsageError: If these values are not known.
     """
     swaps = _swaps(model)
     for holder, name, _, original in swaps:
@@ -66,10 +66,10 @@ def originals(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def restore_originals(model: nn.Module) -> None:
-    """Give what was trained whole the values and dtypes that it had before injection, for good.
+    """Give fully trained modules the values and dtypes from before injection, for good.
 
     Raises:
-        UsageError: If these are not known.
+        UsageError: If these values are not known.
     """
     for _, _, current, original in _swaps(model):
         current.data, current.grad = original.detach(), None

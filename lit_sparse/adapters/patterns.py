@@ -1,4 +1,4 @@
-"""Regular expressions over layer names, matched in bounded time: a downloaded file may bring them."""
+"""Patterns of layer names. Regular expressions are matched in bounded time, since downloaded files may hold them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ else:
     import sre_constants as sre
     import sre_parse as parser
 
-_LONGEST = 2_000  # characters of a pattern that is more than names
+_LONGEST = 2_000  # characters of a pattern with more than names
 _MOST_STEPS = 10_000_000  # about ten seconds; a pattern over all 20,000 modules of a large model takes 1,500,000
 _NAME = r"(?:[\w.\-]|\\[.\-])+"
-# Names, dots being wildcards: re matches them in time linear in their length.
+# Names, with dots as wildcards: re matches these in linear time.
 _PLAIN = re.compile(rf"\^?(?:{_NAME}|\(\?:{_NAME}\))(?:\|(?:{_NAME}|\(\?:{_NAME}\)))*")
+
+
+def matches_tail(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is the whole name or whole trailing parts of it."""
+    return f".{name}".endswith(f".{pattern}")
 
 
 class NamePatterns:
     r"""Matches whole names against regular expressions, with the result of ``re`` and without its backtracking.
 
     For patterns such as ``(a+)+b``, ``re`` takes time exponential in the length of the name. This class follows all
-    ways through a pattern at once and counts its steps.
+    paths through a pattern at once and counts its steps.
 
     Args:
-        argument: Where the patterns come from, for messages.
+        argument: Name of the argument with the patterns, for messages.
         tails: Whether a pattern may also match the part of a name after any dot: PEFT's ``(.*\.)?(key)$``.
     """
 
@@ -49,7 +54,7 @@ class NamePatterns:
         """
         if pattern not in self._matchers:
             self._matchers[pattern] = self._matcher(pattern)
-        self._count((100 + len(name)) / 1000, pattern)  # what a plain match costs
+        self._count((100 + len(name)) / 1000, pattern)  # cost of a plain match
         return self._matchers[pattern](name)
 
     def _matcher(self, pattern: str) -> Callable[[str], bool]:
@@ -73,7 +78,7 @@ class NamePatterns:
         return matches
 
     def _ends(self, nodes: Any, name: str, places: set[int], pattern: str) -> set[int]:
-        """The places in ``name`` at which ``nodes`` can end if they begin at one of ``places``."""
+        """The positions in ``name`` where ``nodes`` can end if they begin at one of ``places``."""
         for kind, argument in nodes:
             if not places:
                 break
@@ -128,14 +133,14 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 
 def _at(anchor: Any, name: str) -> set[int]:
-    """The places that an anchor allows."""
+    """The positions that an anchor allows."""
     if anchor in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
         return {0}
     return {len(name), *([len(name) - 1] if anchor is sre.AT_END and name.endswith("\n") else [])}
 
 
 def _fits(kind: Any, argument: Any, character: str) -> bool:
-    """Whether one character is what a node asks for."""
+    """Whether a node matches one character."""
     if kind is sre.IN:
         negated = argument[0][0] is sre.NEGATE
         return any(_fits(part, value, character) for part, value in argument[negated:]) != negated
@@ -149,7 +154,7 @@ def _fits(kind: Any, argument: Any, character: str) -> bool:
 
 
 def _require_regular(parsed: Any) -> None:
-    """Raise NotImplementedError for what the set of places alone cannot decide."""
+    """Raise NotImplementedError for constructs that need more than the set of positions."""
     if parsed.state.flags & ~re.UNICODE:
         raise NotImplementedError("flags")
     unchecked = [parsed]

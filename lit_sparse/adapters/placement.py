@@ -1,4 +1,4 @@
-"""Where adapters can be put: a whole model on one device, whose layers are its own."""
+"""Check that a model can take adapters: whole, on one device, and without adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INSTEAD = (
 
 
 def require_whole(model: nn.Module) -> None:
-    """Check that adapters can be put into ``model``.
+    """Check that ``model`` can take adapters.
 
     Raises:
         UsageError: If its weights are offloaded by accelerate, were never loaded or lie on several devices, or PEFT
@@ -29,13 +29,13 @@ def require_whole(model: nn.Module) -> None:
     if tuned:
         first = next(filter(None, tuned), name)
         raise UsageError(
-            f"PEFT adapted {name} already, the first at {first!r}: its A and B would be adapted and frozen. Fold "
-            "them in first with model = model.merge_and_unload(), or load the plain backbone and start from the "
-            "folder of the adapter with load_peft."
+            f"PEFT adapted {name} already, the first at {first!r}. Fold its adapters in with "
+            "model = model.merge_and_unload(), or load the plain backbone and start from the adapter's folder with "
+            "load_peft."
         )
     parameters = list(model.parameters())
     empty = any(p.is_meta for p in parameters)
-    if empty and torch.get_default_device().type != "meta":  # under torch.device("meta") all is meant to be empty
+    if empty and torch.get_default_device().type != "meta":  # a model built under torch.device("meta") may be empty
         raise UsageError(
             f"{name} has parameters on the meta device: accelerate offloaded them, or no weights were loaded. "
             f"{_INSTEAD}."

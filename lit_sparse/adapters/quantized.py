@@ -1,4 +1,4 @@
-"""Frozen layers whose weight is stored in fewer bits, by torchao or bitsandbytes: find, check and unpack them."""
+"""Find, check and dequantize frozen layers that torchao or bitsandbytes quantized."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lit_sparse.errors import UsageError
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether the weight of ``layer`` is packed: a tensor of a class of its own, or of integers."""
+    """Whether the weight of ``layer`` is packed: a tensor sub-class or a tensor of integers."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return False
-    # By the layer too: a new head that transformers made a bitsandbytes layer of has a plain weight, and cannot run.
+    # transformers may make a bitsandbytes layer of a new head, which has a plain weight and cannot run.
     packed = type(weight.data) not in (Tensor, DTensor) or not weight.is_floating_point()
     return packed or _is_bitsandbytes(layer)
 
@@ -33,14 +33,14 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def require_trainable_around(model: nn.Module, head: Collection[str]) -> None:
-    """See that adapters and head can be trained on a model with quantized layers.
+    """Check that adapters and head can be trained on a model with quantized layers.
 
-    On processors with AVX512-BF16, bitsandbytes repacks a 4-bit weight at the first evaluation, for good: no gradient
-    passes after that, and what the weight was is lost. That is switched off, in every layer.
+    On processors with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation. This cannot be undone,
+    and no gradient passes afterwards, so that it is switched off in every layer.
 
     Args:
-        model: The backbone, frozen; nothing is done to one without quantized layers.
-        head: Names of the modules that are to be trained whole.
+        model: The frozen backbone.
+        head: Names of the modules to train whole.
 
     Raises:
         UsageError: If a part of the head is quantized, or no gradient passes through a quantized layer.
@@ -67,11 +67,11 @@ def require_trainable_around(model: nn.Module, head: Collection[str]) -> None:
 def dequantized(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Plain layers with the weights that the quantized ones of ``model`` compute with.
 
-    In training, and with weight-only quantization always, a quantized layer computes with exactly this weight and
-    rounds differently only. In evaluation bitsandbytes' 8-bit layers round their input to 8 bits as well.
+    A quantized layer computes with exactly this weight in training, and rounds differently. In evaluation,
+    bitsandbytes' 8-bit layers also round their input to 8 bits.
 
     Args:
-        model: Left as it is.
+        model: Not changed.
 
     Returns:
         Quantized layer to plain one, frozen, in the dtype of the parameters of ``model`` that are not quantized.
@@ -84,7 +84,7 @@ def dequantized(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def forget_quantization(model: nn.Module) -> None:
-    """Take out of every Hugging Face model in ``model`` the record that it is quantized, once it is so no more."""
+    """Clear the quantization config of every Hugging Face model in ``model``, after its weights were dequantized."""
     for module in list(model.modules()):
         quantizer: Any = getattr(module, "hf_quantizer", None)
         if quantizer is not None:

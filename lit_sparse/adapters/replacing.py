@@ -1,4 +1,4 @@
-"""Put modules in the place of others."""
+"""Replace modules of a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, wherever in ``model`` they stand; one with several names gets all of them."""
+    """Replace modules anywhere in ``model``, under every name that they have."""
     for parent in list(model.modules()):
-        # Not named_children(): it leaves out a second name of the same layer.
+        # named_children() would skip the second name of a layer.
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements and parent is not replacements[child]:
                 setattr(parent, name, replacements[child])

@@ -16,8 +16,8 @@ _SAVING = ("save_pretrained", "push_to_hub")
 def guard_saving(adapter: type[nn.Module]) -> None:
     """Let ``save_pretrained`` and ``push_to_hub`` refuse every model that holds a module of the class ``adapter``.
 
-    Wraps both methods of ``PreTrainedModel``, once. The class and not the model: the same rule then holds for copies,
-    for models loaded from a pickle, for a model around the adapted one, and ends by itself when adapters are taken out.
+    Wraps both methods of the class ``PreTrainedModel``, once. This covers copies, models loaded from a pickle and
+    models around the adapted one, and no longer applies to a model whose adapters were removed.
     """
     for name in _SAVING:
         method = getattr(PreTrainedModel, name)

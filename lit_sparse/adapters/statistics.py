@@ -126,9 +126,13 @@ def sparsity_of_layer(layer: LayerFactors) -> LayerSparsity:
 
 def _live(adapters: Sequence[LowRankAdapter | LayerFactors], per_rank_A: Tensor, per_rank_B: Tensor) -> Tensor:
     live = (per_rank_A > 0) & (per_rank_B > 0)
-    if all(adapter.gate is None for adapter in adapters):
+    gates = [a.effective_gate() if isinstance(a, LowRankAdapter) else a.gate for a in adapters]
+    if all(gate is None for gate in gates):
         return live
-    return live & torch.cat([a.lora_A.new_ones(len(a.lora_A)) if a.gate is None else a.gate for a in adapters]).ne(0)
+    factors = [
+        a.lora_A.new_ones(len(a.lora_A)) if gate is None else gate for a, gate in zip(adapters, gates, strict=True)
+    ]
+    return live & torch.cat(factors).ne(0)
 
 
 def _nonzero_per_rank(matrices: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train the rows of some tokens in frozen embeddings and output layers, and nothing else of them."""
+"""Train only the rows of some tokens in frozen embeddings and output layers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lit_sparse.errors import UsageError
 
 
 class TokenRows(KeepsPrecision):
-    """Stands in the place of an embedding or an output layer, and computes with rows of its own for some tokens.
+    """Replaces an embedding or an output layer, and has trained rows for some tokens.
 
-    The frozen matrix stays what it is and gets no gradient. Where input and output share it, they share the rows.
+    The frozen matrix does not change and gets no gradient. Tied input and output layers share the trained rows.
 
     Args:
         base: The frozen layer, with a row for each token.
-        ids: The tokens with a row here, in ascending order.
+        ids: Ids of the trained tokens, in ascending order.
         rows: Their rows, of shape ``(tokens, width)``, float32 or better.
-        bias: Their entries of the bias, of shape ``(tokens,)``; None for a layer without one.
-        texts: The tokens as text in the order of ``ids``; empty where that is not known.
+        bias: Their entries of the bias, of shape ``(tokens,)``; None for a layer without bias.
+        texts: The tokens as text in the order of ``ids``; empty if they are not known.
     """
 
     rows: nn.Parameter
@@ -51,12 +51,12 @@ class TokenRows(KeepsPrecision):
         self.register_buffer("ids", ids, persistent=False)
         self.texts = tuple(texts)
         self.enabled = True
-        """Off: the frozen layer's output, in which new tokens have the rows that they started from."""
+        """False: the output is that of the frozen layer, in which new tokens have the rows that they started from."""
         self.train(base.training)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; backbones ask a layer for ``weight.dtype``."""
+        """The frozen weight. Backbones read its dtype."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class TokenRows(KeepsPrecision):
             found = found * (scale.to(y.dtype) if torch.is_tensor(scale) else scale)
             return torch.where((self.ids[places] == x).unsqueeze(-1), found, y)
         bias = None if self.bias_rows is None else self.bias_rows.to(x.dtype)
-        # In place: a copy of the scores of a large vocabulary is larger than the rest of the layer.
+        # In place: copying the scores of a large vocabulary would cost more than the rest of the layer.
         return y.index_copy_(-1, self.ids, F.linear(x, self.rows.to(x.dtype), bias).to(y.dtype))
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class TokenRows(KeepsPrecision):
             base.bias[self.ids] = self.bias_rows.to(base.bias.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        # What a backbone asks of the layer itself: num_embeddings, padding_idx, bias.
+        # Backbones read attributes of the layer: num_embeddings, padding_idx, bias.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -92,31 +92,31 @@ class TokenRows(KeepsPrecision):
 
 
 def token_rows_in(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:
-    """Iterate over ``(name, layer)`` of every layer of ``model`` with rows of its own for some tokens."""
+    """Iterate over ``(name, layer)`` of every layer of ``model`` with trained rows for some tokens."""
     for name, module in model.named_modules():
         if isinstance(module, TokenRows):
             yield clean_name(name), module
 
 
 def add_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Give a model with adapters new tokens, of which only the rows are trained.
+    """Give a model with adapters new tokens, and train the rows of these tokens.
 
     The tokens are added to the tokenizer, and the embeddings grow if they have no rows for them. A new row starts as
-    the mean of the others, so that the token is neither likely nor impossible at first; a token that the tokenizer knew
-    already starts from its own row. Input embedding and output layer are trained; where they are tied, as one.
+    the mean of the others, so that the token is neither likely nor impossible at first. A token that the tokenizer
+    already knew starts from its own row. Both input embedding and output layer are trained; tied layers share the rows.
 
     Args:
         model: Hugging Face model, or a module that holds one, after :func:`~lit_sparse.inject`.
-        tokenizer: The one that the data is read by; it is changed.
+        tokenizer: Tokenizer of the data. It is changed.
         tokens: Texts of the tokens.
 
     Returns:
         The ids of the tokens.
 
     Raises:
-        UsageError: If the tokens are none or the same, ``model`` reads no tokens, has no adapters or such rows already,
-            or its embeddings are adapted, trained whole, quantized, or read without being called. ``tokenizer`` is
-            then what it was.
+        UsageError: If there are no tokens or duplicates, ``model`` reads no tokens, has no adapters or already has such
+            rows, or its embeddings are adapted, fully trained, quantized, or read without being called.
+            ``tokenizer`` is not changed then.
     """
     if not tokens or len(set(tokens)) < len(tokens) or not all(isinstance(t, str) and t.strip() for t in tokens):
         raise UsageError(f"new_tokens are texts of tokens, each once; got {list(tokens)}.")
@@ -145,16 +145,16 @@ def add_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Seq
 def train_rows(
     model: nn.Module, ids: Sequence[int], texts: Sequence[str] = (), only: str | None = None
 ) -> list[TokenRows]:
-    """Train rows of the embeddings, which grow to hold them, from what stands there.
+    """Train rows of the embeddings, starting from their current values. The embeddings grow if they lack rows.
 
     Args:
-        model: After injection.
-        ids: Of the tokens, in ascending order.
+        model: Model with adapters.
+        ids: Ids of the tokens, in ascending order.
         texts: The tokens as text, in that order.
-        only: Name of an embedding or output layer: rows of this one and of those that share its weight. None: of all.
+        only: Name of an embedding or output layer: train only its rows and those of layers that share its weight.
 
     Returns:
-        What stands in the place of the layers now.
+        The modules that replace the layers.
 
     Raises:
         UsageError: As :func:`add_tokens`.
@@ -177,7 +177,7 @@ def train_rows(
 
 
 def vocabulary_layers(model: nn.Module) -> dict[str, Any]:
-    """The input embedding of a model of text, its output layer, and what shares a weight with them, by full name."""
+    """The input embedding and the output layer of a text model, and layers that share a weight with them, by name."""
     host = text_model(model)
     ends = [layer for layer in (host.get_input_embeddings(), host.get_output_embeddings()) if layer is not None]
     weights = [layer.weight for layer in ends]
@@ -196,7 +196,7 @@ def embedding_count(model: nn.Module) -> int:
 
 
 def text_model(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model of text that ``model`` is or holds.
+    """The Hugging Face text model that ``model`` is or holds.
 
     Raises:
         UsageError: If there is none, or several.
@@ -218,7 +218,7 @@ def text_model(model: nn.Module) -> PreTrainedModel:
 
 @torch.no_grad()
 def grow(host: PreTrainedModel, size: int) -> None:
-    """Give embeddings at least ``size`` rows; new ones are the mean of the others, always the same."""
+    """Give embeddings at least ``size`` rows. New rows are the mean of the others, so that they are deterministic."""
     before = embedding_count(host)
     if size <= before:
         return
@@ -232,13 +232,13 @@ def grow(host: PreTrainedModel, size: int) -> None:
 
 
 def token_record(model: nn.Module) -> dict[str, Mapping[str, Any]]:
-    """What rebuilds the rows of a model: name of a layer, for each weight one, to ids and texts of its tokens."""
+    """Record the trained rows of a model: one layer name for each weight → ids and texts of its tokens."""
     found = {id(layer.rows): (name, layer) for name, layer in reversed(list(token_rows_in(model)))}
     return {name: {"ids": layer.ids.tolist(), "texts": list(layer.texts)} for name, layer in found.values()}
 
 
 def same_tokens(ids: list[int], texts: Sequence[str], other_ids: list[int], other_texts: Sequence[str]) -> bool:
-    """Whether two lists of tokens are the same: by their ids, and by their texts where both are known."""
+    """Whether two lists of tokens have the same ids, and the same texts where both are known."""
     return ids == other_ids and all(
         text == other for text, other in zip(texts, other_texts, strict=False) if text and other
     )
@@ -262,7 +262,7 @@ def _refusal(model: nn.Module, name: str, layer: nn.Module) -> str | None:
         return "is trained whole: leave it out of train_head"
     reader = reads_weight(model, name)
     if reader is not None:
-        return f"the class {reader} computes with the weight of, without calling it"
+        return f"is not called: {reader} reads its weight directly"
     scaled = isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")
     plain = nn.Embedding.forward if isinstance(layer, nn.Embedding) else nn.Linear.forward
     if (type(layer).forward is not plain and not scaled) or getattr(layer, "max_norm", None) is not None:

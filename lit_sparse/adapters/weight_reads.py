@@ -1,4 +1,8 @@
-"""Find layers whose weight a model reads directly, without calling the layer: an adapter there would be ignored."""
+"""Find layers whose weight a model reads directly, without calling the layer: an adapter there would have no effect.
+
+This reads the source of the model's classes. Watching a forward pass instead would miss paths that this pass does not
+take: kernels for other devices, such as Mamba's for CUDA, and branches for training or for other inputs.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +15,31 @@ from types import CodeType
 
 from torch import nn
 
-# What a model may ask of a weight without computing with it.
+# Attributes of a weight that a model may read without computing with the weight.
 _HARMLESS = {"dtype", "device", "shape", "ndim", "size", "numel", "dim", "requires_grad", "is_meta", "layout"}
 _SETTING_UP = ("__init__", "_init", "init_", "reset_", "_reset")
 _LIBRARY_BASES = ("torch.", "transformers.modeling_utils", "transformers.generation", "transformers.integrations")
 
 
 def reads_weight(model: nn.Module, name: str) -> str | None:
-    """Say who computes with the weight of a layer instead of calling the layer.
+    """Find a class that computes with the weight of a layer instead of calling the layer.
 
-    Told from the source of the classes that hold the layer: ``self.x_proj.weight`` anywhere but in setting up or in
-    asking for a dtype or shape. Branches that the model's own settings switch off (``if self.pretraining_tp > 1``) do
-    not count. Source that cannot be read, such as a module's typed into a terminal, is trusted to call its layers.
+    Its source has ``self.x_proj.weight``, other than in set-up code or to read a dtype or shape. Branches that the
+    model's own settings switch off (``if self.pretraining_tp > 1``) do not count. Classes without source, such as
+    those typed into a terminal, are taken to call their layers.
 
     Args:
         model: The model.
         name: Full name of the layer in it.
 
     Returns:
-        Class name of the reader, or None.
+        Name of the class, or None.
     """
     parts = name.split(".")
     for end in range(len(parts)):
         holder = model.get_submodule(".".join(parts[:end]))
         if isinstance(holder, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            # PyTorch's own: in evaluation both run one kernel on the weights of all layers they hold.
+            # In evaluation, both run one kernel on the weights of all layers that they hold.
             return type(holder).__name__
         for path, guards in _reads(type(holder)):  # type: ignore[arg-type]  # classes are hashable
             if path == ".".join(parts[end:]) and all(_may_hold(holder, test, wanted) for test, wanted in guards):
@@ -45,7 +49,7 @@ def reads_weight(model: nn.Module, name: str) -> str | None:
 
 @functools.cache
 def _reads(kind: type[nn.Module]) -> tuple[tuple[str, tuple[tuple[CodeType, bool], ...]], ...]:
-    """Paths below ``self`` whose ``.weight`` the methods of ``kind`` compute with, and the tests they stand behind."""
+    """Paths below ``self`` whose ``.weight`` the methods of ``kind`` compute with, and the conditions around each."""
     found = []
     for name, method in inspect.getmembers(kind, inspect.isfunction):
         if name.startswith(_SETTING_UP) or method.__module__.startswith(_LIBRARY_BASES):
@@ -71,7 +75,7 @@ def _reads_below(
         return
     if isinstance(node, ast.Attribute):
         if node.attr in _HARMLESS and _path(node.value):
-            return  # of a weight, or of something that is none
+            return
         path = _path(node.value) if node.attr == "weight" and isinstance(node.ctx, ast.Load) else None
         if path:
             yield path, guards
@@ -91,7 +95,7 @@ def _path(node: ast.AST) -> str | None:
 
 
 def _setting(test: ast.expr) -> CodeType | None:
-    """A test made of the module's own attributes and constants alone, compiled; None for any other."""
+    """A condition on the module's own attributes and constants, compiled; None for any other condition."""
     plain = (ast.Name, ast.Attribute, ast.Constant, ast.BoolOp, ast.UnaryOp, ast.Compare)
     small = (ast.expr_context, ast.boolop, ast.unaryop, ast.cmpop)
     nodes = list(ast.walk(test))
@@ -105,6 +109,6 @@ def _may_hold(holder: nn.Module, test: CodeType, wanted: bool) -> bool:
         return True  # holds now or later
     try:
         value = eval(test, {"__builtins__": {}}, {"self": holder})  # noqa: S307  # of the model's own source, no calls
-    except Exception:  # whatever the model's attributes do when they are read
+    except Exception:  # a property of the model may raise anything
         return True
     return bool(value) is wanted if isinstance(value, bool | int | float | str | type(None)) else True

@@ -81,7 +81,8 @@ class CompactRanks(StepCallback):
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, is_due: bool) -> None:  # noqa: ARG002
         """Add up the gates, and remove dead ranks if it is time."""
-        gates = {name: a.gate.detach() for name, a in self._adapters.items() if a.gate is not None}
+        found = {name: adapter.effective_gate() for name, adapter in self._adapters.items()}
+        gates = {name: gate.detach() for name, gate in found.items() if gate is not None}
         if gates:
             torch._foreach_add_([self._seen[name] for name in gates], torch._foreach_abs(list(gates.values())))
         if is_due:

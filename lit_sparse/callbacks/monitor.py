@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.imports import RequirementCache
 from rich import box, get_console
 from rich.table import Table
-from torch import Tensor
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
@@ -116,7 +115,7 @@ def _log_figures(trainer: Trainer, layers: Sequence[LayerSparsity], adapters: Se
     if not loggers:
         return
     figures = {"ranks": rank_figure(layers)}
-    gates: list[Tensor] = [adapter.gate for adapter in adapters if adapter.gate is not None]
+    gates = [gate for gate in (adapter.effective_gate() for adapter in adapters) if gate is not None]
     if gates:
         figures["gates"] = gate_figure(gates)
     for name, figure in figures.items():

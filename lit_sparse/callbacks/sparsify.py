@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_sparse.adapters.factors import gate_record
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.averaging import Pair, copy_zeros, keep_averages_sparse
 from lit_sparse.callbacks.run_end import finish_plain_checkpoints
@@ -140,7 +141,8 @@ class Sparsify(Callback):
         self._release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the progress of the run and what is left of the adapters."""
+        """Record the progress of the run, what is left of the adapters, and gates computed from parameters."""
+        checkpoint["callbacks"][self.state_key] |= gate_record(pl_module, checkpoint["state_dict"])
         progress = self.progress(trainer.global_step)
         if progress is not None:
             adapters = [adapter for _, adapter in adapters_in(pl_module)]

@@ -47,10 +47,12 @@ def inject_layers(
 def fill(adapter: LowRankAdapter, layer: LayerFactors, source: str) -> None:
     """Copy factors into an adapter whose ranks suffice. Its scale stays, and gates become 1.
 
+    Gates that the method computes stay as they are, and B is divided by them.
+
     Ranks beyond those of the factors, and those with a row of zeros in A, keep the adapter's A, and get B = 0.
 
     Raises:
-        UsageError: If the adapter is of another size.
+        UsageError: If the adapter is of another size, or a computed gate is 0.
     """
     there = (layer.in_features, layer.out_features, len(layer.ranks))
     here = (adapter.in_features, adapter.out_features, adapter.copies)
@@ -67,8 +69,13 @@ def fill(adapter: LowRankAdapter, layer: LayerFactors, source: str) -> None:
         used = lora_A.any(1)
         own_A[: len(lora_A)][used] = lora_A[used].to(own_A)
         own_B_t[: len(lora_A)] = lora_B_t.to(own_B_t)
-    if adapter.gate is not None:
+    if adapter.gate is not None and adapter.gate_function is None:
         adapter.gate.fill_(1)
+    gate = adapter.effective_gate()
+    if gate is not None and not bool((gate > 0).all()):
+        raise UsageError(f"The method closes gates of {layer.name!r} from the start: it cannot start from {source}.")
+    if gate is not None:
+        adapter.lora_B_t.div_(gate.unsqueeze(1))
 
 
 def warn_if_another_backbone(model: nn.Module, trained_on: object, source: Path) -> None:

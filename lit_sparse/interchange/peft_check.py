@@ -10,7 +10,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.head import input_embeddings, output_embeddings, task_head
 from lit_sparse.adapters.linear import FrozenLinear
-from lit_sparse.adapters.selection import survey
+from lit_sparse.adapters.survey import survey
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.peft_folder import CONFIG, WEIGHTS, PeftLoRA, differs_in_peft
 

@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_sparse.adapters.factors import LayerFactors
-from lit_sparse.adapters.patterns import NamePatterns
-from lit_sparse.adapters.selection import matches_tail
+from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.errors import UsageError, listed, parse_json
 from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
 from lit_sparse.interchange.vocabulary import StoredRows

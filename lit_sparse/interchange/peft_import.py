@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.adapters.placement import require_whole
-from lit_sparse.adapters.selection import matches_tail, survey
+from lit_sparse.adapters.survey import survey
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.loading import (

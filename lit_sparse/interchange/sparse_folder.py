@@ -15,7 +15,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
-from lit_sparse.adapters.selection import survey
+from lit_sparse.adapters.survey import survey
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.card import ExportReport
 from lit_sparse.interchange.export import ExportOptions, exporting, save_tensors

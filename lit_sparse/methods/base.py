@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
-from lit_sparse.adapters.patterns import NamePatterns
-from lit_sparse.adapters.selection import matches_tail
+from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.methods.step import Run, Step
 

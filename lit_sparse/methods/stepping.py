@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.placement import require_one_device
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.step import Run, Step
 
@@ -37,9 +37,9 @@ class SparseSteps:
             optimizer.zero_grad()
         steps.finish()
 
-    It has ``state_dict`` and ``load_state_dict``, so that ``fabric.save`` and ``fabric.load`` take it as they take
-    model and optimizer; everything else a method remembers lies in the buffers of the adapters. A step that a
-    gradient scaler skips counts for nothing.
+    It has ``state_dict`` and ``load_state_dict`` for ``fabric.save`` and ``fabric.load``, as model and optimizer have.
+    Everything else that a method remembers is in buffers of the adapters. Steps that a gradient scaler skips do not
+    count.
 
     Args:
         method: The method whose adapters were injected into the model.
@@ -47,14 +47,14 @@ class SparseSteps:
         optimizer: The optimizer of all trained adapter parameters; wrapped by Fabric or not.
         total_steps: Optimizer steps of the whole run, fewer than batches when gradients accumulate; None for a run
             without end.
-        lr_scheduler: The scheduler that is stepped after every optimizer step, if any. Warnings of settings that
-            cannot work then follow its learning rates, which only a ``LambdaLR`` can foretell.
-        steps_taken: Optimizer steps that were taken before, when a run goes on.
+        lr_scheduler: The scheduler that is stepped after every optimizer step, if any. A ``LambdaLR`` tells the
+            method the learning rates to come, for its warnings.
+        steps_taken: Optimizer steps that were taken before, in a resumed run.
 
     Raises:
-        UsageError: If ``total_steps`` < 1, the model holds no adapters, those of another method or on several devices,
-            all adapters are frozen, the optimizer lacks an adapter parameter or evaluates other weights than those it
-            trains, or the method cannot work in such a run.
+        UsageError: If ``total_steps`` < 1; if the model holds no adapters, adapters of another method, adapters on
+            several devices or only frozen ones; if the optimizer lacks an adapter parameter or evaluates other weights
+            than it trains; or if the method cannot work in such a run.
     """
 
     def __init__(
@@ -66,11 +66,7 @@ class SparseSteps:
         lr_scheduler: LRScheduler | None = None,
         steps_taken: int = 0,
     ) -> None:
-        if total_steps is not None and total_steps < 1:
-            raise UsageError(
-                f"total_steps counts the optimizer steps of the run, at least 1; got {total_steps}. Give None for a "
-                "run without end."
-            )
+        require_range("total_steps", total_steps, at_least=1)
         adapters = adapters_of(method, model)
         require_one_device(type(model).__name__, [p for a in adapters.values() for p in a.parameters(recurse=False)])
         self.method = method
@@ -85,16 +81,27 @@ class SparseSteps:
         run = Run(steps_taken, total_steps, self.optimizer, self._learning_rates)
         for warning in method.check(self._adapters, run):
             rank_zero_warn(warning)
-        # Not a step_pre_hook for observing: gradients may be clipped by then, or not be there before the closure.
+        # A step_pre_hook could not observe: gradients may be clipped by then, or be computed by the closure.
         self._hook = self.optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
     def observe(self) -> None:
         """Call once before every optimizer step, when gradients are complete, unscaled and not yet clipped."""
+        self._add_penalty()
         self._observed = self.method.before_step(self._adapters, self._step(self.optimizer))
 
+    def _add_penalty(self) -> None:
+        with torch.enable_grad():
+            penalty = self.method.penalty(self._adapters)
+        if penalty is None or not penalty.requires_grad:  # as where the user froze what it depends on
+            return
+        trained = [p for adapter in self._adapters for p in adapter.parameters(recurse=False) if p.requires_grad]
+        for parameter, gradient in zip(trained, torch.autograd.grad(penalty, trained, allow_unused=True), strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
     def finish(self) -> None:
-        """Call at the end of training: stop following the optimizer, and warn when nothing was ever pruned."""
+        """Call at the end of training: stop following the optimizer, and warn if nothing was pruned."""
         self.release()
         shortfall = self.method.shortfall(self._adapters)
         if shortfall is not None:
@@ -114,16 +121,16 @@ class SparseSteps:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        # A fused optimizer is stepped by the gradient scaler even when it skips, and told so by this attribute;
-        # reading it waits for the GPU, as the scaler does itself for other optimizers.
+        # A gradient scaler steps a fused optimizer even when it skips, and sets this attribute. Reading it waits for
+        # the GPU, as the scaler itself does for other optimizers.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return
         if self._observed is _NOTHING:
             raise UsageError(
                 f"{type(optimizer).__name__} was stepped, but gradients were not observed. In a loop of your own, call "
-                "observe() before every step. Under the Trainer it was stepped behind Lightning's back: with manual "
-                "optimization, step what self.optimizers() returns; run tuners before training, not within."
+                "observe() before every step. Under the Trainer, step the optimizer that self.optimizers() returns, "
+                "and run tuners before training."
             )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise UsageError(
@@ -222,7 +229,7 @@ def require_trained_weights(method: SparseMethod, optimizer: Optimizer) -> None:
 
 
 def _unwrapped(wrapped: Any) -> Any:
-    """What Fabric wrapped: only the optimizer within fires hooks, only the module within has the user's names."""
+    """Undo Fabric's wrapping: hooks run on the inner optimizer only, and the inner module has the user's names."""
     if not is_wrapped(wrapped):
         return wrapped
     return wrapped.module if isinstance(wrapped, nn.Module) else wrapped.optimizer

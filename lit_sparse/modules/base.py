@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lit_sparse.adapters.factors import gate_record
 from lit_sparse.adapters.frozen import (
     complete_average,
     frozen_sample,
@@ -224,6 +225,7 @@ class SparseModule(EvaluationLoop):
             # What rebuilds the module without the configuration, beside the hyperparameters.
             "module": path_of(type(self)),
             "built": bool(self._built),
+            **gate_record(self, checkpoint.get("state_dict", {})),
             "pad_token_id": getattr(getattr(self.model, "config", None), "pad_token_id", None),
         }
 

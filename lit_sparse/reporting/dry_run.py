@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.selection import left_out
+from lit_sparse.adapters.survey import left_out
 from lit_sparse.errors import UsageError
 
 

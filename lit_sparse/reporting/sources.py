@@ -97,7 +97,7 @@ def _read_checkpoint(path: Path) -> StoredAdapters:
         raise UsageError(f"{str(path)!r} is one file of an export: give its folder, {str(path.parent)!r}.")
     checkpoint = load(path, mmap=True)  # of a checkpoint with a whole backbone, only A, B and gates are read
     record = checkpoint.get(KEY, {})
-    layers = _layers_of(checkpoint["state_dict"], record, path)
+    layers = _layers_of({**checkpoint["state_dict"], **_computed_gates(checkpoint)}, record, path)
     if not layers:
         raise UsageError(f"{str(path)!r} holds no adapters: no lora_A and lora_B_t in its state_dict.")
     logged = find_metrics(path)
@@ -111,6 +111,13 @@ def _read_checkpoint(path: Path) -> StoredAdapters:
         progress=Progress.in_checkpoint(checkpoint),
         curves={} if logged is None else read_metrics(logged),
     )
+
+
+def _computed_gates(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Gates that the method computes from parameters, under the names of the parameters."""
+    records = [checkpoint.get(KEY), *(checkpoint.get("callbacks") or {}).values()]
+    found = [record["gates"] for record in records if isinstance(record, Mapping) and "gates" in record]
+    return {f"{name}.gate": gate for name, gate in found[0].items()} if found else {}
 
 
 def _layers_of(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> dict[str, LayerFactors]:

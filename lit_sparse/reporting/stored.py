@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_sparse.adapters.factors import LayerFactors
-from lit_sparse.adapters.selection import matches_tail
+from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.adapters.statistics import LayerSparsity
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.curves import Curves

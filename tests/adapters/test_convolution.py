@@ -201,7 +201,7 @@ class Scaled(nn.Conv2d):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (Scaled(IN, OUT, 3), r"computes something else than a convolution \(Scaled\)"),
+        (Scaled(IN, OUT, 3), r"computes something else than Conv2d \(Scaled\)"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(IN, OUT, 3)), "computes its weight from other parameters"),
         (nn.utils.parametrizations.spectral_norm(nn.Conv2d(IN, OUT, 3)), "computes its weight from other parameters"),
     ],

@@ -17,8 +17,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 import lit_sparse as ls
 from lit_sparse.adapters.experts import AdaptedExperts, ExpertWeight, LowRankExperts, expert_weights
-from lit_sparse.adapters.selection import left_out
 from lit_sparse.adapters.statistics import layer_sparsity, sparsity_of
+from lit_sparse.adapters.survey import left_out
 
 FAMILIES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "GPT-OSS"]
 EXPERTS, HIDDEN, INNER, RANK, SCALE = 4, 16, 12, 3, 7 / 3
@@ -452,7 +452,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def test_a_module_of_experts_alone_cannot_be_injected_into():
-    with pytest.raises(ls.UsageError, match="has no layer in it that could be adapted"):
+    with pytest.raises(ls.UsageError, match="has no linear layer, convolution or embedding to adapt"):
         ls.inject(experts_of("Mixtral"), ls.LoRA())
 
 

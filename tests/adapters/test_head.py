@@ -21,7 +21,7 @@ from transformers import (
 
 from lit_sparse.adapters.head import keep_precision, output_embeddings, pretrained_bodies, task_head
 from lit_sparse.adapters.injection import inject
-from lit_sparse.adapters.selection import left_out
+from lit_sparse.adapters.survey import left_out
 from lit_sparse.methods.lora import LoRA
 from lit_sparse.modules.base import SparseModule
 

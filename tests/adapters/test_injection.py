@@ -295,7 +295,9 @@ def test_an_adapted_output_layer_leaves_the_embedding_alone():
 )
 def test_a_layer_that_shares_its_weight_is_refused(target, other):
     model = build_tiny(LlamaForCausalLM, tie_word_embeddings=True)
-    with pytest.raises(UsageError, match=rf"{target}.*, which shares its weight with '{other}': what merging adds"):
+    with pytest.raises(
+        UsageError, match=rf"{target}.*, which shares its weight with '{other}', so that merging would change both"
+    ):
         inject(model, LoRA([target]))
 
 

@@ -219,7 +219,9 @@ def test_a_target_that_is_not_linear_is_refused():
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Conv1d(1, 1, 1)), nn.Linear(2, 2)], ids=["Sequential", "Linear"])
 def test_a_model_without_a_layer_in_it_is_refused(model):
-    with pytest.raises(UsageError, match=f"{type(model).__name__} has no layer in it that could be adapted"):
+    with pytest.raises(
+        UsageError, match=f"{type(model).__name__} has no linear layer, convolution or embedding to adapt"
+    ):
         select_layers(model, "all-linear")
 
 

@@ -381,7 +381,7 @@ def test_manual_optimization_is_followed_and_a_raw_step_is_refused() -> None:
     assert method.calls[-1] == ("after", STEPS)
     raw = Manual(method)
     raw.raw = True
-    with pytest.raises(ls.UsageError, match="stepped behind Lightning's back"):
+    with pytest.raises(ls.UsageError, match=r"was stepped, .* step the optimizer that self\.optimizers\(\) returns"):
         fit(raw, ls.Sparsify(method))
 
 

@@ -212,7 +212,7 @@ def test_wrong_arguments_are_errors() -> None:
     net = network(method)
     plain = nn.Linear(2, 2)
     for total in (0, -1):
-        with pytest.raises(ls.UsageError, match=f"total_steps counts .*; got {total}. Give None"):
+        with pytest.raises(ls.UsageError, match=f"total_steps must be at least 1; got {total}"):
             ls.SparseSteps(method, net, optimizer_of(net), total)
     with pytest.raises(ls.UsageError, match="this run has no end"):
         ls.SparseSteps(method, net, optimizer_of(net), None)
