@@ -14,7 +14,8 @@ class GatedRoseLoRA(Gates, Masks):
 
     Every step first moves the gates as :class:`~lit_sparse.SoRA` does, then masks A and B as
     :class:`~lit_sparse.RoseLoRA` does. The sensitivities see the gate: the gradient of a rank's row of A and
-    column of B is proportional to it.
+    column of B is proportional to it. Its arguments are those of :class:`~lit_sparse.methods.gates.Gates`,
+    :class:`~lit_sparse.methods.masks.Masks` and :class:`~lit_sparse.SparseMethod`.
 
     Raises:
         UsageError: As :class:`~lit_sparse.SoRA` and :class:`~lit_sparse.RoseLoRA`.

@@ -11,6 +11,8 @@ from lit_sparse.methods.base import InitWeights, SparseMethod
 class LoRA(SparseMethod):
     """Low-rank adapters that stay dense: what the sparse methods are compared with.
 
+    Its other arguments are those of :class:`~lit_sparse.SparseMethod`.
+
     Args:
         alpha: Numerator of the scale alpha / rank of the adapter's output; None: equal to rank, scale 1.
         init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the

@@ -15,6 +15,8 @@ class RoseLoRA(Masks):
     that at most ``density`` of each row of A and of each column of B remains, and with it only about
     1 − (1 − density²)^rank of the frozen weight's entries are changed.
 
+    Its other arguments are those of :class:`~lit_sparse.methods.masks.Masks` and :class:`~lit_sparse.SparseMethod`.
+
     Args:
         alpha: Numerator of the scale alpha / rank; None: equal to rank, as the paper's equation has no scale.
 

@@ -18,6 +18,8 @@ class SoRA(Gates):
     gradient for λ‖g‖₁, the paper's rule); with a constant ``threshold`` it does not, so that at the end of a
     run every gate only shrinks. A gate at zero may come back, unless ``freeze_zero_after`` is set.
 
+    Its other arguments are those of :class:`~lit_sparse.methods.gates.Gates` and :class:`~lit_sparse.SparseMethod`.
+
     Args:
         alpha: Numerator of the scale alpha / rank, 16 as in the released runs; None: equal to rank, scale 1.
         init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
