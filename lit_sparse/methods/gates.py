@@ -1,4 +1,4 @@
-"""Gates on ranks, zeroed by a proximal step after every optimizer step: what SoRA and GatedRoseLoRA share."""
+"""Gates on ranks, zeroed by a proximal step after every optimizer step, for SoRA and GatedRoseLoRA."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Gates(SparseMethod):
         return adapter
 
     def parameter_groups(self, adapters: Sequence[LowRankAdapter]) -> list[dict[str, Any]]:
-        """One group of all gates: no weight decay, which is a second pull towards zero in other units."""
+        """One group of all gates, without weight decay, which would be a second pull towards zero in other units."""
         group: dict[str, Any] = {"params": _gates(adapters), "weight_decay": 0.0}
         if self.gate_lr is not None:
             group["lr"] = self.gate_lr
@@ -173,7 +173,7 @@ class Gates(SparseMethod):
         return [_metric_threshold(gate, strength, group, step.optimizer) for gate in gates]
 
     def _compare_groups(self, gates: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
-        """An optimizer built without :meth:`parameter_groups` knows nothing of ``gate_lr``, and may decay gates."""
+        """Check ``gate_lr`` and weight decay of an optimizer that may be built without :meth:`parameter_groups`."""
         held = {gate for gate in gates if gate.requires_grad}
         groups = [group for group in optimizer.param_groups if any(p in held for p in group["params"])]
         rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
@@ -193,7 +193,7 @@ class Gates(SparseMethod):
     def _predict(
         self, gates: list[nn.Parameter], strength: float, learning_rates: Callable[[nn.Parameter], Sequence[float]]
     ) -> list[str]:
-        """Follow two extreme gates through the run: one at 1 that is only pulled, one that Adam only pushes.
+        """Simulate two extreme gates: one that starts at 1 and is only pulled, one that Adam always pushes outward.
 
         An Adam step moves a gate by about its lr at most. The threshold is hopeless when the pull alone cannot
         take a gate from 1 to 0, and destructive when even the largest gate, pushed outward by lr at every

@@ -1,4 +1,4 @@
-"""Masks on rows of A and columns of B, chosen by sensitivity: what RoseLoRA and GatedRoseLoRA share."""
+"""Masks on rows of A and columns of B, chosen by sensitivity, for RoseLoRA and GatedRoseLoRA."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.step import Run, Step
 
 BROAD_CHANGE = 0.1
-"""Share of W0's entries that BA may touch before the method is no longer a local change, and says so."""
+"""Largest share of W0's entries that BA may change without a warning that the change is not local."""
 
 _FIRST_SCORES = 3
-"""The step whose gradients tell entries apart in any run: B moves away from zero at the first step, or at the second
-where a warm-up begins at a learning rate of zero."""
+"""The first step with informative gradients in every run: B leaves zero at the first step, or at the second one if a
+warm-up starts with a learning rate of zero."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -94,7 +94,7 @@ class Masks(SparseMethod):
             )
         self.density_at(0, run.total)  # raises when begin lies after end
         settings = {(self._density(adapter), adapter.rank) for adapter in adapters}
-        # Who keeps everything wants no local change.
+        # A density of 1 asks for no local change.
         sparse = [(1 - (1 - d**2) ** r, d, r) for d, r in settings if d < 1]
         touched, density, rank = max(sparse, default=(0.0, 1.0, 0))
         others = super().check(adapters, run)
@@ -123,7 +123,7 @@ class Masks(SparseMethod):
         """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
         averages = _buffers(adapters, "sensitivity")
         if step.index == 1:
-            # The average starts at the first value, as released.
+            # The average starts at the first value, as in the released code.
             torch._foreach_copy_(averages, where_finite(observed, averages))
         else:
             update_moving_average_(averages, observed, self.beta)
@@ -140,13 +140,13 @@ class Masks(SparseMethod):
             torch._foreach_clamp_max_(weights, self.clamp)
 
     def _mask(self, adapters: Sequence[LowRankAdapter], step: Step, density: float) -> None:
-        """Zero all but the chosen entries; those chosen now, or some steps ago."""
+        """Zero all entries but those chosen now, or at the last update."""
         weights, averages = [weight.detach() for weight in _matrices(adapters)], _buffers(adapters, "sensitivity")
         if self.update_every == 1:
             keep_top_share_(weights, averages, density)
             return
         masks = _buffers(adapters, "mask")
-        # The end of a run must find the density that its schedule ends with.
+        # A run must end with the final density.
         if step.index % self.update_every == 0 or step.index == step.total:
             keep_top_share_(weights, averages, density, masks)
         else:
@@ -178,9 +178,9 @@ def keep_top_share_(
 ) -> None:
     """Zero, in every row, all but the ``density`` share with the highest scores.
 
-    Rows of equal width are ranked together, whichever layer they come from. A row all of whose scores are zero stays
-    whole: nothing is known of its entries. So are all rows at first, as A has no influence while B is zero and the
-    entries of B none while they are; what were zeroed then would have no sensitivity ever after.
+    Rows of equal width are ranked together, whichever layer they come from. A row with only zero scores is not masked,
+    because its scores do not rank its entries. This holds for all rows at first: A has no influence while B is zero,
+    and neither have entries of B at zero. Entries zeroed then would never have a sensitivity again.
 
     Args:
         weights: Matrices of shape ``(rank, width)``, changed in place.
@@ -198,13 +198,13 @@ def keep_top_share_(
 
 
 def _keep_(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Zero all entries but those that were chosen before."""
+    """Zero all entries but those chosen at the last update."""
     for indices in _by_width(weights):
         _multiply_([weights[i] for i in indices], torch.cat([masks[i] for i in indices]))
 
 
 def _by_width(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Which matrices have equally long rows."""
+    """Indices of the matrices, grouped by the length of their rows."""
     found: dict[int, list[int]] = {}
     for index, weight in enumerate(weights):
         found.setdefault(weight.shape[1], []).append(index)

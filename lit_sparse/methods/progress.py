@@ -1,4 +1,4 @@
-"""How far a run has come and what is left of its adapters: recorded in checkpoints, and said in one sentence."""
+"""The progress of a run and what is left of its adapters: a record in checkpoints, and a sentence for the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_sparse.adapters.statistics import LayerSparsity, live_ranks_of_all, spa
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run had come.
+    """The progress of a run.
 
     Args:
         step: Optimizer steps taken.
@@ -27,12 +27,12 @@ class Progress:
     final: bool
 
     def __str__(self) -> str:
-        """As in ``step 40 of 100, sparsity not final``."""
+        """For example ``step 40 of 100, sparsity not final``."""
         total = "" if self.total is None else f" of {self.total:,}"
         return f"step {self.step:,}{total}, sparsity {'final' if self.final else 'not final'}"
 
     def record(self, adapters: Sequence[LowRankAdapter]) -> dict[str, Any]:
-        """Plain values for a file: these, live ranks, non-zero parameters in them, and their share of A and B."""
+        """Plain values for a file: the fields, live ranks, non-zero parameters in them, and their share of A and B."""
         entries = sum(a.copies * a.max_rank * (a.in_features + a.out_features) for a in adapters)
         ranks = int(live_ranks_of_all(adapters).sum())
         parameters = int(sparsity_of(adapters)["remaining_parameters"])
@@ -40,7 +40,7 @@ class Progress:
 
     @classmethod
     def of(cls, record: object) -> Progress | None:
-        """What :meth:`record` returned, read back; None if it is something else."""
+        """Read what :meth:`record` returned; None if ``record`` is something else."""
         if not isinstance(record, Mapping) or not {"step", "total", "final"} <= set(record):
             return None
         step, total = record["step"], record["total"]
@@ -50,7 +50,7 @@ class Progress:
 
     @classmethod
     def in_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Progress | None:
-        """What a checkpoint records: of a ``SparseModule``, or of any module that was trained with ``Sparsify``."""
+        """Read the progress from a checkpoint of a ``SparseModule`` or of any module trained with ``Sparsify``."""
         callbacks = checkpoint.get("callbacks")
         states = list(callbacks.values()) if isinstance(callbacks, Mapping) else []
         holders = [state for state in (checkpoint.get("lit_sparse"), *states) if isinstance(state, Mapping)]
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run began with: an export leaves out layers and ranks of which nothing is left.
+    """The size of the adapters at the start of a run. Exports leave out dead ranks and layers without live ranks.
 
     Args:
         ranks: Ranks of all adapters.
@@ -71,16 +71,16 @@ class Trained:
 
     @classmethod
     def of(cls, layers: Sequence[LayerSparsity]) -> Trained:
-        """Add up all layers of a run."""
+        """Sum over all layers of a run."""
         return cls(sum(layer.max_rank for layer in layers), sum(layer.adapted_parameters for layer in layers))
 
 
 def left(layers: Sequence[LayerSparsity], trained: Trained | None = None) -> str:
-    """What is left of adapters, as in ``33,536 parameters in 288 of 296 ranks, 6.15 % of the adapted weights changed``.
+    """Describe the adapters: ``33,536 parameters in 288 of 296 ranks, 6.15 % of the adapted weights changed``.
 
     Args:
-        layers: At least one; weights count as changed where BA can be other than zero.
-        trained: What the run began with; None: the layers are all there were.
+        layers: At least one layer. Weights in the support of BA count as changed.
+        trained: The adapters at the start of the run; None: ``layers`` has all of them.
     """
     began = trained or Trained.of(layers)
     ranks, parameters = sum(layer.rank for layer in layers), sum(layer.remaining_parameters for layer in layers)
@@ -91,7 +91,7 @@ def left(layers: Sequence[LayerSparsity], trained: Trained | None = None) -> str
 
 
 def warn_if_nothing_is_left(adapters: Sequence[LowRankAdapter]) -> None:
-    """Warn where no adapter has a live rank."""
+    """Warn if no adapter has a live rank."""
     if adapters and not bool(live_ranks_of_all(adapters).any()):
         rank_zero_warn(
             "No rank is left: the adapters change nothing. Prune less (by a lower threshold or sparsity_weight, or a "
@@ -100,5 +100,5 @@ def warn_if_nothing_is_left(adapters: Sequence[LowRankAdapter]) -> None:
 
 
 def sentence(progress: Progress | None, layers: Sequence[LayerSparsity]) -> str:
-    """How far a run had come, where that is known, and what is left of its adapters."""
+    """Describe the progress of a run, if it is known, and what is left of its adapters."""
     return left(layers) if progress is None else f"{progress}, {left(layers)}"
