@@ -241,7 +241,9 @@ def test_all_linear_of_a_model_of_convolutions_names_what_there_is():
     ids=["list", "expression", "the model itself", "fused"],
 )
 def test_a_layer_that_is_not_always_called_is_refused_by_name(model, target_modules, name, parent):
-    with pytest.raises(UsageError, match=rf"matches '{name}' of .*, which is not called: {parent} reads its weight directly"):
+    with pytest.raises(
+        UsageError, match=rf"matches '{name}' of .*, which is not called: {parent} reads its weight directly"
+    ):
         select_layers(model, target_modules)
 
 
