@@ -1,1 +1,1 @@
-"""Reading and writing folders that other libraries, and this one, load: adapters, patches, whole models."""
+"""Read and write folders of adapters, patches and whole models, for other libraries and this one."""

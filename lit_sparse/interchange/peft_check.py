@@ -53,7 +53,7 @@ def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Lo
 
 
 def _layers(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> dict[str, nn.Module]:
-    """Full name to frozen layer of all that PEFT could adapt."""
+    """Full name to frozen layer, for all layers that PEFT could adapt."""
     plain = {name: candidate.layer for name, candidate in survey(model).items()}
     adapted = {name: a.layer for name, a in adapters.items() if not isinstance(a, LowRankExperts)}
     return {**{name: layer for name, layer in plain.items() if not isinstance(layer, ExpertWeight)}, **adapted}
@@ -70,7 +70,7 @@ def _targets(model: nn.Module, lora: PeftLoRA, name: str, layer: nn.Module) -> b
 
 
 def _require_whole(model: nn.Module, lora: PeftLoRA) -> None:
-    """Check the tensors that are not low-rank: those of the heads, and embeddings that PEFT saved unasked."""
+    """Check the tensors of heads, and of embeddings, which PEFT may save by itself."""
     wanted = {f"{head}.{key}" for head in lora.heads(model) for key in model.get_submodule(head).state_dict()}
     lacking = wanted - set(lora.whole)
     if lacking:

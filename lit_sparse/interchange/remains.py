@@ -45,7 +45,7 @@ def folded(name: str, adapter: LowRankAdapter) -> LayerFactors:
 
 
 def padded(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
-    """All layers with one rank, the largest of any of them and at least 1, filled up with zeros.
+    """All layers with the same rank, the largest of any of them and at least 1, padded with zeros.
 
     Args:
         layers: By full layer name; no experts.
@@ -72,8 +72,8 @@ def require_trained(model: nn.Module, original: str | None = None) -> dict[str, 
 
     Args:
         model: After training.
-        original: Refuse adapters that changed their frozen weights, which this ("a LoRA") would not fit; None: export
-            the weights, too.
+        original: Refuse adapters that changed their frozen weights; names the export in the error ("a LoRA"). None:
+            the export holds the weights, so changed ones are fine.
 
     Returns:
         Full name to adapter.
@@ -115,9 +115,9 @@ def weight_name(name: str, adapter: LowRankAdapter) -> str:
 
 
 def trained_whole(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained beside the adapters, the task head as a rule, under the names of the plain model.
+    """Parameters trained beside the adapters, usually the task head, under their names in the plain model.
 
-    Buffers of modules that are trained from end to end, such as the running means of a norm, belong to it.
+    Buffers of modules that are trained entirely are included, such as the running means of a norm.
     """
     held = [*adapters_in(model), *token_rows_in(model)]
     own = {id(p) for _, module in held for p in module.parameters(recurse=False)}
@@ -132,29 +132,29 @@ def trained_whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_modules(model: nn.Module) -> list[str]:
-    """Names of the largest modules all of whose parameters are trained, without adapters in them."""
+    """Names of the largest modules without adapters whose parameters are all trained."""
     return list(_whole(model, ""))
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name that a parameter of a model with adapters has in the plain one."""
+    """A parameter's name in the plain model, from its name in the model with adapters."""
     parts: list[str] = []
-    holder: nn.Module | None = model
+    owner: nn.Module | None = model
     for part in name.split("."):
-        if not (part == "base" and isinstance(holder, LowRankLayer | AdaptedExperts | TokenRows)):
+        if not (part == "base" and isinstance(owner, LowRankLayer | AdaptedExperts | TokenRows)):
             parts.append(part)
-        holder = holder._modules.get(part) if holder is not None else None
+        owner = owner._modules.get(part) if owner is not None else None
     return ".".join(parts)
 
 
 @torch.no_grad()
 def plain_copy(model: nn.Module, forget_head: bool = True) -> nn.Module:
-    """A copy of what the model was before injection, to read an export back into.
+    """A copy of the model as it was before injection, to read an export back into.
 
     Args:
         model: Left as it is.
-        forget_head: Set to zero what was trained whole, so that its absence from the export would show. Rows of new
-            tokens are always taken out.
+        forget_head: Set modules that were trained whole to zero, so that the comparison notices if the export lacks
+            them. Rows of new tokens are always removed.
     """
     copied = copy.deepcopy(model)
     trained = trained_whole(copied)

@@ -197,13 +197,13 @@ def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, A
 
 
 def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """A matrix as it is, or its entries that are not zero with their columns, if that is smaller."""
+    """A matrix whole, or the values and columns of its non-zero entries, whichever is smaller."""
     nonzero = matrix != 0
     count = int(nonzero.sum(1).max())
     dtype = index_dtype(matrix.shape[1])
     if count * (dtype.itemsize + matrix.dtype.itemsize) >= matrix.shape[1] * matrix.dtype.itemsize:
         return {name: matrix}
-    # Rows with fewer are filled up with zeros from where they stand.
+    # Rows with fewer non-zero entries also store some of their zeros.
     columns = nonzero.byte().argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
     return {f"{name}.indices": columns.to(dtype), f"{name}.values": matrix.gather(1, columns)}
 

@@ -29,13 +29,13 @@ class _Place:
     """One difference between the plain model and the model with an adapter.
 
     Args:
-        holder: The dictionary of a module's children, parameters, buffers or attributes.
+        owner: The dictionary of a module's children, parameters, buffers or attributes.
         key: The name in the dictionary.
         plain: The plain model's value.
         own: The adapter's value.
     """
 
-    holder: dict[str, Any]
+    owner: dict[str, Any]
     key: str
     plain: Any
     own: Any
@@ -96,8 +96,8 @@ class AdapterBank:
                 places = [_Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
             finally:
                 self.model.requires_grad_(False)
-                for holder, key, plain in before:
-                    holder[key] = plain
+                for owner, key, plain in before:
+                    owner[key] = plain
         self._places[name] = places
 
     def use(self, name: str | None) -> None:
@@ -113,7 +113,7 @@ class AdapterBank:
             self._require(name)
         if self.in_use is not None:
             places = self._places[self.in_use]
-            if any(isinstance(place.own, nn.Module) and place.holder[place.key] is not place.own for place in places):
+            if any(isinstance(place.own, nn.Module) and place.owner[place.key] is not place.own for place in places):
                 raise UsageError(
                     f"The model was changed while {self.in_use!r} was in use. If it was merged, the shared weights "
                     "have changed: load the backbone again, and make a new bank."
@@ -163,16 +163,16 @@ class AdapterBank:
 def _everything(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Every child, parameter, buffer and number of outputs of the model: (dictionary, key, value)."""
     for module in list(model.modules()):
-        for holder in (module._modules, module._parameters, module._buffers):
-            for key, value in list(holder.items()):
-                yield holder, key, value
+        for owner in (module._modules, module._parameters, module._buffers):
+            for key, value in list(owner.items()):
+                yield owner, key, value
         if isinstance(module, nn.Linear):
             yield vars(module), "out_features", module.out_features
 
 
 def _put(place: _Place, new: Any) -> None:
     """Replace a value; the new one follows the device and training mode of the old one."""
-    old = place.holder[place.key]
+    old = place.owner[place.key]
     if isinstance(new, nn.Module):
         new.train(old.training)
         device = next(old.parameters()).device
@@ -180,7 +180,7 @@ def _put(place: _Place, new: Any) -> None:
             new.to(device)
     elif isinstance(new, Tensor):
         new.data = new.data.to(old.device)
-    place.holder[place.key] = new
+    place.owner[place.key] = new
 
 
 def _load_folder(model: nn.Module, path: Path) -> None:
@@ -204,11 +204,11 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
     _make_room(model, {name.removeprefix(checkpoints.PREFIX): tensor for name, tensor in weights.items()}, path)
     inject(model, method)
     _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
-    holder = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})
+    wrapped = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    checkpoints.require_fit(holder, name, saved, checkpoint)
+    checkpoints.require_fit(wrapped, name, saved, checkpoint)
     require_match(
-        holder, holder.load_state_dict(weights, strict=False), f"The weights in {str(path)!r} do not fit {name!r}"
+        wrapped, wrapped.load_state_dict(weights, strict=False), f"The weights in {str(path)!r} do not fit {name!r}"
     )
 
 
@@ -243,6 +243,6 @@ def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         new: Tensor = torch.zeros(tensor.shape, dtype=old.dtype, device=old.device)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new)
-        for holder, key, value in everything:
+        for place, key, value in everything:
             if value is old:  # under all names of a shared tensor
-                holder[key] = new
+                place[key] = new
