@@ -433,7 +433,7 @@ def test_the_end_of_a_run_that_was_stopped_is_told_as_such(early):
     with pytest.warns(UserWarning, match=stopped) as told:
         export_checkpoint("kept/last.ckpt", "out")
     assert not [warning for warning in told if "keeps the end as last.ckpt" in str(warning.message)]
-    with pytest.raises(ls.UsageError, match=stopped + ".*require_final is set. fit --ckpt_path goes on there"):
+    with pytest.raises(ls.UsageError, match=stopped + ".*require_final is set. Go on with fit --ckpt_path"):
         export_checkpoint("kept/last.ckpt", "other", require_final=True)
 
 

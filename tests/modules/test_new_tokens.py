@@ -117,7 +117,7 @@ def test_other_tokens_of_the_same_ids_are_refused(rows, tmp_path):
         other = causal(llama, new_tokens=tokens)
         with pytest.raises(ls.UsageError, match=r"the tokens \['<person>', '<city>'\], the model those of"):
             Trainer(**QUIET).validate(other, data(rows), ckpt_path=path)
-        message = r"other tokens than those that are loaded: set new_tokens to \['<person>', '<city>'\]"
+        message = r"other tokens than the stored ones: set new_tokens to \['<person>', '<city>'\]"
         with pytest.raises(ls.UsageError, match=message):
             causal(llama, new_tokens=tokens, start_from=str(tmp_path / "peft")).configure_model()
     causal(llama, start_from=str(tmp_path / "peft")).configure_model()
