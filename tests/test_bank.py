@@ -288,7 +288,7 @@ BAD = {
     "nothing there": (lambda folder, sources, tmp_path: tmp_path / "none.ckpt", "none.ckpt' does not exist"),
     "a text": (text_file, "cannot be read as a checkpoint"),
     "a checkpoint of something else": (lightning_checkpoint, "was not written by a lit_sparse module"),
-    "another backbone": (another_backbone, "the frozen weights of .* are others"),
+    "another backbone": (another_backbone, "the frozen weights of .* differ"),
     "PiSSA": (pissa, "init_weights 'pissa', which changed the shared weights"),
     "a folder with a tensor too many": (broken_folder, "holds .*'nowhere'.*has no place"),
     "weights outside the backbone": (

@@ -1,4 +1,4 @@
-"""Load a Hugging Face model by name or folder, with errors a user can act on."""
+"""Load a Hugging Face model by name or folder, with errors that a user can mend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lit_sparse.data.quickstart import resolve
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.foreign_errors import is_size_mismatch, refused_global
 
-# What a damaged or forged folder, or an argument that its class does not know, makes transformers raise.
+# Errors that transformers raises for damaged or forged folders, and for arguments that a class does not know.
 _LOADING_ERRORS = (
     ImportError,
     OSError,
@@ -36,7 +36,7 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 
-# Way to quantize -> the packages it needs, which the extra of the same name brings.
+# Quantization method -> the packages that it needs. The extra of the same name installs them.
 _PACKAGES = {"torchao": ("torchao",), "bitsandbytes": ("bitsandbytes", "accelerate")}
 
 
@@ -109,12 +109,12 @@ def checkpoint_activations(model: nn.Module) -> None:
             f"gradient_checkpointing needs a Hugging Face model; {type(model).__name__} has no "
             "gradient_checkpointing_enable."
         )
-    # The reentrant form would cut the graph before the first adapter: inputs of frozen embeddings need no gradient.
+    # The reentrant form would cut the graph before the first adapter: frozen embeddings' outputs need no gradient.
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _require_body(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Refuse a backbone with a part of its weights: transformers fills what is missing with random numbers."""
+    """Refuse a backbone that lacks weights: transformers fills them with random numbers."""
     head = tuple(f"{part}." for part in task_head(model))
     others = [key for key, *_ in loaded["mismatched_keys"] if not f"{key}.".startswith(head)]
     if others:
@@ -154,7 +154,7 @@ def _require_folder(name: str, folder: str) -> None:
 
 
 def _without_weights(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
-    # Some arguments are the configuration's; those of loading, such as ignore_mismatched_sizes, have nothing to do.
+    # Arguments of the configuration are used; those of loading, such as ignore_mismatched_sizes, have no effect here.
     config, _ = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **arguments)
     build = loader.from_config if hasattr(loader, "from_config") else loader
     return build(config)
@@ -173,13 +173,13 @@ def _architecture(folder: str, arguments: dict[str, Any]) -> Any:
 
 
 def _empty(loader: Any, folder: str, arguments: dict[str, Any]) -> Any:
-    """The model that is not quantized, on the meta device."""
+    """The model before quantization, on the meta device."""
     with torch.device("meta"):
         return _without_weights(loader, folder, {k: v for k, v in arguments.items() if k != "quantization_config"})
 
 
 def _require_head(model: nn.Module, empty: nn.Module, config: Any) -> None:
-    """Refuse the stored head in place of the new one: before 5.23, transformers keeps it under quantization."""
+    """Refuse a stored head of another size: with quantization, transformers before 5.23 keeps it."""
     if config.quant_method not in _PACKAGES:
         return  # may pack the head
     shapes = {name: value.shape for name, value in empty.named_parameters()}
@@ -187,19 +187,19 @@ def _require_head(model: nn.Module, empty: nn.Module, config: Any) -> None:
     for name, value in model.named_parameters():
         if f"{name}.".startswith(head) and value.shape != shapes.get(name, value.shape):
             raise UsageError(
-                f"{name} has the shape {tuple(value.shape)} of the stored weights where the new head has "
+                f"{name} has the shape {tuple(value.shape)} of the stored weights, but the new head has "
                 f"{tuple(shapes[name])}: transformers {transformers.__version__} makes no new head for a quantized "
-                "model that comes with one. Take transformers 5.23 or newer (for Python 3.11 and newer), or leave out "
+                "model that has one. Install transformers 5.23 or newer (for Python 3.11 and newer), or remove "
                 "quantization_config."
             )
 
 
 def _quantization(empty: nn.Module, given: Any) -> Any:
-    """The configuration object, with the task head of the model among what is not quantized."""
+    """The configuration object, which excludes the task head of the model from quantization."""
     config = _parsed(given) if isinstance(given, Mapping) else copy.deepcopy(given)
     skip = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
     if hasattr(config, skip):
-        # transformers leaves its own choice out once anything is named, and packs a head that comes with the weights.
+        # Naming modules drops transformers' own choice; by that, a head with stored weights would be quantized.
         named = getattr(config, skip)
         setattr(config, skip, [*(get_keys_to_not_convert(empty) if named is None else named), *task_head(empty)])
     return config
@@ -219,7 +219,7 @@ def _parsed(given: Mapping[str, Any]) -> Any:
         settings["quant_type"] = _torchao_type(given.get("quant_type"))
     config = AutoQuantizationConfig.from_dict(settings)
     known = [*inspect.signature(type(config)).parameters, "quant_method"]
-    # Those with an underscore are transformers' own, written into the configuration of a quantized model.
+    # transformers writes names with an underscore into the configuration of a quantized model.
     unknown = [name for name in given if name not in known and not name.startswith("_")]
     if unknown:
         raise UsageError(f"quantization_config has no {unknown} for {method}; it knows {sorted(known)}.")
@@ -246,5 +246,6 @@ def _require_quantized(model: nn.Module, config: Any) -> None:
     if config.quant_method in _PACKAGES and not any(quantized_layers(model)):
         raise UsageError(
             f"quantization_config quantized no layer of {type(model).__name__}. torchao packs nn.Linear only, not "
-            "GPT-2's Conv1D, which bitsandbytes can; else look at what is named as not to be converted."
+            "GPT-2's Conv1D, which bitsandbytes packs too. If the model has nn.Linear, check the modules that the "
+            "configuration excludes."
         )

@@ -32,6 +32,7 @@ from lit_sparse.callbacks.requeue import SlurmRequeue
 from lit_sparse.callbacks.resume import ExactResume
 from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.stages import ThresholdStages
+from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
@@ -104,7 +105,7 @@ class SparseModule(EvaluationLoop):
         self.model = None
         self.method = method
         self.backbone = backbone if isinstance(backbone, str) else _name_of(backbone)
-        # In a tuple, so that a built model is registered once, as self.model, after injection.
+        # The tuple keeps a built model from being registered twice: it becomes self.model after injection.
         self._built = (backbone,) if isinstance(backbone, nn.Module) else ()
         self.optimizer = optimizer
         self.lr_schedule: LrSchedule = lr_schedule
@@ -137,9 +138,9 @@ class SparseModule(EvaluationLoop):
         Args:
             checkpoint_path: File, URL or open stream.
             map_location: Where the tensors go, as in ``torch.load``.
-            hparams_file: YAML file with arguments in the place of those in the checkpoint.
+            hparams_file: YAML file with arguments that replace those in the checkpoint.
             strict: Whether all keys must match.
-            weights_only: False runs whatever pickle the file holds.
+            weights_only: False runs any code that the file's pickle holds.
             trust_remote_code: Whether the checkpoint may ask for code that comes with the backbone.
             kwargs: Arguments that replace those of the checkpoint.
 
@@ -172,37 +173,34 @@ class SparseModule(EvaluationLoop):
         model = self._built[0].train() if self._built else self.load_model()
         inject(model, self.method)
         if self.new_tokens is not None:
-            text_model(model)  # refused before a tokenizer is looked for
+            text_model(model)  # refuses a model without text before a tokenizer is looked for
             add_tokens(model, load_tokenizer(self.backbone), self.new_tokens)
         if self.start_from is not None:
             load_peft(model, self.start_from)
-            self.hparams.update(start_from=None)  # a checkpoint is past its start: it loads without the folder
+            self.hparams.update(start_from=None)  # checkpoints have later values: they load without the folder
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         if self.compile_model:
             model.compile()
         self.model = model
-        # Now, while it is whole: strategies may shard it.
+        # Before a strategy shards the model.
         self._frozen_sample = frozen_sample(self)
 
     def configure_callbacks(self) -> list[Callback]:
-        """This module's ``Sparsify``, and the others of its callbacks unless the Trainer has its own."""
-        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(c, Sparsify) and not isinstance(c, _OwnSparsify) for c in present):
+        """The callbacks of this module, without those that the Trainer has already."""
+        if any(not isinstance(callback, _OwnSparsify) for callback in callbacks_of(self.trainer, Sparsify)):
             raise UsageError(
-                f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Take that out of its "
-                "callbacks."
+                f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Remove it from the "
+                "Trainer's callbacks."
             )
-        kinds = (SparsityMonitor, FiniteLoss, ExactResume, SlurmRequeue, Preflight)
-        wanted = [kind() for kind in kinds if not any(isinstance(c, kind) for c in present)]
-        return [self._sparsify, *wanted]
+        kinds: tuple[type[Callback], ...] = (SparsityMonitor, FiniteLoss, ExactResume, SlurmRequeue, Preflight)
+        return [self._sparsify, *(kind() for kind in kinds if not callbacks_of(self.trainer, kind))]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over its parameter groups, with a schedule over the whole run."""
         optimizer = make_optimizer(self.optimizer, parameter_groups(self, self.method))
         total = self.trainer.estimated_stepping_batches
-        staged = [c for c in self.trainer.callbacks if isinstance(c, ThresholdStages)]  # type: ignore[attr-defined]
-        stages = staged[0].shares() if staged else (1.0,)
+        stages = next((callback.shares() for callback in callbacks_of(self.trainer, ThresholdStages)), [1.0])
         scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total, stages)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -217,12 +215,12 @@ class SparseModule(EvaluationLoop):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out, and note which backbone and adapters the rest belongs to."""
+        """Leave out the frozen weights, and record which backbone and adapters the trained weights belong to."""
         leave_out_frozen(self, checkpoint)
         progress = None if self._trainer is None else self._sparsify.progress(self._trainer.global_step)
         checkpoint[checkpoints.KEY] = {
             **checkpoints.describe(self, self.backbone, method_record(self.method), self._frozen_sample, progress),
-            # What rebuilds the module without the configuration, beside the hyperparameters.
+            # The module is rebuilt from these and its hyperparameters.
             "module": path_of(type(self)),
             "built": bool(self._built),
             **gate_record(self, checkpoint.get("state_dict", {})),
@@ -230,11 +228,11 @@ class SparseModule(EvaluationLoop):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other adapters or of another backbone, or to resume from one of weights alone."""
+        """Refuse a checkpoint of other adapters or another backbone, and to resume training from weights alone."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
-        told = self._trainer is None or self.new_tokens is not None  # data ask the Trainer's module for its tokens
-        checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, told)
+        new_tokens = self._trainer is None or self.new_tokens is not None  # the Trainer's data module reads new_tokens
+        checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, new_tokens)
         complete_average(self, checkpoint)
         if checkpoint[checkpoints.KEY].get("token_rows"):
             self._frozen_sample = frozen_sample(self)  # embeddings may have grown
@@ -242,10 +240,10 @@ class SparseModule(EvaluationLoop):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Load what is trained; frozen weights may be absent, anything else must match.
+        """Load the trained weights; frozen weights may be absent, everything else must match.
 
         Args:
-            state_dict: With or without the frozen weights.
+            state_dict: The state, with or without the frozen weights.
             strict: Raise when a trained value is missing or a key is unknown.
             assign: As in ``torch.nn.Module``.
 

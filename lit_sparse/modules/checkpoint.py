@@ -63,7 +63,7 @@ def load(
         path: A file that ``torch.save`` wrote, its URL, or an open stream of it.
         mmap: Map the tensors into memory, so that only those that are used are read.
         map_location: Where the tensors go, as in ``torch.load``.
-        weights_only: False runs whatever pickle the file holds.
+        weights_only: False runs any code that the file's pickle holds.
 
     Raises:
         UsageError: If it cannot be read, holds more than tensors and plain values, or no ``state_dict``.
@@ -136,7 +136,7 @@ def require_fit(
             "the checkpoint of a lit_sparse run, or load plain weights as the backbone."
         )
     saved = checkpoint[KEY]
-    # By the class alone: one defined in a script has another module name when the script is imported.
+    # Class names alone: a class of a script has another module name when the script is imported.
     trained_with, own = (m["class_path"].rpartition(".")[2] for m in (saved["method"], method))
     if trained_with != own:
         raise UsageError(
@@ -155,21 +155,25 @@ def require_fit(
             f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. {cause}"
         )
     _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
-    sample = frozen_sample(model)
-    if sample is not None and saved["backbone_sample"] is not None:
-        if sample.shape != saved["backbone_sample"].shape:
-            raise UsageError(
-                f"The checkpoint belongs to the backbone {saved['backbone']!r}, which has another structure than "
-                f"{backbone!r} or is quantized otherwise. Adapters only work on the weights they were trained on."
-            )
-        if not torch.allclose(sample, saved["backbone_sample"], rtol=_ROUNDING, atol=1e-6):
-            raise UsageError(
-                f"The checkpoint belongs to the backbone {saved['backbone']!r}; the frozen weights of {backbone!r} are "
-                "others. Adapters only work on the weights they were trained on."
-            )
+    _require_backbone(frozen_sample(model), backbone, saved)
     for name, left in saved.get("ranks_left", {}).items():
         if left < adapters[name].rank:
             shrink(adapters[name], left)
+
+
+def _require_backbone(sample: Tensor | None, name: str, saved: Mapping[str, Any]) -> None:
+    if sample is None or saved["backbone_sample"] is None:
+        return
+    if sample.shape != saved["backbone_sample"].shape:
+        raise UsageError(
+            f"The checkpoint belongs to the backbone {saved['backbone']!r}, which has another structure than {name!r} "
+            "or is quantized otherwise. Adapters only work on the weights they were trained on."
+        )
+    if not torch.allclose(sample, saved["backbone_sample"], rtol=_ROUNDING, atol=1e-6):
+        raise UsageError(
+            f"The checkpoint belongs to the backbone {saved['backbone']!r}; the frozen weights of {name!r} differ. "
+            "Adapters only work on the weights they were trained on."
+        )
 
 
 def _require_token_rows(model: nn.Module, saved: Mapping[str, Mapping[str, Any]], new_tokens: bool) -> None:
@@ -181,7 +185,7 @@ def _require_token_rows(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]
     if own and not same:
         raise UsageError(
             f"The checkpoint trains rows of the tokens {_tokens(saved)}, the model those of {_tokens(own)}. Set "
-            "new_tokens to what the run had."
+            "new_tokens to the tokens of the run."
         )
     if not own and not new_tokens and any(text for entry in saved.values() for text in entry["texts"]):
         raise UsageError(

@@ -113,12 +113,12 @@ class QuestionAnswering(SparseModule):
 class SquadScores(Metric):
     """Exact match and F1 of SQuAD over a whole set, each question counted once.
 
-    Answers are compared without case, punctuation, articles and surplus spaces. Scores of all processes are gathered
-    with the numbers of their questions, so that those which a distributed sampler repeats do not count twice.
+    Answers are compared without case, punctuation, articles and surplus spaces. All processes gather their scores with
+    the numbers of the questions, so that questions which a distributed sampler repeats do not count twice.
 
     Source:
-        Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1, and the scripts evaluate-v1.1 and evaluate-v2.0, of
-        which the latter gives unanswerable questions the empty string as their one right answer.
+        Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1, and the scripts evaluate-v1.1 and evaluate-v2.0. In the
+        latter, the empty string is the only right answer to an unanswerable question.
     """
 
     full_state_update = False
@@ -170,7 +170,7 @@ def best_spans(start: Tensor, end: Tensor, allowed: Tensor, max_length: int) -> 
     """
     length = min(max_length, start.shape[1])
     start, end = (logits.masked_fill(~allowed, -torch.inf) for logits in (start, end))
-    # Only ends that are near enough, not the whole square of starts and ends: shape (windows, tokens, length).
+    # The ends near each start, not the whole square of starts and ends: shape (windows, tokens, length).
     ends = nn.functional.pad(end, (0, length - 1), value=-torch.inf).unfold(1, length, 1)
     scores, places = (start[..., None] + ends).flatten(1).max(1)
     first = places // length

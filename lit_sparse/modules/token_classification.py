@@ -99,10 +99,10 @@ class TokenClassification(LabelledModule):
 
 
 class TagScores(Metric):
-    """Accuracy of tags, and precision, recall and F1 of the entities that they spell, over a whole set.
+    """Accuracy of tags, and precision, recall and F1 of the entities that they mark, over a whole set.
 
-    All states are counts, which are summed over batches and processes. Without any entity predicted, precision is
-    0, without any in the data recall is 0, and F1 is 0 with either.
+    All states are counts, which are summed over batches and processes. Precision is 0 if no entity is predicted, recall
+    is 0 if the data has none, and F1 is 0 in both cases.
 
     Args:
         names: Names of the tags; entities are scored if all are written as O, B-… and I-….
@@ -112,7 +112,7 @@ class TagScores(Metric):
 
     Source:
         Tjong Kim Sang and De Meulder 2003, "Introduction to the CoNLL-2003 Shared Task", section 2.4, and its
-        script conlleval, by whose rules entities begin and end.
+        script conlleval, whose rules decide where entities begin and end.
     """
 
     full_state_update = False
@@ -133,8 +133,8 @@ class TagScores(Metric):
         """Count the words and entities of some rows.
 
         Args:
-            predicted: Numbers of tags, shape (rows, words); -1 is none of them.
-            gold: The right ones, of the same shape; -100 where there is no word.
+            predicted: Numbers of the predicted tags, shape (rows, words); -1 stands for no tag.
+            gold: Numbers of the right tags, of the same shape; -100 where there is no word.
         """
         counted = gold != IGNORED
         self.right += ((predicted == gold) & counted).sum()
@@ -180,7 +180,7 @@ def _are_iob(names: Sequence[str]) -> bool:
 
 
 def _word_positions(batch: dict[str, Any]) -> Tensor:
-    """Where the words start in ``input_ids``; without them, the labelled tokens, without labels all tokens."""
+    """Positions in ``input_ids`` where words start; else those of labelled tokens, or of all tokens without labels."""
     if "word_positions" in batch:
         positions: Tensor = batch["word_positions"]
         return positions
