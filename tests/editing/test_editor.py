@@ -298,7 +298,7 @@ def test_inspect_lists_what_an_edit_adapts(folder, capsys):
     assert "model.layers.*.mlp.down_proj" in out
     with pytest.raises(SystemExit, match="1"):
         main(["inspect", "--config", config(folder, method={"class_path": "lit_sparse.FineTuning"})])
-    assert capsys.readouterr().err.endswith("error: inspect lists adapters, and FineTuning has none.\n")
+    assert capsys.readouterr().err.endswith("error: inspect lists adapters, but FineTuning uses none.\n")
 
 
 @pytest.mark.slow
