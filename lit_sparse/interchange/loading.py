@@ -69,13 +69,15 @@ def fill(adapter: LowRankAdapter, layer: LayerFactors, source: str) -> None:
         used = lora_A.any(1)
         own_A[: len(lora_A)][used] = lora_A[used].to(own_A)
         own_B_t[: len(lora_A)] = lora_B_t.to(own_B_t)
-    if adapter.gate is not None and adapter.gate_function is None:
-        adapter.gate.fill_(1)
     gate = adapter.effective_gate()
-    if gate is not None and not bool((gate > 0).all()):
+    if gate is None:
+        return
+    if adapter.gate_function is None:
+        gate.fill_(1)
+        return
+    if not gate.is_meta and not bool((gate > 0).all()):
         raise UsageError(f"The method closes gates of {layer.name!r} from the start: it cannot start from {source}.")
-    if gate is not None:
-        adapter.lora_B_t.div_(gate.unsqueeze(1))
+    adapter.lora_B_t.div_(gate.unsqueeze(1))
 
 
 def warn_if_another_backbone(model: nn.Module, trained_on: object, source: Path) -> None:
