@@ -331,7 +331,7 @@ def test_null_on_the_command_line_unsets_an_argument_of_the_method(config):
         (["--data.init_args.label", "lable"], 1, "no column 'lable'; its columns are ['text', 'label']"),
         (["--model.init_args.backbone", "/nowhere/bert"], 1, "/nowhere/bert"),
         (["--model.init_args.backbone", "nobody/nothing-at-all"], 1, "'nobody/nothing-at-all'"),
-        (["--model.init_args.metrics", "[acc]"], 1, "metrics ['acc'] are none for classification"),
+        (["--model.init_args.metrics", "[acc]"], 1, "metrics ['acc'] do not exist for"),
         (["--optimizer", "torch.optim.Adam"], 1, "--optimizer does not reach lit_sparse.SequenceClassification"),
         (["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"], 1, "--lr_scheduler does not reach"),
         (["--trainer.callbacks+", "lit_sparse.Sparsify", "--trainer.callbacks.method", "lit_sparse.LoRA"], 1, "brings"),
