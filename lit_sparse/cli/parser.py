@@ -76,7 +76,7 @@ def _suggestion(key: str, options: Sequence[str]) -> str:
     """Suggest options of the command, or arguments of this package and the Trainer, that are spelt like ``key``."""
     public = [] if options else [getattr(lit_sparse, name) for name in dir(lit_sparse)]
     classes = (kind for kind in public if isinstance(kind, type) and kind.__module__.startswith("lit_sparse."))
-    kinds: list[Any] = [kind for kind in classes if not issubclass(kind, Exception)]
+    kinds: list[Any] = [kind for kind in classes if not issubclass(kind, (Exception, dict))]
     known = options or {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
     close = difflib.get_close_matches(key.rpartition(".")[2], known)
     if close:
