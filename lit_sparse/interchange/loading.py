@@ -54,13 +54,10 @@ def fill(adapter: LowRankAdapter, layer: LayerFactors, source: str) -> None:
     Raises:
         UsageError: If the adapter is of another size, or a computed gate is 0.
     """
-    there = (layer.in_features, layer.out_features, len(layer.ranks))
-    here = (adapter.in_features, adapter.out_features, adapter.copies)
+    there = _size(layer.in_features, layer.out_features, len(layer.ranks))
+    here = _size(adapter.in_features, adapter.out_features, adapter.copies)
     if there != here:
-        raise UsageError(
-            f"{source} adapts {layer.name!r} as (inputs, outputs, experts) = {there}, here it has {here}: it was "
-            "trained on another model."
-        )
+        raise UsageError(f"{source} maps {there} at {layer.name!r}, the layer {here}: it was trained on another model.")
     factor = (1.0 if layer.scale is None else layer.scale) / adapter.scale
     adapter.lora_B_t.zero_()
     copies = (adapter.lora_A.split(adapter.rank), adapter.lora_B_t.split(adapter.rank))
@@ -147,3 +144,7 @@ def _exactly(name: str) -> str:
     """A pattern for ``target_modules`` and ``overrides`` that means one layer."""
     # In a group, since the bare name would also match longer names that end with it.
     return f"(?:{re.escape(name)})"
+
+
+def _size(inputs: int, outputs: int, experts: int) -> str:
+    return f"{inputs} features to {outputs}" + (f" in {experts} experts" if experts > 1 else "")

@@ -31,7 +31,7 @@ def refused(model: nn.Module, message: str) -> None:
 
 def test_a_model_that_peft_adapted_is_refused():
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
-    message = r"PEFT adapted \w+ already, the first at '.*query': .*model.merge_and_unload\(\), .* with load_peft\."
+    message = r"PEFT adapted \w+ already, the first at '.*query'.*model\.merge_and_unload\(\), .* with load_peft\."
     adapted = peft.get_peft_model(build_tiny(BertForSequenceClassification), config)
     refused(adapted.base_model.model, message)
     merged = adapted.merge_and_unload()

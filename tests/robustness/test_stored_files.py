@@ -140,7 +140,7 @@ REFUSED = [
         tensors(PEFT, lambda f: f.pop(first(f, "lora_B"))),
     ),
     Case("an adapter with a tensor more", FROM_PEFT, "extra", tensors(PEFT, lambda f: f.update(extra=torch.ones(1)))),
-    Case("an adapter with a narrower A", FROM_PEFT, "maps 31 features", tensors(PEFT, halve)),
+    Case("an adapter with a narrower A", FROM_PEFT, "31 features to 32", tensors(PEFT, halve)),
     Case("an adapter with NaN", FROM_PEFT, "finite", tensors(PEFT, spoil)),
     Case("an adapter of integers", FROM_PEFT, "int64", tensors(PEFT, as_integers)),
     Case("inspect of half an adapter", ["inspect", "peft"], "adapter_model.safetensors", cut(PEFT)),
