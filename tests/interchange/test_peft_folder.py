@@ -284,7 +284,7 @@ def test_another_model_is_refused(tmp_path):
     bert_folder(tmp_path)
     with pytest.raises(ls.UsageError, match=r"AlbertForSequenceClassification has no such layers: its own are \['albe"):
         ls.load_peft(fresh(AlbertForSequenceClassification), tmp_path)
-    with pytest.raises(ls.UsageError, match=r"adapts '.*query' as .* \(32, 32, 1\), here it has \(16, 16, 1\)"):
+    with pytest.raises(ls.UsageError, match=r"maps 32 features to 32 at '.*query', the layer 16 features to 16"):
         ls.load_peft(fresh(hidden_size=16), tmp_path)
 
 
