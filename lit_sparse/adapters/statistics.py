@@ -21,7 +21,7 @@ class LayerSparsity:
     Args:
         name: Full name of the layer.
         rank: Live ranks, see :func:`live_ranks`. Experts' ranks are added up.
-        max_rank: Ranks at the start, of which densities of A and B are shares.
+        max_rank: Ranks at the start. Densities of A and B are shares of their entries.
         density_A: Share of non-zero entries of A, dead ranks counted as zero.
         density_B: The same of B.
         density_BA: Share of the frozen weight's entries that BA can change (its support).
@@ -43,7 +43,7 @@ class LayerSparsity:
 
 @torch.no_grad()
 def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
-    """Figures over all adapters, cheap enough to log during training: no host sync, layers of one width together.
+    """Metrics over all adapters, cheap enough to log while training: no host sync, layers of one width together.
 
     Args:
         adapters: At least one.

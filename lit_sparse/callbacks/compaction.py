@@ -19,7 +19,7 @@ from lit_sparse.adapters.optimizer_state import require_cuttable_after_a_step
 from lit_sparse.adapters.statistics import live_ranks_of_all
 from lit_sparse.callbacks.support import StepCallback, callbacks_of
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.stepping import holder
+from lit_sparse.methods.stepping import adapter_optimizer
 
 
 class CompactRanks(StepCallback):
@@ -65,7 +65,7 @@ class CompactRanks(StepCallback):
         if not adapters:
             raise UsageError(f"{type(pl_module).__name__} has no adapter to compact. Call lit_sparse.inject first.")
         parameters = [p for adapter in adapters.values() for p in adapter.parameters(recurse=False)]
-        require_cuttable_after_a_step(holder(trainer.optimizers, adapters), parameters)
+        require_cuttable_after_a_step(adapter_optimizer(trainer.optimizers, adapters), parameters)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the record of the ranks, or continue that of the checkpoint."""
@@ -117,7 +117,7 @@ class CompactRanks(StepCallback):
         nonzero = torch.stack([adapter.lora_B_t.any() for adapter in self._adapters.values()]).tolist()
         self._learned = {n: self._learned[n] or found for n, found in zip(self._adapters, nonzero, strict=True)}
         kept = {name: live | (self._seen[name] != 0) for name, live in self._live().items() if self._learned[name]}
-        keep_ranks(self._adapters, kept, holder(trainer.optimizers, self._adapters))
+        keep_ranks(self._adapters, kept, adapter_optimizer(trainer.optimizers, self._adapters))
         self._restart(self._live())
         after = sum(len(adapter.lora_A) for adapter in self._adapters.values())
         if after < before:

@@ -17,7 +17,10 @@ Metrics = dict[str, Metric]
 
 
 class Mean(Metric):
-    """A mean over a data set: the sum of the values by their count. A NaN among the values stays."""
+    """A mean over a data set: the sum of the values by their count. A NaN among the values stays.
+
+    torchmetrics' ``MeanMetric`` (1.9) ignores the weights where it keeps NaN, and elsewhere waits for the device.
+    """
 
     full_state_update = False
     total: Tensor

@@ -18,7 +18,7 @@ from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.progress import Progress, warn_if_nothing_is_left
-from lit_sparse.methods.stepping import SparseSteps, adapters_of, holder, require_trained_weights
+from lit_sparse.methods.stepping import SparseSteps, adapter_optimizer, adapters_of, require_trained_weights
 from lit_sparse.strategies.support import keep_buffers_local, require_exact
 
 
@@ -90,7 +90,7 @@ class Sparsify(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that method, optimizer and the other callbacks fit the adapters."""
         adapters = adapters_of(self.method, pl_module)
-        require_trained_weights(self.method, holder(trainer.optimizers, adapters))
+        require_trained_weights(self.method, adapter_optimizer(trainer.optimizers, adapters))
         self._averages = keep_averages_sparse(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
         keep_buffers_local(trainer.strategy.model, adapters.items())
 
@@ -98,7 +98,7 @@ class Sparsify(Callback):
         """Let the method check the run, and start following the optimizer's steps."""
         if trainer.global_step == 0:
             self._steps_before = 0  # this callback may be in its second run
-        optimizer = holder(trainer.optimizers, adapters_of(self.method, pl_module))
+        optimizer = adapter_optimizer(trainer.optimizers, adapters_of(self.method, pl_module))
         scheduler, self._total, self._ended = _stepwise_scheduler(trainer, optimizer), total_steps(trainer), False
         self._steps = SparseSteps(self.method, pl_module, optimizer, self._total, scheduler, self._steps_before)
 

@@ -70,7 +70,7 @@ class SparseSteps:
         adapters = adapters_of(method, model)
         require_one_device(type(model).__name__, [p for a in adapters.values() for p in a.parameters(recurse=False)])
         self.method = method
-        self.optimizer = holder([_unwrapped(optimizer)], adapters)
+        self.optimizer = adapter_optimizer([_unwrapped(optimizer)], adapters)
         require_trained_weights(method, self.optimizer)
         self.steps_taken = steps_taken
         self._adapters = list(adapters.values())
@@ -180,7 +180,7 @@ def adapters_of(method: SparseMethod, model: nn.Module) -> dict[str, LowRankAdap
     return adapters
 
 
-def holder(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapter]) -> Optimizer:
+def adapter_optimizer(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapter]) -> Optimizer:
     """The one optimizer that holds every trained parameter of the adapters.
 
     Raises:

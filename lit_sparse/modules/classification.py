@@ -27,8 +27,7 @@ class Classification(LabelledModule):
         options: Further arguments of :class:`~lit_sparse.modules.labels.LabelledModule`.
 
     Raises:
-        UsageError: If an argument is outside its range, the backbone cannot be loaded, or the number of labels
-            is not known.
+        UsageError: As for ``LabelledModule``, or if a metric does not fit the task.
     """
 
     def __init__(

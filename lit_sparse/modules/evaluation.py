@@ -49,6 +49,7 @@ class EvaluationLoop(LightningModule):
         """Update the metrics of a test set."""
         self.measure(batch, self._metrics[dataloader_idx], self._data, self._set_names[dataloader_idx])
 
+    # Metrics are those of all processes already; without sync_dist Lightning warns.
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation sets."""
         self.log_dict(self._results("val"), prog_bar=True, sync_dist=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lit_sparse as ls
-from lit_sparse.methods.stepping import holder
+from lit_sparse.methods.stepping import adapter_optimizer
 
 BATCHES, WIDTH, RANK, LR = 24, 12, 4, 3e-2
 METHODS = {
@@ -288,7 +288,7 @@ def test_what_else_a_user_trains_may_have_an_optimizer_of_its_own() -> None:
     adapters = dict(ls.adapters_in(net))
     own = optimizer_of(net)
     net[0].base.bias.requires_grad_(True)  # type: ignore[union-attr]
-    assert holder([own, torch.optim.SGD([net[0].base.bias])], adapters) is own  # type: ignore[union-attr]
+    assert adapter_optimizer([own, torch.optim.SGD([net[0].base.bias])], adapters) is own  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
