@@ -152,7 +152,7 @@ def require_fit(
                 f", this is {backbone!r}. Give the backbone that it was trained on."
             )
         raise UsageError(
-            f"The checkpoint's adapters are others than the model's: {_difference(saved['ranks'], ranks)}. {cause}"
+            f"The checkpoint's adapters differ from the model's: {_difference(saved['ranks'], ranks)}. {cause}"
         )
     _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
     _require_backbone(frozen_sample(model), backbone, saved)

@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_rank_names_layer_and_ranks(tiny_bert, saved, tr
 @pytest.mark.parametrize(("theirs", "ours"), [(["query"], ["query", "value"]), (["query", "value"], ["query"])])
 def test_a_checkpoint_of_other_layers_names_the_first(theirs, ours, tiny_bert, saved, trainer, loader):
     file = saved(classifier(tiny_bert, ls.LoRA(theirs, rank=2)))
-    with pytest.raises(ls.UsageError, match=r"adapters are others than the model's: .*attention.self.value"):
+    with pytest.raises(ls.UsageError, match=r"adapters differ from the model's: .*attention.self.value"):
         trainer(max_epochs=2).fit(classifier(tiny_bert, ls.LoRA(ours, rank=2)), loader(), ckpt_path=file)
 
 
