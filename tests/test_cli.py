@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ SCRIPTS = Path(sys.executable).parent
 ENTRIES = {
     "lightning": [str(SCRIPTS / "lightning")],
     "lit-sparse": [str(SCRIPTS / "lit-sparse")],
-    "python -m lit_sparse": [sys.executable, "-m", "lit_sparse"],
+    "python -m lit_sparse": ["-m", "lit_sparse"],
 }
 METHOD = "--model.init_args.method.init_args"
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
@@ -79,9 +80,9 @@ def _as_from_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-def start(command, **environment):
+def start(command):
     """Run a command in the folder of the test."""
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    return programs.run(command)
 
 
 @pytest.fixture
@@ -266,7 +267,10 @@ def other_lightning(tmp_path, monkeypatch):
 
 
 def test_words_of_another_lightning_program_go_there(other_lightning, monkeypatch, capsys):
-    done = start([*ENTRIES["lightning"], "login", "--key", "x"], PYTHONPATH=other_lightning)
+    environment = {**os.environ, "PYTHONPATH": other_lightning}
+    done = subprocess.run(
+        [*ENTRIES["lightning"], "login", "--key", "x"], capture_output=True, text=True, env=environment
+    )
     assert (done.returncode, done.stdout) == (0, "OTHER ['login', '--key', 'x']\n")
     monkeypatch.syspath_prepend(other_lightning)
     for words in (["fit", "--help"], ["--help"], ["predict", "--help"]):

@@ -1,7 +1,5 @@
 """The errors of other libraries are provoked, so that another wording in a new version is noticed."""
 
-import subprocess
-import sys
 from fractions import Fraction
 from pickle import UnpicklingError
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 from backbones import save_tiny_bert
 from jsonargparse import ArgumentParser
+from programs import run_all
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -58,14 +57,10 @@ except RuntimeError as error:
 
 
 def test_a_process_whose_peer_is_gone(tmp_path):
-    peers = [
-        subprocess.Popen(
-            [sys.executable, "-c", PEER, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    assert peers[0].communicate(timeout=120)[0] == "lost\n"
-    peers[1].wait(30)
+    words = [["-c", PEER, str(rank), str(tmp_path / "store")] for rank in range(2)]
+    first, second = run_all(words, [{}, {}], timeout=120)
+    assert first.stdout == "lost\n"
+    assert second.returncode == 1
 
 
 def test_other_errors_are_no_lost_process():

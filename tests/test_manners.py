@@ -6,10 +6,10 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import yaml
 from hostile import make_project, run
@@ -17,7 +17,7 @@ from hostile import make_project, run
 from lit_sparse.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "lit_sparse"]
+COMMAND = ["-m", "lit_sparse"]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")  # colours and moves of the cursor
 
 
@@ -33,7 +33,7 @@ def project(tmp_path_factory):
 
 
 def typed(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*COMMAND, *words], cwd=project, capture_output=True, text=True, timeout=300)
+    done = programs.run([*COMMAND, *words], cwd=project)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -62,10 +62,8 @@ def test_nothing_of_a_run_is_wider_than_a_terminal_of_80_columns(project):
     """On a real terminal, where bars and tables are drawn anew in place."""
     main_end, end = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [*COMMAND, "fit", "--config", "config.yaml"],
-        cwd=project, env=environment, stdin=end, stdout=end, stderr=end, close_fds=True,
-    )  # fmt: skip
+    words = [*COMMAND, "fit", "--config", "config.yaml"]
+    process = programs.Program(words, cwd=project, env=environment, stdin=end, stdout=end, stderr=end)
     os.close(end)
     shown, until = b"", time.monotonic() + 300
     while time.monotonic() < until:

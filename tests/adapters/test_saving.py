@@ -2,13 +2,12 @@
 
 import copy
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
 from backbones import build_tiny
 from huggingface_hub import HfApi
+from programs import run
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -68,8 +67,8 @@ def test_a_layer_put_in_by_hand_counts(tmp_path):
 def test_a_pickle_is_guarded_where_nothing_was_injected(tmp_path):
     torch.save(adapted(), tmp_path / "model.pt")
     code = "import torch; torch.load('model.pt', weights_only=False).save_pretrained('folder')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert "UsageError: save_pretrained of a LlamaForCausalLM with adapters" in run.stderr
+    done = run(["-c", code], cwd=tmp_path)
+    assert "UsageError: save_pretrained of a LlamaForCausalLM with adapters" in done.stderr
     assert not (tmp_path / "folder").exists()
 
 

@@ -1,14 +1,13 @@
 """The Editor as it is used: under a Trainer and from the command line, killed and resumed, in two processes."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import lightning as L
+import programs
 import pytest
 import torch
 import yaml
@@ -258,35 +257,28 @@ def config(folder, file="edit.yaml", **changes) -> str:
     return file
 
 
-COMMAND = [sys.executable, "-m", "lit_sparse", "edit"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+COMMAND = ["-m", "lit_sparse", "edit"]
 
 
 def command(*words: str, code: int = 0) -> str:
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    done = programs.run([*COMMAND, *words])
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
 def two_processes(file: str, *words: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lit_sparse"]
-    own = ["edit", "--config", file, "--trainer.devices=2", "--trainer.strategy=ddp", *words]
-    return subprocess.run([*launcher, *own], capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    own = ["--config", file, "--trainer.devices=2", "--trainer.strategy=ddp", *words]
+    return programs.launch(2, [*COMMAND, *own])
 
 
 def killed_after(rows: int, file: str) -> Path:
     """Start a run into runs/killed, and kill it when so many requests are measured."""
-    process = subprocess.Popen(
-        [*COMMAND, "--config", file, "--model.init_args.output=runs/killed"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = programs.Program([*COMMAND, "--config", file, "--model.init_args.output=runs/killed"])
     part = Path("runs/killed/parts/0.jsonl")
     while not (part.exists() and part.read_bytes().count(b"\n") >= rows):
         time.sleep(0.01)
         assert process.poll() is None, "it should have been killed before its end"
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     return part
 

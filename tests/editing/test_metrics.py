@@ -2,13 +2,12 @@
 
 import math
 import random
-import subprocess
-import sys
 from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import launch
 
 from lit_sparse.editing.metrics import (
     Answer,
@@ -144,7 +143,6 @@ torch.distributed.destroy_process_group()
 def test_processes_add_up(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = launch(2, [worker])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("added up") == 2

@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 from backbones import save_tiny_bart, save_tiny_llama, save_tiny_t5
+from programs import launch
 from projects import last_figures, read_lines, write_config
 from torch.utils.data import DataLoader
 from torchmetrics.text import ROUGEScore
@@ -229,7 +229,7 @@ def test_two_processes_find_the_figures_of_one(tmp_path, trainer):
     assert alone["val_exact_match"] == 0.5
     assert len(rows) >= 4
     (tmp_path / "validate.py").write_text(TWO_PROCESSES)
-    done = subprocess.run([sys.executable, "validate.py"], capture_output=True, text=True, timeout=300)
+    done = launch(2, ["validate.py"])
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert json.loads(line.removeprefix("FOUND ")) == pytest.approx(alone, rel=1e-5)

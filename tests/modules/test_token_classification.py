@@ -4,13 +4,13 @@
 import csv
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from programs import launch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForTokenClassification
 
@@ -365,8 +365,7 @@ def test_two_processes_find_what_one_finds(tiny_bert, tmp_path):
     (tmp_path / "validate.py").write_text(DDP)
     files = write_sentences(tmp_path)
     for processes in (1, 2):
-        command = [sys.executable, "validate.py", tiny_bert, files["validation"], str(processes)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        done = launch(processes, ["validate.py", tiny_bert, files["validation"], str(processes)], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     alone, first, second = (json.loads((tmp_path / f"{run}.json").read_text()) for run in ("1_0", "2_0", "2_1"))
     assert first == second

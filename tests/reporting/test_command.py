@@ -1,10 +1,10 @@
 """`lit-sparse inspect SOURCE`: what it prints, what it writes, and what it says when it cannot."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -152,8 +152,8 @@ def test_a_configuration_is_told_from_a_source(words, stored):
 
 
 def test_as_a_program(run):
-    words = [sys.executable, "-m", "lit_sparse", "inspect", str(run.logs)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = programs.run(["-m", "lit_sparse", "inspect", run.logs])
+    assert done.returncode == 0, done.stderr
     assert "all layers" in done.stdout
 
 

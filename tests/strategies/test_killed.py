@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import save_tiny_bert
+from programs import Program
 from projects import write_config
 
 pytestmark = pytest.mark.slow
@@ -45,11 +44,10 @@ def project(epochs: int) -> str:
     )
 
 
-def start(command: list[str], *overrides: str, **environment: str) -> subprocess.Popen[str]:
-    words = [sys.executable, *command, "fit", "--config", "config.yaml", *overrides]
-    log = Path("log.txt").open("a")  # noqa: SIM115 - the process writes to it
-    own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT, text=True)
+def start(command: list[str], *overrides: str, **environment: str) -> Program:
+    with Path("log.txt").open("a") as log:
+        words = [*command, "fit", "--config", "config.yaml", *overrides]
+        return Program(words, env={**os.environ, **environment}, stdout=log, stderr=log)
 
 
 def children(pid: int) -> list[int]:

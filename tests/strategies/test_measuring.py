@@ -1,11 +1,9 @@
 """What callbacks measure in two real processes: the training rows of all, other data in each, one decision to save."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from programs import launch
 
 SCRIPT = """
 import json
@@ -70,9 +68,7 @@ Path(f"told_{trainer.global_rank}.json").write_text(json.dumps(told))
 @pytest.mark.slow
 def test_two_processes_measure_and_save_as_one(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    done = launch(2, ["script.py"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"told_{rank}.json").read_text()) for rank in (0, 1))
     assert first["rows"] == second["rows"]

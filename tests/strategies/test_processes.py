@@ -2,12 +2,10 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 
@@ -20,13 +18,11 @@ pytestmark = pytest.mark.slow
 
 
 def start(processes: int, runs: list[dict[str, Any]]) -> None:
-    """Train all runs, one after the other, in so many processes of torchrun; 1 is a plain process."""
+    """Train all runs, one after the other, in so many processes; 1 is a plain process."""
     file = Path(f"runs_{processes}_{runs[0]['tag']}.json")
     file.write_text(json.dumps(runs))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, WORKER, str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    words = [WORKER, file]
+    done = programs.launch(processes, words, timeout=600) if processes > 1 else programs.run(words, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -1,14 +1,12 @@
 """What keeps processes equal, in two real ones."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import launch
 from torch import nn
 
 import lit_sparse as ls
@@ -117,9 +115,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("replicas")
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    done = launch(2, ["script.py"], cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"told_{rank}.json").read_text()) for rank in (0, 1)]
 
