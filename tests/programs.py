@@ -2,7 +2,7 @@
 
 An interpreter takes seconds to import torch, lightning and transformers. One server does so for all tests of a process,
 and every program is forked from it. Its words, folder, variables, streams and status are those of ``python WORDS``. But
-the server has read what an interpreter reads as it starts (``PYTHON...``, ``LC_ALL``, ``HOME``) and what packages read
+the server has read what an interpreter reads as it starts (``PYTHONUTF8``, ``LC_ALL``, ``HOME``) and what packages read
 as they are imported (``HF_HOME``): a test that sets these starts an interpreter by ``subprocess``.
 """
 
@@ -208,6 +208,7 @@ def _execute(words: list[str], cwd: str, env: dict[str, str], limits: dict[str, 
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
+    sys.path[1:1] = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     sys.argv = words
     if words[0] == "-m":
         sys.path[0], sys.argv = cwd, words[1:]

@@ -25,6 +25,7 @@ def test_every_result_has_its_place_in_a_page():
             assert f"<!-- results/{file.name} -->" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["bert", "llama"])
 def test_step_time_writes_what_the_tables_read(backbone, tmp_path):
     pytest.importorskip("peft")

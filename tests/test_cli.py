@@ -4,7 +4,6 @@ import csv
 import io
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -169,6 +168,7 @@ def test_fit_validate_test_predict_and_resume(config, project, tmp_path):
     assert resumed["callbacks"]["Sparsify"]["steps_taken"] == 8
 
 
+@pytest.mark.slow
 def test_last_is_the_newest_checkpoint_that_is_sound(config):
     main(["fit", "--config", config, "--ckpt_path", "last"])  # there is none yet, as when a job starts
     steps = torch.load("kept/last.ckpt", weights_only=True)["global_step"]
@@ -180,6 +180,7 @@ def test_last_is_the_newest_checkpoint_that_is_sound(config):
         main(["validate", "--config", config, "--ckpt_path", "kept/last-v1.ckpt"])
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_in_a_process_of_its_own(config):
     done = start([*ENTRIES["lit-sparse"], "fit", "--config", config, "--data.init_args.text", "txt"])
     assert done.returncode == 1
@@ -226,6 +227,7 @@ OWN += ["--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.25", "--trainer.f
 OWN += ["--trainer.accelerator", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_module_of_the_users_own_is_fitted_from_the_folder_it_lies_in():
     Path("own_task.py").write_text(OWN_CODE)
     done = start([*ENTRIES["lightning"], *OWN])
@@ -266,11 +268,10 @@ def other_lightning(tmp_path, monkeypatch):
     sys.modules.pop("other_sdk", None)
 
 
+@pytest.mark.slow
 def test_words_of_another_lightning_program_go_there(other_lightning, monkeypatch, capsys):
     environment = {**os.environ, "PYTHONPATH": other_lightning}
-    done = subprocess.run(
-        [*ENTRIES["lightning"], "login", "--key", "x"], capture_output=True, text=True, env=environment
-    )
+    done = programs.run([*ENTRIES["lightning"], "login", "--key", "x"], env=environment)
     assert (done.returncode, done.stdout) == (0, "OTHER ['login', '--key', 'x']\n")
     monkeypatch.syspath_prepend(other_lightning)
     for words in (["fit", "--help"], ["--help"], ["predict", "--help"]):
@@ -293,6 +294,7 @@ def test_without_another_program_an_unknown_word_is_refused(monkeypatch, capsys)
 # Configurations.
 
 
+@pytest.mark.slow
 def test_a_printed_configuration_can_be_fed_back(config, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--config", config, f"{METHOD}.rank", "3", "--print_config"])
@@ -356,6 +358,7 @@ def test_errors_name_the_key_but_not_the_parsers_innards(config, refuse):
     assert not any(word in error for word in ("Union", "NoneType", "NestedArg", "Namespace"))
 
 
+@pytest.mark.slow
 def test_a_truncated_and_a_foreign_checkpoint_are_refused(config, refuse):
     main(["fit", "--config", config])
     whole = Path("kept/last.ckpt").read_bytes()

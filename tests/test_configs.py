@@ -93,6 +93,7 @@ def test_there_are_configurations():
     assert len(CONFIGS) >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EDITING, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_configuration_edits(path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning"])
@@ -119,6 +120,7 @@ def test_a_configuration_edits(path, tmp_path, monkeypatch):
     assert all(row["changed_share"] < 0.1 or "roselora" not in path.name for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [path for path in CONFIGS if path not in EDITING], ids=lambda path: path.relative_to(ROOT).as_posix()
 )

@@ -76,6 +76,7 @@ def project():
     requests.write_text(json.dumps([{"prompt": "the cat is", "target_new": "a dog", "subject": "cat"}]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_code_runs(page, project):

@@ -1,11 +1,12 @@
-"""Every script in examples/ does what it shows. In a process of its own, as its first lines say, .ci/run starts it."""
+"""Every script in examples/ does what it shows, in a process of its own, as its first lines say."""
 
+import os
 import re
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SHOWS = {
@@ -32,16 +33,15 @@ def test_each_example_is_listed_and_short() -> None:
         assert f"]({path.name})" in (path.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore")
-def test_example_runs(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(path)])
-    monkeypatch.setenv("COLUMNS", "80")
-    runpy.run_path(str(path), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert re.search(SHOWS[path.name], shown), shown
+def test_example_runs(path: Path) -> None:
+    done = run([path], env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    assert re.search(SHOWS[path.name], done.stdout), done.stdout
 
 
+@pytest.mark.slow
 def test_the_users_own_module_loses_ranks_and_learns(tmp_path: Path) -> None:
     sys.path.insert(0, str(EXAMPLES[0].parent))
     try:

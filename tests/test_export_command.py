@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -122,6 +123,7 @@ def base(project):
 # From a run of the command line to every format.
 
 
+@pytest.mark.slow
 def test_every_format_is_written_and_loads_back(project, checkpoint, expected, capsys):
     for form in ("peft", "sparse", "delta", "merged"):
         main(["export", "--ckpt_path", checkpoint, "--format", form, "--output", f"out/{form}"])
@@ -132,7 +134,7 @@ def test_every_format_is_written_and_loads_back(project, checkpoint, expected, c
         assert re.match(pattern, line)
         difference, tolerance = re.search(r"live model's by (\S+) at most \(tolerance (\S+)\)", line).groups()
         assert float(difference) < 1e-6 < float(tolerance) < 1e-3
-        card = open(f"out/{form}/README.md").read()  # noqa: PTH123, SIM115
+        card = Path(f"out/{form}/README.md").read_text()
         assert re.search(r"\| val_accuracy \| [01]\.?\d* \|", card)
         assert "| val_accuracy, best of the run |" in card
         assert "| sparsity_weight | `6.0` |" in card
@@ -161,10 +163,10 @@ def test_merge_is_an_export_of_the_whole_model(checkpoint, expected, capsys):
 def test_options_reach_the_export(project, checkpoint, expected):
     options = ["--layout", "ragged", "--with_head", "false", "--license", "mit", "--tolerance", "1e-3"]
     main(["export", "--ckpt_path", checkpoint, "--output", "lora", *options])
-    config = json.loads(open("lora/adapter_config.json").read())  # noqa: PTH123, SIM115
+    config = json.loads(Path("lora/adapter_config.json").read_text())
     assert len(config["target_modules"]) < 13  # layers without a rank are left out
     assert config["modules_to_save"] is None
-    assert "license: mit" in open("lora/README.md").read()  # noqa: PTH123, SIM115
+    assert "license: mit" in Path("lora/README.md").read_text()
 
 
 def test_a_backbone_that_was_moved(project, checkpoint, expected, refuse, tmp_path):
@@ -212,6 +214,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tags")
 @pytest.mark.parametrize(("save_backbone", "build"), MODULES.values(), ids=MODULES)
 def test_a_checkpoint_of_any_module_is_enough(save_backbone, build, tmp_path):

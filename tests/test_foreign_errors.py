@@ -56,6 +56,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_process_whose_peer_is_gone(tmp_path):
     words = [["-c", PEER, str(rank), str(tmp_path / "store")] for rank in range(2)]
     first, second = run_all(words, [{}, {}], timeout=120)

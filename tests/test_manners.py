@@ -86,6 +86,7 @@ def test_nothing_of_a_run_is_wider_than_a_terminal_of_80_columns(project):
     assert max(map(len, bars)) <= 80, bars
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_run_saves_of_its_configuration_leaves_a_users_file_alone(project, tmp_path):
     """Without a logger it is saved where the user is, and what is there may be the file that it was started with."""
@@ -106,6 +107,7 @@ def test_what_a_run_saves_of_its_configuration_leaves_a_users_file_alone(project
     assert "max_epochs: 3" in (tmp_path / "config.yaml").read_text(), "an earlier run's is replaced"
 
 
+@pytest.mark.slow
 def test_configurations_of_the_package_are_at_hand_everywhere(capsys):
     printed = []
     for name in (str(ROOT / "configs" / "quickstart.yaml"), "lit_sparse://quickstart.yaml"):

@@ -58,6 +58,7 @@ def test_dir_names_everything_before_it_is_loaded(imported):
     assert imported["version"] == lit_sparse.__version__
 
 
+@pytest.mark.slow
 def test_a_first_use_loads_what_it_needs_and_no_more():
     code = (
         "import sys, lit_sparse; lit_sparse.functional; lit_sparse.functional.soft_threshold; lit_sparse.UsageError; "

@@ -206,7 +206,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
 
 def _of_known_kind(file: Path, kinds: Kinds) -> Path:
     if file.suffix not in kinds:
-        raise UsageError(f"{file} is none of the kinds that can be read, which are {', '.join(kinds)}.")
+        raise UsageError(f"{file} cannot be read: files of rows end in {', '.join(kinds)}.")
     return file
 
 

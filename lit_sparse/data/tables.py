@@ -145,14 +145,13 @@ class _Csv:
 
 def _texts(file: Path) -> Iterator[pa.Table]:
     """The cells of a CSV as they are written; only empty ones are missing: "None", "NA" and "null" are words too."""
-    frames = pd.read_csv(
-        file, dtype=str, chunksize=_CHUNK_ROWS, keep_default_na=False, na_values=[""], encoding="utf-8-sig"
-    )
-    for frame in frames:
-        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of rows
-            raise ValueError("its rows have more fields than its first line")
-        schema = pa.schema([(name, pa.string()) for name in frame.columns])
-        yield pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+    words = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    with pd.read_csv(file, chunksize=_CHUNK_ROWS, **words) as frames:
+        for frame in frames:
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of rows
+                raise ValueError("its rows have more fields than its first line")
+            schema = pa.schema([(name, pa.string()) for name in frame.columns])
+            yield pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
 
 
 class _Parquet:

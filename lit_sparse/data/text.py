@@ -70,7 +70,7 @@ class TextData(RowData):
         return self.tokenizer or self._backbone_of("tokenizer")
 
     def _new_tokens(self) -> list[str]:
-        """The tokens that the Trainer's module adds to its backbone's."""
+        """The tokens that the Trainer's module adds to those of its backbone."""
         new: list[str] = getattr(getattr(self.trainer, "lightning_module", None), "new_tokens", None) or []
         if new and self.tokenizer is not None and self.tokenizer != self._backbone_of("tokenizer"):
             raise UsageError(

@@ -32,7 +32,7 @@ class Column:
     form: str
 
     def cell(self, value: float | None) -> str:
-        """A number as it is written."""
+        """A number as the table shows it."""
         return UNKNOWN if value is None else self.form.format(value)
 
 

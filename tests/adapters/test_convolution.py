@@ -51,7 +51,7 @@ def slow_delta(adapter: LowRankConv2d) -> Tensor:
     for out in range(OUT):
         for i in range(RANK):
             kernel = adapter.lora_A[i].detach().reshape(delta.shape[1:])
-            delta[out] += SCALE * gate[i] * float(adapter.lora_B[out, i]) * kernel
+            delta[out] += SCALE * gate[i] * float(adapter.lora_B.detach()[out, i]) * kernel
     return delta.detach()
 
 

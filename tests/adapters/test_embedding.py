@@ -34,7 +34,7 @@ def slow_output(adapter: LowRankEmbedding, ids: Tensor) -> Tensor:
     for i in ids.flatten().tolist():
         row = adapter.base.weight[i].detach().clone()
         for r in range(RANK):
-            row += SCALE * gate[r] * float(adapter.lora_A[r, i]) * adapter.lora_B[:, r].detach()
+            row += SCALE * gate[r] * float(adapter.lora_A.detach()[r, i]) * adapter.lora_B[:, r].detach()
         rows.append(row)
     return torch.stack(rows).view(*ids.shape, WIDTH) if rows else torch.zeros(*ids.shape, WIDTH, dtype=torch.float64)
 

@@ -419,7 +419,6 @@ class Watch(ls.RoseLoRA):
 
 
 @pytest.mark.parametrize("family", ["Qwen2-MoE", "GPT-OSS"])
-@pytest.mark.filterwarnings("ignore:density")
 def test_training_masks_every_experts_rows_and_a_checkpoint_restores_them(family, tmp_path):
     method = Watch(BOTH, rank=2, density=0.3, begin=0, end=2)
     module = ls.SparseModule(model_of(family), method, sgd, lr_schedule="constant", warmup=0.0)

@@ -477,6 +477,7 @@ def test_merging_what_cannot_be_unpacked_is_refused_and_changes_nothing():
 # From the command line.
 
 
+@pytest.mark.slow
 @one_of_each
 def test_a_configuration_quantizes(quantization, bert, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning"])

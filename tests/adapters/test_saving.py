@@ -64,6 +64,7 @@ def test_a_layer_put_in_by_hand_counts(tmp_path):
         model.save_pretrained(tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_a_pickle_is_guarded_where_nothing_was_injected(tmp_path):
     torch.save(adapted(), tmp_path / "model.pt")
     code = "import torch; torch.load('model.pt', weights_only=False).save_pretrained('folder')"

@@ -167,6 +167,7 @@ def written_out_average(kind: str, snapshots: list[State]) -> State:
     return average
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("kind", METHODS)
 def test_an_averaged_model_is_as_sparse_as_the_model(kind: str, average: str) -> None:
@@ -220,6 +221,7 @@ def test_the_order_of_callbacks_does_not_matter_to_averages(first: bool) -> None
     assert [(a.lora_A != 0).sum(1).max() for _, a in ls.adapters_in(module)] == [3] * 4  # a tenth of 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("kind", METHODS)
 def test_training_with_an_average_is_resumed(kind: str, own: bool, tmp_path: Path) -> None:
@@ -301,6 +303,7 @@ def test_training_can_stop_when_it_is_sparse_enough() -> None:
     assert 0 < trainer.global_step == per_epoch * len(shares) < 10 * per_epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_trial_steps_of_tuners_leave_no_trace(kind: str) -> None:
     untouched = module_of(METHODS[kind]())
@@ -315,6 +318,7 @@ def test_the_trial_steps_of_tuners_leave_no_trace(kind: str) -> None:
     assert len(finder.optimal_lr.results["loss"]) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", METHODS)
 def test_training_uses_the_learning_rate_that_was_found(kind: str) -> None:
     method = METHODS[kind]()
@@ -346,6 +350,7 @@ def test_a_tuner_in_the_middle_of_training_is_an_error() -> None:
         fit(module_of(METHODS["roselora"]()), Midway(num_training_steps=5, update_attr=False))
 
 
+@pytest.mark.slow
 def test_a_found_batch_size_shortens_the_schedule_of_our_data(tmp_path: Path) -> None:
     backbone = save_tiny_bert(tmp_path / "bert")
     lines = [f"{'good' if i % 2 else 'bad'} film {i},{i % 2}" for i in range(96)]

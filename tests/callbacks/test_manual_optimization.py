@@ -70,9 +70,6 @@ def fit(module: pl.LightningModule, method: ls.SparseMethod, **options: Any) -> 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.filterwarnings("ignore:density")
-@pytest.mark.filterwarnings("ignore:.*pulls")
-@pytest.mark.filterwarnings("ignore:No gate became zero")
 def test_manual_equals_automatic(kind: str, accumulate: int, precision: str) -> None:
     method = METHODS[kind]()
     automatic = Automatic(method)

@@ -418,6 +418,7 @@ WholeFiles().save_checkpoint({"of": "another job"}, "last.ckpt")
 """
 
 
+@pytest.mark.slow
 def test_two_jobs_in_one_folder_leave_each_others_half_written_files_alone(tmp_path):
     """A job that still writes keeps its file; what a killed one left is removed."""
     jobs = [

@@ -125,8 +125,6 @@ def assert_same(module: Regression, loop: PlainLoop) -> None:
     ],
     ids=["constant", "lr", "metric", "released"],
 )
-@pytest.mark.filterwarnings("ignore:.*pulls")
-@pytest.mark.filterwarnings("ignore:No gate became zero")
 def test_sora_follows_the_written_out_loop(rule: dict[str, Any], accumulate: int) -> None:
     rule = {**rule}
     if accumulate == 4 and "metric" not in rule:  # a quarter of the steps
@@ -161,9 +159,6 @@ def test_sora_follows_the_written_out_loop(rule: dict[str, Any], accumulate: int
 
 @pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (4, 1), (1, 5), (4, 4)])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.filterwarnings("ignore:density")
-@pytest.mark.filterwarnings("ignore:.*pulls")
-@pytest.mark.filterwarnings("ignore:No gate became zero")
 def test_roselora_follows_the_written_out_loop(gated: bool, accumulate: int, every: int) -> None:
     density, beta, begin, end = 0.3, 0.8, 0.1, 0.7
     arguments: dict[str, Any] = {"rank": RANK, "density": density, "begin": begin, "end": end, "clamp": 0.25}
@@ -238,7 +233,6 @@ def test_the_method_is_called_once_per_real_step(precision: str, accumulate: int
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.filterwarnings("ignore:density")
 def test_a_step_that_the_gradient_scaler_skips_does_not_count(fused: bool) -> None:
     method = ls.RoseLoRA(rank=RANK, density=0.5, begin=0, end=1)
     callback = ls.Sparsify(method)
@@ -266,8 +260,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count(fused: bool) -> No
         assert (adapter.lora_A != 0).sum(1).tolist() == [adapter.in_features // 2] * RANK
 
 
-@pytest.mark.filterwarnings("ignore:density")
-@pytest.mark.filterwarnings("ignore:threshold")
+@pytest.mark.filterwarnings("ignore:The optimizer's weight decay")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", ["l1_weight", "sensitivity"])
 def test_under_a_gradient_scaler_the_method_sees_unscaled_gradients(kind: str, fused: bool) -> None:
@@ -305,7 +298,6 @@ def test_a_batch_without_a_loss_does_not_upset_the_gradient_scaler(fused: bool) 
     assert callback.steps_taken == STEPS // 2 - 1  # batch 3 ended a window of two, 4 and 8 only began one
 
 
-@pytest.mark.filterwarnings("ignore:density")
 def test_state_survives_a_checkpoint(tmp_path: Any) -> None:
     def run(max_epochs: int, **options: Any) -> tuple[Regression, ls.Sparsify, pl.Trainer]:
         method = ls.RoseLoRA(rank=RANK, density=0.3, begin=4, end=40)
@@ -476,7 +468,6 @@ def test_gate_lr_must_reach_the_optimizer() -> None:
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:threshold")
 def test_weight_decay_on_gates_warns() -> None:
     method = ls.SoRA(rank=4, threshold=0.04)
     with pytest.warns(UserWarning, match=r"weight decay \[0\.2\] pulls at the gates"):
@@ -494,13 +485,11 @@ def test_weight_decay_on_gates_warns() -> None:
         (ls.RoseLoRA(rank=4, density=0.5), r"change about 68 % of the entries.*no local"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:No gate became zero")
 def test_settings_that_cannot_do_what_they_should_warn(method: Any, warning: str) -> None:
     with pytest.warns(UserWarning, match=warning):
         fit(Regression(method), ls.Sparsify(method))
 
 
-@pytest.mark.filterwarnings("ignore:.*pulls")
 def test_the_end_of_a_run_says_that_nothing_was_pruned() -> None:
     method = ls.SoRA(rank=4, threshold=1e-6)
     with pytest.warns(UserWarning, match=r"No gate became zero: all 8 ranks remain, .* Raise threshold"):
@@ -510,7 +499,6 @@ def test_the_end_of_a_run_says_that_nothing_was_pruned() -> None:
         fit(Regression(rose), ls.Sparsify(rose))
 
 
-@pytest.mark.filterwarnings("ignore:.*pulls")
 def test_a_run_without_end() -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
@@ -523,7 +511,6 @@ def test_a_run_without_end() -> None:
         fit(Regression(shares), ls.Sparsify(shares), Stop(), max_epochs=-1)
 
 
-@pytest.mark.filterwarnings("ignore:.*pulls")
 def test_a_gate_held_at_zero_does_not_come_back() -> None:
     class Watch(pl.Callback):
         def __init__(self) -> None:

@@ -55,7 +55,6 @@ def metadata(folder):
 
 @by_method
 @pytest.mark.parametrize("write", [ls.save_adapter, ls.export_delta])
-@pytest.mark.filterwarnings("ignore:The patch changes")
 def test_a_plain_model_computes_what_the_live_one_does(write, method, tmp_path):
     model = as_trained(fresh(), method)
     expected = logits(model, IDS)
@@ -71,7 +70,6 @@ def test_a_plain_model_computes_what_the_live_one_does(write, method, tmp_path):
 
 @by_method
 @pytest.mark.parametrize("write", [ls.save_adapter, ls.export_delta])
-@pytest.mark.filterwarnings("ignore:The patch changes")
 def test_experts_keep_ranks_of_their_own(write, method, tmp_path):
     model = as_trained(mixtral(), method)
     write(model, tmp_path / "adapter")
@@ -93,7 +91,6 @@ class Images(nn.Module):
 
 
 @pytest.mark.parametrize("write", [ls.save_adapter, ls.export_delta])
-@pytest.mark.filterwarnings("ignore:The patch changes")
 def test_convolutions_and_what_a_head_keeps_beside_parameters(write, tmp_path):
     plain = Images()
     model = Images()
@@ -371,7 +368,6 @@ def test_an_output_that_is_not_empty_is_refused(write, tmp_path):
         write(as_trained(fresh()), tmp_path / "out" / "thesis.txt")
 
 
-@pytest.mark.filterwarnings("ignore:The patch changes")
 def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path):
     (tmp_path / "empty").mkdir()
     for number, write in enumerate(WRITERS.values()):

@@ -42,6 +42,7 @@ def build(kind):
     return model.eval()
 
 
+@pytest.mark.slow
 def test_the_gguf_of_every_architecture_is_what_the_live_model_computes(tmp_path):
     assert list(llama_cpp.ARCHITECTURES) == list(_ARCHITECTURES)
     expected, effects, runs = {}, {}, {}
@@ -73,6 +74,7 @@ def test_an_adapted_embedding_and_output_layer(tmp_path):
     torch.testing.assert_close(found["lora"][1], log, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_all_engines_agree_on_one_trained_model_but_those_for_which_ragged_is_not(tmp_path):
     engines = pytest.importorskip("engines", reason="needs PEFT")
     content = engines.compare(tmp_path)

@@ -431,6 +431,7 @@ SPARSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SPARSE)
 def test_fit_goes_on_sparsely_from_a_dense_lora(name, project):

@@ -166,6 +166,7 @@ class Speech(L.LightningDataModule):
 """
 
 
+@pytest.mark.slow
 def test_a_user_teaches_a_speech_model_with_rows_of_their_own_by_the_command_line(tmp_path, monkeypatch):
     """Whisper has no module of its own: what computes its loss is trained by SparseModule."""
     sizes = {

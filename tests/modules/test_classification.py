@@ -64,6 +64,7 @@ def test_sora_learns_a_separable_task_and_zeroes_gates(tiny_bert, sentiment, tra
     assert run.test(module, sentiment, verbose=False)[0]["test_accuracy"] > 0.95
 
 
+@pytest.mark.slow
 def test_a_user_teaches_sentiments_by_the_command_line(tiny_bert, sentiment, tmp_path, monkeypatch):
     config = write_config(
         tmp_path / "config.yaml",

@@ -177,4 +177,5 @@ def test_a_checkpoint_at_a_url_is_no_pickle_either(tmp_path, monkeypatch):
             WholeFiles().load_checkpoint(f"http://127.0.0.1:{server.server_port}/evil.ckpt")
     finally:
         server.shutdown()
+        server.server_close()
     assert not (tmp_path / "ran").exists()

@@ -122,6 +122,7 @@ def test_instructions_are_learned_and_their_prompts_cost_nothing(tiny_llama, tmp
     assert run.callback_metrics["val_loss"] < 0.97 * before["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_user_teaches_a_model_to_answer_by_the_command_line(tiny_llama, tmp_path, monkeypatch):
     """The answer is one of two, and one word of the prompt says which."""
     starts = ("the", "a", "this", "that", "who likes the", "it is a", "from the", "what was the")
@@ -191,6 +192,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_are_generated_row_by_row_and_sets_count_alike(tiny_llama, tmp_path, trainer, beams):
     order = torch.randperm(len(ASKED), generator=torch.Generator().manual_seed(0)).tolist()

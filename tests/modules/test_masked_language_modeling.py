@@ -99,6 +99,7 @@ def test_every_mask_is_filled_with_its_likeliest_token(backbone, tmp_path, train
     assert [len(tokens) for tokens in found["tokens"]] == [2, 1, 3]
 
 
+@pytest.mark.slow
 def test_a_user_teaches_a_model_to_find_words(backbone, tmp_path, monkeypatch):
     """Each row repeats one of eight words, so that what is hidden stands beside it."""
     generator = torch.Generator().manual_seed(0)

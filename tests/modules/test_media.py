@@ -61,6 +61,7 @@ def one_by_one(kind, module, folder, backbone):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["image", "audio"])
 def test_two_classes_are_learned_from_files_by_the_command_line(kind, backbone, tmp_path):
     folder = write_splits(kind, tmp_path / "files", {"train": 96, "validation": 40, "test": 30})

@@ -60,6 +60,7 @@ def write_commonsense_qa(folder, splits):
     return {"label": "answerKey"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [write_swag, write_commonsense_qa])
 def test_a_user_teaches_a_model_to_choose(write, bert, tmp_path, monkeypatch):
     splits = {"train": questions(96), "validation": questions(32, 1), "test": questions(32, 2)}
@@ -94,6 +95,7 @@ def test_a_user_teaches_a_model_to_choose(write, bert, tmp_path, monkeypatch):
     assert again.num_labels == 4
 
 
+@pytest.mark.filterwarnings("ignore:.* has no weights for .*pooler")
 @pytest.mark.parametrize("save", [save_tiny_bert, save_tiny_roberta])
 def test_scores_are_those_of_single_choices(save, tmp_path, trainer):
     """Loss, prediction and accuracy, with rows of different lengths and the choices of a row one by one."""

@@ -149,6 +149,7 @@ def test_images_have_no_tokens(tmp_path):
         module.configure_model()
 
 
+@pytest.mark.filterwarnings("ignore:.* has no weights for .*cls.predictions")
 @pytest.mark.parametrize("kind", [ls.SequenceClassification, ls.TokenClassification, ls.MultipleChoice, ls.MaskedLM])
 def test_every_module_of_text_takes_them(kind, tmp_path):
     options = {} if kind is ls.MaskedLM else {"num_labels": 2}

@@ -277,6 +277,7 @@ def share_of_first_words(rows):
     return sum(scores) / len(scores)
 
 
+@pytest.mark.slow
 def test_answers_are_learned_scored_and_predicted_by_the_commands(tiny_bert, tmp_path, as_from_a_terminal):
     write_questions(tmp_path)
     config, kept = write_config(tmp_path, tiny_bert), ["--ckpt_path", "kept/last.ckpt"]
@@ -298,6 +299,7 @@ def test_answers_are_learned_scored_and_predicted_by_the_commands(tiny_bert, tmp
     assert sum(exact) / len(rows) == pytest.approx(read_metrics("runs/tested")["test_exact_match"])
 
 
+@pytest.mark.slow
 def test_unanswerable_questions_are_learned(tiny_bert, tmp_path, as_from_a_terminal):
     write_questions(tmp_path, unanswerable=True)
     config = write_config(tmp_path, tiny_bert, unanswerable=True)

@@ -132,6 +132,7 @@ def test_texts_are_compared_in_a_fit_that_asks_for_it(t5, pairs, trainer):
     assert {"val_exact_match", "val_rouge1", "val_rouge2", "val_rougeL"} <= set(run.callback_metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "lr"), [("t5", 1e-2), ("bart", 5e-3)])
 def test_a_user_teaches_words_and_reads_what_was_written(kind, lr, request, tmp_path, monkeypatch):
     """The target depends on one word of the source; of eight, the most frequent one is right in an eighth of rows."""

@@ -54,7 +54,6 @@ def read(folder):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-@pytest.mark.filterwarnings("ignore:threshold")
 def test_stages_raise_the_threshold_and_restart_the_learning_rate(tiny_bert, tmp_path, trainer):
     watch, module = Watch(), classifier(tiny_bert, warmup=0.25)
     stages = ls.ThresholdStages(**STAGES, folder=str(tmp_path / "stages"))
@@ -81,7 +80,6 @@ def test_stages_raise_the_threshold_and_restart_the_learning_rate(tiny_bert, tmp
     assert (tmp_path / "stages" / "stages.png").stat().st_size > 1000
 
 
-@pytest.mark.filterwarnings("ignore:threshold")
 def test_the_checkpoint_of_a_stage_is_that_of_its_best_validation(tiny_bert, tmp_path, trainer):
     class Record(Callback):
         def __init__(self):
@@ -110,7 +108,7 @@ def test_the_checkpoint_of_a_stage_is_that_of_its_best_validation(tiny_bert, tmp
         assert found["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:threshold")
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_stage(tiny_bert, tmp_path, trainer):
     straight = ls.ThresholdStages(**STAGES, folder=str(tmp_path / "straight"))
     trainer(max_epochs=4, callbacks=[straight]).fit(classifier(tiny_bert), loader(), loader(2, seed=1))
@@ -166,7 +164,6 @@ def test_what_cannot_work_is_refused_before_training(tiny_bert, trainer, tmp_pat
         fit(classifier(tiny_bert), folder=None)
 
 
-@pytest.mark.filterwarnings("ignore:density")
 def test_gated_roselora_takes_stages_too():
     method = ls.GatedRoseLoRA(rank=4, threshold=0.1, density=0.5)
     adapter = method.adapt(torch.nn.Linear(8, 8))

@@ -303,6 +303,7 @@ def write_config(folder, backbone):
     return str(folder / "config.yaml")
 
 
+@pytest.mark.slow
 def test_entities_are_learned_scored_and_predicted_by_the_commands(tiny_bert, tmp_path, as_from_a_terminal):
     config, kept = write_config(tmp_path, tiny_bert), ["--ckpt_path", "kept/last.ckpt"]
     main(["fit", "--config", config])

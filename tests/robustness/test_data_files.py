@@ -136,12 +136,14 @@ HANDLED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
 def test_it_is_refused(case):
     require_refused(case)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", HANDLED, ids=lambda case: case.what)
 def test_it_is_read(case):

@@ -1,6 +1,6 @@
 """Files and configurations with anything wrong in them: they are read, or refused in plain words; nothing else.
 
-LIT_SPARSE_FUZZ=20 pytest tests/robustness/test_fuzz.py  tries twenty times as much, from another start each time.
+LIT_SPARSE_FUZZ=20 pytest -m "" tests/robustness/test_fuzz.py  tries twenty times as much, from another start each time.
 """
 
 import contextlib
@@ -91,6 +91,7 @@ def backbone(project):
     return AutoModelForSequenceClassification.from_pretrained(project / "bert", num_labels=2)
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(done=damages())
 def test_checkpoints(done, tmp_path):
@@ -102,6 +103,7 @@ def test_checkpoints(done, tmp_path):
 LOADERS = {"peft": ls.load_peft, "sparse": ls.load_adapter, "delta": ls.load_adapter}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", LOADERS)
 @fuzz(100)
 @given(json=damages(0), header=damages(0), body=damages(0))
@@ -170,6 +172,7 @@ def test_tables_of_rows(form, done, tmp_path_factory):
     read_or_refuse(read)
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(done=damages())
 def test_configurations(done, tmp_path):
