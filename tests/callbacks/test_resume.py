@@ -7,8 +7,6 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from contextlib import suppress
@@ -22,6 +20,7 @@ from backbones import save_tiny_bert
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import TorchCheckpointIO
+from programs import Program
 
 import lit_sparse as ls
 from lit_sparse.callbacks.checkpoint_files import WholeFiles, furthest_first, is_sound, usable
@@ -33,21 +32,16 @@ METHODS = {
 }
 BATCHES, EPOCHS = 9, 4  # an odd number of batches: the last step of an epoch has one batch instead of two
 
-# Imports once, then forks a process for every name of a method and folder that it is told.
-SERVER = """
-import csv, json, os, sys
+TRAIN = """
+import json, sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
-from transformers import BertForSequenceClassification, PreTrainedTokenizerFast  # imported before any fork
 
 import lit_sparse as ls
-from lit_sparse import SequenceClassification, SoRA, TextClassificationData
 
 torch.set_num_threads(1)
 
@@ -76,18 +70,9 @@ def train(method, init_args, folder, compact):
     data = ls.TextClassificationData("rows", batch_size=8, seed=3)
     trainer.fit(module, data, ckpt_path=ls.last_checkpoint(f"{folder}/kept"))
     trainer.save_checkpoint(f"{folder}/end.ckpt")
-    print(json.dumps("done"), flush=True)
 
 
-for line in sys.stdin:
-    arguments = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        train(*arguments)
-        os._exit(0)
-    print(json.dumps({"pid": child}), flush=True)
-    _, status = os.waitpid(child, 0)
-    print(json.dumps({"status": status}), flush=True)
+train(*json.loads(sys.argv[1]))
 """
 
 
@@ -101,63 +86,23 @@ def project(tmp_path_factory):
         with (folder / "rows" / f"{split}.csv").open("w", newline="") as stream:
             rows = [(("good", "bad")[i % 2] + " film" * draw.randint(1, 9), ("yes", "no")[i % 2]) for i in range(count)]
             csv.writer(stream).writerows([("text", "label"), *rows])
-    (folder / "server.py").write_text(SERVER % {"epochs": EPOCHS})
+    (folder / "train.py").write_text(TRAIN % {"epochs": EPOCHS})
     return folder
 
 
-class Server:
-    """Trains in processes that can be killed."""
-
-    def __init__(self, project):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "server.py"],
-            cwd=project,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(project / "errors.txt").open("a"),
-            text=True,
-        )
-        self.errors = project / "errors.txt"
-
-    def say(self, *arguments):
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
-
-    def hear(self):
-        for line in self.process.stdout:
-            if line.startswith(("[", "{", '"')):
-                yield json.loads(line)
-        raise AssertionError(self.errors.read_text()[-3000:])
-
-    def train(self, method, folder, kill_at=None, wait=0.0, compact=False):
-        """Run until the end, or until some time after batch number ``kill_at``; how the process ended."""
-        self.say(method, METHODS[method], folder, compact)
-        pid, batches = None, 0
-        for heard in self.hear():
-            if isinstance(heard, dict) and "pid" in heard:
-                pid = heard["pid"]
-            elif isinstance(heard, dict):
-                return os.waitstatus_to_exitcode(heard["status"])
-            else:
-                batches += 1
-                if batches == kill_at:
-                    time.sleep(wait)
-                    with suppress(ProcessLookupError):  # it came to its end in the meantime
-                        os.kill(pid, signal.SIGKILL)
-        return None
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(30)
-
-
-@pytest.fixture
-def server(project):
-    server = Server(project)
-    yield server
-    server.close()
+def train(project, method, folder, kill_at=None, wait=0.0, compact=False):
+    """Run until the end, or until some time after batch number ``kill_at``; how the process ended."""
+    reader, writer = os.pipe()
+    with (project / "errors.txt").open("a") as errors:
+        words = ["train.py", json.dumps([method, METHODS[method], folder, compact])]
+        process = Program(words, cwd=project, stdout=writer, stderr=errors)
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        for batch, _ in enumerate((line for line in lines if line.startswith("[")), 1):
+            if batch == kill_at:
+                time.sleep(wait)
+                process.kill()
+    return process.wait(60)
 
 
 def entries(value, path=""):
@@ -187,19 +132,19 @@ def logged(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "compact"), [("SoRA", False), ("RoseLoRA", False), ("SoRA", True)])
-def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(method, compact, project, server):
+def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(method, compact, project):
     """Dropout, shuffled rows, accumulation over two batches, validations and checkpoints in the middle of epochs."""
     name = f"{method}{compact}"
-    assert server.train(method, f"{name}-whole", compact=compact) == 0
+    assert train(project, method, f"{name}-whole", compact=compact) == 0, (project / "errors.txt").read_text()[-3000:]
     draw = random.Random(name)  # noqa: S311
     kills = 0
     for _ in range(30):
-        left = server.train(
-            method, f"{name}-killed", kill_at=draw.randint(2, 6), wait=draw.uniform(0, 0.05), compact=compact
+        left = train(
+            project, method, f"{name}-killed", kill_at=draw.randint(2, 6), wait=draw.uniform(0, 0.05), compact=compact
         )
         if left == 0:
             break
-        assert left == -signal.SIGKILL, server.errors.read_text()[-3000:]
+        assert left == -signal.SIGKILL, (project / "errors.txt").read_text()[-3000:]
         kills += 1
     assert kills >= (5 if compact else 10)
     ends = [torch.load(project / f"{name}-{kind}" / "end.ckpt", weights_only=True) for kind in ("whole", "killed")]
@@ -421,22 +366,21 @@ WholeFiles().save_checkpoint({"of": "another job"}, "last.ckpt")
 @pytest.mark.slow
 def test_two_jobs_in_one_folder_leave_each_others_half_written_files_alone(tmp_path):
     """A job that still writes keeps its file; what a killed one left is removed."""
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    for job in jobs:
-        assert job.stdout.readline() == "writing\n"
+    waiting, go_on = os.pipe()
+    told, tell = os.pipe()
+    jobs = [Program(["-c", WRITER], cwd=tmp_path, stdin=waiting, stdout=tell) for _ in range(2)]
+    os.close(waiting)
+    os.close(tell)
+    with os.fdopen(told) as lines:
+        assert [lines.readline() for _ in jobs] == ["writing\n"] * 2
     assert len(list(tmp_path.glob(".last.ckpt.*.part"))) == 2
     jobs[1].kill()
     jobs[1].wait(30)
     WholeFiles().save_checkpoint({"of": "this job"}, tmp_path / "last.ckpt")
     assert len(list(tmp_path.glob(".last.ckpt.*.part"))) == 1
     assert torch.load(tmp_path / "last.ckpt") == {"of": "this job"}
-    jobs[0].communicate("", timeout=30)
-    assert jobs[0].returncode == 0
+    os.close(go_on)
+    assert jobs[0].wait(30) == 0
     assert torch.load(tmp_path / "last.ckpt") == {"of": "another job"}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
