@@ -331,7 +331,7 @@ def test_null_on_the_command_line_unsets_an_argument_of_the_method(config):
         (["--config", "nowhere.yaml"], 2, "File does not exist"),
         ([f"{METHOD}.target_modules", "[quer]"], 1, "'quer' matches no linear layer of BertForSequenceClassification"),
         ([f"{METHOD}.threshold", "0.1"], 1, "Give exactly one of threshold"),
-        ([f"{METHOD}.sparsity_weight", "null"], 1, "got neither."),
+        ([f"{METHOD}.sparsity_weight", "null"], 1, "got none."),
         (["--model.init_args.warmup", "1.5"], 1, "warmup is a share of the run, in [0, 1); got 1.5."),
         (["--data.init_args.path", "nowhere.csv"], 1, "'nowhere.csv' does not exist"),
         (["--data.init_args.label", "lable"], 1, "no column 'lable'; its columns are ['text', 'label']"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,11 +137,24 @@ def _live(adapters: Sequence[LowRankAdapter | LayerFactors], per_rank_A: Tensor,
 
 def _nonzero_per_rank(matrices: Sequence[Tensor]) -> Tensor:
     """Non-zero entries in each row of all ``matrices``, in their order, shape ``(sum of ranks,)``."""
+    return per_rank(matrices, lambda rows: rows.ne(0).sum(1))
+
+
+def per_rank(matrices: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """A number for each row of all ``matrices``, in their order, with rows of one width together.
+
+    Args:
+        matrices: At least one, of shape ``(ranks, width)``.
+        reduce: Maps ``(rows, width)`` to ``(rows,)``, each row by itself.
+
+    Returns:
+        Shape ``(sum of ranks,)``.
+    """
     by_width: dict[int, list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_width.setdefault(matrix.shape[1], []).append(index)
-    counts: dict[int, Tensor] = {}
+    numbers: dict[int, Tensor] = {}
     for indices in by_width.values():
-        rows = torch.cat([matrices[i] for i in indices]).ne(0).sum(1)
-        counts.update(zip(indices, rows.split([matrices[i].shape[0] for i in indices]), strict=True))
-    return torch.cat([counts[i] for i in range(len(matrices))])
+        rows = reduce(torch.cat([matrices[i] for i in indices]))
+        numbers.update(zip(indices, rows.split([matrices[i].shape[0] for i in indices]), strict=True))
+    return torch.cat([numbers[i] for i in range(len(matrices))])

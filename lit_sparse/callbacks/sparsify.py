@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -101,6 +102,9 @@ class Sparsify(Callback):
         optimizer = adapter_optimizer(trainer.optimizers, adapters_of(self.method, pl_module))
         scheduler, self._total, self._ended = _stepwise_scheduler(trainer, optimizer), total_steps(trainer), False
         self._steps = SparseSteps(self.method, pl_module, optimizer, self._total, scheduler, self._steps_before)
+        goal = self.method.goal([adapter for _, adapter in adapters_in(pl_module)])
+        if goal is not None:
+            rank_zero_info(goal)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Note that the batch had no backward pass yet."""

@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
     """Arguments that ``overrides`` may set for some layers."""
 
     init_weights = "lora"
-    gate_init = "gaussian"
+    gate_init = cast("str | None", "gaussian")  # an annotation would make it a field
 
     target_modules: str | list[str] = "all-linear"
     _: KW_ONLY
@@ -88,8 +88,9 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         require_range("alpha", self.alpha, above=0)
         require_range("dropout", self.dropout, at_least=0, below=1)
         require_choice("init_weights", self.init_weights, ("lora", "pissa"))
-        require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
-        if self.init_weights == "pissa" and self.gated and self.gate_init != "ones":
+        if self.gate_init is not None:
+            require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
+        if self.init_weights == "pissa" and self.gated and not self.gates_start_at_one:
             raise UsageError("init_weights 'pissa' takes the weight's own ranks as they are: set gate_init to 'ones'.")
         for pattern, values in (self.overrides or {}).items():
             unknown = [name for name in values if name not in self.overridable or getattr(self, name, 0) is None]
@@ -142,7 +143,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         adapter.overrides = overrides
         if type(self).effective_gate is not SparseMethod.effective_gate:
             adapter.gate_function = self.effective_gate
-        if adapter.gate is not None and self.gate_init == "ones":
+        if adapter.gate is not None and self.gates_start_at_one:
             nn.init.ones_(adapter.gate)
         if self.init_weights == "pissa":
             adapter.start_from_principal()
@@ -174,6 +175,11 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             A scalar, differentiable with respect to parameters of the adapters.
         """
         return None
+
+    @property
+    def gates_start_at_one(self) -> bool:
+        """Whether gates are one at the start, so that the adapter is LoRA's, or drawn from N(0, 1)."""
+        return self.gate_init == "ones"
 
     @property
     def scale(self) -> float:
@@ -236,8 +242,9 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
     def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
         """Whether adapters are as sparse as this method makes them in the run.
 
-        Masks are final when their schedule has settled. Gates are pulled towards zero at every step, so that a method
-        with gates is final only at the end of the run, or at any time in a run without end.
+        Masks and budgets are final when their schedule has settled. A threshold pulls gates towards zero at every step,
+        so that a method with gates and without a budget is final only at the end of the run, or at any time in a run
+        without end.
 
         Args:
             step: Optimizer steps taken.
@@ -247,6 +254,10 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         if self.gated and not at_end:
             return False
         return self.settled_after(step + 1 if total is None else total) <= step
+
+    def goal(self, adapters: Sequence[LowRankAdapter]) -> str | None:  # noqa: ARG002
+        """A sentence on what the method will leave of the adapters, where that is known before training, or None."""
+        return None
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:  # noqa: ARG002
         """At the end of a run: a sentence that says that nothing was pruned and what to change, or None."""

@@ -15,6 +15,7 @@ from lit_sparse.adapters.layers import Layer
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.functional import optimizer_metric_threshold, released_threshold_, soft_threshold_
 from lit_sparse.methods.base import GateInit, SparseMethod
+from lit_sparse.methods.budget import Budgets
 from lit_sparse.methods.step import Run, Step
 
 Operator = Literal["soft", "released"]
@@ -22,12 +23,15 @@ Metric = Literal["euclidean", "optimizer"]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Gates(SparseMethod):
+class Gates(Budgets):
     """Methods whose ranks have gates that a proximal step zeroes, as those of :class:`~lit_sparse.SoRA`.
+
+    Give exactly one of ``budget``, ``threshold`` and ``sparsity_weight``: how much is to be left, or how hard gates are
+    pulled towards zero. The arguments of budgets are those of :class:`~lit_sparse.methods.budget.Budgets`.
 
     Args:
         threshold: ξ, the constant threshold of SoRA's released code, in units of the gate, per step.
-        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ. Give exactly one of the two. Adam
+        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ. Adam
             moves a gate by about lr at most, so that from λ = 1 on every gate shrinks whatever the data say, and the
             largest at the start survive; below 1, those survive that the loss pushes outward.
         l1_weight: Adds ``l1_weight · mean|g|`` over all gates to the loss, by its subgradient, before
@@ -40,7 +44,8 @@ class Gates(SparseMethod):
             of size 1 takes 1 / (lr · λ) steps to zero.
         freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
             None: never.
-        gate_init: ``gaussian``: N(0, 1), as released. ``ones``: at the start the adapter is LoRA's, exactly.
+        gate_init: ``gaussian``: N(0, 1), as released. ``ones``: at the start the adapter is LoRA's, exactly. None:
+            ``ones`` with a budget, else ``gaussian``.
     """
 
     gated = True
@@ -53,14 +58,15 @@ class Gates(SparseMethod):
     metric: Metric = "euclidean"
     gate_lr: float | None = None
     freeze_zero_after: int | None = None
-    gate_init: GateInit = "gaussian"
+    gate_init: GateInit | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.threshold is None) == (self.sparsity_weight is None):
-            given = "neither" if self.threshold is None else "both"
+        given = [n for n in ("budget", "threshold", "sparsity_weight") if getattr(self, n) is not None]
+        if len(given) != 1:
             raise UsageError(
-                f"Give exactly one of threshold (ξ, constant) and sparsity_weight (λ, threshold lr · λ); got {given}."
+                "Give exactly one of budget (what is left), threshold (ξ, constant) and sparsity_weight (λ, threshold "
+                f"lr · λ); got {' and '.join(given) or 'none'}."
             )
         for name in ("threshold", "sparsity_weight", "l1_weight"):
             require_range(name, getattr(self, name), at_least=0)
@@ -70,9 +76,24 @@ class Gates(SparseMethod):
             raise UsageError("metric 'optimizer' scales the threshold by lr · λ: give sparsity_weight, not threshold.")
         require_range("gate_lr", self.gate_lr, above=0)
         require_range("freeze_zero_after", self.freeze_zero_after, at_least=1)
+        if self.budget is not None:
+            self._require_no_pull()
+
+    def _require_no_pull(self) -> None:
+        usual = {"operator": "soft", "metric": "euclidean", "l1_weight": 0.0, "freeze_zero_after": None}
+        changed = [name for name, value in usual.items() if getattr(self, name) != value]
+        if changed:
+            raise UsageError(f"{' and '.join(changed)} shape a threshold, and budget has none: remove one of them.")
+
+    @property
+    def gates_start_at_one(self) -> bool:
+        """Whether gates are one at the start, so that the adapter is LoRA's, or drawn from N(0, 1)."""
+        return self.budget is not None if self.gate_init is None else super().gates_start_at_one
 
     def set_threshold(self, threshold: float) -> None:
         """Use this threshold ξ from the next step on."""
+        if self.budget is not None:
+            super().set_threshold(threshold)
         if self.threshold is None:
             raise UsageError("ThresholdStages sets threshold, and the method has sparsity_weight: give it threshold.")
         self._require_valid(threshold=threshold)
@@ -108,7 +129,8 @@ class Gates(SparseMethod):
         if run.done:
             return others
         warnings = self._compare_groups(gates, run.optimizer)
-        if run.total is not None and self.metric == "euclidean":  # else the thresholds depend on gradients to come
+        # The thresholds of the optimizer's metric depend on gradients to come.
+        if self.budget is None and run.total is not None and self.metric == "euclidean":
             trained = [a for a in adapters if a.gate is not None and a.gate.requires_grad]  # others have no lr
             for strength in sorted({self._strength(adapter) for adapter in trained}):
                 alike = _gates([adapter for adapter in trained if self._strength(adapter) == strength])
@@ -130,6 +152,11 @@ class Gates(SparseMethod):
 
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """The proximal step, with the learning rate that the optimizer step used."""
+        if self.budget is None:
+            self._shrink(adapters, step)
+        super().after_step(adapters, step, observed)
+
+    def _shrink(self, adapters: Sequence[LowRankAdapter], step: Step) -> None:
         operate_ = soft_threshold_ if self.operator == "soft" else released_threshold_
         alike: dict[tuple[int, float], list[nn.Parameter]] = {}
         for adapter in adapters:
@@ -143,12 +170,12 @@ class Gates(SparseMethod):
             operate_(gates, self._threshold(gates, strength, step))
         if self.freeze_zero_after is not None:
             _hold_at_zero(adapters, self.freeze_zero_after)
-        super().after_step(adapters, step, observed)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
-        """The sentence for a run that zeroed no gate."""
+        """The sentence for a run that zeroed no gate, or that ended above its budget."""
         gates = [gate.detach() for gate in _gates(adapters)]
-        if any(a.rank < a.max_rank for a in adapters) or any(bool((gate == 0).any()) for gate in gates):
+        pruned = any(a.rank < a.max_rank for a in adapters) or any(bool((gate == 0).any()) for gate in gates)
+        if pruned or self.budget is not None:
             return super().shortfall(adapters)
         smallest = min(float(gate.abs().min()) for gate in gates)
         return (
@@ -184,8 +211,9 @@ class Gates(SparseMethod):
             )
         decays = [group["weight_decay"] for group in groups if group.get("weight_decay")]
         if decays:
+            pull = "threshold" if self.budget is None else "loss"
             return [
-                f"The optimizer's weight decay {decays} pulls at the gates beside the threshold. Build it from "
+                f"The optimizer's weight decay {decays} pulls at the gates beside the {pull}. Build it from "
                 "lit_sparse.parameter_groups(model, method), which exempts them."
             ]
         return []

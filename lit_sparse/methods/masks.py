@@ -12,19 +12,15 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
-from lit_sparse.errors import UsageError, require_range
+from lit_sparse.errors import require_range
 from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
-from lit_sparse.functional.schedules import resolve_step
 from lit_sparse.functional.sensitivity import where_finite
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.schedule import FIRST_SCORES, require_end, require_points
 from lit_sparse.methods.step import Run, Step
 
 BROAD_CHANGE = 0.1
 """Largest share of W0's entries that BA may change without a warning that the change is not local."""
-
-_FIRST_SCORES = 3
-"""The first step with informative gradients in every run: B leaves zero at the first step, or at the second one if a
-warm-up starts with a learning rate of zero."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -60,10 +56,7 @@ class Masks(SparseMethod):
         require_range("beta", self.beta, at_least=0, below=1)
         require_range("clamp", self.clamp, above=0)
         require_range("update_every", self.update_every, at_least=1)
-        if type(self.begin) is type(self.end) and self.begin > self.end:
-            raise UsageError(f"begin must not be after end; got begin={self.begin} and end={self.end}.")
-        for value in (self.begin, self.end):
-            resolve_step(value, 1)  # raises for what is neither a share of the run nor a number of steps
+        require_points(self.begin, self.end)
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer in an adapter with average sensitivities, and with masks that hold for several steps.
@@ -87,11 +80,7 @@ class Masks(SparseMethod):
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the schedule against the run, and warn when BA will not be a local change."""
-        if run.total is None and (isinstance(self.begin, float) or isinstance(self.end, float)):
-            raise UsageError(
-                f"begin={self.begin} and end={self.end} are shares of the run, but this run has no end: set the "
-                "Trainer's max_epochs or max_steps, or give begin and end as whole numbers of steps."
-            )
+        require_end(self.begin, self.end, run.total)
         self.density_at(0, run.total)  # raises when begin lies after end
         settings = {(self._density(adapter), adapter.rank) for adapter in adapters}
         # A density of 1 asks for no local change.
@@ -159,7 +148,7 @@ class Masks(SparseMethod):
     def settled_after(self, total: int) -> int:
         """The first step after which masks have the final density."""
         steps = range(self.update_every, total + 1, self.update_every)
-        settled = (step for step in steps if step >= _FIRST_SCORES and self.density_at(step, total, 0.5) == 0.5)
+        settled = (step for step in steps if step >= FIRST_SCORES and self.density_at(step, total, 0.5) == 0.5)
         return next(settled, total)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:

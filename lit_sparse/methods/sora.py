@@ -12,8 +12,11 @@ from lit_sparse.methods.gates import Gates
 class SoRA(Gates):
     """Sparse low-rank adaptation: ``y = W0 x + b + alpha/rank · B (g ∘ (A x))``, the gate g learned to be sparse.
 
-    After every optimizer step, each gate entry is moved towards zero by a threshold t and stays at zero when
-    |g| ≤ t. Exactly one of ``threshold`` and ``sparsity_weight`` sets t, and they differ when the learning
+    With a ``budget``, the gates of the ranks that it does not pay for are set to zero after every optimizer step, and
+    those of the others are left to the loss (:class:`~lit_sparse.methods.budget.Budgets`).
+
+    Otherwise each gate entry is moved towards zero by a threshold t after every optimizer step, and stays at zero when
+    |g| ≤ t. Either ``threshold`` or ``sparsity_weight`` sets t, and they differ when the learning
     rate decays: with ``sparsity_weight`` the pull fades together with the lr that could resist it (proximal
     gradient for λ‖g‖₁, the paper's rule); with a constant ``threshold`` it does not, so that at the end of a
     run every gate only shrinks. A gate at zero may come back, unless ``freeze_zero_after`` is set.
@@ -27,8 +30,8 @@ class SoRA(Gates):
             reaches zero is then lost to the model; gate_init must be ``ones``.
 
     Raises:
-        UsageError: If an argument is outside its range, both or neither of ``threshold`` and
-            ``sparsity_weight`` are given, or ``metric="optimizer"`` meets an optimizer other than Adam(W).
+        UsageError: If an argument is outside its range, not exactly one of ``budget``, ``threshold`` and
+            ``sparsity_weight`` is given, or ``metric="optimizer"`` meets an optimizer other than Adam(W).
 
     Source:
         Ding et al. 2023 (arXiv:2311.11696) for the method; Yun et al. 2021 (arXiv:2006.07065) for

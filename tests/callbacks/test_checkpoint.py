@@ -31,7 +31,8 @@ METHODS = {
     "RoseLoRA": {"rank": 4, "density": 0.2, "begin": 0.1, "end": 0.6},
     "GatedRoseLoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.05, "density": 0.2, "begin": 0.1, "end": 0.6},
 }
-SETTLED = 8  # the step at which RoseLoRA's masks above are final: 0.6 of 12, rounded up
+BUDGET = {"SoRA, budget": {"rank": 4, "budget": 0.4, "begin": 0.1, "end": 0.6}}
+SETTLED = 8  # the step at which RoseLoRA's masks above, and the budget, are final: 0.6 of 12, rounded up
 pytestmark = pytest.mark.filterwarnings("ignore")
 by_method = pytest.mark.parametrize("method", METHODS)
 
@@ -83,9 +84,11 @@ class Emptied(Callback):
 def fit(project, method, *callbacks, ckpt_path=None, **options):
     """Train for twelve steps; returns the Trainer."""
     L.seed_everything(1, verbose=False)
-    arguments = METHODS.get(method, {"rank": 4})
+    arguments = {**METHODS, **BUDGET}.get(method, {"rank": 4})
     module = ls.SequenceClassification(
-        str(project / "bert"), getattr(ls, method)(**arguments), optimizer=functools.partial(torch.optim.AdamW, lr=0.02)
+        str(project / "bert"),
+        getattr(ls, method.partition(",")[0])(**arguments),
+        optimizer=functools.partial(torch.optim.AdamW, lr=0.02),
     )
     data = ls.TextClassificationData(str(project), batch_size=4, seed=3)
     settings = {"logger": False, "max_epochs": EPOCHS, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **options}
@@ -274,7 +277,8 @@ def test_a_module_of_the_users_own_records_how_far_it_was(project, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "best"), [("LoRA", BATCHES), ("RoseLoRA", SETTLED), ("SoRA", STEPS), ("GatedRoseLoRA", STEPS)]
+    ("method", "best"),
+    [("LoRA", BATCHES), ("RoseLoRA", SETTLED), ("SoRA, budget", SETTLED), ("SoRA", STEPS), ("GatedRoseLoRA", STEPS)],
 )
 def test_best_is_chosen_among_states_whose_sparsity_is_final(method, best, project):
     keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")

@@ -35,7 +35,8 @@ EVERY = {
 }  # fmt: skip
 GATES = {
     "threshold": None, "sparsity_weight": None, "l1_weight": 0.0, "operator": "soft", "metric": "euclidean",
-    "gate_lr": None, "freeze_zero_after": None, "gate_init": "gaussian",
+    "gate_lr": None, "freeze_zero_after": None, "gate_init": None, "budget": None, "score": "norm", "begin": 0.1,
+    "end": 0.7,
 }  # fmt: skip
 MASKS = {"density": 0.05, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
@@ -123,8 +124,8 @@ def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of threshold .* and sparsity_weight .*; got neither"),
-        ({"threshold": 0.1, "sparsity_weight": 0.1}, "exactly one of .*; got both"),
+        ({}, "exactly one of budget .*, threshold .* and sparsity_weight .*; got none"),
+        ({"threshold": 0.1, "sparsity_weight": 0.1}, "exactly one of .*; got threshold and sparsity_weight"),
         ({"threshold": -1.0}, "threshold must be at least 0; got -1"),
         ({"threshold": float("inf")}, "threshold must be at least 0; got inf"),
         ({"sparsity_weight": float("nan")}, "sparsity_weight must be at least 0; got nan"),

@@ -1,0 +1,208 @@
+"""Gates on ranks under a budget, for which the ranks of all layers compete, for SoRA and GatedRoseLoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.layers import Layer
+from lit_sparse.adapters.statistics import per_rank
+from lit_sparse.errors import require_choice
+from lit_sparse.functional import cubic_density, resolve_step, sensitivities, update_moving_average_, within_budget
+from lit_sparse.methods.account import Account, parse_budget
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.schedule import FIRST_SCORES, require_end, require_points
+from lit_sparse.methods.step import Run, Step
+
+Score = Literal["norm", "sensitivity"]
+
+_MEMORY = 0.8
+"""β of the moving average of a gate's sensitivity."""
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Budgets(SparseMethod):
+    """Methods with gates that can be given a budget: after every optimizer step, ranks of all layers compete for it.
+
+    A rank of a layer costs the d_in + d_out numbers of its row of A and column of B. The budget falls from all ranks at
+    ``begin`` to its final value at ``end``. Ranks are taken by score, the highest first, as long as the budget lasts,
+    and the gates of all others are set to zero. Nothing else pulls at a gate, so that ranks which survive do not
+    shrink. A rank at zero can come back until ``end``. From then on the choice stays, and what is left is trained on.
+
+    The step minimises the loss under the constraint Σ_k c_k · 1[g_k ≠ 0] ≤ budget: it is the proximal map of the
+    indicator of this set, the projection onto it. The score says by which distance; where layers cost differently, the
+    exact projection is a knapsack, and the step is its greedy approximation
+    (:func:`~lit_sparse.functional.within_budget`).
+
+    Args:
+        budget: What may be left of the adapters: a share in (0, 1] of the parameters that A and B start with;
+            parameters, such as ``20000``, ``500k`` or ``1.2M``; or bytes of them, such as ``2MB``, in the dtype of the
+            adapters, which PEFT's file has, too. Units are decimal. Gates do not count, since exports fold them into B,
+            nor do modules trained whole, the header of the file, and the zeros that pad all layers to one rank in
+            exports for engines (``layout: padded``).
+        score: What decides which ranks live. ``norm``: |g| ‖A_k‖ ‖B_k‖, the Frobenius norm of what a rank adds to the
+            weight, so that the step changes these additions the least, by the sum of their squares. ``sensitivity``:
+            the moving average of |g ∂L/∂g|, so that the step raises the loss the least, to first order; a rank at zero
+            hardly comes back, since its sensitivity is zero.
+        begin: Until when all ranks are kept: a number of optimizer steps, or with a decimal point a share of the run.
+            The first choice is made at the third step at the earliest, since all scores are zero while B is.
+        end: From when on the budget holds and the choice of ranks stays, in the same units. A resumed run with another
+            length has another schedule. ``begin`` and ``end`` count with ``budget`` only.
+    """
+
+    budget: float | str | None = None
+    score: Score = "norm"
+    begin: int | float = 0.1
+    end: int | float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("score", self.score, ("norm", "sensitivity"))
+        require_points(self.begin, self.end)
+        if self.budget is not None:
+            parse_budget(self.budget)
+
+    def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
+        """Wrap one frozen layer, with the average sensitivity of its gates if that is the score."""
+        adapter = super().adapt(layer, overrides)
+        if self._averages:
+            adapter.register_buffer("sensitivity_gate", torch.zeros_like(adapter.gate, requires_grad=False))  # type: ignore[arg-type]
+        return adapter
+
+    def mismatch(self, adapter: LowRankAdapter) -> str | None:
+        """Why ``adapter`` cannot be one of this method's, or None."""
+        if self._averages and not hasattr(adapter, "sensitivity_gate"):
+            return "no sensitivities of gates, which score 'sensitivity' needs"
+        return super().mismatch(adapter)
+
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
+        """Check the budget against the adapters, and its schedule against the run."""
+        if self.budget is not None:
+            require_end(self.begin, self.end, run.total)
+            account = Account.of(self.budget, adapters)
+            account.require_possible()
+            self._allowed(account, 0, run.total)  # raises when begin lies after end
+        return super().check(adapters, run)
+
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:
+        """Note which gates are open where that is decided, and |g · ∂L/∂g| where it is the score."""
+        others = super().before_step(adapters, step)
+        if self.budget is None:
+            return others
+        gates = _gates(adapters)
+        is_decided = step.index > self._decided_at(step.total)
+        opened = torch.cat([gate.detach() for gate in gates]) != 0 if is_decided else None
+        seen: list[Tensor] = []
+        if self._averages:
+            # A layer that the loss did not reach has no gradient, and its gates no influence.
+            grads = [torch.zeros_like(g, requires_grad=False) if g.grad is None else g.grad for g in gates]
+            seen = sensitivities(gates, grads)
+        return opened, seen, others
+
+    def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
+        """Set the gates to zero that the budget does not pay for."""
+        if self.budget is None:
+            super().after_step(adapters, step, observed)
+            return
+        opened, seen, others = observed
+        if self._averages:
+            update_moving_average_([a.get_buffer("sensitivity_gate") for a in adapters], seen, _MEMORY)
+        account = Account.of(self.budget, adapters)
+        allowed = self._allowed(account, step.index, step.total)
+        if allowed < account.dense:
+            self._choose(adapters, account, allowed, opened, step)
+        super().after_step(adapters, step, others)
+
+    def _choose(
+        self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opened: Tensor | None, step: Step
+    ) -> None:
+        gates = _gates(adapters)
+        values = torch.cat([gate.detach() for gate in gates])
+        sizes = [gate.numel() for gate in gates]
+        scores = self._scores(adapters, values)
+        frozen = [gate not in step.group_of for gate in gates]
+        if any(frozen):  # gates that the user froze stay, and are paid for first
+            parts = zip(scores.split(sizes), frozen, strict=True)
+            scores = torch.cat([torch.full_like(s, math.inf) if is_frozen else s for s, is_frozen in parts])
+        if opened is not None:
+            scores = scores.masked_fill(~opened, -1.0)
+        kept = within_budget(scores, account.costs, sizes, allowed)
+        kept |= scores.amax() == 0  # scores tell no ranks apart before B has moved
+        if opened is not None:
+            kept &= opened
+        torch._foreach_copy_([gate.detach() for gate in gates], list(values.masked_fill(~kept, 0.0).split(sizes)))
+
+    def _scores(self, adapters: Sequence[LowRankAdapter], gates: Tensor) -> Tensor:
+        if self._averages:
+            return torch.cat([a.get_buffer("sensitivity_gate") for a in adapters])
+        norms_A = per_rank([a.lora_A.detach() for a in adapters], _norms)
+        return gates.abs() * norms_A * per_rank([a.lora_B_t.detach() for a in adapters], _norms)
+
+    def goal(self, adapters: Sequence[LowRankAdapter]) -> str | None:
+        """The budget in parameters or bytes."""
+        if self.budget is None:
+            return super().goal(adapters)
+        account = Account.of(self.budget, adapters)
+        return (
+            f"The budget leaves at most {account.limit:,} of {account.dense:,} {account.unit} of A and B from "
+            f"end={self.end} on."
+        )
+
+    def settled_after(self, total: int) -> int:
+        """The first step after which the budget holds."""
+        settled = super().settled_after(total)
+        return settled if self.budget is None else max(settled, min(self._decided_at(total), total))
+
+    def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
+        """Whether adapters are as sparse as this method makes them in the run: with a budget, from ``end`` on."""
+        return super().is_final(step, total, at_end or self.budget is not None)
+
+    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
+        """The sentence for a run that ended above its budget."""
+        if self.budget is None:
+            return super().shortfall(adapters)
+        account = Account.of(self.budget, adapters)
+        held = sum(c * int(g.count_nonzero()) for c, g in zip(account.costs, _gates(adapters), strict=True))
+        if held <= account.limit:
+            return super().shortfall(adapters)
+        return (
+            f"The adapters hold {held:,} {account.unit}, more than the budget of {account.limit:,}: the run ended "
+            f"before the budget held (begin={self.begin}, end={self.end}). Train longer, or lower end."
+        )
+
+    @property
+    def _averages(self) -> bool:
+        """Whether sensitivities are averaged."""
+        return self.budget is not None and self.score == "sensitivity"
+
+    def _decided_at(self, total: int | None) -> int:
+        """The step after which the choice of ranks stays."""
+        return max(math.ceil(resolve_step(self.end, _length(total))), FIRST_SCORES)
+
+    def _allowed(self, account: Account, step: int, total: int | None) -> int:
+        """What the ranks may cost together after ``step``."""
+        share = cubic_density(step, _length(total), account.limit / account.dense, self.begin, self.end)
+        if step < FIRST_SCORES:
+            return account.dense
+        return max(account.limit, math.floor(share * account.dense))
+
+
+def _gates(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
+    return [adapter.gate for adapter in adapters if adapter.gate is not None]
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
+
+
+def _length(total: int | None) -> int:
+    """Of a run without an end, begin and end are numbers of steps (check() saw to it), for which it does not count."""
+    return 1 if total is None else total

@@ -1,0 +1,473 @@
+"""A budget for gates: hit in every run, by the ranks that a loop would choose, and final from its end on."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from architectures import ARCHITECTURES, text
+from backbones import build_tiny
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertForSequenceClassification
+
+import lit_sparse as ls
+from lit_sparse.adapters.statistics import sparsity_of
+from lit_sparse.methods.account import Account, parse_budget
+from lit_sparse.methods.step import Run
+
+METHODS = {
+    "SoRA": lambda *targets, **o: ls.SoRA(*targets, train_head=False, **o),
+    "GatedRoseLoRA": lambda *targets, **o: ls.GatedRoseLoRA(*targets, train_head=False, **{"density": 0.5, **o}),
+}
+SCORES = ("norm", "sensitivity")
+pytestmark = pytest.mark.filterwarnings("ignore:density")
+by_method = pytest.mark.parametrize("kind", METHODS)
+by_score = pytest.mark.parametrize("score", SCORES)
+
+
+class Net(nn.Module):
+    """An embedding, a convolution and linear layers: ranks of four different costs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.convolution = nn.Conv2d(1, 5, 3, padding=1)
+        self.up, self.down = nn.Linear(5 * 6, 24), nn.Linear(24, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.convolution(self.embedding(ids).unsqueeze(1)).relu().mean(2)
+        return self.down(self.up(x.flatten(1)).tanh())
+
+
+TARGETS = ["embedding", "convolution", "up", "down"]
+
+
+def account(method: Any, model: nn.Module) -> Account:
+    return Account.of(method.budget, [adapter for _, adapter in ls.adapters_in(model)])
+
+
+def held(method: Any, model: nn.Module) -> int:
+    """What the ranks with open gates cost."""
+    costs = account(method, model).costs
+    adapters = [adapter for _, adapter in ls.adapters_in(model)]
+    return sum(c * int((a.gate != 0).sum()) for c, a in zip(costs, adapters, strict=True))  # type: ignore[arg-type]
+
+
+def gates(model: nn.Module) -> Tensor:
+    return torch.cat([adapter.gate.detach() for _, adapter in ls.adapters_in(model)])  # type: ignore[union-attr]
+
+
+def train(method: Any, model: nn.Module, loss: Any, steps: int, lr: float = 1e-2, after: Any = None) -> None:
+    """Inject and train; ``after`` is called after every step with its number."""
+    if not dict(ls.adapters_in(model)):
+        ls.inject(model, method)
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=lr)
+    sparse = ls.SparseSteps(method, model, optimizer, steps)
+    for number in range(1, steps + 1):
+        loss(model).backward()
+        sparse.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        if after is not None:
+            after(number)
+    sparse.finish()
+
+
+def of_net(model: nn.Module) -> Tensor:
+    ids = torch.randint(11, (8, 7))
+    return nn.functional.cross_entropy(model(ids), ids.sum(1) % 3)
+
+
+def assert_on_budget(method: Any, model: nn.Module) -> None:
+    found, spent = account(method, model), held(method, model)
+    assert spent <= found.limit
+    assert spent > found.limit - max(0.01 * found.limit, max(found.costs))
+
+
+# The end is on the budget.
+
+
+@by_method
+@by_score
+@pytest.mark.parametrize("lr", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize(("budget", "overrides"), [(0.25, None), (0.5, {"up": {"rank": 9}, "down": {"rank": 1}})])
+def test_the_end_is_on_the_budget(kind: str, score: str, lr: float, budget: float, overrides: Any) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        method, model = METHODS[kind](TARGETS, rank=4, budget=budget, score=score, overrides=overrides), Net()
+        train(method, model, of_net, 20, lr)
+        assert_on_budget(method, model)
+        assert int(account(method, model).limit) == math.floor(budget * account(method, model).dense)
+
+
+@by_score
+@pytest.mark.parametrize("kind", ["SoRA", "GatedRoseLoRA"])
+def test_every_expert_competes(kind: str, score: str) -> None:
+    model = next(a for a in ARCHITECTURES if a.name == "Mixtral").build()
+    method = METHODS[kind](["gate_up_proj", "down_proj", "q_proj"], rank=2, budget=0.3, score=score)
+    train(method, model, lambda m: m(**text()).loss, 8)
+    assert_on_budget(method, model)
+    experts = [a for _, a in ls.adapters_in(model) if a.copies > 1]
+    counts = torch.cat([(a.gate != 0).view(a.copies, -1).sum(1) for a in experts])  # type: ignore[union-attr]
+    assert counts.unique().numel() > 1
+
+
+@by_method
+@pytest.mark.parametrize(
+    ("budget", "limit", "unit"),
+    [
+        (0.25, 0.25, "share"), ("0.25", 0.25, "share"), (1, 1.0, "share"), ("1.0", 1.0, "share"), (1e-5, 1e-5, "share"),
+        (20000, 20000, "parameters"), ("20000", 20000, "parameters"), (20000.0, 20000, "parameters"),
+        ("500k", 500_000, "parameters"), ("1.2M", 1_200_000, "parameters"), ("0.5 k", 500, "parameters"),
+        ("2MB", 2_000_000, "bytes"), ("500kB", 500_000, "bytes"), ("1.1 gb", 1_100_000_000, "bytes"),
+        ("300B", 300, "bytes"),
+    ],
+)  # fmt: skip
+def test_a_budget_is_a_share_parameters_or_bytes(kind: str, budget: Any, limit: float, unit: str) -> None:
+    assert parse_budget(METHODS[kind](budget=budget).budget) == (limit, unit)
+
+
+@by_method
+@pytest.mark.parametrize(
+    "budget", [0, 0.0, -0.5, 1.5, math.nan, math.inf, "", "a lot", "2MiB", "2 TB", "k", "-1k", "0k"]
+)
+def test_what_is_no_budget_is_refused(kind: str, budget: Any) -> None:
+    with pytest.raises(ls.UsageError, match=r"budget must be a share in \(0, 1\] such as 0\.25, .*; got "):
+        METHODS[kind](budget=budget)
+
+
+@by_method
+def test_bytes_are_those_of_the_adapters_dtype(kind: str) -> None:
+    for dtype, size in ((torch.float32, 4), (torch.float64, 8), (torch.bfloat16, 4)):
+        method, model = METHODS[kind](["up", "down"], rank=3, budget="0.9kB"), Net().to(dtype)
+        ls.inject(model, method)
+        assert account(method, model)[:3] == ([54 * size, 27 * size], 3 * 81 * size, 900)
+
+
+# The ranks are those of a loop.
+
+
+@by_score
+@pytest.mark.parametrize("kind", ["SoRA"])
+def test_every_step_keeps_the_ranks_that_a_loop_keeps(kind: str, score: str) -> None:
+    """A loop over ranks by |g|·‖A‖·‖B‖, or by the average of |g ∂L/∂g|, on the cubic schedule."""
+    steps, begin, end = 20, 4, 14
+    method, model = METHODS[kind](TARGETS, rank=3, budget=0.3, score=score, begin=begin, end=end), Net()
+    adapters = list(ls.inject(model, method).values())
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=3e-2)
+    before: list[Tensor] = []
+    optimizer.register_step_post_hook(lambda *_: before.append(gates(model).clone()))  # ahead of the method's hook
+    sparse = ls.SparseSteps(method, model, optimizer, steps)
+    costs = [c for a in adapters for c in [a.in_features + a.out_features] * 3]
+    average = torch.zeros(len(costs))
+    opened = torch.ones(len(costs), dtype=torch.bool)
+    for step in range(1, steps + 1):
+        of_net(model).backward()
+        seen = torch.cat([(a.gate * a.gate.grad).abs().detach() for a in adapters])  # type: ignore[operator,union-attr]
+        average = 0.8 * average + 0.2 * seen
+        sparse.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = before[-1]
+        norms = [a.lora_A.detach()[k].norm() * a.lora_B_t.detach()[k].norm() for a in adapters for k in range(3)]
+        scores = (moved.abs() * torch.stack(norms) if score == "norm" else average).tolist()
+        left = min(1.0, max(0.0, 1 - (step - begin) / (end - begin)))
+        allowed = (0.3 + 0.7 * left**3) * sum(costs)
+        expected = torch.zeros(len(costs), dtype=torch.bool)
+        for k in sorted(range(len(costs)), key=lambda k: (-scores[k], k)):
+            is_candidate = step <= end or bool(opened[k])
+            if is_candidate and costs[k] <= allowed + 1e-6:
+                expected[k], allowed = True, allowed - costs[k]
+        print(step, gates(model), moved*expected, scores, costs, left, sum(costs))
+        assert torch.equal(gates(model), moved * expected), step  # survivors do not shrink
+        opened = gates(model) != 0
+    assert 0 < int(opened.sum()) < len(costs)
+
+
+@by_method
+@by_score
+def test_from_the_end_on_the_choice_stays_and_the_rest_trains_on(kind: str, score: str) -> None:
+    seen: list[Tensor] = []
+    method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, begin=0.1, end=0.5), Net()
+    train(method, model, of_net, 30, 3e-2, after=lambda _: seen.append(gates(model).clone()))
+    chosen = seen[14] != 0
+    for values in seen[15:]:
+        assert torch.equal(values != 0, chosen)
+    assert not torch.equal(seen[15], seen[29])
+
+
+@by_method
+@by_score
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("end", [0, 3])
+def test_nothing_is_decided_before_b_has_moved(kind: str, score: str, warmup: bool, end: int) -> None:
+    torch.manual_seed(0)
+    method, model = (
+        METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, begin=0, end=end, density=1.0)
+        if (kind == "GatedRoseLoRA")
+        else METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, begin=0, end=end),
+        Net(),
+    )
+    ls.inject(model, method)
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0 or not warmup))
+    sparse = ls.SparseSteps(method, model, optimizer, 6)
+    for number in range(1, 7):
+        of_net(model).backward()
+        sparse.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if number < 3:
+            assert (gates(model) != 0).all()
+    assert_on_budget(method, model)
+    counts = [int((a.gate != 0).sum()) for _, a in ls.adapters_in(model)]  # type: ignore[union-attr]
+    assert counts[0] < 4 or counts[1] < 4  # not the first layers by their place
+
+
+def test_a_run_in_which_no_score_differs_from_zero_keeps_all_ranks() -> None:
+    method, model = ls.SoRA(TARGETS, rank=2, budget=0.5, begin=0, end=0, train_head=False), Net()
+    with pytest.warns(UserWarning, match="more than the budget of"):
+        train(method, model, of_net, 5, lr=0.0)
+    assert (gates(model) == 1).all()
+
+
+# What a run and its files have.
+
+
+def rows() -> DataLoader:
+    ids = torch.randint(11, (48, 7), generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(ids, ids.sum(1) % 3), batch_size=8)
+
+
+class Module(pl.LightningModule):
+    def __init__(self, method: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.method = Net(), method
+        ls.inject(self.net, method)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [ls.Sparsify(self.method)]
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(ls.parameter_groups(self, self.method), lr=3e-2)
+
+
+class SaveAfter(pl.Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch - 1:
+            trainer.save_checkpoint("middle.ckpt")
+
+
+def fit(method: Any, *callbacks: pl.Callback, resume: str | None = None, **options: Any) -> Module:
+    module = Module(method)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{"max_epochs": 4, **options}, **quiet)
+    trainer.fit(module, rows(), ckpt_path=resume)
+    return module
+
+
+@by_method
+@by_score
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_resumed_in_the_middle_of_the_schedule_ends_bit_for_bit_alike(
+    kind: str, score: str, accumulate: int
+) -> None:
+    def method() -> Any:
+        return METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, end=0.8)
+
+    straight = fit(method(), SaveAfter(1), accumulate_grad_batches=accumulate)
+    middle = torch.load("middle.ckpt", weights_only=True)
+    dead = torch.cat([v for name, v in middle["state_dict"].items() if name.endswith(".gate")]) == 0
+    assert 0 < int(dead.sum()) < int((gates(straight.net) == 0).sum())
+    resumed = fit(method(), resume="middle.ckpt", accumulate_grad_batches=accumulate)
+    assert_on_budget(straight.method, straight.net)
+    expected = straight.state_dict()
+    assert expected.keys() == resumed.state_dict().keys()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@by_method
+@by_score
+@pytest.mark.filterwarnings("ignore")
+def test_compaction_on_the_way_keeps_the_budget_of_the_start(kind: str, score: str) -> None:
+    module = fit(METHODS[kind](TARGETS, rank=4, budget=0.3, score=score), ls.CompactRanks(2))
+    adapters = [adapter for _, adapter in ls.adapters_in(module)]
+    assert sum(a.rank for a in adapters) < 8
+    assert_on_budget(module.method, module.net)
+    assert sum(a.rank * c for a, c in zip(adapters, account(module.method, module.net).costs, strict=True)) == held(
+        module.method, module.net
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "budget"), [("SoRA", 0.25), ("SoRA", "2.4k"), ("SoRA", "9kB"), ("GatedRoseLoRA", 0.25)]
+)
+def test_exports_and_compaction_have_the_parameters_of_the_budget(kind: str, budget: Any, tmp_path: Path) -> None:
+    model = build_tiny(BertForSequenceClassification)
+    method = METHODS[kind]("all-linear", rank=4, budget=budget)
+    ids = torch.randint(5, 60, (8, 6))
+    train(method, model, lambda m: m(ids, labels=ids[:, 0] % 2).loss, 8)
+    assert_on_budget(method, model)
+    ls.export_peft(model, tmp_path / "lora", layout="ragged", with_head=False)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors").values()
+    size = sum(t.nbytes if account(method, model).unit == "bytes" else t.numel() for t in tensors)
+    assert size == held(method, model)
+    if kind == "SoRA":
+        parameters = int(sparsity_of([a for _, a in ls.adapters_in(model)])["remaining_parameters"])
+        assert parameters == sum(t.numel() for t in tensors)
+    ls.compact(model)
+    adapters = [adapter for _, adapter in ls.adapters_in(model)]
+    assert sum(a.lora_A.numel() + a.lora_B_t.numel() for a in adapters) == sum(t.numel() for t in tensors)
+
+
+def test_a_frozen_gate_stays_and_is_paid_for_first() -> None:
+    method, model = ls.SoRA(TARGETS, rank=4, budget=0.4, train_head=False), Net()
+    frozen = ls.inject(model, method)["up"]
+    frozen.gate.requires_grad_(False)  # type: ignore[union-attr]
+    with pytest.raises(ls.UsageError, match="layers with frozen gates alone have 216"):
+        train(ls.SoRA(TARGETS, rank=4, budget=200, train_head=False), model, of_net, 20)
+    train(ls.SoRA(TARGETS, rank=4, budget=240, train_head=False), model, of_net, 20)
+    assert (frozen.gate == 1).all()  # type: ignore[union-attr]
+    assert held(ls.SoRA(budget=240), model) <= 240
+
+
+# Arguments and checks.
+
+
+@by_method
+def test_gates_start_at_one_unless_they_are_told_otherwise(kind: str) -> None:
+    layer = nn.Linear(4, 4)
+    assert (METHODS[kind](budget=0.5).adapt(layer).gate == 1).all()
+    assert not (METHODS[kind](budget=0.5, gate_init="gaussian").adapt(layer).gate == 1).any()
+    assert not (METHODS[kind](threshold=0.1).adapt(layer).gate == 1).any()
+    assert (METHODS[kind](threshold=0.1, gate_init="ones").adapt(layer).gate == 1).all()
+    ls.SoRA(budget=0.5, init_weights="pissa")
+
+
+@by_method
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"threshold": 0.1}, "got budget and threshold"),
+        ({"sparsity_weight": 0.1}, "got budget and sparsity_weight"),
+        ({"score": "size"}, "score must be 'norm' or 'sensitivity'; got 'size'"),
+        ({"begin": 0.9, "end": 0.5}, "begin must not be after end; got begin=0.9 and end=0.5"),
+        ({"end": 1.5}, "1.5"),
+        ({"operator": "released"}, "operator shape a threshold, and budget has none"),
+        ({"freeze_zero_after": 3, "l1_weight": 0.1}, "l1_weight and freeze_zero_after shape a threshold"),
+        ({"overrides": {"up": {"threshold": 0.1}}}, r"set \['threshold'\]"),
+        ({"overrides": {"up": {"budget": 0.1}}}, r"set \['budget'\]"),
+    ],
+)
+def test_arguments(kind: str, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ls.UsageError, match=said):
+        METHODS[kind](budget=0.5, **arguments)
+
+
+@by_method
+@pytest.mark.parametrize(
+    ("arguments", "total", "said"),
+    [
+        ({"budget": 0.5}, None, r"begin=0\.1 and end=.* are shares of the run, but this run has no end"),
+        ({"budget": 0.5, "begin": 60, "end": 0.5}, 100, "begin = 60 comes after end = 0.5"),
+        ({"budget": "1k"}, 100, "budget is 1,000 parameters, and the adapters have 243 at the start. Lower budget"),
+        ({"budget": "1kB"}, 100, "budget is 1,000 bytes, and the adapters have 972 at the start"),
+        ({"budget": 20}, 100, "budget is 20 of 243 parameters, less than the 27 of the smallest rank. Raise budget"),
+        ({"budget": 0.1}, 100, "budget is 24 of 243 parameters, less than the 27"),
+    ],
+)
+def test_what_cannot_work_in_a_run_is_refused(kind: str, arguments: Any, total: int | None, said: str) -> None:
+    method, model = METHODS[kind](["up", "down"], rank=3, **arguments), Net()
+    adapters = list(ls.inject(model, method).values())
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method))
+    with pytest.raises(ls.UsageError, match=said):
+        method.check(adapters, Run(0, total, optimizer, lambda _: []))
+
+
+@by_method
+def test_a_run_without_an_end_takes_steps(kind: str) -> None:
+    method, model = METHODS[kind](["up", "down"], rank=3, budget=0.5, begin=3, end=8), Net()
+    adapters = list(ls.inject(model, method).values())
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method))
+    method.check(adapters, Run(0, None, optimizer, lambda _: []))
+    steps = ls.SparseSteps(method, model, optimizer, None)
+    for number in range(1, 11):
+        of_net(model).backward()
+        steps.observe()
+        optimizer.step()
+        assert method.is_final(number, None, False) == (number >= 8)
+    assert_on_budget(method, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "total", "after"),
+    [
+        ("SoRA", 0.7, 10, 7), ("SoRA", 0.65, 10, 7), ("SoRA", 0, 10, 3), ("SoRA", 12, 10, 10),
+        ("GatedRoseLoRA", 0.7, 10, 7), ("GatedRoseLoRA", 12, 10, 10),
+    ],
+)  # fmt: skip
+def test_when_a_budget_is_final(kind: str, end: Any, total: int, after: int) -> None:
+    method = METHODS[kind](budget=0.5, begin=0 if isinstance(end, int) else 0.0, end=end)
+    assert method.settled_after(total) == after
+    assert [method.is_final(step, total, False) for step in range(total)] == [step >= after for step in range(total)]
+    assert not METHODS[kind](threshold=0.1, end=end, begin=0 if isinstance(end, int) else 0.0).is_final(9, 10, False)
+
+
+def test_masks_that_settle_later_settle_later() -> None:
+    method = ls.GatedRoseLoRA(budget=0.5, begin=0, end=5, update_every=4)
+    assert method.settled_after(20) == 8
+
+
+@by_method
+def test_a_run_that_ends_before_its_budget_holds_says_so(kind: str) -> None:
+    method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, begin=3, end=50), Net()
+    with pytest.warns(UserWarning, match=r"parameters, more than the budget of [\d,]+: the run ended before .*end=50"):
+        train(method, model, of_net, 10)
+
+
+@by_method
+def test_stages_of_thresholds_are_refused(kind: str) -> None:
+    with pytest.raises(ls.UsageError, match=f"ThresholdStages sets the threshold of a method, and {kind} has none"):
+        METHODS[kind](budget=0.5).set_threshold(0.1)
+
+
+def test_an_adapter_without_sensitivities_does_not_fit_a_score_by_them() -> None:
+    adapter = ls.SoRA(budget=0.5).adapt(nn.Linear(4, 4))
+    said = "no sensitivities of gates, which score 'sensitivity' needs"
+    assert ls.SoRA(budget=0.5, score="sensitivity").mismatch(adapter) == said
+    assert ls.SoRA(budget=0.5).mismatch(adapter) is None
+
+
+def test_the_budget_is_told_in_parameters_before_training(caplog: pytest.LogCaptureFixture) -> None:
+    method = ls.SoRA(TARGETS, rank=4, budget="1kB", train_head=False)
+    with caplog.at_level(logging.INFO):
+        module = fit(method, max_epochs=1)
+    said = f"The budget leaves at most 1,000 of {4 * account(method, module).dense // 4:,} bytes of A and B"
+    assert said in caplog.text
+    assert ls.SoRA(threshold=0.1).goal([]) is None
+
+
+def test_scores_differ() -> None:
+    """Otherwise the tests above would compare one choice with itself."""
+    found = []
+    for score in SCORES:
+        torch.manual_seed(0)
+        method, model = ls.SoRA(TARGETS, rank=8, budget=0.5, score=score, train_head=False), Net()
+        train(method, model, of_net, 20, 3e-2)
+        found.append(gates(model) != 0)
+    assert not torch.equal(*found)
