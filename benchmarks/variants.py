@@ -265,6 +265,7 @@ def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.SparseMethod
     return {
         "LoRA": ls.LoRA(rank=rank, alpha=16, dropout=dropout),
         "SoRA": ls.SoRA(rank=rank, alpha=16, dropout=dropout, threshold=1e-7),
+        "SoRA, budget": ls.SoRA(rank=rank, alpha=16, dropout=dropout, budget=0.999, begin=0, end=0),
         "RoseLoRA": ls.RoseLoRA(rank=rank, alpha=16, dropout=dropout, **masks),
         "gated RoseLoRA": ls.GatedRoseLoRA(rank=rank, alpha=16, dropout=dropout, threshold=1e-7, **masks),
     }
