@@ -123,3 +123,20 @@ def test_a_backbone_on_the_meta_device_takes_no_weights(tmp_path):
         module.configure_model()
     assert all(p.is_meta for p in module.parameters())
     assert module.model.classifier.weight.shape == (5, 32)
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("0.25", "at most {quarter:,} of {all:,} parameters"),
+        ("400", "at most 400 of {all:,} parameters"),
+        ("0.5k", "at most 500 of {all:,} parameters"),
+        ("2kB", "at most 2,000 of {bytes:,} bytes"),
+    ],
+)
+def test_it_says_what_a_budget_comes_to(budget, said, config, capsys):
+    method = "--model.init_args.method.init_args"
+    main(["inspect", "--config", config, f"{method}.threshold", "null", f"{method}.budget", budget])
+    parameters = 2 * (9 * 64 + 4 * 96)  # rank 2 of nine layers of 32 → 32, and four of 32 → 64 and back
+    numbers = {"quarter": parameters // 4, "all": parameters, "bytes": 4 * parameters}
+    assert f"The budget leaves {said.format(**numbers)} of A and B from end=0.7 on.\n" in capsys.readouterr().out
