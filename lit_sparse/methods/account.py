@@ -31,7 +31,7 @@ def parse_budget(budget: float | str) -> Amount:
     """
     found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*([kMG]?)(B?)", str(budget).strip(), re.IGNORECASE)
     number = float(found[1]) if found else 0.0
-    if found and number > 0 and math.isfinite(number):
+    if found and 0 < number < 1e18:
         if found[3]:
             return Amount(_rounded(number, found[2]), "bytes")
         if found[2] or (number > 1 and number % 1 == 0):

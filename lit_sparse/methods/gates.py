@@ -31,9 +31,9 @@ class Gates(Budgets):
 
     Args:
         threshold: ξ, the constant threshold of SoRA's released code, in units of the gate, per step.
-        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ. Adam
-            moves a gate by about lr at most, so that from λ = 1 on every gate shrinks whatever the data say, and the
-            largest at the start survive; below 1, those survive that the loss pushes outward.
+        sparsity_weight: λ, the weight of ‖g‖₁; the threshold of a step is lr · λ. Adam moves a gate by about lr at
+            most, so that from λ = 1 on every gate shrinks whatever the data say, and the largest at the start survive;
+            below 1, those survive that the loss pushes outward.
         l1_weight: Adds ``l1_weight · mean|g|`` over all gates to the loss, by its subgradient, before
             gradients are clipped (``sparse_lambda`` in the released code).
         operator: ``soft``: the proximal map of |g|. ``released``: the released code's, which after
@@ -83,7 +83,7 @@ class Gates(Budgets):
         usual = {"operator": "soft", "metric": "euclidean", "l1_weight": 0.0, "freeze_zero_after": None}
         changed = [name for name, value in usual.items() if getattr(self, name) != value]
         if changed:
-            raise UsageError(f"{' and '.join(changed)} shape a threshold, and budget has none: remove one of them.")
+            raise UsageError(f"A budget has no threshold to shape: remove {' and '.join(changed)}.")
 
     @property
     def gates_start_at_one(self) -> bool:

@@ -134,7 +134,7 @@ def test_a_budget_is_a_share_parameters_or_bytes(kind: str, budget: Any, limit: 
 
 @by_method
 @pytest.mark.parametrize(
-    "budget", [0, 0.0, -0.5, 1.5, math.nan, math.inf, "", "a lot", "2MiB", "2 TB", "k", "-1k", "0k"]
+    "budget", [0, 0.0, -0.5, 1.5, math.nan, math.inf, "", "a lot", "2MiB", "2 TB", "k", "-1k", "0k", "1e20"]
 )
 def test_what_is_no_budget_is_refused(kind: str, budget: Any) -> None:
     with pytest.raises(ls.UsageError, match=r"budget must be a share in \(0, 1\] such as 0\.25, .*; got "):
@@ -362,8 +362,8 @@ def test_gates_start_at_one_unless_they_are_told_otherwise(kind: str) -> None:
         ({"score": "size"}, "score must be 'norm' or 'sensitivity'; got 'size'"),
         ({"begin": 0.9, "end": 0.5}, "begin must not be after end; got begin=0.9 and end=0.5"),
         ({"end": 1.5}, "1.5"),
-        ({"operator": "released"}, "operator shape a threshold, and budget has none"),
-        ({"freeze_zero_after": 3, "l1_weight": 0.1}, "l1_weight and freeze_zero_after shape a threshold"),
+        ({"operator": "released"}, "A budget has no threshold to shape: remove operator"),
+        ({"freeze_zero_after": 3, "l1_weight": 0.1}, "to shape: remove l1_weight and freeze_zero_after"),
         ({"overrides": {"up": {"threshold": 0.1}}}, r"set \['threshold'\]"),
         ({"overrides": {"up": {"budget": 0.1}}}, r"set \['budget'\]"),
     ],
