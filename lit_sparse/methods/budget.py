@@ -36,9 +36,10 @@ class Budgets(SparseMethod):
     and the gates of all others are set to zero. Nothing else pulls at a gate, so that ranks which survive do not
     shrink. A rank at zero can come back until ``end``. From then on the choice stays, and what is left is trained on.
 
-    The step minimises the loss under the constraint Σ_k c_k · 1[g_k ≠ 0] ≤ budget: it is the proximal map of the
-    indicator of this set, the projection onto it. The score says by which distance; where layers cost differently, the
-    exact projection is a knapsack, and the step is its greedy approximation
+    The objective is the loss under the constraint Σ_k c_k · [g_k ≠ 0] ≤ budget. After the optimizer's step on the loss,
+    the step here is the proximal map of the constraint's indicator: the projection onto it, by the distance
+    Σ_k w_k (z_k − g_k)², where w_k g_k² is the square of the score ``norm``, or the score ``sensitivity`` itself. Where
+    layers cost differently the exact projection is a knapsack, and the step is its greedy approximation
     (:func:`~lit_sparse.functional.within_budget`).
 
     Args:

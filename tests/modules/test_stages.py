@@ -156,6 +156,8 @@ def test_what_cannot_work_is_refused_before_training(tiny_bert, trainer, tmp_pat
         fit(classifier(tiny_bert, ls.SoRA(rank=2, sparsity_weight=0.1)))
     with pytest.raises(ls.UsageError, match="sets the threshold of a method, and LoRA has none"):
         fit(classifier(tiny_bert, ls.LoRA(rank=2)))
+    with pytest.raises(ls.UsageError, match="sets the threshold of a method, and SoRA has none"):
+        fit(classifier(tiny_bert, ls.SoRA(rank=2, budget=0.5)))
     with pytest.raises(ls.UsageError, match="one threshold for all layers: remove threshold from overrides"):
         fit(classifier(tiny_bert, ls.SoRA(rank=2, threshold=0.1, overrides={"query": {"threshold": 0.2}})))
     with pytest.raises(ls.UsageError, match="monitors 'val_f1', which is not logged"):
