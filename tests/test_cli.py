@@ -330,7 +330,7 @@ def test_null_on_the_command_line_unsets_an_argument_of_the_method(config):
         (["--model", "lit_sparse.SequenceClasification"], 2, "has no attribute 'SequenceClasification'"),
         (["--config", "nowhere.yaml"], 2, "File does not exist"),
         ([f"{METHOD}.target_modules", "[quer]"], 1, "'quer' matches no linear layer of BertForSequenceClassification"),
-        ([f"{METHOD}.threshold", "0.1"], 1, "Give exactly one of threshold"),
+        ([f"{METHOD}.threshold", "0.1"], 1, "Give exactly one of budget"),
         ([f"{METHOD}.sparsity_weight", "null"], 1, "got none."),
         (["--model.init_args.warmup", "1.5"], 1, "warmup is a share of the run, in [0, 1); got 1.5."),
         (["--data.init_args.path", "nowhere.csv"], 1, "'nowhere.csv' does not exist"),
