@@ -18,14 +18,14 @@ def resolve_step(value: int | float, total: int) -> int | float:
         Steps, not necessarily whole.
 
     Raises:
-        UsageError: If ``value`` is a bool, a negative int or a float outside [0, 1], or ``total`` is below 1.
+        UsageError: If ``value`` is no int or float, a negative int or a float outside [0, 1], or ``total`` is below 1.
 
     Example:
         >>> resolve_step(20, total=200), resolve_step(0.2, total=200)
         (20, 40.0)
     """
     require_range("total", total, at_least=1)
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(f"A point in the run must be a number of steps or a share of the run; got {value}.")
     if isinstance(value, float):
         if not 0 <= value <= 1:

@@ -48,14 +48,14 @@ class Budgets(SparseMethod):
             adapters, which PEFT's file has, too. Units are decimal. Gates do not count, since exports fold them into B,
             nor do modules trained whole, the header of the file, and the zeros that pad all layers to one rank in
             exports for engines (``layout: padded``).
-        score: What decides which ranks live. ``norm``: |g| ‖A_k‖ ‖B_k‖, the Frobenius norm of what a rank adds to the
-            weight, so that the step changes these additions the least, by the sum of their squares. ``sensitivity``:
-            the moving average of |g ∂L/∂g|, so that the step raises the loss the least, to first order; a rank at zero
-            hardly comes back, since its sensitivity is zero.
+        score: What decides which ranks live. ``norm``: scale · |g| ‖A_k‖ ‖B_k‖, the Frobenius norm of what a rank adds
+            to the weight, so that the step changes these additions the least, by the sum of their squares.
+            ``sensitivity``: the moving average of |g ∂L/∂g|, so that the step raises the loss least, to first order.
+            A rank at zero seldom comes back, above all by ``sensitivity``, since its own is zero.
         begin: Until when all ranks are kept: a number of optimizer steps, or with a decimal point a share of the run.
             The first choice is made at the third step at the earliest, since all scores are zero while B is.
         end: From when on the budget holds and the choice of ranks stays, in the same units. A resumed run with another
-            length has another schedule. ``begin`` and ``end`` count with ``budget`` only.
+            length has another schedule. ``score``, ``begin`` and ``end`` count with ``budget`` only.
     """
 
     budget: float | str | None = None
@@ -105,6 +105,8 @@ class Budgets(SparseMethod):
             # A layer that the loss did not reach has no gradient, and its gates no influence.
             grads = [torch.zeros_like(g, requires_grad=False) if g.grad is None else g.grad for g in gates]
             seen = sensitivities(gates, grads)
+        if opened is not None:
+            _silence(gates, opened)
         return opened, seen, others
 
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
@@ -118,24 +120,25 @@ class Budgets(SparseMethod):
         account = Account.of(self.budget, adapters)
         allowed = self._allowed(account, step.index, step.total)
         if allowed < account.dense:
-            self._choose(adapters, account, allowed, opened, step)
+            self._choose(adapters, account, allowed, opened)
         super().after_step(adapters, step, others)
 
     def _choose(
-        self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opened: Tensor | None, step: Step
+        self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opened: Tensor | None
     ) -> None:
         gates = _gates(adapters)
         values = torch.cat([gate.detach() for gate in gates])
         sizes = [gate.numel() for gate in gates]
         scores = self._scores(adapters, values)
-        frozen = [gate not in step.group_of for gate in gates]
-        if any(frozen):  # gates that the user froze stay, and are paid for first
-            parts = zip(scores.split(sizes), frozen, strict=True)
-            scores = torch.cat([torch.full_like(s, math.inf) if is_frozen else s for s, is_frozen in parts])
+        trained = [gate.requires_grad for gate in gates]
+        highest = torch.cat([s for s, own in zip(scores.split(sizes), trained, strict=True) if own]).amax()
+        if not all(trained):  # gates that the user froze stay, and are paid for first
+            parts = zip(scores.split(sizes), values.split(sizes), trained, strict=True)
+            scores = torch.cat([s if own else torch.where(v == 0, s, math.inf) for s, v, own in parts])
         if opened is not None:
             scores = scores.masked_fill(~opened, -1.0)
         kept = within_budget(scores, account.costs, sizes, allowed)
-        kept |= scores.amax() == 0  # scores tell no ranks apart before B has moved
+        kept |= highest == 0  # scores tell no ranks apart before B has moved
         if opened is not None:
             kept &= opened
         torch._foreach_copy_([gate.detach() for gate in gates], list(values.masked_fill(~kept, 0.0).split(sizes)))
@@ -144,13 +147,16 @@ class Budgets(SparseMethod):
         if self._averages:
             return torch.cat([a.get_buffer("sensitivity_gate") for a in adapters])
         norms_A = per_rank([a.lora_A.detach() for a in adapters], _norms)
-        return gates.abs() * norms_A * per_rank([a.lora_B_t.detach() for a in adapters], _norms)
+        scales = [a.scale for a in adapters]
+        scaled = torch.cat(torch._foreach_mul(list(gates.abs().split([len(a.lora_A) for a in adapters])), scales))
+        return scaled * norms_A * per_rank([a.lora_B_t.detach() for a in adapters], _norms)
 
     def goal(self, adapters: Sequence[LowRankAdapter]) -> str | None:
-        """The budget in parameters or bytes."""
+        """The budget in parameters or bytes; raises UsageError if it is impossible."""
         if self.budget is None:
             return super().goal(adapters)
         account = Account.of(self.budget, adapters)
+        account.require_possible()
         return (
             f"The budget leaves at most {account.limit:,} of {account.dense:,} {account.unit} of A and B from "
             f"end={self.end} on."
@@ -163,7 +169,9 @@ class Budgets(SparseMethod):
 
     def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
         """Whether adapters are as sparse as this method makes them in the run: with a budget, from ``end`` on."""
-        return super().is_final(step, total, at_end or self.budget is not None)
+        if self.budget is None:
+            return super().is_final(step, total, at_end)
+        return step >= self._decided_at(total) and super().is_final(step, total, at_end=True)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that ended above its budget."""
@@ -192,11 +200,21 @@ class Budgets(SparseMethod):
         share = cubic_density(step, _length(total), account.limit / account.dense, self.begin, self.end)
         if step < FIRST_SCORES:
             return account.dense
+        if step >= self._decided_at(total):
+            return account.limit
         return max(account.limit, math.floor(share * account.dense))
 
 
 def _gates(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
     return [adapter.gate for adapter in adapters if adapter.gate is not None]
+
+
+def _silence(gates: Sequence[nn.Parameter], opened: Tensor) -> None:
+    """Take the gradients of gates that stay closed out of the norm by which all gradients are clipped."""
+    masks = opened.to(gates[0].dtype).split([gate.numel() for gate in gates])
+    held = [(gate.grad, mask) for gate, mask in zip(gates, masks, strict=True) if gate.grad is not None]
+    if held:
+        torch._foreach_mul_([grad for grad, _ in held], [mask for _, mask in held])
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -72,12 +72,12 @@ class Gates(Budgets):
             require_range(name, getattr(self, name), at_least=0)
         require_choice("operator", self.operator, ("soft", "released"))
         require_choice("metric", self.metric, ("euclidean", "optimizer"))
+        if self.budget is not None:
+            self._require_no_pull()
         if self.metric == "optimizer" and self.sparsity_weight is None:
             raise UsageError("metric 'optimizer' scales the threshold by lr · λ: give sparsity_weight, not threshold.")
         require_range("gate_lr", self.gate_lr, above=0)
         require_range("freeze_zero_after", self.freeze_zero_after, at_least=1)
-        if self.budget is not None:
-            self._require_no_pull()
 
     def _require_no_pull(self) -> None:
         usual = {"operator": "soft", "metric": "euclidean", "l1_weight": 0.0, "freeze_zero_after": None}
@@ -161,7 +161,7 @@ class Gates(Budgets):
         alike: dict[tuple[int, float], list[nn.Parameter]] = {}
         for adapter in adapters:
             gate = adapter.gate
-            if gate is None or gate not in step.group_of:  # a gate frozen by the user is in no optimizer
+            if gate is None or not gate.requires_grad:  # a gate frozen by the user is in no optimizer
                 continue
             # Without a gradient the optimizer takes no step on a gate, and its metric has no step to correct.
             if self.metric == "euclidean" or gate.grad is not None:

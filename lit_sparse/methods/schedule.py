@@ -16,10 +16,10 @@ def require_points(begin: int | float, end: int | float) -> None:
     Raises:
         UsageError: If one is neither a share of a run nor a number of steps, or ``begin`` comes after ``end``.
     """
-    if type(begin) is type(end) and begin > end:
-        raise UsageError(f"begin must not be after end; got begin={begin} and end={end}.")
     for value in (begin, end):
         resolve_step(value, 1)
+    if type(begin) is type(end) and begin > end:
+        raise UsageError(f"begin must not be after end; got begin={begin} and end={end}.")
 
 
 def require_end(begin: int | float, end: int | float, total: int | None) -> None:

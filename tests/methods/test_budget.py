@@ -154,9 +154,10 @@ def test_bytes_are_those_of_the_adapters_dtype(kind: str) -> None:
 
 @by_score
 def test_every_step_keeps_the_ranks_that_a_loop_keeps(score: str) -> None:
-    """A loop over ranks by |g|·‖A‖·‖B‖, or by the average of |g ∂L/∂g|, on the cubic schedule."""
+    """A loop over ranks by scale·|g|·‖A‖·‖B‖, or by the average of |g ∂L/∂g|, on the cubic schedule."""
     steps, begin, end = 20, 4, 14
-    method, model = METHODS["SoRA"](TARGETS, rank=3, budget=0.3, score=score, begin=begin, end=end), Net()
+    scales = {"overrides": {"up": {"alpha": 0.5}, "embedding": {"alpha": 2}}}
+    method, model = METHODS["SoRA"](TARGETS, rank=3, budget=0.3, score=score, begin=begin, end=end, **scales), Net()
     adapters = list(ls.inject(model, method).values())
     optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=3e-2)
     before: list[Tensor] = []
@@ -174,7 +175,8 @@ def test_every_step_keeps_the_ranks_that_a_loop_keeps(score: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         moved = before[-1]
-        norms = [a.lora_A.detach()[k].norm() * a.lora_B_t.detach()[k].norm() for a in adapters for k in range(3)]
+        rows = [(a.scale * a.lora_A.detach()[k], a.lora_B_t.detach()[k]) for a in adapters for k in range(3)]
+        norms = [torch.outer(b, a).norm() for a, b in rows]
         scores = (moved.abs() * torch.stack(norms) if score == "norm" else average).tolist()
         left = min(1.0, max(0.0, 1 - (step - begin) / (end - begin)))
         allowed = limit + (sum(costs) - limit) * left**3
@@ -340,6 +342,46 @@ def test_a_frozen_gate_stays_and_is_paid_for_first() -> None:
     assert held(ls.SoRA(budget=240), model) <= 240
 
 
+@pytest.mark.parametrize("argument", [{"budget": 0.3}, {"threshold": 0.02}, {"sparsity_weight": 2.0}])
+def test_a_frozen_gate_that_would_not_win_stays(argument: dict[str, float]) -> None:
+    method, model = ls.SoRA(TARGETS, rank=4, gate_init="ones", train_head=False, **argument), Net()
+    frozen = ls.inject(model, method)["down"]
+    frozen.gate.requires_grad_(False)  # type: ignore[union-attr]
+    train(method, model, of_net, 12)
+    assert (frozen.gate == 1).all()  # type: ignore[union-attr]
+    if "budget" in argument:
+        assert_on_budget(method, model)
+
+
+def test_frozen_gates_at_zero_cost_nothing_and_no_choice_is_made_before_b_has_moved() -> None:
+    method, model = ls.SoRA(TARGETS, rank=4, budget=0.6, begin=0, end=4, train_head=False), Net()
+    frozen = ls.inject(model, method)["down"]
+    frozen.gate.requires_grad_(False).zero_()  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="more than the budget of"):
+        train(method, model, of_net, 6, lr=0.0)
+    assert (gates(model) != 0).sum() == 3 * 4
+    train(method, model, of_net, 12)
+    assert not frozen.gate.any()  # type: ignore[union-attr]
+    assert_on_budget(method, model)
+
+
+def test_gates_that_stay_closed_have_no_part_in_clipping() -> None:
+    norms: list[tuple[float, float]] = []
+    method, model = ls.SoRA(TARGETS, rank=4, budget=0.3, begin=0, end=4, train_head=False), Net()
+    adapters = list(ls.inject(model, method).values())
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=1e-2)
+    sparse = ls.SparseSteps(method, model, optimizer, 8)
+    for _ in range(8):
+        of_net(model).backward()
+        sparse.observe()
+        own = [a.gate.grad[mask].norm() for a in adapters for mask in (a.gate == 0, a.gate != 0)]  # type: ignore[union-attr,index]
+        norms.append((float(sum(own[::2])), float(sum(own[1::2]))))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(closed == 0 for closed, _ in norms[4:])
+    assert all(opened > 0 for _, opened in norms[4:])
+
+
 # Arguments and checks.
 
 
@@ -362,6 +404,8 @@ def test_gates_start_at_one_unless_they_are_told_otherwise(kind: str) -> None:
         ({"score": "size"}, "score must be 'norm' or 'sensitivity'; got 'size'"),
         ({"begin": 0.9, "end": 0.5}, "begin must not be after end; got begin=0.9 and end=0.5"),
         ({"end": 1.5}, "1.5"),
+        ({"end": None}, "A point in the run must be a number of steps or a share of the run; got None"),
+        ({"begin": "0.1"}, "A point in the run must be a number of steps"),
         ({"operator": "released"}, "A budget has no threshold to shape: remove operator"),
         ({"freeze_zero_after": 3, "l1_weight": 0.1}, "to shape: remove l1_weight and freeze_zero_after"),
         ({"overrides": {"up": {"threshold": 0.1}}}, r"set \['threshold'\]"),
@@ -411,8 +455,8 @@ def test_a_run_without_an_end_takes_steps(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "end", "total", "after"),
     [
-        ("SoRA", 0.7, 10, 7), ("SoRA", 0.65, 10, 7), ("SoRA", 0, 10, 3), ("SoRA", 12, 10, 10),
-        ("GatedRoseLoRA", 0.7, 10, 7), ("GatedRoseLoRA", 12, 10, 10),
+        ("SoRA", 0.7, 10, 7), ("SoRA", 0.65, 10, 7), ("SoRA", 0, 10, 3),
+        ("GatedRoseLoRA", 0.7, 10, 7),
     ],
 )  # fmt: skip
 def test_when_a_budget_is_final(kind: str, end: Any, total: int, after: int) -> None:
@@ -420,6 +464,24 @@ def test_when_a_budget_is_final(kind: str, end: Any, total: int, after: int) -> 
     assert method.settled_after(total) == after
     assert [method.is_final(step, total, False) for step in range(total)] == [step >= after for step in range(total)]
     assert not METHODS[kind](threshold=0.1, end=end, begin=0 if isinstance(end, int) else 0.0).is_final(9, 10, False)
+
+
+@by_method
+def test_a_run_that_is_shorter_than_its_schedule_is_never_final(kind: str) -> None:
+    method = METHODS[kind](budget=0.5, begin=0, end=12)
+    assert method.settled_after(10) == 10
+    assert not any(method.is_final(step, 10, step == 10) for step in range(11))
+
+
+@by_method
+@pytest.mark.parametrize("point", [3, 5, 0.5, 1.0, 10])
+def test_a_budget_at_one_point_holds_from_there_on(kind: str, point: float) -> None:
+    method, model, spent = METHODS[kind](TARGETS, rank=4, budget=0.3, begin=point, end=point), Net(), []
+    train(method, model, of_net, 10, after=lambda _: spent.append(held(method, model)))
+    assert_on_budget(method, model)
+    final = [number for number in range(1, 11) if method.is_final(number, 10, False)]
+    paid = [number for number, cost in enumerate(spent, 1) if cost <= account(method, model).limit]
+    assert paid == final if kind == "SoRA" else paid[-len(final) :] == final  # masks are cut a step later
 
 
 def test_masks_that_settle_later_settle_later() -> None:

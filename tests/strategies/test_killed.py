@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import save_tiny_bert
-from programs import Program
+from programs import Program, launch
 from projects import write_config
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,8 @@ def test_torchrun_starts_again_and_ends_as_an_undisturbed_run() -> None:
     overrides = ["--trainer.strategy", "fsdp2", "--ckpt_path", "last"]
     # As in configs/slurm/torchrun.sbatch, for https://github.com/pytorch/pytorch/issues/135712
     own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    assert start([*torchrun, "-m", "lit_sparse"], *overrides).wait(timeout=300) == 0, Path("log.txt").read_text()
+    done = launch(2, ["-m", "lit_sparse", "fit", "--config", "config.yaml", *overrides])
+    assert done.returncode == 0, done.stderr
     (file,) = Path("kept").glob("*step=160.ckpt")
     straight = torch.load(file, weights_only=True)["state_dict"]
     Path("kept").rename("straight")
