@@ -24,6 +24,7 @@ from lit_sparse.editing.requests import read_requests
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.reporting.sources import read_adapters
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # what is damaged may be warned of
 LONGER = int(os.environ.get("LIT_SPARSE_FUZZ", "0"))
 TOKENS = re.compile(rb'"[^"\n]*"|[\w.+-]+|[\[\]{}:,]')
 ODD = [b"null", b"[]", b"{}", b"-1", b"1e999", b"NaN", b'""', b"true", b"0.5", b'"../x"', b"99999999999999999999"]
