@@ -127,6 +127,7 @@ def test_folders_of_adapters(form, json, header, body, tmp_path, backbone):
         assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items()), "half loaded"
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(header=damages(0), body=damages(0))
 def test_edits(header, body, tmp_path):

@@ -94,6 +94,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.what)
 def test_it_is_refused(case):
