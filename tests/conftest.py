@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit_sparse_tests_")
+# Lightning calls what jsonargparse deprecates, which is said once per process, to whichever test is first.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 # A user's terminal may set these; they change what the command line prints.
 for _name in ("LIT_SPARSE_TRACEBACK", "FORCE_COLOR"):
     os.environ.pop(_name, None)
