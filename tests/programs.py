@@ -57,7 +57,9 @@ class Program:
             socket.send_fds(self._connection, [b"."], [s if isinstance(s, int) else s.fileno() for s in given])
         self._connection.sendall(json.dumps(request).encode() + b"\n")
         self._answers = self._connection.makefile()
-        self.pid = int(self._answers.readline())
+        answer = self._answers.readline()
+        assert answer, (Path(_address()).parent / "errors.txt").read_text()  # the server could not import something
+        self.pid = int(answer)
 
     def wait(self, timeout: float | None = None) -> int:
         """Its status, or minus the signal that ended it; raises subprocess.TimeoutExpired."""

@@ -145,8 +145,8 @@ class _Csv:
 
 def _texts(file: Path) -> Iterator[pa.Table]:
     """The cells of a CSV as they are written; only empty ones are missing: "None", "NA" and "null" are words too."""
-    words = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
-    with pd.read_csv(file, chunksize=_CHUNK_ROWS, **words) as frames:
+    options = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    with pd.read_csv(file, chunksize=_CHUNK_ROWS, **options) as frames:
         for frame in frames:
             if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of rows
                 raise ValueError("its rows have more fields than its first line")
