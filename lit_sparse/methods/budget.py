@@ -157,10 +157,11 @@ class Budgets(SparseMethod):
             return super().goal(adapters)
         account = Account.of(self.budget, adapters)
         account.require_possible()
+        others = super().goal(adapters)
         return (
             f"The budget leaves at most {account.limit:,} of {account.dense:,} {account.unit} of A and B from "
             f"end={self.end} on."
-        )
+        ) + (f" {others}" if others else "")
 
     def settled_after(self, total: int) -> int:
         """The first step after which the budget holds."""

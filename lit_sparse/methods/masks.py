@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
-from lit_sparse.errors import require_range
+from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
 from lit_sparse.functional.sensitivity import where_finite
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.schedule import FIRST_SCORES, require_end, require_points
+from lit_sparse.methods.changes import Changes
+from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, require_end, require_points
 from lit_sparse.methods.step import Run, Step
 
 BROAD_CHANGE = 0.1
@@ -24,16 +25,19 @@ BROAD_CHANGE = 0.1
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Masks(SparseMethod):
+class Masks(Changes):
     """Methods that keep the most sensitive entries of A and B, as :class:`~lit_sparse.RoseLoRA`.
+
+    Give ``changed``, for which the rows of all layers compete (:class:`~lit_sparse.methods.changes.Changes`), or
+    ``density``, the paper's share of every row.
 
     Args:
         density: τ, the share of each row of A and column of B that remains, in (0, 1]; rounded down to whole
-            entries, at least one.
+            entries, at least one. None: 0.05, unless ``changed`` is given.
         begin: t_i, until which everything is kept: a number of optimizer steps, or with a decimal point a
             share of the run.
-        end: t_f, from which on ``density`` is kept; in between the share falls with the cube of the remaining
-            time. The same units as ``begin``. A resumed run with another length has another schedule.
+        end: t_f, from which on ``density`` or ``changed`` holds; in between the share falls with the cube of the
+            remaining time. The same units as ``begin``. A resumed run with another length has another schedule.
         beta: Memory of the sensitivity's moving average, in [0, 1); 0.8 as released.
         clamp: Largest size of an entry of A and B, enforced after every step; the released editing runs use
             3e-3. None: no bound.
@@ -43,15 +47,20 @@ class Masks(SparseMethod):
 
     overridable = (*SparseMethod.overridable, "density")
 
-    density: float = 0.05
-    begin: int | float = 0.1
-    end: int | float = 0.8
+    density: float | None = None
     beta: float = 0.8
     clamp: float | None = None
     update_every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.density is None and self.changed is None:
+            self.density = 0.05
+        if self.density is not None and self.changed is not None:
+            raise UsageError(
+                f"Give changed (a share of all weights) or density (a share of every row); got changed={self.changed} "
+                f"and density={self.density}."
+            )
         require_range("density", self.density, above=0, at_most=1)
         require_range("beta", self.beta, at_least=0, below=1)
         require_range("clamp", self.clamp, above=0)
@@ -66,27 +75,33 @@ class Masks(SparseMethod):
         adapter = super().adapt(layer, overrides)
         for name, weight in (("A", adapter.lora_A), ("B_t", adapter.lora_B_t)):
             adapter.register_buffer(f"sensitivity_{name}", torch.zeros_like(weight, requires_grad=False))
-            if self.update_every > 1:
+            if self._holds_masks:
                 adapter.register_buffer(f"mask_{name}", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
+        if self.changed is not None:
+            adapter.register_buffer("overlap", torch.ones((), device=adapter.lora_A.device))
         return adapter
 
     def mismatch(self, adapter: LowRankAdapter) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
         if not hasattr(adapter, "sensitivity_A"):
             return "no sensitivities"
-        if self.update_every > 1 and not hasattr(adapter, "mask_A"):
-            return "no masks for update_every > 1"
+        if self._holds_masks and not hasattr(adapter, "mask_A"):
+            return "no masks, which changed and update_every > 1 need"
+        if self.changed is not None and not hasattr(adapter, "overlap"):
+            return "no measured overlap, which changed needs"
         return super().mismatch(adapter)
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the schedule against the run, and warn when BA will not be a local change."""
         require_end(self.begin, self.end, run.total)
         self.density_at(0, run.total)  # raises when begin lies after end
+        others = super().check(adapters, run)
+        if self.changed is not None:
+            return others
         settings = {(self._density(adapter), adapter.rank) for adapter in adapters}
         # A density of 1 asks for no local change.
         sparse = [(1 - (1 - d**2) ** r, d, r) for d, r in settings if d < 1]
         touched, density, rank = max(sparse, default=(0.0, 1.0, 0))
-        others = super().check(adapters, run)
         if touched <= BROAD_CHANGE:
             return others
         return [
@@ -98,23 +113,25 @@ class Masks(SparseMethod):
     def density_at(self, step: int, total: int | None, density: float | None = None) -> float:
         """τ⁽ᵗ⁾: the share kept after ``step`` of ``total`` optimizer steps, where ``density`` is the final one."""
         # A run without an end has begin and end as step numbers (check() saw to it): total is not used.
-        final = self.density if density is None else density
+        final = density or self.density or self.changed or 1.0
         return cubic_density(step, 1 if total is None else total, final, self.begin, self.end)
 
-    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:  # noqa: ARG002
+    def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:
         """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3)."""
+        if self._is_chosen(step):
+            return []
         weights = _matrices(adapters)
         # A layer that the loss did not reach has no gradient, and its weights no influence.
         gradients = [torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for w in weights]
         return sensitivities(weights, gradients)
 
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
-        """Average the sensitivities (Eq. 4), keep the top share of each slice (Eq. 8), clamp."""
+        """Average the sensitivities (Eq. 4), keep the most sensitive entries (Eq. 8), clamp."""
         averages = _buffers(adapters, "sensitivity")
         if step.index == 1:
             # The average starts at the first value, as in the released code.
             torch._foreach_copy_(averages, where_finite(observed, averages))
-        else:
+        elif not self._is_chosen(step):
             update_moving_average_(averages, observed, self.beta)
         by_density: dict[float, list[LowRankAdapter]] = {}
         for adapter in adapters:
@@ -131,22 +148,29 @@ class Masks(SparseMethod):
     def _mask(self, adapters: Sequence[LowRankAdapter], step: Step, density: float) -> None:
         """Zero all entries but those chosen now, or at the last update."""
         weights, averages = [weight.detach() for weight in _matrices(adapters)], _buffers(adapters, "sensitivity")
-        if self.update_every == 1:
-            keep_top_share_(weights, averages, density)
-            return
-        masks = _buffers(adapters, "mask")
+        masks = _buffers(adapters, "mask") if self._holds_masks else None
         # A run must end with the final density.
-        if step.index % self.update_every == 0 or step.index == step.total:
+        is_due = step.index % self.update_every == 0 or step.index == step.total
+        if self.changed is None and is_due:
             keep_top_share_(weights, averages, density, masks)
-        else:
-            _keep_(weights, masks)
+            return
+        if self.changed is not None and not self._is_chosen(step) and (is_due or self._is_last(step)):
+            self._choose_entries(adapters, step)
+        _keep_(weights, _buffers(adapters, "mask"))
+
+    @property
+    def _holds_masks(self) -> bool:
+        """Whether a choice of entries outlives the step that makes it."""
+        return self.update_every > 1 or self.changed is not None
 
     def _density(self, adapter: LowRankAdapter) -> float:
-        """τ of one layer."""
-        return adapter.overrides.get("density", self.density)
+        """τ of one layer, or the share of all weights that may change."""
+        return adapter.overrides.get("density", self.density or self.changed or 1.0)
 
     def settled_after(self, total: int) -> int:
-        """The first step after which masks have the final density."""
+        """The first step after which masks have the final density, or their entries stay."""
+        if self.changed is not None:
+            return min(decided_at(self.end, total), total)
         steps = range(self.update_every, total + 1, self.update_every)
         settled = (step for step in steps if step >= FIRST_SCORES and self.density_at(step, total, 0.5) == 0.5)
         return next(settled, total)

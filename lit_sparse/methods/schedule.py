@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lit_sparse.errors import UsageError
 from lit_sparse.functional.schedules import resolve_step
 
@@ -33,3 +35,8 @@ def require_end(begin: int | float, end: int | float, total: int | None) -> None
             f"begin={begin} and end={end} are shares of the run, but this run has no end: set the "
             "Trainer's max_epochs or max_steps, or give begin and end as whole numbers of steps."
         )
+
+
+def decided_at(end: int | float, total: int | None) -> int:
+    """The step at which a choice that lasts is made: ``end``, but no step before scores tell entries apart."""
+    return max(math.ceil(resolve_step(end, 1 if total is None else total)), FIRST_SCORES)
