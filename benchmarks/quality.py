@@ -21,6 +21,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,13 @@ from cells import Found, Store, run_missing
 from tables import METHODS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from variants import mean_of_tokens, peft_adalora
 
@@ -70,18 +77,35 @@ TASKS = {
 }
 
 
-def method_of(name: str, steps: int) -> ls.SparseMethod | None:
-    """The method in a run of so many steps; None for AdaLoRA, which is PEFT's."""
+Adapting = ls.SparseMethod | Callable[[nn.Module], peft.PeftConfig]
+"""A method, or PEFT's configuration for a model."""
+
+
+def adalora(initial: int, final: int, steps: int) -> Callable[[nn.Module], peft.PeftConfig]:
+    """PEFT's AdaLoRA, from an initial to a final mean rank."""
+
+    def config(model: nn.Module) -> peft.PeftConfig:
+        made = peft_adalora(model, rank=initial, dropout=0.0)
+        made.target_r, made.total_step = final, steps
+        made.tinit, made.tfinal = round(0.1 * steps), round(0.5 * steps)
+        return made
+
+    return config
+
+
+def method_of(name: str, steps: int) -> Adapting:
+    """The method in a run of so many steps."""
     # All thresholds of a run together are the same however long it is: about 0.7, of gates that begin near 1.
     gates = {"sparsity_weight": 0.6, "gate_lr": 2.2 / steps}
     masks = {"density": 0.12, "begin": round(0.1 * steps), "end": round(0.5 * steps)}
-    methods = {
+    methods: dict[str, Adapting] = {
         "LoRA": ls.LoRA(rank=8, alpha=16),
+        "AdaLoRA": adalora(12, 8, steps),
         "SoRA": ls.SoRA(rank=8, alpha=32, **gates),
         "RoseLoRA": ls.RoseLoRA(rank=8, alpha=64, **masks),
         "gated RoseLoRA": ls.GatedRoseLoRA(rank=8, alpha=64, **gates, **masks),
     }
-    return methods.get(name)
+    return methods[name]
 
 
 class Cell(NamedTuple):
@@ -107,49 +131,64 @@ def half() -> torch.autocast:
 def run(data: Path, cell: Cell) -> dict[str, Any]:
     """Train and measure one cell."""
     start = time.process_time()  # of one thread: what a run takes with nothing beside it
-    torch.set_num_threads(1)
-    torch.manual_seed(cell.seed)
     task = TASKS[cell.task]
+    with rows_of(data, cell.task, cell.phase, cell.seed, backbone()) as rows:
+        model = mean_pooled(rows.num_labels or 1, backbone())
+        model = train(model, method_of(cell.method, task.steps), rows, task, cell.lr)
+        score = measure(model, rows, task)
+    return {**cell._asdict(), "score": score, **left(model), "seconds": time.process_time() - start}
+
+
+@contextmanager
+def rows_of(data: Path, task: str, phase: str, seed: int, tokenizer: str) -> Iterator[ls.GLUE]:
+    """The rows of a run, in the order of its seed, with which everything random of the run is set."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        _write_rows(data / cell.task, Path(folder), task, cell.phase)
-        rows = ls.GLUE(
-            folder, task=cell.task, tokenizer=_backbone(), max_length=MAX_LENGTH, batch_size=task.batch, seed=cell.seed
-        )
+        _write_rows(data / task, Path(folder), TASKS[task], phase)
+        size = TASKS[task].batch
+        rows = ls.GLUE(folder, task=task, tokenizer=tokenizer, max_length=MAX_LENGTH, batch_size=size, seed=seed)
         rows.prepare_data()
         rows.setup("fit")
-        count = rows.num_labels or 1
-        model = _model(count)
-        model, steps = _adapted(model, cell, task)
-        for batch in _batches(rows.train_dataloader(), task.steps):
-            steps(batch)
-        metric = build_metrics([task.metric], count)[task.metric]
-        model.eval()
-        with torch.inference_mode():
-            for batch in rows.val_dataloader():
-                with half():
-                    logits = model(**batch).logits
-                metric.update(predictions(logits, count), batch["labels"])
+        yield rows
+
+
+def train(model: nn.Module, method: Adapting, rows: ls.GLUE, task: Task, lr: float) -> nn.Module:
+    """The model with adapters, trained."""
+    model, steps = _adapted(model, method, task, lr)
+    for batch in _batches(rows.train_dataloader(), task.steps):
+        steps(batch)
+    return model
+
+
+def measure(model: nn.Module, rows: ls.GLUE, task: Task) -> float:
+    """The score on the rows to measure on, in per cent."""
+    count = rows.num_labels or 1
+    metric = build_metrics([task.metric], count)[task.metric]
+    model.eval()
+    with torch.inference_mode():
+        for batch in rows.val_dataloader():
+            with half():
+                logits = model(**batch).logits
+            metric.update(predictions(logits, count), batch["labels"])
     score = 100 * float(metric.compute())
-    score = 0.0 if math.isnan(score) else score  # the same for every row: no correlation
-    return {**cell._asdict(), "score": score, **_left(model), "seconds": time.process_time() - start}
+    return 0.0 if math.isnan(score) else score  # the same for every row: no correlation
 
 
-def _adapted(model: nn.Module, cell: Cell, task: Task) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
+def _adapted(
+    model: nn.Module, method: Adapting, task: Task, lr: float
+) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
     """The model with adapters, and what takes a step of training with a batch."""
-    method = method_of(cell.method, task.steps)
-    if method is None:
-        config = peft_adalora(model, rank=12, dropout=0.0)
-        config.target_r, config.total_step = 8, task.steps
-        config.tinit, config.tfinal = round(0.1 * task.steps), round(0.5 * task.steps)
-        model = peft.get_peft_model(model, config)
-        groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    else:
+    if isinstance(method, ls.SparseMethod):
         ls.inject(model, method)
         groups = ls.parameter_groups(model, method)
-    optimizer = torch.optim.AdamW(groups, lr=cell.lr, weight_decay=0.01, fused=True)
+    else:
+        model = peft.get_peft_model(model, method(model))
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
     schedule = lr_scheduler(optimizer, "linear", 0.3, task.steps)
     sparse = None
-    if method is not None:
+    if isinstance(method, ls.SparseMethod):
         sparse = ls.SparseSteps(method, model, optimizer, total_steps=task.steps, lr_scheduler=schedule)
     taken = 0
 
@@ -171,7 +210,7 @@ def _adapted(model: nn.Module, cell: Cell, task: Task) -> tuple[nn.Module, Calla
     return model, step
 
 
-def _left(model: nn.Module) -> dict[str, Any]:
+def left(model: nn.Module) -> dict[str, Any]:
     """What the adapters hold at the end: parameters not zero, share of the weights changed, ranks of each layer."""
     layers = layer_sparsity(model)
     if layers:
@@ -191,7 +230,14 @@ def _left(model: nn.Module) -> dict[str, Any]:
     return {"parameters": parameters, "changed": 1.0, "ranks": ranks}
 
 
-class MeanPooled(BertForSequenceClassification):
+def _answer(model: Any, hidden: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+    logits = model.classifier(mean_of_tokens(hidden, attention_mask)).float()
+    regression = model.config.num_labels == 1
+    loss = mse_loss(logits.squeeze(1), labels.float()) if regression else cross_entropy(logits, labels)
+    return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class MeanPooledBert(BertForSequenceClassification):
     """The encoder with a head on the mean of its tokens, which is how this one was trained to be read.
 
     Its first token, which transformers' head reads, was trained for nothing: with it some runs at a rate of 1e-3
@@ -206,23 +252,38 @@ class MeanPooled(BertForSequenceClassification):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, token_type_ids: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:  # PEFT gives all other arguments of transformers, as None
         hidden = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
-        logits = self.classifier(mean_of_tokens(hidden, attention_mask)).float()
-        regression = self.config.num_labels == 1
-        loss = mse_loss(logits.squeeze(1), labels.float()) if regression else cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return _answer(self, hidden, attention_mask, labels)
 
 
-def _model(num_labels: int) -> nn.Module:
-    return MeanPooled.from_pretrained(
-        _backbone(),
+class MeanPooledMPNet(MPNetForSequenceClassification):
+    """The same of a larger encoder, with the same head."""
+
+    def __init__(self, config: MPNetConfig) -> None:
+        super().__init__(config)
+        self.mpnet.pooler = None
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any
+    ) -> SequenceClassifierOutput:
+        return _answer(self, self.mpnet(input_ids, attention_mask).last_hidden_state, attention_mask, labels)
+
+
+def mean_pooled(num_labels: int, folder: str) -> nn.Module:
+    """The encoder of a folder."""
+    kind: Any = MeanPooledMPNet if AutoConfig.from_pretrained(folder).model_type == "mpnet" else MeanPooledBert
+    model: nn.Module = kind.from_pretrained(
+        folder,
         num_labels=num_labels,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="eager",  # in bfloat16 torch's fused attention takes 29 % of a step on the CPU, in backward
-    ).train()
+    )
+    return model.train()
 
 
-def _backbone() -> str:
+def backbone() -> str:
+    """The folder of the quickstart's encoder."""
     return str(quickstart.resolve("quickstart://all-MiniLM-L6-v2"))
 
 

@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torchmetrics.functional import spearman_corrcoef
+
 from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
@@ -203,6 +206,88 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
+def of_budgets(cells: Cells) -> str:
+    """Scores at equal parameters, differences from SoRA with their standard errors, and what the ranks mean."""
+    by = _by_budget(cells)
+    tasks = [task for task in sorted({t for t, _, _ in by}) if (task, "LoRA", 1.0) in by]
+    groups = [g for g in _groups(by) if all((task, *g) in by for task in tasks)]
+    if not groups:
+        return "No method has a final run on every task."
+    seeds = set.intersection(*(set(by[(task, *group)]) for task in tasks for group in groups))
+
+    def means(group: tuple[str, float]) -> list[float]:
+        """The mean over the tasks, of each seed."""
+        return [statistics.mean(by[(task, *group)][seed]["score"] for task in tasks) for seed in sorted(seeds)]
+
+    lines = [
+        f"| budget | method | {' | '.join(tasks)} | mean | parameters left | weights changed | SoRA minus this |",
+        "|---|---|" + "---|" * (len(tasks) + 4),
+    ]
+    for method, budget in groups:
+        runs = [by[task, method, budget][seed] for task in tasks for seed in seeds]
+        scores = [_spread([by[task, method, budget][seed]["score"] for seed in sorted(seeds)]) for task in tasks]
+        own = means((method, budget))
+        gap = ""
+        if method != "SoRA" and ("SoRA", budget) in groups:
+            gap = _error([ours - theirs for ours, theirs in zip(means(("SoRA", budget)), own, strict=True)])
+        elif method == "SoRA":
+            whole = _error([ours - theirs for ours, theirs in zip(own, means(("LoRA", 1.0)), strict=True)])
+            gap = f"LoRA: {whole}"
+        lines.append(
+            f"| {budget:.1%} | {method} | {' | '.join(scores)} | {_spread(own)} | "
+            f"{statistics.mean(run['parameters'] for run in runs):,.0f} | "
+            f"{statistics.mean(run['changed'] for run in runs):.1%} | {gap} |"
+        )
+    return "\n\n".join(
+        [
+            f"{len(seeds)} seeds. The last column is the mean over the tasks of SoRA's score minus the row's, of the "
+            "same seed, with its standard error; SoRA's own rows have their difference from the whole LoRA.",
+            "\n".join(lines),
+            _meaning(by, tasks, sorted(seeds)),
+        ]
+    )
+
+
+def _by_budget(cells: Cells) -> dict[tuple[str, str, float], dict[int, dict[str, Any]]]:
+    """Final runs by task, method and budget, and in each by seed; a LoRA that was cut counts as a method."""
+    by: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
+    for cell in cells.values():
+        if cell["phase"] != "final":
+            continue
+        by.setdefault((cell["task"], cell["method"], cell["budget"]), {})[cell["seed"]] = cell
+        for budget, cut in cell.get("truncated", {}).items():
+            by.setdefault((cell["task"], "truncated", float(budget)), {})[cell["seed"]] = cut
+    return by
+
+
+def _groups(by: dict[tuple[str, str, float], dict[int, dict[str, Any]]]) -> list[tuple[str, float]]:
+    order = ("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "RoseLoRA")
+    return sorted({group[1:] for group in by}, key=lambda group: (-group[1], order.index(group[0])))
+
+
+def _error(gaps: Sequence[float]) -> str:
+    if len(gaps) < 2:
+        return _signed(gaps[0])
+    return f"{_signed(statistics.mean(gaps))} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.2f}"
+
+
+def _meaning(by: dict[tuple[str, str, float], dict[int, dict[str, Any]]], tasks: list[str], seeds: list[int]) -> str:
+    """Spearman's correlation of the layers' ranks, between seeds and with the loss that a layer's adapter saves."""
+    lines = ["| Spearman's correlation of layers' ranks | between seeds | with ablation |", "|---|---|---|"]
+    for task in tasks:
+        runs = [by[task, "SoRA", 0.25][seed] for seed in seeds if seed in by.get((task, "SoRA", 0.25), {})]
+        pairs = [_spearman(one["ranks"], other["ranks"]) for one, other in itertools.combinations(runs, 2)]
+        rises = [_spearman(run["ranks"], run["ablation"]) for run in runs if "ablation" in run]
+        if pairs and rises:
+            lines.append(f"| {task} | {statistics.mean(pairs):.2f} | {statistics.mean(rises):.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _spearman(one: dict[str, float], other: dict[str, float]) -> float:
+    values = [[float(each[name]) for name in one] for each in (one, other)]
+    return float(spearman_corrcoef(torch.tensor(values[0]), torch.tensor(values[1])))
+
+
 def of_forgetting(cells: Cells) -> str:
     """Task score and probes before and after, by method and learning rate."""
     probes = list(next(iter(cells.values()))["before"])
@@ -357,6 +442,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead": of_overhead,
     "startup": of_startup,
     "quality": of_quality,
+    "budgets": of_budgets,
     "forgetting": of_forgetting,
     "editing": of_editing,
     "engines": of_engines,
