@@ -111,7 +111,7 @@ def try_out(suite: Path, experiments: list[str], steps: int) -> list[dict[str, A
     utils = load_utils(suite)
     if not has_gpu:
         utils.device = "cpu:0"  # not "cpu": torch.cpu has no statistics of memory, torch.cuda says 0
-    if sys.version_info < (3, 12):  # of whose news the suite uses one argument
+    if sys.version_info < (3, 12):  # the suite passes an argument that came with 3.12
         utils.tempfile = SimpleNamespace(
             TemporaryDirectory=lambda delete, **options: tempfile.TemporaryDirectory(**options)  # noqa: ARG005
         )
