@@ -109,19 +109,22 @@ def run(model: str, data: Path, cell: tuple[str, float, int]) -> dict[str, Any]:
     }
 
 
-def _write_problems(source: Path, folder: Path) -> None:
-    """MAWPS with equation and answer as the response, less the questions of its test."""
-    tested = (source / "test.json").read_text(encoding="utf-8")
-    known = {row["instruction"] for row in json.loads(tested)}
+def problems(source: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """MAWPS with equation and answer as the response, less the questions of its test; and the test."""
+    tested = json.loads((source / "test.json").read_text(encoding="utf-8"))
+    known = {row["instruction"] for row in tested}
     rows = [
         {"instruction": row["original_text"], "input": "", "output": f"{row['equation']} = {row['ans']}"}
         for row in json.loads((source / "trainset.json").read_text(encoding="utf-8"))
         if row["original_text"] not in known
     ]
+    return [{**row, "answer": row["output"].rpartition(" = ")[2]} for row in rows], tested
+
+
+def _write_problems(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
-    answers = [{**row, "answer": row["output"].rpartition(" = ")[2]} for row in rows]
-    (folder / "train.json").write_text(json.dumps(answers), encoding="utf-8")
-    (folder / "test.json").write_text(tested, encoding="utf-8")
+    for name, rows in zip(("train", "test"), problems(source), strict=True):
+        (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def _write_probe(source: Path, folder: Path) -> None:

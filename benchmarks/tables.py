@@ -25,6 +25,7 @@ from lit_sparse.adapters.naming import places
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines")]
 METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
+COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
 
 
 def step_table(backbone: str, rows: int, result: dict[str, Any]) -> str:
@@ -202,8 +203,9 @@ def _grid(title: str, columns: list[str], rows: list[str], value: Callable[[str,
     return "\n".join([*lines, *(f"| {row} | {' | '.join(value(c, row) for c in columns)} |" for row in rows)])
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def of_budgets(cells: Cells) -> str:
@@ -436,6 +438,24 @@ def of_engines(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_method_comparison(cells: Cells) -> str:
+    """Score, rise of the loss on other text, and sizes, by method and learning rate."""
+    before = statistics.mean(cell["before"] for cell in cells.values())
+    lines = [
+        f"| | lr | right answers, % | rise of the loss (from {before:.3f}) | trained | stored |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for cell in cells.values():
+        groups.setdefault((cell["method"], cell["lr"]), []).append(cell)
+    for method, lr in sorted(groups, key=lambda group: (COMPARED.index(group[0]), group[1])):
+        runs = groups[method, lr]
+        score, rise = _spread([c["score"] for c in runs]), _spread([c["after"] - c["before"] for c in runs], digits=3)
+        trained, stored = (round(statistics.mean(cell[key] for cell in runs)) for key in ("trained", "stored"))
+        lines.append(f"| {method} | {lr:g} | {score} | {rise} | {trained:,} | {stored:,} |")
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -445,6 +465,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "budgets": of_budgets,
     "forgetting": of_forgetting,
     "editing": of_editing,
+    "method_comparison": of_method_comparison,
     "engines": of_engines,
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import programs
 import pytest
+from backbones import save_tiny_llama
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -169,3 +170,48 @@ def test_the_table_of_what_was_forgotten_groups_seeds():
     assert [line.split(" | ")[:2] for line in lines[3:]] == [
         ["| LoRA", "0.004"], ["| RoseLoRA", "0.0005"], ["| RoseLoRA", "0.004"],
     ]  # fmt: skip
+
+
+def test_the_table_of_peft_s_comparison_has_the_rise_of_the_loss():
+    cells = {
+        f"{method}/{lr}/{seed}": {
+            "method": method, "lr": lr, "seed": seed, "score": 20.0 + seed, "before": 2.0, "after": 2.1 + lr * seed,
+            "trained": 4000, "stored": 1000 + 2 * seed,
+        }
+        for method in ("SoRA", "LoRA, rank 2", "LoRA") for lr in (3e-3, 1e-3) for seed in (0, 1)
+    }  # fmt: skip
+    lines = tables.of_method_comparison(cells).splitlines()
+    assert "rise of the loss (from 2.000)" in lines[0]
+    assert lines[2] == "| LoRA | 0.001 | 20.50 ± 0.71 | 0.101 ± 0.001 | 4,000 | 1,001 |"
+    assert [line.split(" | ")[:2] for line in lines[3:]] == [
+        ["| LoRA", "0.003"], ["| LoRA, rank 2", "0.001"], ["| LoRA, rank 2", "0.003"],
+        ["| SoRA", "0.001"], ["| SoRA", "0.003"],
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_peft_s_comparison_in_small_trains_and_measures_every_method(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    replica = pytest.importorskip("method_comparison_replica")
+    model = save_tiny_llama(tmp_path / "model")
+    mawps, stories = tmp_path / "math_reasoning" / "mawps", tmp_path / "text" / "tinystories"
+    mawps.mkdir(parents=True)
+    stories.mkdir(parents=True)
+    rows = [{"original_text": f"what is one and {i}", "equation": f"X=1+{i}", "ans": 1.0 + i} for i in range(20)]
+    (mawps / "trainset.json").write_text(json.dumps(rows))
+    (mawps / "test.json").write_text(json.dumps([{"instruction": "what is one and 3", "answer": "4.0"}] * 3))
+    (stories / "validation.jsonl").write_text('{"text": "the cat sat on the tree"}\n')
+    monkeypatch.setattr(replica, "STEPS", 10)
+    monkeypatch.setattr(replica, "NEW_TOKENS", 4)
+    cells = {method: replica.run(model, tmp_path, (method, 1e-2, 0)) for method in tables.COMPARED}
+    assert list(replica.missing({})) == [
+        f"{method}/{lr}/{seed}" for seed in replica.SEEDS for method in tables.COMPARED for lr in replica.LEARNING_RATES
+    ]
+    assert all(cell["after"] != cell["before"] for cell in cells.values())
+    dense = cells["LoRA"]["stored"]
+    assert cells["LoRA"]["trained"] == dense
+    assert cells["LoRA, rank 2"]["stored"] == dense / 4
+    assert 0.2 * dense < cells["SoRA"]["stored"] <= dense / 4
+    assert cells["AdaLoRA"]["stored"] < 0.3 * dense
+    assert cells["RoseLoRA"]["stored"] < 0.1 * dense
+    assert len(tables.of_method_comparison(cells).splitlines()) == 2 + len(tables.COMPARED)
