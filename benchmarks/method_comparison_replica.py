@@ -61,7 +61,7 @@ def config_of(method: str) -> PeftConfig:
         "LoRA": {"rank": 8},
         "LoRA, rank 2": {"rank": 2},
         "SoRA": {"rank": 8, "budget": 0.25},
-        "RoseLoRA": {"rank": 8, "density": 0.05},
+        "RoseLoRA": {"rank": 8, "changed": 0.02},
     }
     own = arguments[method]
     kind = method.partition(",")[0]
