@@ -267,6 +267,8 @@ def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.SparseMethod
         "SoRA": ls.SoRA(rank=rank, alpha=16, dropout=dropout, threshold=1e-7),
         "SoRA, budget": ls.SoRA(rank=rank, alpha=16, dropout=dropout, budget=0.999, begin=0, end=0),
         "RoseLoRA": ls.RoseLoRA(rank=rank, alpha=16, dropout=dropout, **masks),
+        # In its schedule all the time, at whose end the choice of entries would stay.
+        "RoseLoRA, changed": ls.RoseLoRA(rank=rank, alpha=16, dropout=dropout, changed=0.05, begin=0, end=1.0),
         "gated RoseLoRA": ls.GatedRoseLoRA(rank=rank, alpha=16, dropout=dropout, threshold=1e-7, **masks),
     }
 
