@@ -77,8 +77,8 @@ class ExportReport:
 
 
 _CONTENTS = {
-    "peft": "a LoRA in PEFT's format, of the ranks that training kept",
-    "gguf": "a LoRA in llama.cpp's format, of the ranks that training kept",
+    "peft": "a LoRA in PEFT's format, of the ranks that are left",
+    "gguf": "a LoRA in llama.cpp's format, of the ranks that are left",
     "sparse": "sparse low-rank adapters: the non-zero entries of A and B",
     "delta": "a patch: the entries of the frozen weights that training changed, and by how much",
     "merged": "a whole model, with the adapters added to its weights",

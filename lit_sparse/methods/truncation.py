@@ -25,20 +25,22 @@ from lit_sparse.methods.account import Account
 def truncate(model: nn.Module, budget: float | str) -> dict[str, int]:
     """Cut trained adapters of any method to a budget, in place and without data.
 
-    The singular values of ``scale · B diag(gate) A`` of all layers (and experts) compete: they are kept as long as the
-    budget lasts, the largest first, whatever their ranks cost. This is the paper's one threshold for all layers, except
-    that what remains of the budget at the threshold pays for smaller values of cheaper layers. Among all choices of as
-    many ranks, the change of the weights has the smallest Frobenius norm; it is the best choice for the budget if all
-    ranks cost the same. The decomposition is computed in float64 from the QR factors of A and B; BA is not formed.
+    The singular values of ``scale · B diag(gate) A`` of all layers and experts compete. The largest are kept as long as
+    the budget lasts; one that no longer fits is skipped, and smaller ones of cheaper layers are tried. Apart from this
+    use of the remainder, the rule is the paper's one threshold for all layers: values are not divided by what a rank
+    costs. If all ranks cost the same, no other choice within the budget changes the weights less, in the Frobenius
+    norm. Everything is computed in float64, from the QR factors of A and B; BA is not formed.
 
     The ranks that are left are the singular directions, each with √(σ / scale) in its row of A and column of B. Scales
     stay, and gates become 1. (Where a method computes the gates, those of a layer become equal, and B is divided by
-    them.) Ranks without a singular value are removed as by :func:`~lit_sparse.compact`: parameters stay the same
-    objects, and a layer may end with rank 0. All experts of one weight hold as many ranks as the largest needs; the
-    others' are zeros, which the budget does not count. What a method remembers of single ranks, such as sensitivities,
-    is reset.
+    them.) The other ranks are removed, as by :func:`~lit_sparse.compact`: parameters stay the same objects, and a layer
+    may end with rank 0. All experts of one weight hold as many ranks as the expert that keeps most; the others are
+    filled up with zeros, which the budget does not count. Buffers with a row for each rank, such as sensitivities, are
+    reset.
 
-    Call it after training. An optimizer still holds state of the old shapes: make a new one to train on.
+    RoseLoRA's sparse A and B become dense, with a warning: merging then changes more weights.
+
+    Call it after training. An optimizer keeps state of the old shapes: make a new one to train on.
 
     Args:
         model: Model with adapters. Those of a LoRA in PEFT's format come from :func:`~lit_sparse.load_peft`.
@@ -51,19 +53,17 @@ def truncate(model: nn.Module, budget: float | str) -> dict[str, int]:
 
     Raises:
         UsageError: If there is no adapter in ``model``, an adapter is switched off, started from the singular vectors
-            of its frozen weight or holds values that are not finite, weights are on the meta device or on several, the
-            budget is none or is impossible, or nothing would be left. Nothing is changed then.
-
-    Warns:
-        If A and B were sparse, as RoseLoRA's are: singular directions are dense.
+            of its frozen weight or holds values that are not finite, PEFT adapted the model, its weights are on the
+            meta device or on several devices, the budget cannot be read or held, or nothing would be left. Nothing is
+            changed then.
 
     Source:
         PARA, "Post-Optimization Adaptive Rank Allocation for LoRA" (arXiv:2604.27796).
     """
+    require_whole(model)
     adapters = dict(adapters_in(model))
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to truncate. Inject a method, or call load_peft.")
-    require_whole(model)
     require_on(model, "truncate")
     _require_truncatable(adapters)
     account = Account.of(budget, list(adapters.values()))._replace(frozen=0)  # frozen gates are folded, too

@@ -198,7 +198,7 @@ def _truncated(model: nn.Module, budget: float | str) -> str:
     truncate(model, budget)
     return (
         f"truncated after the run from {before:,} to {int(live_ranks_of_all(adapters).sum()):,} ranks (budget "
-        f"{budget}), so that the live model here is no longer that of the run, whose metrics were not measured again"
+        f"{budget}), so this is no longer the model that the run trained and measured"
     )
 
 
