@@ -185,14 +185,17 @@ def test_factors_are_balanced_and_gates_alike(kind):
         torch.testing.assert_close((adapter.lora_B_t.norm(dim=1) * gates), (values / adapter.scale).sqrt())
 
 
-def test_inputs_that_no_rank_reads_stay_unread():
+def test_inputs_and_outputs_that_no_rank_touches_stay_untouched():
     model = layers("LoRA")
     with torch.no_grad():
         model.embedding.lora_A[:, 1] = 0
-        model.linear.lora_B_t[:, 2:4] = 0
-    ls.truncate(model, 0.5)
+        for _, adapter in ls.adapters_in(model):
+            adapter.lora_B_t[:, 1:3] = 0
+    ranks = ls.truncate(model, 0.9)
     assert not model.embedding.lora_A[:, 1].any()
-    assert not model.linear.lora_B_t[:, 2:4].any()
+    for name, adapter in ls.adapters_in(model):
+        assert ranks[name]
+        assert not adapter.lora_B_t[:, 1:3].any()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
