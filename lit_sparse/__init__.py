@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lit_sparse.methods.sora import SoRA as SoRA
     from lit_sparse.methods.step import Step as Step
     from lit_sparse.methods.stepping import SparseSteps as SparseSteps
+    from lit_sparse.methods.truncation import truncate as truncate
     from lit_sparse.modules.base import SparseModule as SparseModule
     from lit_sparse.modules.classification import SequenceClassification as SequenceClassification
     from lit_sparse.modules.language_modeling import CausalLM as CausalLM
@@ -146,6 +147,7 @@ _HOME = {
     "RoseLoRA": "methods.roselora",
     "SoRA": "methods.sora",
     "SparseSteps": "methods.stepping",
+    "truncate": "methods.truncation",
     "SparseModule": "modules.base",
     "SequenceClassification": "modules.classification",
     "CausalLM": "modules.language_modeling",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import peft
+import programs
 import pytest
 import torch
 from backbones import (
@@ -192,6 +193,54 @@ def test_another_backbone_is_named_as_the_cause(project, checkpoint, refuse, tmp
     assert "use the same arguments" not in error
 
 
+# Truncated to a budget.
+
+
+@pytest.fixture
+def dense(project, tmp_path):
+    """A checkpoint of a dense LoRA, and its module."""
+    module = ls.SequenceClassification(str(project / "bert"), ls.LoRA(rank=4), num_labels=3)
+    return save(module, tmp_path / "dense.ckpt"), module
+
+
+@pytest.mark.parametrize(("budget", "parameters"), [("0.1", 384), ("1k", 1000), ("3kB", 750)])
+def test_a_budget_truncates_the_adapters_before_the_export(budget, parameters, project, dense, capsys):
+    checkpoint, module = dense
+    before = logits(module.model)
+    main(["export", "--ckpt_path", checkpoint, "--output", "lora", "--layout", "ragged", "--budget", budget])
+    ranks = sum(ls.truncate(module.model, budget).values())
+    assert (logits(module.model) - before).abs().max() > 1e-3
+    note = rf"truncated after the run from 52 to {ranks} ranks \(budget {budget}\), so this is no longer the model"
+    card = Path("lora/README.md").read_text()
+    assert re.search(note, capsys.readouterr().out)
+    assert re.search(note, card)
+    assert f"in {ranks} of 52 ranks" in card
+    loaded = peft.PeftModel.from_pretrained(base(project), "lora")
+    torch.testing.assert_close(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+    held = sum(p.numel() for name, p in loaded.named_parameters() if "lora_" in name)
+    assert parameters - 96 < held <= parameters
+
+
+@pytest.mark.slow
+def test_every_format_takes_a_budget(project, dense):
+    checkpoint, module = dense
+    ranks = sum(ls.truncate(module.model, 0.25).values())
+    words = ["--ckpt_path", checkpoint, "--budget", "0.25", "--output"]
+    for form in ("peft", "sparse", "delta"):
+        done = programs.run(["-m", "lit_sparse", "export", *words, form, "--format", form])
+        assert done.returncode == 0, done.stderr
+        assert f"truncated after the run from 52 to {ranks} ranks (budget 0.25)" in done.stdout
+    done = programs.run(["-m", "lit_sparse", "merge", *words, "merged"])
+    assert done.returncode == 0, done.stderr
+    loaded = {"merged": AutoModelForSequenceClassification.from_pretrained("merged")}
+    for form in ("sparse", "delta"):
+        loaded[form] = base(project)
+        ls.load_adapter(loaded[form], form)
+    loaded["peft"] = peft.PeftModel.from_pretrained(base(project), "peft")
+    for model in loaded.values():
+        torch.testing.assert_close(logits(model), logits(module.model), rtol=0, atol=1e-5)
+
+
 # Any module.
 
 
@@ -315,6 +364,8 @@ def test_a_module_of_the_users_own_is_imported_when_they_say_so(project, refuse,
         (["--format", "gguf"], 1, "No LoRA file for llama.cpp can be written for BertForSequenceClassification"),
         (["--tolerance", "small"], 2, 'Parser key "tolerance"'),
         (["--tolerance", "-1"], 1, "tolerance must be at least 0; got -1.0"),
+        (["--budget", "half"], 1, "budget must be a share in (0, 1] such as 0.25"),
+        (["--budget", "1G"], 1, "parameters, and the adapters have"),
         (["--dtype", "float16"], 1, "dtype is for the format merged; peft keeps the precision of the adapters."),
         (
             ["--format", "delta", "--layout", "ragged"],
@@ -427,8 +478,11 @@ def test_the_commands_are_shown(capsys):
     assert {"export", "merge"} <= set(COMMANDS)
     for words, shown in (
         (["--help"], ["export", "merge", "Export the adapters of a checkpoint."]),
-        (["export", "--help"], ["usage: lit-sparse export", "{peft,gguf,sparse,delta,merged}", "--push_to_hub"]),
-        (["merge", "--help"], ["usage: lit-sparse merge", "--dtype", "--tolerance"]),
+        (
+            ["export", "--help"],
+            ["usage: lit-sparse export", "{peft,gguf,sparse,delta,merged}", "--push_to_hub", "--budget"],
+        ),
+        (["merge", "--help"], ["usage: lit-sparse merge", "--dtype", "--tolerance", "--budget"]),
     ):
         with pytest.raises(SystemExit, match="0"):
             main(words)

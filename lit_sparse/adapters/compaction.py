@@ -73,7 +73,7 @@ def keep_ranks(
 
 
 def shrink(adapter: LowRankAdapter, rank: int) -> None:
-    """Cut a new adapter to ``rank`` ranks, to load the values of a compacted one into it."""
+    """Cut an adapter to its first ``rank`` ranks (of each copy), to put other values into them."""
     places = torch.arange(adapter.lora_A.shape[0], device=adapter.lora_A.device)
     _keep(adapter, places.view(adapter.copies, -1)[:, :rank].flatten(), None)
 

@@ -83,8 +83,9 @@ class LowRankExperts(LowRankAdapter):
         return F.linear(self.dropout(rows), lora_A.to(rows.dtype)) @ lora_B_t.to(rows.dtype)
 
     def _delta_matrix(self) -> Tensor:
-        shape = (self.copies, self.rank, -1)
-        return self.scaled_lora_B_t().view(shape).mT @ self.lora_A.view(shape)
+        shape = (self.copies, self.rank)  # the rank may be 0, which allows no -1
+        B_t = self.scaled_lora_B_t().view(*shape, self.out_features)
+        return B_t.mT @ self.lora_A.view(*shape, self.in_features)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.layer.is_transposed else weight

@@ -64,7 +64,7 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     adapters = dict(adapters_in(model))
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to merge. Inject a method first.")
-    _require_on(model, "merge")
+    require_on(model, "merge")
     if keep and any(_MERGED in vars(module) for module in model.modules()):
         raise UsageError(
             f"{type(model).__name__} was merged with keep before, and only one merge can be undone. Call unload(model) "
@@ -172,13 +172,14 @@ def unload(model: nn.Module) -> nn.Module:
     """
     if not any(True for _ in adapters_in(model)):
         raise UsageError(f"{type(model).__name__} holds no adapter to unload.")
-    _require_on(model, "unload")
+    require_on(model, "unload")
     restore_originals(model)
     take_out(model)
     return model
 
 
-def _require_on(model: nn.Module, function: str) -> None:
+def require_on(model: nn.Module, function: str) -> None:
+    """Raise a UsageError that names ``function`` if an adapter or a row of a new token is switched off."""
     off = [name for name, part in (*adapters_in(model), *token_rows_in(model)) if not part.enabled]
     if off:
         raise UsageError(

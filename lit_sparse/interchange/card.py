@@ -26,6 +26,7 @@ class Provenance:
         metrics: Name to value, as the checkpoint keeps them.
         license: License of the export, by its identifier on the hub.
         progress: How far the run was.
+        truncation: A clause on how the adapters were truncated after the run; None: they were not.
     """
 
     base_model: str | None = None
@@ -34,6 +35,7 @@ class Provenance:
     metrics: Mapping[str, float] = field(default_factory=dict)
     license: str = "unknown"
     progress: Progress | None = None
+    truncation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class ExportReport:
         head_parameters: Parameters trained whole, without rows of tokens.
         difference: Largest difference of any output from the live model's.
         tolerance: Largest difference that was accepted.
-        state: A sentence on the run's progress and on what is left of the adapters.
+        state: A sentence on the run's progress, on what is left of the adapters, and on a truncation after the run.
         whole: A sentence on what is stored beside the adapters.
         notes: Sentences that a user of the folder must know.
     """
@@ -75,8 +77,8 @@ class ExportReport:
 
 
 _CONTENTS = {
-    "peft": "a LoRA in PEFT's format, of the ranks that training kept",
-    "gguf": "a LoRA in llama.cpp's format, of the ranks that training kept",
+    "peft": "a LoRA in PEFT's format, of the ranks that are left",
+    "gguf": "a LoRA in llama.cpp's format, of the ranks that are left",
     "sparse": "sparse low-rank adapters: the non-zero entries of A and B",
     "delta": "a patch: the entries of the frozen weights that training changed, and by how much",
     "merged": "a whole model, with the adapters added to its weights",

@@ -171,7 +171,7 @@ def exporting(
             head_parameters=head,
             difference=draft.difference,
             tolerance=draft.tolerance,
-            state=sentence(provenance.progress, layers),
+            state="; ".join(filter(None, (sentence(provenance.progress, layers), provenance.truncation))),
             whole=beside,
             notes=(*entries.get("notes", ()), *token_notes(form, texts)),
         )

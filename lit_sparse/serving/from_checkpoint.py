@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.statistics import live_ranks_of_all
 from lit_sparse.data.quickstart import hub_id, resolve
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.card import ExportReport, Provenance
@@ -18,7 +22,9 @@ from lit_sparse.interchange.gguf_export import export_gguf
 from lit_sparse.interchange.merged_folder import Dtype, export_merged
 from lit_sparse.interchange.peft_export import Layout, export_peft
 from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
+from lit_sparse.methods.account import parse_budget
 from lit_sparse.methods.progress import Progress
+from lit_sparse.methods.truncation import truncate
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.modules.rebuilding import known_class, rebuild, saved_method
@@ -46,6 +52,7 @@ def export_checkpoint(
     import_modules: list[str] | None = None,
     trust_remote_code: bool = False,
     require_final: bool = False,
+    budget: float | str | None = None,
 ) -> ExportReport:
     """Export what a run trained, from its checkpoint alone.
 
@@ -66,15 +73,21 @@ def export_checkpoint(
         import_modules: Your Python modules to import first, with the classes that the checkpoint names.
         trust_remote_code: Let transformers run the code in the backbone's folder, if the run did.
         require_final: Refuse a checkpoint that was saved before its sparsity was final, instead of a warning.
+        budget: Truncate the adapters to this budget first: a share of the parameters that A and B started with, such as
+            0.25, parameters such as 500k, or bytes such as 2MB. The largest singular values of all layers are kept. The
+            export is then no longer the model that the run trained; null: export that model.
 
     Returns:
         Sizes, and the difference that was found when the folder was read back.
 
     Raises:
         UsageError: If the checkpoint cannot be read or lacks what rebuilds its model, an option does not belong to the
-            format, the export is refused, or ``require_final`` is set and the sparsity was not final.
+            format, the budget is impossible, the export is refused, or ``require_final`` is set and the sparsity was
+            not final.
     """
     _require_options(format, layout, with_head, dtype)
+    if budget is not None:
+        parse_budget(budget)
     require_free(output)  # before the backbone is loaded
     for name in import_modules or []:
         _import(name)
@@ -82,9 +95,12 @@ def export_checkpoint(
     _check_final(checkpoint, ckpt_path, require_final)
     module = restore(checkpoint, ckpt_path, backbone, trust_remote_code)
     model: Any = module.model
+    provenance = _provenance(checkpoint, module, license)
+    if budget is not None:
+        provenance = replace(provenance, truncation=_truncated(model, budget))
     options: ExportOptions = {
         "tolerance": tolerance,
-        "provenance": _provenance(checkpoint, module, license),
+        "provenance": provenance,
         "push_to_hub": push_to_hub,
     }
     if format == "peft":
@@ -173,6 +189,17 @@ def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_nam
     method = module.method
     backbone, progress = hub_id(module.backbone), Progress.in_checkpoint(checkpoint)
     return Provenance(backbone, type(method).__name__, method.init_args(), metrics, license_name, progress)
+
+
+def _truncated(model: nn.Module, budget: float | str) -> str:
+    """Truncate the adapters; a clause for the card and the report."""
+    adapters = [adapter for _, adapter in adapters_in(model)]
+    before = int(live_ranks_of_all(adapters).sum())
+    truncate(model, budget)
+    return (
+        f"truncated after the run from {before:,} to {int(live_ranks_of_all(adapters).sum()):,} ranks (budget "
+        f"{budget}), so this is no longer the model that the run trained and measured"
+    )
 
 
 def _check_final(checkpoint: Mapping[str, Any], path: str, required: bool) -> None:

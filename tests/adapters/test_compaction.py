@@ -131,6 +131,18 @@ def test_experts_keep_as_many_ranks_as_the_largest_needs():
     assert adapter.lora_A.shape[0] == 3 * 2
 
 
+def test_experts_that_lost_all_ranks_are_merged():
+    model = build_tiny(MixtralForCausalLM, num_local_experts=3, num_key_value_heads=4).eval()
+    ls.inject(model, ls.SoRA("all-linear", rank=4, threshold=0.1, gate_init="ones"))
+    with torch.no_grad():
+        for name, adapter in ls.adapters_in(model):
+            adapter.lora_B_t.normal_(std=0.1)
+            adapter.gate.mul_("down_proj" not in name)
+        before = model(IDS).logits
+    assert ls.compact(model)["model.layers.0.mlp.experts.down_proj"] == 0
+    torch.testing.assert_close(ls.merge(model)(IDS).logits, before, rtol=0, atol=1e-5)
+
+
 def test_what_is_logged_does_not_forget_the_ranks_that_are_gone():
     model = build_tiny(BertForSequenceClassification)
     ls.inject(model, ls.SoRA(rank=4, threshold=0.1, gate_init="ones"))

@@ -282,6 +282,20 @@ def test_a_quantized_part_that_is_to_be_trained_is_refused(quantization, bert):
         ls.inject(load(bert, quantization), method)
 
 
+@one_of_each
+def test_they_are_truncated(quantization, bert):
+    model = load(bert, quantization).eval()
+    adapters = ls.inject(model, SORA)
+    fill(model)
+    with torch.no_grad():
+        before = model(**batch()).logits
+        ls.truncate(model, 1.0)
+        torch.testing.assert_close(model(**batch()).logits, before, rtol=0, atol=1e-5)
+    ranks = ls.truncate(model, 0.25)
+    costs = {name: adapter.in_features + adapter.out_features for name, adapter in adapters.items()}
+    assert 0 < sum(costs[name] * rank for name, rank in ranks.items()) <= 0.25 * 4 * sum(costs.values())
+
+
 # Training.
 
 
