@@ -24,9 +24,9 @@ class SparseCheckpoint(ModelCheckpoint):
       SIGTERM between two batches. Lightning's own class rewrites it only together with a better checkpoint.
     - With ``monitor``, "best" is chosen among the validated states whose sparsity is final. RoseLoRA's masks and the
       ranks of a ``budget`` are final once their schedule has ended (``end``). Thresholds shrink the gates of SoRA and
-      GatedRoseLoRA at every step, so that only the end of the run is final, or the last stage of
-      :class:`~lit_sparse.ThresholdStages`. LoRA has no schedule: all its states are final. If no validated state was
-      final, "best" is the last checkpoint, and a warning says so.
+      GatedRoseLoRA at every step until ``refit`` begins. Without ``refit`` only the end of the run is final, or the
+      last stage of :class:`~lit_sparse.ThresholdStages`. LoRA has no schedule: all its states are final. If no
+      validated state was final, "best" is the last checkpoint, and a warning says so.
 
     If ``last.ckpt`` belongs to another run, the file is named ``last-v1.ckpt``, as in Lightning.
 

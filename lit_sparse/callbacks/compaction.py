@@ -17,6 +17,7 @@ from lit_sparse.adapters.compaction import keep_ranks
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.optimizer_state import require_cuttable_after_a_step
 from lit_sparse.adapters.statistics import live_ranks_of_all
+from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.support import StepCallback, callbacks_of
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.stepping import adapter_optimizer
@@ -28,9 +29,13 @@ class CompactRanks(StepCallback):
     A rank is dead while its gate, its row of A or its row of Bᵀ is zero. A rank with a gate is removed if the gate was
     zero after every step since the last check. Without gates, a rank is removed if it was dead at two checks in a row,
     because reading all rows at every step would cost more. An adapter whose B was zero at every check has learned
-    nothing yet and keeps all ranks. :func:`~lit_sparse.compact` describes which tensors are cut with a rank. Steps
-    become cheaper and checkpoints smaller, and training resumes from them as usual. All processes remove the same
-    ranks.
+    nothing yet and keeps all ranks.
+
+    As soon as the method's choice of ranks stays (at the ``end`` of a ``budget``, or when ``refit`` begins), all ranks
+    whose gates are zero are removed, without waiting for the next check.
+
+    :func:`~lit_sparse.compact` describes which tensors are cut with a rank. Steps become cheaper and checkpoints
+    smaller, and training resumes from them as usual. All processes remove the same ranks.
 
     Args:
         every_n_steps: Optimizer steps between two checks, such as 300, or a tenth of a short run. Each check waits
@@ -49,6 +54,8 @@ class CompactRanks(StepCallback):
         """By layer, for each rank: the sum of |gate| since the last check; without gates, 1 if live at that check."""
         self._learned: dict[str, bool] = {}
         """By layer, whether B was not zero at some check."""
+        self._ranks_stay = False
+        """Whether ranks at zero were removed for good at the last step."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a strategy, an average or an optimizer that cannot change its sizes."""
@@ -75,17 +82,20 @@ class CompactRanks(StepCallback):
             name: len(adapter.lora_A) for name, adapter in self._adapters.items()
         }
         if self._step == 0 or not fits:
-            self._learned = dict.fromkeys(self._adapters, False)
+            self._learned, self._ranks_stay = dict.fromkeys(self._adapters, False), False
             self._restart(dict.fromkeys(self._adapters, 1.0))
         self._seen = {name: seen.to(self._adapters[name].lora_A) for name, seen in self._seen.items()}
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, is_due: bool) -> None:  # noqa: ARG002
-        """Add up the gates, and remove dead ranks if it is time."""
+        """Add up the gates, and remove dead ranks if it is time, or ranks at zero if they stay there from now on."""
         found = {name: adapter.effective_gate() for name, adapter in self._adapters.items()}
         gates = {name: gate.detach() for name, gate in found.items() if gate is not None}
         if gates:
             torch._foreach_add_([self._seen[name] for name in gates], torch._foreach_abs(list(gates.values())))
-        if is_due:
+        stayed, self._ranks_stay = self._ranks_stay, any(s.ranks_stay for s in callbacks_of(trainer, Sparsify))
+        if self._ranks_stay and not stayed:
+            self._keep({name: gate != 0 for name, gate in gates.items()}, trainer)
+        elif is_due:
             self._compact(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -94,12 +104,13 @@ class CompactRanks(StepCallback):
             rank_zero_info("CompactRanks removed no rank: none stayed dead from one check to the next.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The record of the ranks since the last check, and which adapters have learned something."""
-        return {"seen": dict(self._seen), "learned": dict(self._learned)}
+        """The record of the ranks since the last check, which adapters have learned something, and if ranks stay."""
+        return {"seen": dict(self._seen), "learned": dict(self._learned), "ranks_stay": self._ranks_stay}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both; files of older versions have neither."""
+        """Restore them; files of older versions lack some."""
         self._seen, self._learned = state_dict.get("seen", {}), state_dict.get("learned", {})
+        self._ranks_stay = state_dict.get("ranks_stay", False)
 
     def _restart(self, live: Mapping[str, Tensor | float]) -> None:
         """Restart the record after a check that found these ranks live."""
@@ -113,10 +124,13 @@ class CompactRanks(StepCallback):
         return dict(zip(self._adapters, live_ranks_of_all(list(self._adapters.values())).split(ranks), strict=True))
 
     def _compact(self, trainer: Trainer) -> None:
-        before = sum(len(adapter.lora_A) for adapter in self._adapters.values())
         nonzero = torch.stack([adapter.lora_B_t.any() for adapter in self._adapters.values()]).tolist()
         self._learned = {n: self._learned[n] or found for n, found in zip(self._adapters, nonzero, strict=True)}
         kept = {name: live | (self._seen[name] != 0) for name, live in self._live().items() if self._learned[name]}
+        self._keep(kept, trainer)
+
+    def _keep(self, kept: Mapping[str, Tensor], trainer: Trainer) -> None:
+        before = sum(len(adapter.lora_A) for adapter in self._adapters.values())
         keep_ranks(self._adapters, kept, adapter_optimizer(trainer.optimizers, self._adapters))
         self._restart(self._live())
         after = sum(len(adapter.lora_A) for adapter in self._adapters.values())

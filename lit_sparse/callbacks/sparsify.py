@@ -35,7 +35,8 @@ class Sparsify(Callback):
     :class:`~lit_sparse.SparseModule` brings its own; your own modules need one in ``Trainer(callbacks=…)``.
 
     With manual optimization, step what ``self.optimizers()`` returns. A schedule over shares of the run then assumes
-    one step per batch: if you take fewer, give ``begin`` and ``end`` as numbers of steps.
+    one step per batch: if you take fewer, give ``begin`` and ``end`` as numbers of steps, and no ``refit``, which
+    counts from the end of the run.
 
     ``WeightAveraging`` and ``EMAWeightAveraging`` keep zeros: a weight that is zero has the average zero.
     ``StochasticWeightAveraging`` and schedule-free optimizers are refused. If ``EarlyStopping`` ends a run, a schedule
@@ -67,6 +68,12 @@ class Sparsify(Callback):
     def steps_taken(self) -> int:
         """Optimizer steps since the start of the run, including those before a resume."""
         return self._steps_before if self._steps is None else self._steps.steps_taken
+
+    @property
+    def ranks_stay(self) -> bool:
+        """Whether ranks whose gates are zero keep them at zero for the rest of the run."""
+        after = self.method.ranks_stay_after(self._total)
+        return after is not None and self.steps_taken >= after
 
     def progress(self, step: int) -> Progress | None:
         """How far the run is, None before the first one.

@@ -14,7 +14,7 @@ from lightning_utilities.core.imports import RequirementCache
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import sparsity_of
 from lit_sparse.callbacks.measuring import measured
-from lit_sparse.callbacks.sparsify import Sparsify
+from lit_sparse.callbacks.sparsify import Sparsify, total_steps
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.figures.canvas import save
@@ -49,8 +49,8 @@ class ThresholdStages(Callback):
         folder: Folder for the files; None: ``stages`` in the logger's folder.
 
     Raises:
-        UsageError: If an argument is outside its range, ``max_epochs`` does not fit, the method has no ``threshold``,
-            or the monitored metric is not logged.
+        UsageError: If an argument is outside its range, ``max_epochs`` does not fit, the method has no ``threshold``
+            or no longer uses it in the last stage (``refit``), or the monitored metric is not logged.
 
     Source:
         Ding et al. 2023 (SoRA, arXiv:2311.11696), Algorithm 1 and the section on memorization and generalization.
@@ -118,6 +118,13 @@ class ThresholdStages(Callback):
         """Set the threshold of the stage, also after a resume in the middle of an epoch."""
         if trainer.global_step == 0:
             self.rows, self._best = [], None  # this callback may be in its second run
+        total = total_steps(trainer)
+        stay, begins = self._method.ranks_stay_after(total), round(sum(self.shares()[:-1]) * (total or 0))
+        if stay is not None and stay <= begins:
+            raise UsageError(
+                f"The method pulls at gates until step {stay} of {total}, and the last stage begins at step {begins}. "
+                "Lower refit, or raise epochs."
+            )
         self._set_threshold(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.checkpoint_files import is_remote
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.editor import Editor
@@ -60,11 +60,9 @@ class SparseTrainer(Trainer):
             with torch.device("meta"):
                 inject(model.model, model.method)
         backbone = model.model if isinstance(model, SparseModule | Editor) else None
-        sys.stdout.write(describe(backbone or model) + "\n")
         method = getattr(model, "method", None)
-        goal = method.goal([a for _, a in adapters_in(model)]) if isinstance(method, SparseMethod) else None
-        if goal is not None:
-            sys.stdout.write(goal + "\n")
+        text = describe(backbone or model, method if isinstance(method, SparseMethod) else None)
+        sys.stdout.write(text + "\n")
 
     def edit(self, model: Editor, datamodule: EditingData) -> None:
         """Edit facts by the requests of a file, and measure each; ``edit apply|list|remove`` work on saved edits.

@@ -122,7 +122,7 @@ def train(
         last = loss.item()  # before reading the clock, which does not wait for the device
         seconds = time.perf_counter() - start
         if sparse is not None:
-            sparse.release()
+            sparse.finish()
         return Trained(change.patch(), change.weights, taken, last, seconds)
 
 

@@ -73,9 +73,13 @@ class Account(NamedTuple):
             (a.in_features + a.out_features) * (a.lora_A.element_size() if unit == "bytes" else 1) for a in adapters
         ]
         dense = sum(c * a.copies * a.max_rank for c, a in zip(costs, adapters, strict=True))
-        frozen = sum(c * len(a.lora_A) for c, a in zip(costs, adapters, strict=True) if not _is_trained(a))
+        frozen = sum(c * len(a.lora_A) for c, a in zip(costs, adapters, strict=True) if not is_trained(a))
         limit = math.floor(value * dense + 1e-6) if unit == "share" else int(value)
         return cls(costs, dense, limit, frozen, "parameters" if unit == "share" else unit)
+
+    def spent(self, ranks: Sequence[int]) -> int:
+        """What so many ranks of each adapter cost together."""
+        return sum(cost * count for cost, count in zip(self.costs, ranks, strict=True))
 
     def require_possible(self) -> None:
         """Check that the budget is one.
@@ -100,5 +104,6 @@ class Account(NamedTuple):
             )
 
 
-def _is_trained(adapter: LowRankAdapter) -> bool:
+def is_trained(adapter: LowRankAdapter) -> bool:
+    """Whether the gates of an adapter are trained."""
     return adapter.gate is not None and adapter.gate.requires_grad

@@ -239,12 +239,19 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         """
         return 0
 
+    def ranks_stay_after(self, total: int | None) -> int | None:  # noqa: ARG002
+        """The optimizer step, of ``total``, after which gates at zero stay at zero; None: they may always come back.
+
+        :class:`~lit_sparse.CompactRanks` removes their ranks right after that step.
+        """
+        return None
+
     def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
         """Whether adapters are as sparse as this method makes them in the run.
 
-        Masks and budgets are final when their schedule has settled. A threshold pulls gates towards zero at every step,
-        so that a method with gates and without a budget is final only at the end of the run, or at any time in a run
-        without end.
+        Masks and budgets are final when their schedule has settled, and gates when they are no longer pulled
+        (``refit``). A threshold pulls gates towards zero at every step, so that without these a method with gates is
+        final only at the end of the run, or at any time in a run without end.
 
         Args:
             step: Optimizer steps taken.

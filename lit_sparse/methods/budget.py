@@ -16,7 +16,7 @@ from lit_sparse.adapters.layers import Layer
 from lit_sparse.adapters.statistics import per_rank
 from lit_sparse.errors import require_choice
 from lit_sparse.functional import cubic_density, resolve_step, sensitivities, update_moving_average_, within_budget
-from lit_sparse.methods.account import Account, parse_budget
+from lit_sparse.methods.account import Account, is_trained, parse_budget
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.schedule import FIRST_SCORES, require_end, require_points
 from lit_sparse.methods.step import Run, Step
@@ -36,11 +36,12 @@ class Budgets(SparseMethod):
     and the gates of all others are set to zero. Nothing else pulls at a gate, so that ranks which survive do not
     shrink. A rank at zero can come back until ``end``. From then on the choice stays, and what is left is trained on.
 
-    The objective is the loss under the constraint Σ_k c_k · [g_k ≠ 0] ≤ budget. After the optimizer's step on the loss,
-    the step here is the proximal map of the constraint's indicator: the projection onto it, by the distance
-    Σ_k w_k (z_k − g_k)², where w_k g_k² is the square of the score ``norm``, or the score ``sensitivity`` itself. Where
-    layers cost differently the exact projection is a knapsack, and the step is its greedy approximation
-    (:func:`~lit_sparse.functional.within_budget`).
+    Until ``end``, the objective is the loss under the constraint Σ_k c_k · [g_k ≠ 0] ≤ budget. After the optimizer's
+    step on the loss, the step here is the proximal map of the constraint's indicator: the projection onto it, by the
+    distance Σ_k w_k (z_k − g_k)², where w_k g_k² is the square of the score ``norm``, or the score ``sensitivity``
+    itself. Where layers cost differently the exact projection is a knapsack, and the step is its greedy approximation
+    (:func:`~lit_sparse.functional.within_budget`). From ``end`` on, the objective is the loss alone, over the ranks
+    that are left.
 
     Args:
         budget: What may be left of the adapters: a share in (0, 1] of the parameters that A and B start with;
@@ -55,7 +56,8 @@ class Budgets(SparseMethod):
         begin: Until when all ranks are kept: a number of optimizer steps, or with a decimal point a share of the run.
             The first choice is made at the third step at the earliest, since all scores are zero while B is.
         end: From when on the budget holds and the choice of ranks stays, in the same units. A resumed run with another
-            length has another schedule. ``score``, ``begin`` and ``end`` count with ``budget`` only.
+            length has another schedule, and one with a larger budget gets back no rank after ``end``. ``score``,
+            ``begin`` and ``end`` count with ``budget`` only.
     """
 
     budget: float | str | None = None
@@ -85,21 +87,32 @@ class Budgets(SparseMethod):
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the budget against the adapters, and its schedule against the run."""
-        if self.budget is not None:
-            require_end(self.begin, self.end, run.total)
-            account = Account.of(self.budget, adapters)
-            account.require_possible()
-            self._allowed(account, 0, run.total)  # raises when begin lies after end
-        return super().check(adapters, run)
+        warnings = super().check(adapters, run)
+        if self.budget is None:
+            return warnings
+        require_end(self.begin, self.end, run.total)
+        account = Account.of(self.budget, adapters)
+        account.require_possible()
+        self._allowed(account, 0, run.total)  # raises when begin lies after end
+        return warnings + (self._warn_of_rest(adapters, account) if self._ranks_stay(run.done + 1, run.total) else [])
+
+    def _warn_of_rest(self, adapters: Sequence[LowRankAdapter], account: Account) -> list[str]:
+        """Warn if a run that is resumed when ranks stay has a larger budget than before."""
+        ranks = _open_gates(adapters)
+        held = account.spent(ranks)
+        closed = [a.copies * a.max_rank > n and is_trained(a) for a, n in zip(adapters, ranks, strict=True)]
+        if not any(c and cost <= account.limit - held for c, cost in zip(closed, account.costs, strict=True)):
+            return []
+        return [
+            f"The budget is {account.limit:,} {account.unit}, but the ranks that are left hold {held:,}, and the "
+            f"others do not come back after end={self.end}. Resume from an earlier checkpoint, or raise end."
+        ]
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:
-        """Note which gates are open where that is decided, and |g · ∂L/∂g| where it is the score."""
+        """Note which gates are open once ranks stay, and |g · ∂L/∂g| where it is the score."""
         others = super().before_step(adapters, step)
-        if self.budget is None:
-            return others
-        gates = _gates(adapters)
-        is_decided = step.index > self._decided_at(step.total)
-        opened = torch.cat([gate.detach() for gate in gates]) != 0 if is_decided else None
+        gates = gates_of(adapters)
+        opened = _values(gates) != 0 if self._ranks_stay(step.index, step.total) else None
         seen: list[Tensor] = []
         if self._averages:
             # A layer that the loss did not reach has no gradient, and its gates no influence.
@@ -110,24 +123,23 @@ class Budgets(SparseMethod):
         return opened, seen, others
 
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
-        """Set the gates to zero that the budget does not pay for."""
-        if self.budget is None:
-            super().after_step(adapters, step, observed)
-            return
+        """Set the gates to zero that are to stay there, or that the budget does not pay for."""
         opened, seen, others = observed
+        if opened is not None:
+            gates = gates_of(adapters)
+            _close(gates, _values(gates), opened)
         if self._averages:
             update_moving_average_([a.get_buffer("sensitivity_gate") for a in adapters], seen, _MEMORY)
-        account = Account.of(self.budget, adapters)
-        allowed = self._allowed(account, step.index, step.total)
-        if allowed < account.dense:
-            self._choose(adapters, account, allowed, opened)
+        if self.budget is not None:
+            account = Account.of(self.budget, adapters)
+            allowed = self._allowed(account, step.index, step.total)
+            if allowed < account.dense:
+                self._choose(adapters, account, allowed, stay=opened is not None)
         super().after_step(adapters, step, others)
 
-    def _choose(
-        self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opened: Tensor | None
-    ) -> None:
-        gates = _gates(adapters)
-        values = torch.cat([gate.detach() for gate in gates])
+    def _choose(self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, stay: bool) -> None:
+        gates = gates_of(adapters)
+        values = _values(gates)
         sizes = [gate.numel() for gate in gates]
         scores = self._scores(adapters, values)
         trained = [gate.requires_grad for gate in gates]
@@ -135,13 +147,11 @@ class Budgets(SparseMethod):
         if not all(trained):  # gates that the user froze stay, and are paid for first
             parts = zip(scores.split(sizes), values.split(sizes), trained, strict=True)
             scores = torch.cat([s if own else torch.where(v == 0, s, math.inf) for s, v, own in parts])
-        if opened is not None:
-            scores = scores.masked_fill(~opened, -1.0)
+        if stay:  # ranks at zero come after all others
+            scores = scores.masked_fill(values == 0, -1.0)
         kept = within_budget(scores, account.costs, sizes, allowed)
         kept |= highest == 0  # scores tell no ranks apart before B has moved
-        if opened is not None:
-            kept &= opened
-        torch._foreach_copy_([gate.detach() for gate in gates], list(values.masked_fill(~kept, 0.0).split(sizes)))
+        _close(gates, values, kept)
 
     def _scores(self, adapters: Sequence[LowRankAdapter], gates: Tensor) -> Tensor:
         if self._averages:
@@ -164,22 +174,29 @@ class Budgets(SparseMethod):
         ) + (f" {others}" if others else "")
 
     def settled_after(self, total: int) -> int:
-        """The first step after which the budget holds."""
-        settled = super().settled_after(total)
-        return settled if self.budget is None else max(settled, min(self._decided_at(total), total))
+        """The first step after which the budget holds, or after which ranks stay."""
+        settled, stay = super().settled_after(total), self.ranks_stay_after(total)
+        return settled if stay is None else max(settled, min(stay, total))
+
+    def ranks_stay_after(self, total: int | None) -> int | None:
+        """The step of ``end``, if there is a budget."""
+        if self.budget is None:
+            return super().ranks_stay_after(total)
+        return max(math.ceil(resolve_step(self.end, _length(total))), FIRST_SCORES)
 
     def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
-        """Whether adapters are as sparse as this method makes them in the run: with a budget, from ``end`` on."""
-        if self.budget is None:
+        """Whether adapters are as sparse as this method makes them in the run: from when on ranks stay, if they do."""
+        stay = self.ranks_stay_after(total)
+        if stay is None:
             return super().is_final(step, total, at_end)
-        return step >= self._decided_at(total) and super().is_final(step, total, at_end=True)
+        return step >= stay and super().is_final(step, total, at_end=True)
 
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that ended above its budget."""
         if self.budget is None:
             return super().shortfall(adapters)
         account = Account.of(self.budget, adapters)
-        held = sum(c * int(g.count_nonzero()) for c, g in zip(account.costs, _gates(adapters), strict=True))
+        held = account.spent(_open_gates(adapters))
         if held <= account.limit:
             return super().shortfall(adapters)
         return (
@@ -192,22 +209,39 @@ class Budgets(SparseMethod):
         """Whether sensitivities are averaged."""
         return self.budget is not None and self.score == "sensitivity"
 
-    def _decided_at(self, total: int | None) -> int:
-        """The step after which the choice of ranks stays."""
-        return max(math.ceil(resolve_step(self.end, _length(total))), FIRST_SCORES)
+    def _ranks_stay(self, step: int, total: int | None) -> bool:
+        """Whether gates at zero stay there in this step."""
+        after = self.ranks_stay_after(total)
+        return after is not None and step > after
 
     def _allowed(self, account: Account, step: int, total: int | None) -> int:
         """What the ranks may cost together after ``step``."""
         share = cubic_density(step, _length(total), account.limit / account.dense, self.begin, self.end)
         if step < FIRST_SCORES:
             return account.dense
-        if step >= self._decided_at(total):
+        if self._ranks_stay(step + 1, total):
             return account.limit
         return max(account.limit, math.floor(share * account.dense))
 
 
-def _gates(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
+def gates_of(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
+    """The gates of all adapters that have them."""
     return [adapter.gate for adapter in adapters if adapter.gate is not None]
+
+
+def _values(gates: Sequence[nn.Parameter]) -> Tensor:
+    return torch.cat([gate.detach() for gate in gates])
+
+
+def _open_gates(adapters: Sequence[LowRankAdapter]) -> list[int]:
+    """The number of open gates of each adapter."""
+    return [int(gate.count_nonzero()) for gate in gates_of(adapters)]
+
+
+def _close(gates: Sequence[nn.Parameter], values: Tensor, kept: Tensor) -> None:
+    """Give gates these values, and zero where they are not kept."""
+    sizes = [gate.numel() for gate in gates]
+    torch._foreach_copy_([gate.detach() for gate in gates], list(values.masked_fill(~kept, 0.0).split(sizes)))
 
 
 def _silence(gates: Sequence[nn.Parameter], opened: Tensor) -> None:

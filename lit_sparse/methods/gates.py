@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
 from lit_sparse.errors import UsageError, require_choice, require_range
-from lit_sparse.functional import optimizer_metric_threshold, released_threshold_, soft_threshold_
+from lit_sparse.functional import optimizer_metric_threshold, released_threshold_, resolve_step, soft_threshold_
 from lit_sparse.methods.base import GateInit, SparseMethod
-from lit_sparse.methods.budget import Budgets
+from lit_sparse.methods.budget import Budgets, gates_of
+from lit_sparse.methods.gate_checks import compare_groups, predict, require_adam
 from lit_sparse.methods.step import Run, Step
 
 Operator = Literal["soft", "released"]
@@ -28,6 +30,10 @@ class Gates(Budgets):
 
     Give exactly one of ``budget``, ``threshold`` and ``sparsity_weight``: how much is to be left, or how hard gates are
     pulled towards zero. The arguments of budgets are those of :class:`~lit_sparse.methods.budget.Budgets`.
+
+    While gates are pulled, the objective is the loss + λ‖g‖₁, where a threshold ξ stands for λ = ξ / lr, plus the term
+    of ``l1_weight``. It shrinks the gates that survive, too. In the steps of ``refit`` the objective is the loss alone,
+    over the ranks that are left, which undoes the shrinking (debiasing).
 
     Args:
         threshold: ξ, the constant threshold of SoRA's released code, in units of the gate, per step.
@@ -44,8 +50,14 @@ class Gates(Budgets):
             of size 1 takes 1 / (lr · λ) steps to zero.
         freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
             None: never.
+        refit: The last part of the run, in which gates at zero stay there and nothing pulls at the others: a number of
+            optimizer steps, or with a decimal point a share of the run. 0: gates are pulled until the end, as in the
+            paper. With a ``budget``, give ``end`` instead.
         gate_init: ``gaussian``: N(0, 1), as released. ``ones``: at the start the adapter is LoRA's, exactly. None:
             ``ones`` with a budget, else ``gaussian``.
+
+    Source:
+        Belloni and Chernozhukov 2013 (arXiv:1001.0188) for ``refit``, there after least squares with an ℓ1 penalty.
     """
 
     gated = True
@@ -58,6 +70,7 @@ class Gates(Budgets):
     metric: Metric = "euclidean"
     gate_lr: float | None = None
     freeze_zero_after: int | None = None
+    refit: int | float = 0
     gate_init: GateInit | None = None
 
     def __post_init__(self) -> None:
@@ -78,12 +91,17 @@ class Gates(Budgets):
             raise UsageError("metric 'optimizer' scales the threshold by lr · λ: give sparsity_weight, not threshold.")
         require_range("gate_lr", self.gate_lr, above=0)
         require_range("freeze_zero_after", self.freeze_zero_after, at_least=1)
+        resolve_step(self.refit, 1)
 
     def _require_no_pull(self) -> None:
         usual = {"operator": "soft", "metric": "euclidean", "l1_weight": 0.0, "freeze_zero_after": None}
         changed = [name for name, value in usual.items() if getattr(self, name) != value]
         if changed:
             raise UsageError(f"A budget has no threshold to shape: remove {' and '.join(changed)}.")
+        if self.refit:
+            raise UsageError(
+                f"With a budget, ranks stay from end on: give end instead of refit; got refit={self.refit}."
+            )
 
     @property
     def gates_start_at_one(self) -> bool:
@@ -109,7 +127,7 @@ class Gates(Budgets):
 
     def parameter_groups(self, adapters: Sequence[LowRankAdapter]) -> list[dict[str, Any]]:
         """One group of all gates, without weight decay, which would be a second pull towards zero in other units."""
-        group: dict[str, Any] = {"params": _gates(adapters), "weight_decay": 0.0}
+        group: dict[str, Any] = {"params": gates_of(adapters), "weight_decay": 0.0}
         if self.gate_lr is not None:
             group["lr"] = self.gate_lr
         return [group, *super().parameter_groups(adapters)]
@@ -122,37 +140,47 @@ class Gates(Budgets):
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check the optimizer, and warn of thresholds that can zero no gate or must zero all."""
-        gates = _gates(adapters)
+        gates = gates_of(adapters)
         if self.metric == "optimizer":
-            _require_adam(run.optimizer)
+            require_adam(run.optimizer)
+        if self.refit and run.total is None:
+            raise UsageError(
+                f"refit={self.refit} is the last part of the run, but this run has no end: set the Trainer's "
+                "max_epochs or max_steps."
+            )
         others = super().check(adapters, run)
         if run.done:
             return others
-        warnings = self._compare_groups(gates, run.optimizer)
+        pull = "threshold" if self.budget is None else "loss"
+        warnings = compare_groups(gates, run.optimizer, self.gate_lr, pull)
         # The thresholds of the optimizer's metric depend on gradients to come.
         if self.budget is None and run.total is not None and self.metric == "euclidean":
             trained = [a for a in adapters if a.gate is not None and a.gate.requires_grad]  # others have no lr
             for strength in sorted({self._strength(adapter) for adapter in trained}):
-                alike = _gates([adapter for adapter in trained if self._strength(adapter) == strength])
-                warnings += self._predict(alike, strength, run.learning_rates)
+                alike = gates_of([adapter for adapter in trained if self._strength(adapter) == strength])
+                rates = run.learning_rates(alike[0])[: self.ranks_stay_after(run.total)]
+                span = (
+                    f"{'phase' if self.refit else 'run'} of {len(rates)} steps{' before refit' if self.refit else ''}"
+                )
+                warnings += predict(alike, self._knob, strength, rates, span)
         return warnings + others
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:
         """Add the subgradient of ``l1_weight · mean|g|`` to the gates' gradients."""
-        if self.l1_weight:
+        if self.l1_weight and not self._ranks_stay(step.index, step.total):
             self._add_subgradient(adapters)
         return super().before_step(adapters, step)
 
     def _add_subgradient(self, adapters: Sequence[LowRankAdapter]) -> None:
         entries = sum(a.copies * a.max_rank for a in adapters if a.gate is not None)  # compaction changes no pull
-        trained = [(gate, gate.grad) for gate in _gates(adapters) if gate.grad is not None]
+        trained = [(gate, gate.grad) for gate in gates_of(adapters) if gate.grad is not None]
         if trained:
             signs = torch._foreach_sign([gate.detach() for gate, _ in trained])
             torch._foreach_add_([grad for _, grad in trained], signs, alpha=self.l1_weight / entries)
 
     def after_step(self, adapters: Sequence[LowRankAdapter], step: Step, observed: Any) -> None:
         """The proximal step, with the learning rate that the optimizer step used."""
-        if self.budget is None:
+        if self.budget is None and not self._ranks_stay(step.index, step.total):
             self._shrink(adapters, step)
         super().after_step(adapters, step, observed)
 
@@ -171,9 +199,15 @@ class Gates(Budgets):
         if self.freeze_zero_after is not None:
             _hold_at_zero(adapters, self.freeze_zero_after)
 
+    def ranks_stay_after(self, total: int | None) -> int | None:
+        """The last step before ``refit``, or the step of a budget's ``end``."""
+        if self.budget is not None or not self.refit or total is None:
+            return super().ranks_stay_after(total)
+        return max(0, math.ceil(total - resolve_step(self.refit, total)))
+
     def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
         """The sentence for a run that zeroed no gate, or that ended above its budget."""
-        gates = [gate.detach() for gate in _gates(adapters)]
+        gates = [gate.detach() for gate in gates_of(adapters)]
         pruned = any(a.rank < a.max_rank for a in adapters) or any(bool((gate == 0).any()) for gate in gates)
         if pruned or self.budget is not None:
             return super().shortfall(adapters)
@@ -199,56 +233,6 @@ class Gates(Budgets):
             return group["lr"] * strength  # type: ignore[no-any-return]
         return [_metric_threshold(gate, strength, group, step.optimizer) for gate in gates]
 
-    def _compare_groups(self, gates: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
-        """Check ``gate_lr`` and weight decay of an optimizer that may be built without :meth:`parameter_groups`."""
-        held = {gate for gate in gates if gate.requires_grad}
-        groups = [group for group in optimizer.param_groups if any(p in held for p in group["params"])]
-        rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
-        if self.gate_lr is not None and any(rate != self.gate_lr for rate in rates):
-            raise UsageError(
-                f"gate_lr is {self.gate_lr:g}, but the optimizer holds gates with lr {rates}. Build it from "
-                "lit_sparse.parameter_groups(model, method)."
-            )
-        decays = [group["weight_decay"] for group in groups if group.get("weight_decay")]
-        if decays:
-            pull = "threshold" if self.budget is None else "loss"
-            return [
-                f"The optimizer's weight decay {decays} pulls at the gates beside the {pull}. Build it from "
-                "lit_sparse.parameter_groups(model, method), which exempts them."
-            ]
-        return []
-
-    def _predict(
-        self, gates: list[nn.Parameter], strength: float, learning_rates: Callable[[nn.Parameter], Sequence[float]]
-    ) -> list[str]:
-        """Simulate two extreme gates: one that starts at 1 and is only pulled, one that Adam always pushes outward.
-
-        An Adam step moves a gate by about its lr at most. The threshold is hopeless when the pull alone cannot
-        take a gate from 1 to 0, and destructive when even the largest gate, pushed outward by lr at every
-        step, ends at 0.
-        """
-        rates = learning_rates(gates[0])
-        knob = self._knob
-        pulls = [strength if knob == "threshold" else lr * strength for lr in rates]
-        largest = float(torch.cat([gate.detach().flatten() for gate in gates]).abs().max())
-        for lr, pull in zip(rates, pulls, strict=True):
-            largest = max(0.0, largest + lr - pull)
-        if sum(pulls) < 1:
-            return [
-                f"{knob} {strength:g} pulls a gate towards zero by {sum(pulls):.2g} in the whole run of {len(rates)} "
-                f"steps, so that by itself it cannot zero a gate of size 1. Raise {knob}, or train longer."
-            ]
-        if largest == 0:
-            return [
-                f"{knob} {strength:g} pulls every gate to zero within the run of {len(rates)} steps, even one that the "
-                f"optimizer always pushes outward. Lower {knob}, or raise the learning rate of the gates."
-            ]
-        return []
-
-
-def _gates(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
-    return [adapter.gate for adapter in adapters if adapter.gate is not None]
-
 
 def _metric_threshold(
     gate: nn.Parameter, weight: float, group: dict[str, Any], optimizer: torch.optim.Optimizer
@@ -260,14 +244,6 @@ def _metric_threshold(
     )
     # An entry whose gradients were all zero has not moved: all gates while B is zero, an expert that got no token.
     return threshold.masked_fill(second_moment == 0, 0.0)
-
-
-def _require_adam(optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        raise UsageError(
-            f"metric 'optimizer' is the metric of Adam and AdamW; the optimizer is {type(optimizer).__name__}. Use one "
-            "of them, or metric 'euclidean'."
-        )
 
 
 def _hold_at_zero(adapters: Sequence[LowRankAdapter], patience: int) -> None:

@@ -19,7 +19,8 @@ class SoRA(Gates):
     |g| ≤ t. Either ``threshold`` or ``sparsity_weight`` sets t, and they differ when the learning
     rate decays: with ``sparsity_weight`` the pull fades together with the lr that could resist it (proximal
     gradient for λ‖g‖₁, the paper's rule); with a constant ``threshold`` it does not, so that at the end of a
-    run every gate only shrinks. A gate at zero may come back, unless ``freeze_zero_after`` is set.
+    run every gate only shrinks. A gate at zero may come back, unless ``freeze_zero_after`` is set. In the last part
+    of a run, ``refit``, none comes back, and the ranks that are left train on without a threshold.
 
     Its other arguments are those of :class:`~lit_sparse.methods.gates.Gates` and :class:`~lit_sparse.SparseMethod`.
 

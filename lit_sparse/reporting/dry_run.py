@@ -11,13 +11,15 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.survey import left_out
 from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
 
 
-def describe(model: nn.Module) -> str:
+def describe(model: nn.Module, method: SparseMethod | None = None) -> str:
     """List what of ``model`` is adapted, trained whole, and left as it is.
 
     Args:
         model: Model after injection; on the meta device it costs no memory.
+        method: The method that was injected, for its goal.
 
     Returns:
         A text of several lines.
@@ -37,6 +39,7 @@ def describe(model: nn.Module) -> str:
     in_adapters = sum(count for _, _, count in adapted)
     in_head = sum(count for _, count in whole)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    goal = method.goal(list(adapters.values())) if method is not None else None
     share = (in_adapters + in_head) / (in_adapters + in_head + frozen)
     return "\n".join(
         [
@@ -45,6 +48,7 @@ def describe(model: nn.Module) -> str:
             *_table("Left as they are", [(name, reason, None) for name, reason in left_out(model).items()]),
             f"{in_adapters:,} adapter and {in_head:,} other parameters are trained, {share:.2%} of all; {frozen:,} are "
             "frozen.",
+            *([] if goal is None else [goal]),
         ]
     )
 

@@ -31,8 +31,12 @@ METHODS = {
     "RoseLoRA": {"rank": 4, "density": 0.2, "begin": 0.1, "end": 0.6},
     "GatedRoseLoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.05, "density": 0.2, "begin": 0.1, "end": 0.6},
 }
-BUDGET = {"SoRA, budget": {"rank": 4, "budget": 0.4, "begin": 0.1, "end": 0.6}}
-SETTLED = 8  # the step at which RoseLoRA's masks above, and the budget, are final: 0.6 of 12, rounded up
+SETTLING = {
+    "SoRA, budget": {"rank": 4, "budget": 0.4, "begin": 0.1, "end": 0.6},
+    "SoRA, refit": {**METHODS["SoRA"], "refit": 0.4},
+    "GatedRoseLoRA, refit": {**METHODS["GatedRoseLoRA"], "refit": 0.9},
+}
+SETTLED = 8  # the step at which RoseLoRA's masks above, and the choices of ranks, are final: 0.6 of 12, rounded up
 pytestmark = pytest.mark.filterwarnings("ignore")
 by_method = pytest.mark.parametrize("method", METHODS)
 
@@ -84,7 +88,7 @@ class Emptied(Callback):
 def fit(project, method, *callbacks, ckpt_path=None, **options):
     """Train for twelve steps; returns the Trainer."""
     L.seed_everything(1, verbose=False)
-    arguments = {**METHODS, **BUDGET}.get(method, {"rank": 4})
+    arguments = {**METHODS, **SETTLING}.get(method, {"rank": 4})
     module = ls.SequenceClassification(
         str(project / "bert"),
         getattr(ls, method.partition(",")[0])(**arguments),
@@ -278,7 +282,13 @@ def test_a_module_of_the_users_own_records_how_far_it_was(project, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "best"),
-    [("LoRA", BATCHES), ("RoseLoRA", SETTLED), ("SoRA, budget", SETTLED), ("SoRA", STEPS), ("GatedRoseLoRA", STEPS)],
+    [
+        ("LoRA", BATCHES),
+        ("RoseLoRA", SETTLED),
+        ("SoRA", STEPS),
+        ("GatedRoseLoRA", STEPS),
+        *((name, SETTLED) for name in SETTLING),
+    ],
 )
 def test_best_is_chosen_among_states_whose_sparsity_is_final(method, best, project):
     keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")
@@ -331,17 +341,30 @@ def test_a_metric_that_is_not_logged_is_told_at_the_first_validation(project):
         fit(project, "SoRA", ls.SparseCheckpoint("kept", monitor="nothing"), max_epochs=EPOCHS)
 
 
-def test_the_last_stage_of_thresholds_is_final(project):
+def fit_in_stages(project, refit, *callbacks):
+    """Train for one epoch with the first threshold, and two with the second."""
     stages = ls.ThresholdStages(0.01, 0.05, count=2, monitor="early", first_epochs=1, epochs=2, folder="stages")
-    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")
-    module = ls.SequenceClassification(str(project / "bert"), ls.SoRA(rank=4, threshold=0.01))
+    module = ls.SequenceClassification(str(project / "bert"), ls.SoRA(rank=4, threshold=0.01, refit=refit))
     data = ls.TextClassificationData(str(project), batch_size=4)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=3, callbacks=[stages, keep, Falls()], **quiet)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=3, callbacks=[stages, *callbacks, Falls()], **quiet)
     trainer.fit(module, data)
+
+
+@pytest.mark.parametrize(("refit", "best"), [(0, 2 * BATCHES), (3, 3 * BATCHES)])
+def test_the_last_stage_of_thresholds_is_final_or_its_refit(project, refit, best):
+    keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")
+    fit_in_stages(project, refit, keep)
     assert not progress_of("stages/stage-1.ckpt").final
-    assert progress_of("stages/stage-2.ckpt").final
-    assert step_of(keep.best_model_path) == 2 * BATCHES
+    assert progress_of("stages/stage-2.ckpt").final == (refit == 0)  # the best of a stage is its first validation here
+    assert step_of(keep.best_model_path) == best
+
+
+def test_a_refit_that_leaves_the_last_stage_no_step_is_refused(project):
+    said = "pulls at gates until step 4 of 12, and the last stage begins at step 4. Lower refit, or raise epochs."
+    with pytest.raises(ls.UsageError, match=re.escape(said)):
+        fit_in_stages(project, 2 * BATCHES)
+    fit_in_stages(project, 2 * BATCHES - 1)
 
 
 def test_a_best_of_lightnings_own_that_is_dense_is_told(project):

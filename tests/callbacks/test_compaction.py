@@ -91,6 +91,30 @@ def test_a_compacted_checkpoint_loads_resumes_and_joins_a_bank(bert, tmp_path):
         torch.testing.assert_close(found, loaded.model.eval()(batch).logits, rtol=0, atol=1e-6)
 
 
+CHOICES = {
+    "budget": ls.SoRA(rank=4, budget=0.3, begin=2, end=8),
+    "refit": ls.SoRA(rank=4, sparsity_weight=4.0, gate_lr=0.05, refit=8),
+    "masks and refit": ls.GatedRoseLoRA(rank=4, sparsity_weight=4.0, gate_lr=0.05, refit=8, density=0.5, end=10),
+}
+
+
+@pytest.mark.filterwarnings("ignore:density", "ignore:.*pulls every gate")
+@pytest.mark.parametrize("method", CHOICES.values(), ids=CHOICES)
+def test_ranks_go_at_once_when_the_choice_stays_and_such_a_run_resumes(method, bert, tmp_path):
+    keep, sizes = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1), Sizes()
+    whole = classifier(bert, method)
+    trainer(sizes, ls.CompactRanks(1000), keep, max_epochs=4).fit(whole, rows(16))  # sizes are noted before ranks go
+    assert sizes.ranks[:8] == [13 * 4] * 8
+    assert 0 < sizes.ranks[8] < 13 * 4
+    assert sizes.ranks[8:] == sizes.ranks[8:9] * 8
+    for step in (4, 8, 12):
+        resumed = classifier(bert, method)
+        trainer(ls.CompactRanks(1000), max_epochs=4).fit(resumed, rows(16), ckpt_path=tmp_path / f"step={step}.ckpt")
+        ends = [{n: p for n, p in module.named_parameters() if p.requires_grad} for module in (whole, resumed)]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_a_checkpoint_of_fewer_ranks_that_was_not_compacted_is_refused(bert, tmp_path):
     run = trainer(max_epochs=1)
     run.fit(classifier(bert, ls.SoRA(rank=2, threshold=0.01)), rows())

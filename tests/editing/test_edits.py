@@ -122,6 +122,12 @@ def test_training_stops_early_but_not_before_the_masks_are_final(model, batch, s
         assert trained_on(model, batch, METHODS[name], stop_loss=stop_loss).steps == expected
 
 
+def test_an_edit_that_ends_before_its_budget_holds_says_so(model, batch):
+    method = ls.SoRA(["q_proj", "v_proj"], rank=2, budget=0.5, begin=0, end=50, train_head=False)
+    with pytest.warns(UserWarning, match=r"more than the budget of [\d,]+: the run ended before .*end=50"):
+        trained_on(model, batch, method)
+
+
 def test_a_method_that_trains_more_is_refused_and_the_model_left_alone(model, batch):
     before = bits(model)
     with pytest.raises(UsageError, match=r"also trains \['lm_head.weight'\]: set train_head to false"):

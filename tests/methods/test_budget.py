@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,29 @@ def test_a_run_that_ends_before_its_budget_holds_says_so(kind: str) -> None:
     method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, begin=3, end=50), Net()
     with pytest.warns(UserWarning, match=r"parameters, more than the budget of [\d,]+: the run ended before .*end=50"):
         train(method, model, of_net, 10)
+
+
+@by_method
+@pytest.mark.parametrize(("budget", "said"), [(0.6, True), (1.0, True), (0.31, False), (0.3, False), (0.2, False)])
+def test_a_larger_budget_after_the_end_brings_no_rank_back_and_says_so(kind: str, budget: float, said: bool) -> None:
+    torch.manual_seed(0)
+    method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, begin=0, end=4), Net()
+    train(method, model, of_net, 6)
+    chosen, spent = gates(model) != 0, held(method, model)
+    other = METHODS[kind](TARGETS, rank=4, budget=budget, begin=0, end=4)
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, other), lr=1e-2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sparse = ls.SparseSteps(other, model, optimizer, 12, steps_taken=6)
+    expected = f"but the ranks that are left hold {spent:,}, and the others do not come back after end=4. Resume"
+    assert any(expected in str(w.message) for w in caught) == said
+    for _ in range(4):
+        of_net(model).backward()
+        sparse.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not (gates(model) != 0)[~chosen].any()
+    assert held(other, model) <= account(other, model).limit
 
 
 @by_method

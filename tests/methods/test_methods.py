@@ -35,8 +35,8 @@ EVERY = {
 }  # fmt: skip
 GATES = {
     "threshold": None, "sparsity_weight": None, "l1_weight": 0.0, "operator": "soft", "metric": "euclidean",
-    "gate_lr": None, "freeze_zero_after": None, "gate_init": None, "budget": None, "score": "norm", "begin": 0.1,
-    "end": 0.7,
+    "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "norm",
+    "begin": 0.1, "end": 0.7,
 }  # fmt: skip
 MASKS = {"density": 0.05, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
