@@ -15,10 +15,10 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
 from lit_sparse.adapters.statistics import per_rank
 from lit_sparse.errors import require_choice
-from lit_sparse.functional import cubic_density, resolve_step, sensitivities, update_moving_average_, within_budget
+from lit_sparse.functional import cubic_density, sensitivities, update_moving_average_, within_budget
 from lit_sparse.methods.account import Account, is_trained, parse_budget
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.schedule import FIRST_SCORES, require_end, require_points
+from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, require_end, require_points
 from lit_sparse.methods.step import Run, Step
 
 Score = Literal["norm", "sensitivity"]
@@ -182,7 +182,7 @@ class Budgets(SparseMethod):
         """The step of ``end``, if there is a budget."""
         if self.budget is None:
             return super().ranks_stay_after(total)
-        return max(math.ceil(resolve_step(self.end, _length(total))), FIRST_SCORES)
+        return decided_at(self.end, total)
 
     def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
         """Whether adapters are as sparse as this method makes them in the run: from when on ranks stay, if they do."""
