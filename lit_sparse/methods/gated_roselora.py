@@ -15,7 +15,8 @@ class GatedRoseLoRA(Gates, Masks):
     Every step first moves the gates as :class:`~lit_sparse.SoRA` does, then masks A and B as
     :class:`~lit_sparse.RoseLoRA` does. The sensitivities see the gate: the gradient of a rank's row of A and
     column of B is proportional to it. With a ``budget``, ranks compete for it as
-    :class:`~lit_sparse.methods.budget.Budgets` says, and masks then leave a share of each rank.
+    :class:`~lit_sparse.methods.budget.Budgets` says, and masks then leave a share of each rank. With ``changed``, the
+    entries of open ranks compete.
 
     Its other arguments are those of :class:`~lit_sparse.methods.gates.Gates`,
     :class:`~lit_sparse.methods.masks.Masks` and :class:`~lit_sparse.SparseMethod`.
@@ -23,8 +24,8 @@ class GatedRoseLoRA(Gates, Masks):
     Args:
         begin: Until when all entries, and with a budget all ranks, are kept: a number of optimizer steps, or with a
             decimal point a share of the run.
-        end: From when on ``density`` and ``budget`` hold, in the same units. A resumed run with another length has
-            another schedule.
+        end: From when on ``density`` or ``changed``, and ``budget`` hold, in the same units. A resumed run with another
+            length has another schedule.
 
     Raises:
         UsageError: As :class:`~lit_sparse.SoRA` and :class:`~lit_sparse.RoseLoRA`.

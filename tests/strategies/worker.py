@@ -24,6 +24,7 @@ METHODS: dict[str, Any] = {
     "sora": lambda **o: ls.SoRA(rank=4, threshold=0.01, **o),
     "refit": lambda **o: ls.SoRA(rank=4, threshold=0.03, refit=0.4, **o),
     "roselora": lambda **o: ls.RoseLoRA(rank=4, density=0.2, begin=5, end=30, **o),
+    "changed": lambda **o: ls.RoseLoRA(rank=4, changed=0.1, begin=5, end=30, **o),
     "budget": lambda **o: ls.SoRA(rank=4, budget=0.4, begin=5, end=30, **o),
     "budget_sensitivity": lambda **o: ls.SoRA(rank=4, budget=0.4, score="sensitivity", begin=5, end=30, **o),
     "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
