@@ -14,6 +14,12 @@ from lit_sparse.functional.density import product_density
 _HALVINGS = 26
 """Of the range of float32's exponents: two scores that are told apart differ by 4e-6 of their size, or more."""
 
+_SHIFTS = (23, 15)
+"""Where the two digits of a threshold lie in the bits of float32: its exponent, and eight bits of its fraction."""
+
+_INFINITY = 0x7F800000
+"""Infinity as the bits of float32."""
+
 
 class Rows:
     """The scores of all rows of A and Bᵀ, to be compared with one threshold.
@@ -23,8 +29,13 @@ class Rows:
     weights as the product of what they keep.
 
     Args:
-        scores_A: For each layer, not negative, shape ``(ranks, in_features)``.
+        scores_A: For each layer, finite and not negative, float32, shape ``(ranks, in_features)``.
         scores_B_t: Likewise, shape ``(ranks, out_features)``.
+
+    Example:
+        >>> rows = Rows([torch.tensor([[4.0, 1.0]])], [torch.tensor([[3.0, 2.0, 0.5]])])
+        >>> rows.changes(torch.tensor(2.0))
+        tensor([2])
     """
 
     def __init__(self, scores_A: Sequence[Tensor], scores_B_t: Sequence[Tensor]) -> None:
@@ -38,9 +49,34 @@ class Rows:
     def changes(self, threshold: Tensor) -> Tensor:
         """Changed weights of each layer if its ranks changed different ones, whole numbers, shape ``(layers,)``."""
         kept = [(s >= threshold.minimum(m)).sum(1) for s, m in zip(self._stacked, self._at_most, strict=True)]
-        of_A, of_B = torch.cat(kept)[self._places]
-        changes: Tensor = of_A.new_zeros(len(self._matrices) // 2).index_add_(0, self._layers, of_A * of_B)
-        return changes
+        return self._products(torch.cat(kept).unsqueeze(1)).squeeze(1)
+
+    def lowest_threshold(self, limit: float, overlaps: Tensor) -> Tensor:
+        """The lowest threshold with which no more weights change than ``limit``, among those with 8 bits of fraction.
+
+        One that is lower by more than 0.4 % lets too many change. Its two digits, as the bits of a float of that size,
+        are found one after the other, each by a histogram of every row. No value is read back from the device.
+
+        Args:
+            limit: How many weights may change. If one entry of each row is too much, that is what remains.
+            overlaps: What to divide the changes of each layer by, shape ``(layers,)``.
+
+        Returns:
+            A scalar above 0.
+        """
+        largest = [(s == m).sum(1, keepdim=True) for s, m in zip(self._stacked, self._at_most, strict=True)]
+        at_least, bits = torch.cat(largest), [scores.view(torch.int32) for scores in self._stacked]
+        found = torch.zeros((), dtype=torch.int64, device=at_least.device)
+        for shift in _SHIFTS:
+            # 0 is below what was found so far, 257 above.
+            digits = [((b >> shift) - (found << 8)).clamp_(-1, 256).add_(1) for b in bits]
+            counts = torch.cat(
+                [d.new_zeros(len(d), 258).scatter_add_(1, d, d.new_ones(()).expand_as(d)) for d in digits]
+            )
+            reaching = (counts.sum(1, keepdim=True) - counts.cumsum(1)[:, :-1]).maximum(at_least)
+            too_many = (self._products(reaching) / overlaps.unsqueeze(1)).sum(0) > limit
+            found = (found << 8) + (too_many.sum() - 1).clamp(min=0)
+        return ((found + 1) << _SHIFTS[-1]).clamp(max=_INFINITY).int().view(torch.float32)
 
     def masks(self, threshold: Tensor, unseen: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """What is kept of A and of Bᵀ: booleans shaped as the scores.
@@ -56,6 +92,12 @@ class Rows:
             found |= dict(zip(group, parts, strict=True))
         masks = [found[index] for index in range(len(self._matrices))]
         return masks[: len(masks) // 2], masks[len(masks) // 2 :]
+
+    def _products(self, kept: Tensor) -> Tensor:
+        """What each layer changes by what its rows keep, for n thresholds: ``(rows, n)`` to ``(layers, n)``."""
+        of_A, of_B = kept[self._places]
+        changes: Tensor = of_A.new_zeros(len(self._matrices) // 2, kept.shape[1])
+        return changes.index_add_(0, self._layers, of_A * of_B)
 
 
 def lowest_threshold(changes: Callable[[Tensor], Tensor], limit: float, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.schedule import decided_at
 from lit_sparse.methods.step import Run, Step
 
-_MEASURED_EVERY = 16
+_MEASURED_EVERY = 32
 """Steps between two measurements of how much the changes of a layer's ranks overlap, each of which forms BA's support.
 The overlap moves slowly, and the last choice is measured as it is made."""
 
@@ -105,8 +105,7 @@ class Changes(SparseMethod):
         if last:
             threshold = lowest_threshold(lambda t: measured(t).sum(), limit, device)
         else:
-            by_layer = torch.stack(overlaps)
-            threshold = lowest_threshold(lambda t: (rows.changes(t) / by_layer).sum(), limit, device)
+            threshold = rows.lowest_threshold(limit, torch.stack(overlaps))
         if step.index % _MEASURED_EVERY == 0:
             found = rows.changes(threshold) / measured(threshold).clamp(min=1)
             torch._foreach_copy_(overlaps, list(found.clamp(min=1).to(overlaps[0].dtype)))

@@ -53,9 +53,9 @@ class Masks(Changes):
     update_every: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.density is None and self.changed is None:
             self.density = 0.05
+        super().__post_init__()
         if self.density is not None and self.changed is not None:
             raise UsageError(
                 f"Give changed (a share of all weights) or density (a share of every row); got changed={self.changed} "

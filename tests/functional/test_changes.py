@@ -65,23 +65,26 @@ def test_rows_keep_what_reaches_the_threshold(scores: tuple[list[Tensor], list[T
 
 
 @modest
-@given(layers(), st.integers(0, 60))
+@given(layers(), st.integers(0, 60), st.integers(1, 4))
 def test_the_threshold_is_the_lowest_that_the_limit_allows(
-    scores: tuple[list[Tensor], list[Tensor]], limit: int
+    scores: tuple[list[Tensor], list[Tensor]], limit: int, overlap: int
 ) -> None:
     rows = Rows(*scores)
-    threshold = lowest_threshold(lambda t: rows.changes(t).sum(), limit, CPU)
 
-    def changes(at: float) -> int:
-        return sum(slow_changes(A, B_t, at) for A, B_t in zip(*scores, strict=True))
+    def changes(at: float) -> float:
+        return sum(slow_changes(A, B_t, at) for A, B_t in zip(*scores, strict=True)) / overlap
 
-    if changes(math.inf) > limit:  # one entry of each row is too much
-        assert float(threshold) == math.inf or float(threshold) >= 2.0**127
-        return
-    assert changes(float(threshold)) <= limit
-    lower = float(threshold) * (1 - 1e-5)
-    if lower > 2.0**-125:
-        assert changes(lower) > limit
+    by_digits = rows.lowest_threshold(limit, torch.full((len(scores[0]),), float(overlap)))
+    by_halves = lowest_threshold(lambda t: rows.changes(t).sum() / overlap, limit, CPU)
+    for threshold, precision in ((float(by_digits), 2.0**-7), (float(by_halves), 1e-5)):
+        assert threshold > 0
+        if changes(math.inf) > limit:  # one entry of each row is too much
+            assert threshold >= 2.0**127
+            continue
+        assert changes(threshold) <= limit
+        lower = threshold * (1 - precision)
+        if lower > 2.0**-125:
+            assert changes(lower) > limit
 
 
 def test_the_ranks_of_every_expert_change_weights_of_their_own() -> None:

@@ -38,7 +38,7 @@ GATES = {
     "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "norm",
     "begin": 0.1, "end": 0.7,
 }  # fmt: skip
-MASKS = {"density": 0.05, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
+MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_begin_after_end_in_different_units_is_found_when_the_run_is_known() -> 
 def test_an_adapter_without_masks_does_not_fit_a_method_that_keeps_them() -> None:
     adapter = ls.RoseLoRA(rank=2).adapt(nn.Linear(8, 8))
     assert ls.RoseLoRA(rank=2, density=0.1).mismatch(adapter) is None
-    assert ls.RoseLoRA(rank=2, update_every=5).mismatch(adapter) == "no masks for update_every > 1"
+    assert ls.RoseLoRA(rank=2, update_every=5).mismatch(adapter) == "no masks, which changed and update_every > 1 need"
 
 
 def test_roselora_has_no_scale_unless_alpha_is_given() -> None:
