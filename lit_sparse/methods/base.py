@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
@@ -48,6 +49,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             modules to train whole.
         use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output (Kalajdzievski 2023,
             arXiv:2312.03732, Thm. 3.2).
+        loraplus_lr_ratio: LoRA+: B has this multiple of the optimizer's learning rate, and A has that rate itself
+            (Hayou et al. 2024, arXiv:2402.12354). 1: both have the same.
         overrides: Settings for some layers, such as ``{"attention.output.dense": {"rank": 16}}``. Keys are trailing
             name parts or regular expressions; values replace the arguments in :attr:`overridable`. The first key
             that matches a layer holds for it.
@@ -74,6 +77,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
     exclude_modules: str | list[str] | None = None
     train_head: bool | list[str] = True
     use_rslora: bool = False
+    loraplus_lr_ratio: float = 1.0
     overrides: Overrides | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +91,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             raise UsageError(f"rank must be a whole number; got {self.rank}.")
         require_range("alpha", self.alpha, above=0)
         require_range("dropout", self.dropout, at_least=0, below=1)
+        require_range("loraplus_lr_ratio", self.loraplus_lr_ratio, above=0)
         require_choice("init_weights", self.init_weights, ("lora", "pissa"))
         if self.gate_init is not None:
             require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
@@ -204,13 +209,27 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             return f"rank {adapter.rank} and scale {adapter.scale:g}, not {rank:g} and {scale:g}"
         return None
 
-    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:  # noqa: ARG002
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Called once, before the first step: raise for settings that cannot work.
 
         Returns:
             Warnings, a sentence or two each, about settings that will hardly do what the user wants.
         """
+        if self.loraplus_lr_ratio != 1 and not run.done:
+            self._require_ratio(adapters, run.optimizer)
         return []
+
+    def _require_ratio(self, adapters: Sequence[LowRankAdapter], optimizer: Optimizer) -> None:
+        """Check ``loraplus_lr_ratio`` in an optimizer that may be built without :func:`lit_sparse.parameter_groups`."""
+        groups = optimizer.param_groups
+        rates = {p: float(group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]}
+        pairs = {(rates[a.lora_A], rates[a.lora_B_t]) for a in adapters if a.lora_A in rates and a.lora_B_t in rates}
+        wrong = [(a, b) for a, b in pairs if not math.isclose(b, self.loraplus_lr_ratio * a, rel_tol=1e-6)]
+        if wrong:
+            raise UsageError(
+                f"loraplus_lr_ratio is {self.loraplus_lr_ratio:g}, but the optimizer holds A with lr {wrong[0][0]:g} "
+                f"and B with lr {wrong[0][1]:g}. Build it from lit_sparse.parameter_groups(model, method, lr)."
+            )
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:  # noqa: ARG002
         """Called when gradients are final, but not clipped, and weights are those that produced them.

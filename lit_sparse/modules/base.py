@@ -40,7 +40,7 @@ from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import checkpoint_activations, load_backbone
 from lit_sparse.modules.evaluation import EvaluationLoop
-from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, parameter_groups
+from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, relative_groups
 from lit_sparse.modules.rebuilding import keep_arguments, method_record, path_of, read_hyperparameters, rebuild
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class SparseModule(EvaluationLoop):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over its parameter groups, with a schedule over the whole run."""
-        optimizer = make_optimizer(self.optimizer, parameter_groups(self, self.method))
+        optimizer = make_optimizer(self.optimizer, relative_groups(self, self.method))
         total = self.trainer.estimated_stepping_batches
         stages = next((callback.shares() for callback in callbacks_of(self.trainer, ThresholdStages)), [1.0])
         scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total, stages)

@@ -31,7 +31,7 @@ def test_every_argument_is_kept_under_its_name_and_makes_the_method_again(method
 
 EVERY = {
     "target_modules": "all-linear", "rank": 8, "dropout": 0.0, "layers": None, "exclude_modules": None,
-    "train_head": True, "use_rslora": False, "overrides": None,
+    "train_head": True, "use_rslora": False, "loraplus_lr_ratio": 1.0, "overrides": None,
 }  # fmt: skip
 GATES = {
     "threshold": None, "sparsity_weight": None, "l1_weight": 0.0, "operator": "soft", "metric": "euclidean",
@@ -112,6 +112,7 @@ def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned:
         ({"alpha": float("nan")}, "alpha must be above 0; got "),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1; got 1\.0"),
         ({"dropout": -0.1}, "dropout must be at least 0 and below 1; got -0.1"),
+        ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio must be above 0; got 0"),
     ],
 )
 def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: str) -> None:

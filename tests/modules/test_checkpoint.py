@@ -19,7 +19,7 @@ METHODS = [
     ls.LoRA(rank=2),
     ls.SoRA(rank=4, sparsity_weight=2.0, freeze_zero_after=2),
     ls.RoseLoRA(rank=4, density=0.2, begin=1, end=6),
-    ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.2, begin=0.0, end=0.5),
+    ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.2, begin=0.0, end=0.5, loraplus_lr_ratio=3.0),
 ]
 BUFFERS = {  # beside the parameters
     "LoRA": set(),
