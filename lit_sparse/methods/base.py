@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
+from lit_sparse.adapters.layers import Layer, make_adapter, require_start
 from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.methods.step import Run, Step
 
-InitWeights = Literal["lora", "pissa"]
+InitWeights = Literal["lora", "pissa", "gora"]
 GateInit = Literal["gaussian", "ones"]
 Overrides = dict[str, dict[str, int | float]]
 
@@ -92,11 +92,11 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         require_range("alpha", self.alpha, above=0)
         require_range("dropout", self.dropout, at_least=0, below=1)
         require_range("loraplus_lr_ratio", self.loraplus_lr_ratio, above=0)
-        require_choice("init_weights", self.init_weights, ("lora", "pissa"))
+        require_choice("init_weights", self.init_weights, ("lora", "pissa", "gora"))
         if self.gate_init is not None:
             require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
-        if self.init_weights == "pissa" and self.gated and not self.gates_start_at_one:
-            raise UsageError("init_weights 'pissa' takes the weight's own ranks as they are: set gate_init to 'ones'.")
+        if self.init_weights != "lora" and self.gated and not self.gates_start_at_one:
+            raise UsageError(f"init_weights {self.init_weights!r} is for gates of 1: set gate_init to 'ones'.")
         for pattern, values in (self.overrides or {}).items():
             unknown = [name for name in values if name not in self.overridable or getattr(self, name, 0) is None]
             if unknown or not values:
@@ -119,8 +119,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             layers: Full name to layer of all that are adapted.
 
         Raises:
-            UsageError: If a pattern matches none of them, or PiSSA cannot start from the weight of one: it is quantized
-                or has fewer singular values than there are ranks.
+            UsageError: If a pattern matches none of them, or ``init_weights`` cannot start from the weight of one: it
+                is quantized, or for PiSSA has fewer singular values than there are ranks.
         """
         patterns = self.overrides or {}
         known = NamePatterns("overrides")
@@ -131,9 +131,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         found = {
             name: next((dict(v) for p, v in patterns.items() if names_layer(p, name, known)), {}) for name in layers
         }
-        if self.init_weights == "pissa":
-            for name, layer in layers.items():
-                require_principal(name, layer, int(found[name].get("rank", self.rank)))
+        for name, layer in layers.items():
+            require_start(self.init_weights, name, layer, int(found[name].get("rank", self.rank)))
         return found
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:

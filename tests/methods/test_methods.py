@@ -38,14 +38,15 @@ GATES = {
     "gate_lr": None, "freeze_zero_after": None, "gate_init": None, "budget": None, "score": "norm", "begin": 0.1,
     "end": 0.7,
 }  # fmt: skip
+START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05}
 MASKS = {"density": 0.05, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (ls.LoRA, {**EVERY, "alpha": 16, "init_weights": "lora"}),
-        (ls.SoRA, {**EVERY, **GATES, "alpha": 16, "init_weights": "lora"}),
+        (ls.LoRA, {**EVERY, **START, "alpha": 16}),
+        (ls.SoRA, {**EVERY, **GATES, **START, "alpha": 16}),
         (ls.RoseLoRA, {**EVERY, **MASKS, "alpha": None}),
         (ls.GatedRoseLoRA, {**EVERY, **GATES, **MASKS, "alpha": None}),
     ],
