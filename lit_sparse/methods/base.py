@@ -220,7 +220,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
 
     def _require_ratio(self, adapters: Sequence[LowRankAdapter], optimizer: Optimizer) -> None:
         """Check ``loraplus_lr_ratio`` in an optimizer that may be built without :func:`lit_sparse.parameter_groups`."""
-        groups = optimizer.param_groups
+        groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
         rates = {p: float(group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]}
         pairs = {(rates[a.lora_A], rates[a.lora_B_t]) for a in adapters if a.lora_A in rates and a.lora_B_t in rates}
         wrong = [(a, b) for a, b in pairs if not math.isclose(b, self.loraplus_lr_ratio * a, rel_tol=1e-6)]

@@ -103,15 +103,18 @@ def start_from_gradients(
     return dict(zip(adapters, ranks, strict=True))
 
 
-def take_ranks(model: nn.Module, method: SparseMethod, ranks: Mapping[str, Any]) -> None:
+def take_ranks(model: nn.Module, method: SparseMethod, record: Any) -> None:
     """Give adapters the ranks that GoRA allotted in the run of a checkpoint; of other methods they stay.
 
     Args:
         model: Model with adapters.
         method: Its method.
-        ranks: Layer name to rank, as the checkpoint has them. What cannot be is left to later checks.
+        record: What the checkpoint says of adapters, with ``ranks`` by name. What cannot be is left to later checks.
     """
-    for name, adapter in adapters_in(model) if method.init_weights == "gora" else ():
+    ranks = record.get("ranks") if isinstance(record, dict) else None
+    if method.init_weights != "gora" or not isinstance(ranks, dict):
+        return
+    for name, adapter in adapters_in(model):
         rank, most = ranks.get(name), min(adapter.in_features, adapter.out_features)
         if isinstance(rank, int) and 1 <= rank <= most and rank != adapter.max_rank:
             _give_rank(method, name, adapter, rank)

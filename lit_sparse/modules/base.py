@@ -234,7 +234,7 @@ class SparseModule(EvaluationLoop):
         """Refuse a checkpoint of other adapters or another backbone, and to resume training from weights alone."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
-        take_ranks(self, self.method, checkpoint.get(checkpoints.KEY, {}).get("ranks", {}))
+        take_ranks(self, self.method, checkpoint.get(checkpoints.KEY))
         new_tokens = self._trainer is None or self.new_tokens is not None  # the Trainer's data module reads new_tokens
         checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, new_tokens)
         complete_average(self, checkpoint)

@@ -205,7 +205,7 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
     _make_room(model, {name.removeprefix(checkpoints.PREFIX): tensor for name, tensor in weights.items()}, path)
     inject(model, method)
     wrapped = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})
-    take_ranks(wrapped, method, checkpoint[checkpoints.KEY]["ranks"])
+    take_ranks(wrapped, method, checkpoint[checkpoints.KEY])
     _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
     name = getattr(model, "name_or_path", "") or type(model).__name__
     checkpoints.require_fit(wrapped, name, saved, checkpoint)
