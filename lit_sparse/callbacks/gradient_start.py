@@ -25,8 +25,8 @@ def start_run(trainer: Trainer, module: LightningModule, method: SparseMethod) -
     Adapters of a resumed run have started. Call it when the strategy is set up, before the first step.
 
     Raises:
-        UsageError: Under FSDP, which shards the weights, with weight averaging, whose average has the former ranks, or
-            as :func:`~lit_sparse.start_from_gradients`.
+        UsageError: Under FSDP, which shards the weights, with weight averaging, whose average has the former ranks,
+            with manual optimization, or as :func:`~lit_sparse.start_from_gradients`.
     """
     if not isinstance(method, Start) or method.init_weights != "gora":
         return
@@ -38,6 +38,11 @@ def start_run(trainer: Trainer, module: LightningModule, method: SparseMethod) -
         )
     if has_started([adapter for _, adapter in adapters_in(module)]):
         return
+    if not module.automatic_optimization:
+        raise UsageError(
+            "init_weights 'gora' takes the loss from training_step, which here steps the optimizer itself: call "
+            "lit_sparse.start_from_gradients(model, method, batches) in configure_model."
+        )
     for averaging in callbacks_of(trainer, WeightAveraging):
         raise UsageError(
             f"{type(averaging).__name__} has copied the adapters before init_weights 'gora' gives them their ranks. "

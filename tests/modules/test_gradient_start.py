@@ -66,7 +66,11 @@ def test_a_compacted_run_loads(tiny_bert, trainer, loader, tmp_path):
         assert torch.equal(loaded.eval()(**batch).logits, module.eval()(**batch).logits)
 
 
-def test_two_starts_averages_and_sharded_weights_are_refused(tiny_bert, trainer, loader):
+def test_what_cannot_start_is_refused(tiny_bert, trainer, loader):
+    manual = classifier(tiny_bert)
+    manual.automatic_optimization = False
+    with pytest.raises(ls.UsageError, match="training_step, which here steps the optimizer itself"):
+        trainer(max_epochs=1).fit(manual, loader())
     with pytest.raises(ls.UsageError, match="EMAWeightAveraging has copied the adapters before"):
         trainer(max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(classifier(tiny_bert), loader())
     with pytest.raises(ls.UsageError, match="start_from and init_weights 'gora' are two starts of A and B"):
