@@ -241,6 +241,14 @@ def test_what_is_refused() -> None:
         ls.start_from_gradients(net, method, data, loss_of(net))
 
 
+@pytest.mark.parametrize(("start", "source"), [("pissa", "singular vectors"), ("gora", "gradient")])
+def test_a_quantized_weight_is_refused(start: Any, source: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ls.UsageError, match=f"starts from the {source} of the frozen weight; that of '0' is quantized"):
+        ls.inject(net, ls.LoRA(["0"], rank=2, init_weights=start))
+
+
 def test_arguments() -> None:
     with pytest.raises(ls.UsageError, match="init_weights 'gora' is for gates of 1: set gate_init to 'ones'"):
         ls.SoRA(threshold=0.1, init_weights="gora")
