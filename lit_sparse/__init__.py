@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from lit_sparse.methods.lora import LoRA as LoRA
     from lit_sparse.methods.roselora import RoseLoRA as RoseLoRA
     from lit_sparse.methods.sora import SoRA as SoRA
+    from lit_sparse.methods.start import start_from_gradients as start_from_gradients
     from lit_sparse.methods.step import Step as Step
     from lit_sparse.methods.stepping import SparseSteps as SparseSteps
     from lit_sparse.methods.truncation import truncate as truncate
@@ -142,6 +143,7 @@ _HOME = {
     "save_adapter": "interchange.sparse_folder",
     "SparseMethod": "methods.base",
     "Step": "methods.step",
+    "start_from_gradients": "methods.start",
     "GatedRoseLoRA": "methods.gated_roselora",
     "LoRA": "methods.lora",
     "RoseLoRA": "methods.roselora",

@@ -317,6 +317,15 @@ def test_null_on_the_command_line_unsets_an_argument_of_the_method(config):
     assert (method["sparsity_weight"], method["threshold"]) == (None, 0.25)
 
 
+def test_the_loraplus_ratio_of_a_configuration_reaches_the_optimizer(config, project):
+    changed = yaml.safe_load(Path(config).read_text())
+    changed["model"]["init_args"]["method"]["init_args"]["loraplus_lr_ratio"] = 16
+    Path("plus.yaml").write_text(yaml.safe_dump(changed))
+    main(["fit", "--config", "plus.yaml", "--trainer.max_steps", "2"])
+    (state,) = torch.load("kept/last.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["initial_lr"] for group in state["param_groups"]] == [0.01, 0.16, 0.01, 0.01]  # A, B, bias, gates
+
+
 # Errors.
 
 

@@ -78,6 +78,15 @@ def shrink(adapter: LowRankAdapter, rank: int) -> None:
     _keep(adapter, places.view(adapter.copies, -1)[:, :rank].flatten(), None)
 
 
+def replace_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter values of another shape, and no gradient."""
+    # A graph that is still alive, such as that of a kept loss, holds a node that accumulates gradients of the
+    # old shape. Torch drops that node when the dtype changes, as .half() needs, and makes a new one.
+    parameter.data = torch.empty(0, dtype=torch.float16, device=parameter.device)
+    parameter.data = values
+    parameter.grad = None
+
+
 def _largest(adapters: Mapping[str, LowRankAdapter], live: Mapping[str, Tensor]) -> list[float]:
     """Number of live ranks of each adapter, the maximum over its copies."""
     counts = [mask.view(adapters[name].copies, -1).sum(1).max() for name, mask in live.items()]
@@ -97,12 +106,7 @@ def _keep(adapter: LowRankAdapter, places: Tensor, optimizer: Optimizer | None) 
         if parameter is not None:
             if optimizer is not None:
                 keep_rows(optimizer, parameter, places)
-            kept = parameter.data[places]
-            # A graph that is still alive, such as that of a kept loss, holds a node that accumulates gradients of the
-            # old shape. Torch drops that node when the dtype changes, as .half() needs, and makes a new one.
-            parameter.data = torch.empty(0, dtype=torch.float16, device=parameter.device)
-            parameter.data = kept
-            parameter.grad = None
+            replace_values(parameter, parameter.data[places])
     for name, buffer in list(adapter._buffers.items()):
         if buffer is not None and buffer.ndim and buffer.shape[0] == rows:
             adapter._buffers[name] = buffer[places]

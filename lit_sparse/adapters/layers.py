@@ -27,13 +27,23 @@ def make_adapter(layer: Layer, rank: int, scale: float, dropout: float, gated: b
     return LowRankLinear(layer, rank, scale, dropout, gated)
 
 
-def require_principal(name: str, layer: Layer, rank: int) -> None:
-    """Raise a UsageError if the weight of ``layer`` is quantized or has fewer than ``rank`` singular values."""
+def require_start(init_weights: str, name: str, layer: Layer, rank: int) -> None:
+    """Check that A and B can start from the weight of a layer as ``init_weights`` says.
+
+    Raises:
+        UsageError: If the weight is quantized, or PiSSA's has fewer than ``rank`` singular values.
+    """
+    if init_weights == "lora":
+        return
     weight = layer.weight
     if not isinstance(layer, ExpertWeight) and is_quantized(layer):
-        raise UsageError(f"PiSSA starts from the singular vectors of the frozen weight; that of {name!r} is quantized.")
+        source = "singular vectors" if init_weights == "pissa" else "gradient"
+        raise UsageError(
+            f"init_weights {init_weights!r} starts from the {source} of the frozen weight; that of {name!r} is "
+            "quantized. Set init_weights to 'lora', or do not quantize the backbone."
+        )
     present = min(weight.shape[1:] if isinstance(layer, ExpertWeight) else weight.flatten(1).shape)
-    if rank > present:
+    if init_weights == "pissa" and rank > present:
         raise UsageError(
             f"PiSSA with rank {rank} needs as many singular values; the weight of {name!r}, of shape "
             f"{tuple(weight.shape)}, has {present}. Lower rank, or set another for this layer in overrides."

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_sparse.adapters.factors import gate_record
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.averaging import Pair, copy_zeros, keep_averages_sparse
+from lit_sparse.callbacks.gradient_start import start_run
 from lit_sparse.callbacks.run_end import finish_plain_checkpoints
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
@@ -96,8 +97,9 @@ class Sparsify(Callback):
             raise UsageError(f"The Trainer has {count} Sparsify callbacks; each adapter takes one. Remove the others.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that method, optimizer and the other callbacks fit the adapters."""
+        """Check that method, optimizer and the other callbacks fit the adapters, and start these from gradients."""
         adapters = adapters_of(self.method, pl_module)
+        start_run(trainer, pl_module, self.method)
         require_trained_weights(self.method, adapter_optimizer(trainer.optimizers, adapters))
         self._averages = keep_averages_sparse(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
         keep_buffers_local(trainer.strategy.model, adapters.items())

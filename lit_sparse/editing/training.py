@@ -19,7 +19,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of, patch_of_deltas
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.stepping import SparseSteps
-from lit_sparse.modules.optimization import make_optimizer, parameter_groups
+from lit_sparse.modules.optimization import make_optimizer, relative_groups
 
 
 class FineTuning:
@@ -139,7 +139,7 @@ def _adapters(model: nn.Module, method: SparseMethod) -> Iterator[_Trainable]:
                 "false."
             )
         weights = sum(adapter.weight.numel() for adapter in adapters.values())
-        yield _Trainable(parameter_groups(model, method), weights, lambda: patch_of(adapters))
+        yield _Trainable(relative_groups(model, method), weights, lambda: patch_of(adapters))
     finally:
         take_out(model)
 

@@ -4,6 +4,8 @@ from lit_sparse.functional.budget import within_budget as within_budget
 from lit_sparse.functional.density import density as density
 from lit_sparse.functional.density import product_density as product_density
 from lit_sparse.functional.density import product_sparsity_bound as product_sparsity_bound
+from lit_sparse.functional.gora import allotted_ranks as allotted_ranks
+from lit_sparse.functional.gora import compressed_gradient as compressed_gradient
 from lit_sparse.functional.masks import kept_entries as kept_entries
 from lit_sparse.functional.masks import top_fraction_mask as top_fraction_mask
 from lit_sparse.functional.proximal import optimizer_metric_threshold as optimizer_metric_threshold

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal, cast
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.layers import Layer, make_adapter, require_principal
+from lit_sparse.adapters.layers import Layer, make_adapter, require_start
 from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.errors import UsageError, require_choice, require_range
-from lit_sparse.methods.step import Run, Step
+from lit_sparse.methods.step import Run, Step, require_ratio
 
-InitWeights = Literal["lora", "pissa"]
+InitWeights = Literal["lora", "pissa", "gora"]
 GateInit = Literal["gaussian", "ones"]
 Overrides = dict[str, dict[str, int | float]]
 
@@ -48,6 +48,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             modules to train whole.
         use_rslora: Scale by alpha / √rank, so that a large rank does not shrink the output (Kalajdzievski 2023,
             arXiv:2312.03732, Thm. 3.2).
+        loraplus_lr_ratio: LoRA+: B has this multiple of the optimizer's learning rate, and A has that rate itself
+            (Hayou et al. 2024, arXiv:2402.12354). 1: both have the same.
         overrides: Settings for some layers, such as ``{"attention.output.dense": {"rank": 16}}``. Keys are trailing
             name parts or regular expressions; values replace the arguments in :attr:`overridable`. The first key
             that matches a layer holds for it.
@@ -74,6 +76,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
     exclude_modules: str | list[str] | None = None
     train_head: bool | list[str] = True
     use_rslora: bool = False
+    loraplus_lr_ratio: float = 1.0
     overrides: Overrides | None = None
 
     def __post_init__(self) -> None:
@@ -87,11 +90,12 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             raise UsageError(f"rank must be a whole number; got {self.rank}.")
         require_range("alpha", self.alpha, above=0)
         require_range("dropout", self.dropout, at_least=0, below=1)
-        require_choice("init_weights", self.init_weights, ("lora", "pissa"))
+        require_range("loraplus_lr_ratio", self.loraplus_lr_ratio, above=0)
+        require_choice("init_weights", self.init_weights, ("lora", "pissa", "gora"))
         if self.gate_init is not None:
             require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
-        if self.init_weights == "pissa" and self.gated and not self.gates_start_at_one:
-            raise UsageError("init_weights 'pissa' takes the weight's own ranks as they are: set gate_init to 'ones'.")
+        if self.init_weights != "lora" and self.gated and not self.gates_start_at_one:
+            raise UsageError(f"init_weights {self.init_weights!r} is for gates of 1: set gate_init to 'ones'.")
         for pattern, values in (self.overrides or {}).items():
             unknown = [name for name in values if name not in self.overridable or getattr(self, name, 0) is None]
             if unknown or not values:
@@ -114,8 +118,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             layers: Full name to layer of all that are adapted.
 
         Raises:
-            UsageError: If a pattern matches none of them, or PiSSA cannot start from the weight of one: it is quantized
-                or has fewer singular values than there are ranks.
+            UsageError: If a pattern matches none of them, or ``init_weights`` cannot start from the weight of one: it
+                is quantized, or for PiSSA has fewer singular values than there are ranks.
         """
         patterns = self.overrides or {}
         known = NamePatterns("overrides")
@@ -126,9 +130,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         found = {
             name: next((dict(v) for p, v in patterns.items() if names_layer(p, name, known)), {}) for name in layers
         }
-        if self.init_weights == "pissa":
-            for name, layer in layers.items():
-                require_principal(name, layer, int(found[name].get("rank", self.rank)))
+        for name, layer in layers.items():
+            require_start(self.init_weights, name, layer, int(found[name].get("rank", self.rank)))
         return found
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
@@ -204,12 +207,14 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
             return f"rank {adapter.rank} and scale {adapter.scale:g}, not {rank:g} and {scale:g}"
         return None
 
-    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:  # noqa: ARG002
+    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Called once, before the first step: raise for settings that cannot work.
 
         Returns:
             Warnings, a sentence or two each, about settings that will hardly do what the user wants.
         """
+        if self.loraplus_lr_ratio != 1 and not run.done:
+            require_ratio(self.loraplus_lr_ratio, adapters, run.optimizer)
         return []
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:  # noqa: ARG002

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_sparse.methods.base import InitWeights, SparseMethod
+from lit_sparse.methods.start import Start
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class LoRA(SparseMethod):
+class LoRA(Start):
     """Low-rank adapters that stay dense: what the sparse methods are compared with.
 
-    Its other arguments are those of :class:`~lit_sparse.SparseMethod`.
+    Its other arguments are those of :class:`~lit_sparse.methods.start.Start` and :class:`~lit_sparse.SparseMethod`.
 
     Args:
         alpha: Numerator of the scale alpha / rank of the adapter's output; None: equal to rank, scale 1.
-        init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
-            frozen weight (Meng et al. 2024, arXiv:2404.02948), and only the rest of it stays frozen.
 
     Raises:
         UsageError: If an argument is outside its range or ``target_modules`` is empty.
@@ -26,4 +24,3 @@ class LoRA(SparseMethod):
     """
 
     alpha: float | None = 16
-    init_weights: InitWeights = "lora"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_sparse.methods.base import InitWeights
 from lit_sparse.methods.gates import Gates
+from lit_sparse.methods.start import Start
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class SoRA(Gates):
+class SoRA(Gates, Start):
     """Sparse low-rank adaptation: ``y = W0 x + b + alpha/rank · B (g ∘ (A x))``, the gate g learned to be sparse.
 
     With a ``budget``, the gates of the ranks that it does not pay for are set to zero after every optimizer step, and
@@ -22,13 +22,11 @@ class SoRA(Gates):
     run every gate only shrinks. A gate at zero may come back, unless ``freeze_zero_after`` is set. In the last part
     of a run, ``refit``, none comes back, and the ranks that are left train on without a threshold.
 
-    Its other arguments are those of :class:`~lit_sparse.methods.gates.Gates` and :class:`~lit_sparse.SparseMethod`.
+    Its other arguments are those of :class:`~lit_sparse.methods.gates.Gates`,
+    :class:`~lit_sparse.methods.start.Start` and :class:`~lit_sparse.SparseMethod`.
 
     Args:
         alpha: Numerator of the scale alpha / rank, 16 as in the released runs; None: equal to rank, scale 1.
-        init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
-            frozen weight (Meng et al. 2024, arXiv:2404.02948), and only the rest of it stays frozen. A rank whose gate
-            reaches zero is then lost to the model; gate_init must be ``ones``.
 
     Raises:
         UsageError: If an argument is outside its range, not exactly one of ``budget``, ``threshold`` and
@@ -40,4 +38,3 @@ class SoRA(Gates):
     """
 
     alpha: float | None = 16
-    init_weights: InitWeights = "lora"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,20 @@ class Run:
     total: int | None
     optimizer: Optimizer
     learning_rates: Callable[[nn.Parameter], Sequence[float]]
+
+
+def require_ratio(ratio: float, adapters: Sequence[LowRankAdapter], optimizer: Optimizer) -> None:
+    """Check ``loraplus_lr_ratio`` in an optimizer that may be built without :func:`lit_sparse.parameter_groups`.
+
+    Raises:
+        UsageError: If the learning rate of a B is not ``ratio`` times that of its A.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
+    rates = {p: float(group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]}
+    pairs = {(rates[a.lora_A], rates[a.lora_B_t]) for a in adapters if a.lora_A in rates and a.lora_B_t in rates}
+    wrong = [(a, b) for a, b in pairs if not math.isclose(b, ratio * a, rel_tol=1e-6)]
+    if wrong:
+        raise UsageError(
+            f"loraplus_lr_ratio is {ratio:g}, but the optimizer holds A with lr {wrong[0][0]:g} and B with lr "
+            f"{wrong[0][1]:g}. Build it from lit_sparse.parameter_groups(model, method, lr)."
+        )

@@ -37,10 +37,11 @@ from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import checkpoint_activations, load_backbone
 from lit_sparse.modules.evaluation import EvaluationLoop
-from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, parameter_groups
+from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, relative_groups
 from lit_sparse.modules.rebuilding import keep_arguments, method_record, path_of, read_hyperparameters, rebuild
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ class SparseModule(EvaluationLoop):
         """Load the backbone, inject the method, add ``new_tokens`` and start from ``start_from``, once."""
         if self.model is not None:
             return
+        if self.start_from is not None and self.method.init_weights == "gora":
+            raise UsageError("start_from and init_weights 'gora' are two starts of A and B: remove one of them.")
         model = self._built[0].train() if self._built else self.load_model()
         inject(model, self.method)
         if self.new_tokens is not None:
@@ -198,7 +201,7 @@ class SparseModule(EvaluationLoop):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over its parameter groups, with a schedule over the whole run."""
-        optimizer = make_optimizer(self.optimizer, parameter_groups(self, self.method))
+        optimizer = make_optimizer(self.optimizer, relative_groups(self, self.method))
         total = self.trainer.estimated_stepping_batches
         stages = next((callback.shares() for callback in callbacks_of(self.trainer, ThresholdStages)), [1.0])
         scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total, stages)
@@ -231,6 +234,7 @@ class SparseModule(EvaluationLoop):
         """Refuse a checkpoint of other adapters or another backbone, and to resume training from weights alone."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
             checkpoints.require_resumable(checkpoint, self._trainer.ckpt_path)
+        take_ranks(self, self.method, checkpoint.get(checkpoints.KEY))
         new_tokens = self._trainer is None or self.new_tokens is not None  # the Trainer's data module reads new_tokens
         checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, new_tokens)
         complete_average(self, checkpoint)

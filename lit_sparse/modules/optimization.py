@@ -21,26 +21,52 @@ from lit_sparse.methods.base import SparseMethod
 
 LrSchedule = Literal["linear", "cosine", "constant"]
 
+_RATIO = "lr_ratio"
+"""Key of a group whose learning rate is this multiple of the optimizer's."""
 
-def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, Any]]:
+
+def parameter_groups(model: nn.Module, method: SparseMethod, lr: float | None = None) -> list[dict[str, Any]]:
     """Optimizer groups of everything that is trained.
 
     Matrices have the optimizer's weight decay. Biases, the weights of norms and the rows of new tokens, which start
-    from the mean of the others, have none. Parameters such as gates are in groups that the method defines.
+    from the mean of the others, have none. Parameters such as gates are in groups that the method defines. With
+    ``loraplus_lr_ratio``, the matrices B are a group with a learning rate of their own.
 
     Args:
         model: Model after injection.
         method: The injected method.
+        lr: The optimizer's learning rate. Only ``loraplus_lr_ratio`` needs it.
 
     Returns:
         Non-empty groups that hold every parameter with ``requires_grad`` once.
+
+    Raises:
+        UsageError: If the method has a ``loraplus_lr_ratio`` other than 1 and ``lr`` is missing.
     """
+    groups = relative_groups(model, method)
+    for group in groups:
+        ratio = group.pop(_RATIO, None)
+        if ratio is not None and lr is None:
+            raise UsageError(
+                f"loraplus_lr_ratio {ratio:g} multiplies the optimizer's learning rate: give that rate to "
+                "parameter_groups, too, as in AdamW(parameter_groups(model, method, lr=1e-4), lr=1e-4)."
+            )
+        if ratio is not None and lr is not None:
+            group["lr"] = lr * ratio
+    return groups
+
+
+def relative_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, Any]]:
+    """The groups of :func:`parameter_groups` for :func:`make_optimizer`, which knows the optimizer's learning rate."""
     own = method.parameter_groups([adapter for _, adapter in adapters_in(model)])
     taken = {p for group in own for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
     rows = {layer.rows for _, layer in token_rows_in(model)}
+    ratio = method.loraplus_lr_ratio
+    raised = {adapter.lora_B_t for _, adapter in adapters_in(model)} if ratio != 1 else set()
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1 and p not in rows]},
+        {"params": [p for p in rest if p.ndim > 1 and p not in rows and p not in raised]},
+        {"params": [p for p in rest if p in raised], _RATIO: ratio},
         {"params": [p for p in rest if p.ndim <= 1 or p in rows], "weight_decay": 0.0},
         *own,
     ]
@@ -48,15 +74,26 @@ def parameter_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, A
 
 
 def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
-    """Make an optimizer of parameter groups.
+    """Make an optimizer of :func:`relative_groups`.
 
     Raises:
-        UsageError: If the optimizer refuses its arguments, such as a negative learning rate.
+        UsageError: If the optimizer refuses its arguments, such as a negative learning rate, or has no learning rate
+            that ``loraplus_lr_ratio`` could multiply.
     """
     try:
-        return make(groups)
+        optimizer = make(groups)
     except (TypeError, ValueError) as error:
         raise UsageError(f"The optimizer cannot be made: {error}") from error
+    for group in optimizer.param_groups:
+        ratio = group.pop(_RATIO, None)
+        if ratio is not None and group.get("lr") is None:
+            raise UsageError(
+                f"loraplus_lr_ratio multiplies the optimizer's learning rate, and {type(optimizer).__name__} has none: "
+                "give it one, or set loraplus_lr_ratio to 1."
+            )
+        if ratio is not None:
+            group["lr"] = group["lr"] * ratio  # not in place: a rate that is a tensor may be shared by all groups
+    return optimizer
 
 
 def lr_scheduler(

@@ -20,6 +20,7 @@ from lit_sparse.adapters.token_rows import embedding_count
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import read_peft
 from lit_sparse.interchange.peft_import import install
+from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.rebuilding import saved_method
 
@@ -203,8 +204,9 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         raise UsageError(f"{str(path)!r} was trained with init_weights 'pissa', which changed the shared weights.")
     _make_room(model, {name.removeprefix(checkpoints.PREFIX): tensor for name, tensor in weights.items()}, path)
     inject(model, method)
-    _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
     wrapped = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})
+    take_ranks(wrapped, method, checkpoint[checkpoints.KEY])
+    _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
     name = getattr(model, "name_or_path", "") or type(model).__name__
     checkpoints.require_fit(wrapped, name, saved, checkpoint)
     require_match(

@@ -31,21 +31,22 @@ def test_every_argument_is_kept_under_its_name_and_makes_the_method_again(method
 
 EVERY = {
     "target_modules": "all-linear", "rank": 8, "dropout": 0.0, "layers": None, "exclude_modules": None,
-    "train_head": True, "use_rslora": False, "overrides": None,
+    "train_head": True, "use_rslora": False, "loraplus_lr_ratio": 1.0, "overrides": None,
 }  # fmt: skip
 GATES = {
     "threshold": None, "sparsity_weight": None, "l1_weight": 0.0, "operator": "soft", "metric": "euclidean",
     "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "norm",
     "begin": 0.1, "end": 0.7,
 }  # fmt: skip
+START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05}
 MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (ls.LoRA, {**EVERY, "alpha": 16, "init_weights": "lora"}),
-        (ls.SoRA, {**EVERY, **GATES, "alpha": 16, "init_weights": "lora"}),
+        (ls.LoRA, {**EVERY, **START, "alpha": 16}),
+        (ls.SoRA, {**EVERY, **GATES, **START, "alpha": 16}),
         (ls.RoseLoRA, {**EVERY, **MASKS, "alpha": None}),
         (ls.GatedRoseLoRA, {**EVERY, **GATES, **MASKS, "alpha": None}),
     ],
@@ -112,6 +113,7 @@ def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned:
         ({"alpha": float("nan")}, "alpha must be above 0; got "),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1; got 1\.0"),
         ({"dropout": -0.1}, "dropout must be at least 0 and below 1; got -0.1"),
+        ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio must be above 0; got 0"),
     ],
 )
 def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: str) -> None:

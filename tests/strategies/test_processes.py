@@ -70,6 +70,18 @@ def test_four_processes_under_ddp() -> None:
     assert zeros_differ(final("ddp"), alone) == []
 
 
+def test_processes_start_alike_from_the_gradients_of_all_their_batches() -> None:
+    case = {"arch": "bert", "method": "gora", "steps": 6}
+    start(1, [{**case, "strategy": "auto", "tag": "alone"}])
+    saved = {**case, "strategy": "ddp", "tag": "ddp", "save_at": 3, "save": "gora.ckpt"}
+    start(2, [saved, {**case, "strategy": "ddp", "tag": "resumed", "resume": "gora.ckpt"}])
+    assert difference(final("ddp", 0), final("ddp", 1)) == 0
+    assert difference(final("ddp"), final("resumed")) == 0
+    ranks = {name: len(value) for name, value in final("alone").items() if name.endswith("lora_A")}
+    assert {name: len(value) for name, value in final("ddp").items() if name in ranks} == ranks
+    assert len(set(ranks.values())) > 2
+
+
 def test_checkpoints_are_resumed_by_any_strategy_and_number_of_processes() -> None:
     case = {"arch": "llama", "method": "gated", "steps": 40}
     saved = {"save_at": 20}

@@ -27,6 +27,7 @@ METHODS: dict[str, Any] = {
     "changed": lambda **o: ls.RoseLoRA(rank=4, changed=0.1, begin=5, end=30, **o),
     "budget": lambda **o: ls.SoRA(rank=4, budget=0.4, begin=5, end=30, **o),
     "budget_sensitivity": lambda **o: ls.SoRA(rank=4, budget=0.4, score="sensitivity", begin=5, end=30, **o),
+    "gora": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", gora_batches=3, gora_gamma=1.0, **o),
     "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
 }
 STRATEGIES: dict[str, Any] = {
@@ -164,7 +165,7 @@ def main(run: dict[str, Any]) -> None:
     steps, accumulate = run.get("steps", 50), run.get("accumulate", 1)
     L.seed_everything(0)
     module = module_of(run["arch"], run["method"], run.get("dropout", 0.0), run.get("recompute", False))
-    if isinstance(module, ls.SparseModule):
+    if isinstance(module, ls.SparseModule) and run["method"] != "gora":  # which starts in the run
         module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
     callbacks: list[Any] = []
     if "save" in run:

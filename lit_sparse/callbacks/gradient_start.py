@@ -1,0 +1,80 @@
+"""GoRA's start of a run of the Trainer, from its own training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.callbacks.support import callbacks_of
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.start import Start, has_started, start_from_gradients
+from lit_sparse.strategies.sharded import ReplicatedAdapters
+
+
+def start_run(trainer: Trainer, module: LightningModule, method: SparseMethod) -> None:
+    """Start new adapters from gradients of the loss of ``training_step``, if the method says so.
+
+    Adapters of a resumed run have started. Call it when the strategy is set up, before the first step.
+
+    Raises:
+        UsageError: Under FSDP, which shards the weights, with weight averaging, whose average has the former ranks,
+            with manual optimization, or as :func:`~lit_sparse.start_from_gradients`.
+    """
+    if not isinstance(method, Start) or method.init_weights != "gora":
+        return
+    strategy = trainer.strategy
+    if isinstance(strategy, ReplicatedAdapters):
+        raise UsageError(
+            "init_weights 'gora' needs the gradients of whole weights, which FSDP shards. Use a single device or ddp, "
+            "or set init_weights to 'lora'."
+        )
+    if has_started([adapter for _, adapter in adapters_in(module)]):
+        return
+    if not module.automatic_optimization:
+        raise UsageError(
+            "init_weights 'gora' takes the loss from training_step, which here steps the optimizer itself: call "
+            "lit_sparse.start_from_gradients(model, method, batches) in configure_model."
+        )
+    for averaging in callbacks_of(trainer, WeightAveraging):
+        raise UsageError(
+            f"{type(averaging).__name__} has copied the adapters before init_weights 'gora' gives them their ranks. "
+            "Remove it, or set init_weights to 'lora'."
+        )
+    with _silent(module):
+        start_from_gradients(module, method, _batches(trainer), lambda batch: _loss(trainer, module, *batch))
+    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # the first epoch begins at its first batch again
+    if isinstance(strategy, DDPStrategy):  # its buckets have the sizes of the former ranks
+        strategy.model = strategy._setup_model(module)
+        strategy._register_ddp_hooks()
+
+
+def _batches(trainer: Trainer) -> Iterator[tuple[Any, int]]:
+    trainer.fit_loop.setup_data()
+    for batch, index, _ in trainer.fit_loop._combined_loader:  # type: ignore[union-attr]
+        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)), index
+
+
+def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> Tensor:
+    # Half-precision gradients would need a scaled loss.
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    with nullcontext() if scaled else trainer.precision_plugin.train_step_context():
+        found: Any = module.training_step(batch, index)
+    return found["loss"] if isinstance(found, dict) else found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Let the module log nothing, as Lightning keeps no results before training."""
+    vars(module).update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        del vars(module)["log"], vars(module)["log_dict"]
