@@ -13,6 +13,10 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import UsageError
 
+_AVERAGES = {"exp_avg", "momentum_buffer", "grad_avg"}
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+"""How torch's optimizers call averages or sums of gradients and of their squares."""
+
 
 def require_cuttable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse an optimizer whose state cannot be cut to the rows that ``parameters`` keep.
@@ -62,6 +66,28 @@ def keep_rows(optimizer: Optimizer, parameter: nn.Parameter, places: Tensor) -> 
     for key, value in state.items():
         if _has_rows(value, parameter):
             state[key] = value[places]
+
+
+def mix_rows(optimizer: Optimizer, parameter: nn.Parameter, matrices: Tensor) -> None:
+    """Let the averages of gradients that an optimizer keeps follow a change of variables.
+
+    Args:
+        optimizer: State under other names than those of torch's optimizers stays as it is.
+        parameter: Shape ``(copies · rows, …)``.
+        matrices: What each new row's gradient takes of the old rows' ones, shape ``(copies, rows, rows)``. Averages of
+            squares take its squares, as if gradients of different rows had nothing in common. A row of zeros forgets
+            the average, and takes the mean of the copy's squares, so that steps keep their size.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if key not in _AVERAGES | _SQUARES or value is None or value.shape != parameter.shape:
+            continue
+        rows = value.double().view(*matrices.shape[:2], -1)
+        if key in _AVERAGES:
+            mixed = matrices @ rows
+        else:
+            mixed = matrices.square() @ rows
+            mixed = torch.where(matrices.any(2, keepdim=True), mixed, rows.mean(1, keepdim=True))
+        value.copy_(mixed.view_as(value))
 
 
 def _has_rows(value: Any, parameter: Tensor) -> bool | None:

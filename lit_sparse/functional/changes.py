@@ -31,6 +31,8 @@ class Rows:
     Args:
         scores_A: For each layer, finite and not negative, float32, shape ``(ranks, in_features)``.
         scores_B_t: Likewise, shape ``(ranks, out_features)``.
+        opened: For each layer, which ranks count, shape ``(ranks,)``; the scores of the others are taken as zero. None:
+            all.
 
     Example:
         >>> rows = Rows([torch.tensor([[4.0, 1.0]])], [torch.tensor([[3.0, 2.0, 0.5]])])
@@ -38,11 +40,15 @@ class Rows:
         tensor([2])
     """
 
-    def __init__(self, scores_A: Sequence[Tensor], scores_B_t: Sequence[Tensor]) -> None:
+    def __init__(
+        self, scores_A: Sequence[Tensor], scores_B_t: Sequence[Tensor], opened: Sequence[Tensor] | None = None
+    ) -> None:
         self._matrices = [*scores_A, *scores_B_t]
         layout = _layout(tuple((len(m), m.shape[1]) for m in self._matrices), self._matrices[0].device)
         self._groups, self._places, self._layers = layout
         self._stacked = [torch.cat([self._matrices[i] for i in group]) for group in self._groups]
+        for rows, group in zip(self._stacked, self._groups, strict=True) if opened is not None else ():
+            rows.mul_(torch.cat([opened[i % len(opened)] for i in group]).unsqueeze(1))  # type: ignore[index, arg-type]
         self._largest = [rows.amax(1, keepdim=True) for rows in self._stacked]
         self._at_most = [values.masked_fill(values == 0, math.inf) for values in self._largest]
 

@@ -107,3 +107,8 @@ class Account(NamedTuple):
 def is_trained(adapter: LowRankAdapter) -> bool:
     """Whether the gates of an adapter are trained."""
     return adapter.gate is not None and adapter.gate.requires_grad
+
+
+def open_gates(adapters: Sequence[LowRankAdapter]) -> list[int]:
+    """The number of open gates of each adapter that has gates."""
+    return [int(adapter.gate.count_nonzero()) for adapter in adapters if adapter.gate is not None]

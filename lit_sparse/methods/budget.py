@@ -15,33 +15,39 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
 from lit_sparse.adapters.statistics import per_rank
 from lit_sparse.errors import require_choice
-from lit_sparse.functional import cubic_density, sensitivities, update_moving_average_, within_budget
-from lit_sparse.methods.account import Account, is_trained, parse_budget
+from lit_sparse.functional import cubic_density, resolve_step, sensitivities, update_moving_average_, within_budget
+from lit_sparse.methods.account import Account, is_trained, open_gates, parse_budget
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, require_end, require_points
+from lit_sparse.methods.spectrum import cut
 from lit_sparse.methods.step import Run, Step
 
-Score = Literal["norm", "sensitivity"]
+Score = Literal["singular", "norm", "sensitivity"]
 
 _MEMORY = 0.8
 """β of the moving average of a gate's sensitivity."""
 
+_CUTS = 32
+"""Into how many cuts the schedule is divided for singular values, each of which decomposes every adapter."""
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Budgets(SparseMethod):
-    """Methods with gates that can be given a budget: after every optimizer step, ranks of all layers compete for it.
+    """Methods with gates that can be given a budget, for which the ranks of all layers compete.
 
     A rank of a layer costs the d_in + d_out numbers of its row of A and column of B. The budget falls from all ranks at
     ``begin`` to its final value at ``end``. Ranks are taken by score, the highest first, as long as the budget lasts,
     and the gates of all others are set to zero. Nothing else pulls at a gate, so that ranks which survive do not
-    shrink. A rank at zero can come back until ``end``. From then on the choice stays, and what is left is trained on.
+    shrink. From ``end`` on the choice stays, and what is left is trained on.
 
-    Until ``end``, the objective is the loss under the constraint Σ_k c_k · [g_k ≠ 0] ≤ budget. After the optimizer's
-    step on the loss, the step here is the proximal map of the constraint's indicator: the projection onto it, by the
-    distance Σ_k w_k (z_k − g_k)², where w_k g_k² is the square of the score ``norm``, or the score ``sensitivity``
-    itself. Where layers cost differently the exact projection is a knapsack, and the step is its greedy approximation
-    (:func:`~lit_sparse.functional.within_budget`). From ``end`` on, the objective is the loss alone, over the ranks
-    that are left.
+    Until ``end``, the objective is the loss under the constraint that the ranks cost no more than the budget. After the
+    optimizer's step on the loss, the step here is the proximal map of the constraint's indicator: the projection onto
+    it. With the score ``singular``, the distance is the Frobenius norm of what changes in the weights,
+    Σ ‖Z − scale · B diag(g) A‖² over all layers, and the projection cuts singular values (Eckart and Young). With the
+    others it is Σ_k w_k (z_k − g_k)² over the gates, where w_k g_k² is the square of the score ``norm``, or the score
+    ``sensitivity`` itself: ranks are cut as they are. Where layers cost differently the exact projection is a knapsack,
+    and the step is a greedy approximation (:func:`~lit_sparse.functional.within_budget`). From ``end`` on, the
+    objective is the loss alone, over the ranks that are left.
 
     Args:
         budget: What may be left of the adapters: a share in (0, 1] of the parameters that A and B start with;
@@ -49,25 +55,28 @@ class Budgets(SparseMethod):
             adapters, which PEFT's file has, too. Units are decimal. Gates do not count, since exports fold them into B,
             nor do modules trained whole, the header of the file, and the zeros that pad all layers to one rank in
             exports for engines (``layout: padded``).
-        score: What decides which ranks live. ``norm``: scale · |g| ‖A_k‖ ‖B_k‖, the Frobenius norm of what a rank adds
-            to the weight, so that the step changes these additions the least, by the sum of their squares.
-            ``sensitivity``: the moving average of |g ∂L/∂g|, so that the step raises the loss least, to first order.
-            A rank at zero seldom comes back, above all by ``sensitivity``, since its own is zero.
+        score: What decides which ranks live. ``singular``: the ranks of a layer are turned into the singular directions
+            of its update, without a change of the function, and the smallest σ / √c of all layers are cut, where c is
+            what a rank costs. A closed rank does not come back. ``norm``: scale · |g| ‖A_k‖ ‖B_k‖, the Frobenius norm
+            of what a rank adds to the weight, after every step. ``sensitivity``: the moving average of |g ∂L/∂g|, so
+            that the step raises the loss least, to first order. With the last two, a rank at zero may come back until
+            ``end``, but seldom does.
         begin: Until when all ranks are kept: a number of optimizer steps, or with a decimal point a share of the run.
-            The first choice is made at the third step at the earliest, since all scores are zero while B is.
+            The first choice is made at the third step at the earliest, since all scores are zero while B is. The
+            default is that of ``end``: all is cut at once. Give 0.1 with ``norm`` and ``sensitivity``.
         end: From when on the budget holds and the choice of ranks stays, in the same units. A resumed run with another
             length has another schedule, and one with a larger budget gets back no rank after ``end``. ``score``,
             ``begin`` and ``end`` count with ``budget`` only.
     """
 
     budget: float | str | None = None
-    score: Score = "norm"
-    begin: int | float = 0.1
-    end: int | float = 0.7
+    score: Score = "singular"
+    begin: int | float = 0.5
+    end: int | float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("score", self.score, ("norm", "sensitivity"))
+        require_choice("score", self.score, ("singular", "norm", "sensitivity"))
         require_points(self.begin, self.end)
         if self.budget is not None:
             parse_budget(self.budget)
@@ -97,9 +106,14 @@ class Budgets(SparseMethod):
         return warnings + (self._warn_of_rest(adapters, account) if self._ranks_stay(run.done + 1, run.total) else [])
 
     def _warn_of_rest(self, adapters: Sequence[LowRankAdapter], account: Account) -> list[str]:
-        """Warn if a run that is resumed when ranks stay has a larger budget than before."""
-        ranks = _open_gates(adapters)
+        """Warn if a run that is resumed when ranks stay has another budget than before."""
+        ranks = open_gates(adapters)
         held = account.spent(ranks)
+        if held > account.limit and self.score == "singular":
+            return [
+                f"The ranks that are left hold {held:,} {account.unit}, more than the budget of {account.limit:,}, and "
+                f"nothing is cut after end={self.end}. Resume from an earlier checkpoint, or raise end."
+            ]
         closed = [a.copies * a.max_rank > n and is_trained(a) for a, n in zip(adapters, ranks, strict=True)]
         if not any(c and cost <= account.limit - held for c, cost in zip(closed, account.costs, strict=True)):
             return []
@@ -112,7 +126,7 @@ class Budgets(SparseMethod):
         """Note which gates are open once ranks stay, and |g · ∂L/∂g| where it is the score."""
         others = super().before_step(adapters, step)
         gates = gates_of(adapters)
-        opened = _values(gates) != 0 if self._ranks_stay(step.index, step.total) else None
+        opened = _values(gates) != 0 if self._holds(step) else None
         seen: list[Tensor] = []
         if self._averages:
             # A layer that the loss did not reach has no gradient, and its gates no influence.
@@ -133,8 +147,10 @@ class Budgets(SparseMethod):
         if self.budget is not None:
             account = Account.of(self.budget, adapters)
             allowed = self._allowed(account, step.index, step.total)
-            if allowed < account.dense:
+            if allowed < account.dense and self.score != "singular":
                 self._choose(adapters, account, allowed, stay=opened is not None)
+            elif allowed < account.dense and self._cuts(step.index, step.total):
+                cut(adapters, account, allowed, step.optimizer)
         super().after_step(adapters, step, others)
 
     def _choose(self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, stay: bool) -> None:
@@ -196,7 +212,7 @@ class Budgets(SparseMethod):
         if self.budget is None:
             return super().shortfall(adapters)
         account = Account.of(self.budget, adapters)
-        held = account.spent(_open_gates(adapters))
+        held = account.spent(open_gates(adapters))
         if held <= account.limit:
             return super().shortfall(adapters)
         return (
@@ -208,6 +224,17 @@ class Budgets(SparseMethod):
     def _averages(self) -> bool:
         """Whether sensitivities are averaged."""
         return self.budget is not None and self.score == "sensitivity"
+
+    def _holds(self, step: Step) -> bool:
+        """Whether gates that are zero before the step are zero after it, unless it is one that chooses."""
+        cut = self.budget is not None and self.score == "singular"
+        return cut or self._ranks_stay(step.index, step.total)
+
+    def _cuts(self, step: int, total: int | None) -> bool:
+        """Whether singular values are cut after the step: at ``end``, and at equal distances before it."""
+        last = decided_at(self.end, total)
+        distance = max(1, math.ceil((last - resolve_step(self.begin, _length(total))) / _CUTS))
+        return step <= last and (last - step) % distance == 0
 
     def _ranks_stay(self, step: int, total: int | None) -> bool:
         """Whether gates at zero stay there in this step."""
@@ -231,11 +258,6 @@ def gates_of(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
 
 def _values(gates: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([gate.detach() for gate in gates])
-
-
-def _open_gates(adapters: Sequence[LowRankAdapter]) -> list[int]:
-    """The number of open gates of each adapter."""
-    return [int(gate.count_nonzero()) for gate in gates_of(adapters)]
 
 
 def _close(gates: Sequence[nn.Parameter], values: Tensor, kept: Tensor) -> None:

@@ -94,7 +94,8 @@ class Changes(SparseMethod):
         last = self._is_last(step)
         share = cubic_density(step.index, step.total or 1, self.changed or 1.0, self.begin, self.end)
         limit = math.floor(share * _adapted(adapters) + 1e-6)
-        rows = Rows(*(_scores(adapters, name) for name in ("A", "B_t")))
+        of_A, of_B_t = ([adapter.get_buffer(f"sensitivity_{name}") for adapter in adapters] for name in ("A", "B_t"))
+        rows = Rows(of_A, of_B_t, _opened(adapters))
         copies = [adapter.copies for adapter in adapters]
         overlaps = [adapter.get_buffer("overlap") for adapter in adapters]
         device = adapters[0].lora_A.device
@@ -117,8 +118,7 @@ def _adapted(adapters: Sequence[LowRankAdapter]) -> int:
     return sum(a.copies * a.in_features * a.out_features for a in adapters)
 
 
-def _scores(adapters: Sequence[LowRankAdapter], name: str) -> list[Tensor]:
-    """The sensitivities of the rows whose gates are open; others change nothing."""
-    scores = [adapter.get_buffer(f"sensitivity_{name}") for adapter in adapters]
-    gates = [adapter.effective_gate() for adapter in adapters]
-    return [s if g is None else s * (g != 0).unsqueeze(1) for s, g in zip(scores, gates, strict=True)]
+def _opened(adapters: Sequence[LowRankAdapter]) -> list[Tensor] | None:
+    """Which ranks have open gates, and may change something; None without gates."""
+    gates = [gate for gate in (adapter.effective_gate() for adapter in adapters) if gate is not None]
+    return list((torch.cat(gates) != 0).split([len(gate) for gate in gates])) if gates else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_sparse.errors import UsageError
+from lit_sparse.methods.budget import Score
 from lit_sparse.methods.gates import Gates
 from lit_sparse.methods.masks import Masks
 
@@ -36,5 +38,13 @@ class GatedRoseLoRA(Gates, Masks):
 
     overridable = (*Gates.overridable, "density")
 
+    score: Score = "norm"
     begin: int | float = 0.1
     end: int | float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.score == "singular":
+            raise UsageError(
+                "score 'singular' turns whole ranks, and masks keep entries: set score to 'norm' or 'sensitivity'."
+            )

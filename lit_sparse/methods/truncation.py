@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import shrink
-from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.merging import require_on
 from lit_sparse.adapters.placement import require_whole
@@ -19,6 +17,7 @@ from lit_sparse.adapters.statistics import live_ranks, sparsity_of
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.functional import within_budget
 from lit_sparse.methods.account import Account
+from lit_sparse.methods.spectrum import Spectrum
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def truncate(model: nn.Module, budget: float | str) -> dict[str, int]:
     _require_truncatable(adapters)
     account = Account.of(budget, list(adapters.values()))._replace(frozen=0)  # frozen gates are folded, too
     account.require_possible()
-    spectra = [_Spectrum.of(adapter) for adapter in adapters.values()]
+    spectra = [Spectrum.of(adapter) for adapter in adapters.values()]
     values, counts = torch.cat([s.values.flatten() for s in spectra]), [s.values.numel() for s in spectra]
     kept = within_budget(values, account.costs, counts, account.limit) & (values > 0)
     if not kept.any():
@@ -90,36 +89,7 @@ def truncate(model: nn.Module, budget: float | str) -> dict[str, int]:
     return {name: adapter.rank for name, adapter in adapters.items()}
 
 
-class _Spectrum(NamedTuple):
-    """The singular value decomposition of ``scale · B diag(gate) A`` of every copy, in float64.
-
-    Args:
-        left: Shape ``(copies, out_features, k)``, where k is the largest rank that the product can have.
-        values: Shape ``(copies, k)``, the largest first, and zero where there is only rounding.
-        right: Shape ``(copies, k, in_features)``.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, adapter: LowRankAdapter) -> _Spectrum:
-        """Decompose the product by way of the QR factors of B and Aᵀ."""
-        factors, shape = LayerFactors.of("", adapter), (adapter.copies, adapter.rank)
-        A_t = factors.lora_A.double().view(*shape, adapter.in_features).mT
-        B = factors.scaled_lora_B_t().view(*shape, adapter.out_features).mT
-        Q_A, R_A = torch.linalg.qr(A_t)
-        Q_B, R_B = torch.linalg.qr(B)
-        left, values, right = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-        rounding = values[:, :1] * max(adapter.in_features, adapter.out_features) * torch.finfo(values.dtype).eps
-        # Inputs and outputs that no rank touches, such as the padding of an embedding, stay untouched bit for bit.
-        left = Q_B @ left * B.any(2, keepdim=True)
-        right = right @ Q_A.mT * A_t.any(2).unsqueeze(1)
-        return cls(left, values.where(values > rounding, 0.0), right)
-
-
-def _replace(adapter: LowRankAdapter, spectrum: _Spectrum, kept: Tensor) -> None:
+def _replace(adapter: LowRankAdapter, spectrum: Spectrum, kept: Tensor) -> None:
     """Put the kept singular directions into an adapter, which is cut to as many ranks."""
     gate, rank = adapter.effective_gate(), int(kept.sum(1).max())
     if adapter.gate is not None and gate is not None and len(gate):

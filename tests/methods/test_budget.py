@@ -28,6 +28,8 @@ SCORES = ("norm", "sensitivity")
 pytestmark = pytest.mark.filterwarnings("ignore:density")
 by_method = pytest.mark.parametrize("kind", METHODS)
 by_score = pytest.mark.parametrize("score", SCORES)
+CASES = [("SoRA", "singular"), *((kind, score) for kind in METHODS for score in SCORES)]
+by_case = pytest.mark.parametrize(("kind", "score"), CASES)
 
 
 def account(method: Any, model: nn.Module) -> Account:
@@ -54,8 +56,7 @@ def assert_on_budget(method: Any, model: nn.Module) -> None:
 # The end is on the budget.
 
 
-@by_method
-@by_score
+@by_case
 @pytest.mark.parametrize("lr", [1e-3, 1e-2, 1e-1])
 @pytest.mark.parametrize(("budget", "overrides"), [(0.25, None), (0.5, {"up": {"rank": 9}, "down": {"rank": 1}})])
 def test_the_end_is_on_the_budget(kind: str, score: str, lr: float, budget: float, overrides: Any) -> None:
@@ -67,8 +68,7 @@ def test_the_end_is_on_the_budget(kind: str, score: str, lr: float, budget: floa
         assert int(account(method, model).limit) == math.floor(budget * account(method, model).dense)
 
 
-@by_method
-@by_score
+@by_case
 def test_every_expert_competes(kind: str, score: str) -> None:
     model = next(a for a in ARCHITECTURES if a.name == "Mixtral").build()
     method = METHODS[kind](["gate_up_proj", "down_proj", "q_proj"], rank=2, budget=0.3, score=score)
@@ -152,8 +152,7 @@ def test_every_step_keeps_the_ranks_that_a_loop_keeps(score: str) -> None:
     assert 0 < int(opened.sum()) < len(costs)
 
 
-@by_method
-@by_score
+@by_case
 def test_from_the_end_on_the_choice_stays_and_the_rest_trains_on(kind: str, score: str) -> None:
     seen: list[Tensor] = []
     method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, begin=0.1, end=0.5), Net()
@@ -164,8 +163,7 @@ def test_from_the_end_on_the_choice_stays_and_the_rest_trains_on(kind: str, scor
     assert not torch.equal(seen[15], seen[29])
 
 
-@by_method
-@by_score
+@by_case
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("end", [0, 3])
 def test_nothing_is_decided_before_b_has_moved(kind: str, score: str, warmup: bool, end: int) -> None:
@@ -198,14 +196,13 @@ def test_a_run_in_which_no_score_differs_from_zero_keeps_all_ranks() -> None:
 # What a run and its files have.
 
 
-@by_method
-@by_score
+@by_case
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_resumed_in_the_middle_of_the_schedule_ends_bit_for_bit_alike(
     kind: str, score: str, accumulate: int
 ) -> None:
     def method() -> Any:
-        return METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, end=0.8)
+        return METHODS[kind](TARGETS, rank=4, budget=0.3, score=score, begin=0.1, end=0.8)
 
     straight = fit(method(), SaveAfter(1), accumulate_grad_batches=accumulate)
     middle = torch.load("middle.ckpt", weights_only=True)
@@ -219,8 +216,7 @@ def test_a_run_resumed_in_the_middle_of_the_schedule_ends_bit_for_bit_alike(
         assert torch.equal(value, expected[name]), name
 
 
-@by_method
-@by_score
+@by_case
 @pytest.mark.filterwarnings("ignore")
 def test_compaction_on_the_way_keeps_the_budget_of_the_start(kind: str, score: str) -> None:
     module = fit(METHODS[kind](TARGETS, rank=4, budget=0.3, score=score), ls.CompactRanks(2))
@@ -324,7 +320,7 @@ def test_gates_start_at_one_unless_they_are_told_otherwise(kind: str) -> None:
     [
         ({"threshold": 0.1}, "got budget and threshold"),
         ({"sparsity_weight": 0.1}, "got budget and sparsity_weight"),
-        ({"score": "size"}, "score must be 'norm' or 'sensitivity'; got 'size'"),
+        ({"score": "size"}, "score must be 'singular', 'norm' or 'sensitivity'; got 'size'"),
         ({"begin": 0.9, "end": 0.5}, "begin must not be after end; got begin=0.9 and end=0.5"),
         ({"end": 1.5}, "1.5"),
         ({"end": None}, "A point in the run must be a number of steps or a share of the run; got None"),
@@ -344,7 +340,7 @@ def test_arguments(kind: str, arguments: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "total", "said"),
     [
-        ({"budget": 0.5}, None, r"begin=0\.1 and end=.* are shares of the run, but this run has no end"),
+        ({"budget": 0.5}, None, r"begin=.* and end=.* are shares of the run, but this run has no end"),
         ({"budget": 0.5, "begin": 60, "end": 0.5}, 100, "begin = 60 comes after end = 0.5"),
         ({"budget": "1k"}, 100, "budget is 1,000 parameters, and the adapters have 243 at the start. Lower budget"),
         ({"budget": "1kB"}, 100, "budget is 1,000 bytes, and the adapters have 972 at the start"),
@@ -423,10 +419,10 @@ def test_a_run_that_ends_before_its_budget_holds_says_so(kind: str) -> None:
 @pytest.mark.parametrize(("budget", "said"), [(0.6, True), (1.0, True), (0.31, False), (0.3, False), (0.2, False)])
 def test_a_larger_budget_after_the_end_brings_no_rank_back_and_says_so(kind: str, budget: float, said: bool) -> None:
     torch.manual_seed(0)
-    method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, begin=0, end=4), Net()
+    method, model = METHODS[kind](TARGETS, rank=4, budget=0.3, score="norm", begin=0, end=4), Net()
     train(method, model, of_net, 6)
     chosen, spent = gates(model) != 0, held(method, model)
-    other = METHODS[kind](TARGETS, rank=4, budget=budget, begin=0, end=4)
+    other = METHODS[kind](TARGETS, rank=4, budget=budget, score="norm", begin=0, end=4)
     optimizer = torch.optim.AdamW(ls.parameter_groups(model, other), lr=1e-2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -35,8 +35,8 @@ EVERY = {
 }  # fmt: skip
 GATES = {
     "threshold": None, "sparsity_weight": None, "l1_weight": 0.0, "operator": "soft", "metric": "euclidean",
-    "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "norm",
-    "begin": 0.1, "end": 0.7,
+    "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "singular",
+    "begin": 0.5, "end": 0.5,
 }  # fmt: skip
 START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05}
 MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
@@ -48,7 +48,7 @@ MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8
         (ls.LoRA, {**EVERY, **START, "alpha": 16}),
         (ls.SoRA, {**EVERY, **GATES, **START, "alpha": 16}),
         (ls.RoseLoRA, {**EVERY, **MASKS, "alpha": None}),
-        (ls.GatedRoseLoRA, {**EVERY, **GATES, **MASKS, "alpha": None}),
+        (ls.GatedRoseLoRA, {**EVERY, **GATES, **MASKS, "alpha": None, "score": "norm"}),
     ],
 )
 def test_defaults_are_part_of_the_contract(kind: Any, expected: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
-METHODS = ("sora", "refit", "roselora", "gated", "budget", "budget_sensitivity")
+METHODS = ("sora", "refit", "roselora", "gated", "budget", "budget_norm", "budget_sensitivity")
 State = dict[str, torch.Tensor]
 
 pytestmark = pytest.mark.slow

@@ -26,6 +26,7 @@ METHODS: dict[str, Any] = {
     "roselora": lambda **o: ls.RoseLoRA(rank=4, density=0.2, begin=5, end=30, **o),
     "changed": lambda **o: ls.RoseLoRA(rank=4, changed=0.1, begin=5, end=30, **o),
     "budget": lambda **o: ls.SoRA(rank=4, budget=0.4, begin=5, end=30, **o),
+    "budget_norm": lambda **o: ls.SoRA(rank=4, budget=0.4, score="norm", begin=5, end=30, **o),
     "budget_sensitivity": lambda **o: ls.SoRA(rank=4, budget=0.4, score="sensitivity", begin=5, end=30, **o),
     "gora": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", gora_batches=3, gora_gamma=1.0, **o),
     "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
