@@ -93,7 +93,8 @@ def start_from_gradients(
     if not held or has_started(held):
         raise UsageError(f"{type(model).__name__} has no new adapters: inject into a freshly loaded model, then start.")
     chosen = islice(batches, method.gora_batches)
-    gradients = _mean_gradients(model, {a.weight for a in held}, chosen, loss or (lambda batch: model(**batch).loss))
+    weights = list(dict.fromkeys(a.weight for a in held))  # in the same order in all processes, unlike a set
+    gradients = _mean_gradients(model, weights, chosen, loss or (lambda batch: model(**batch).loss))
     units = [a.copies * math.sqrt(a.in_features + a.out_features) for a in held]
     highest = [min(a.in_features, a.out_features) for a in held]
     ranks = allotted_ranks(_importances(held, gradients), units, [a.rank for a in held], highest)
@@ -126,7 +127,7 @@ def has_started(adapters: Sequence[LowRankAdapter]) -> bool:
 
 
 def _mean_gradients(
-    model: nn.Module, weights: set[Tensor], batches: Iterable[Any], loss: Callable[[Any], Tensor]
+    model: nn.Module, weights: Sequence[Tensor], batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> dict[Tensor, Tensor]:
     """The mean gradient of each weight over the batches of all processes, float32 in main memory."""
     sums = {weight: torch.zeros(weight.shape) for weight in weights}
