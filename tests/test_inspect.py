@@ -139,4 +139,4 @@ def test_it_says_what_a_budget_comes_to(budget, said, config, capsys):
     main(["inspect", "--config", config, f"{method}.threshold", "null", f"{method}.budget", budget])
     parameters = 2 * (9 * 64 + 4 * 96)  # rank 2 of nine layers of 32 → 32, and four of 32 → 64 and back
     numbers = {"quarter": parameters // 4, "all": parameters, "bytes": 4 * parameters}
-    assert f"The budget leaves {said.format(**numbers)} of A and B from end=0.7 on.\n" in capsys.readouterr().out
+    assert f"The budget leaves {said.format(**numbers)} of A and B from end=0.5 on.\n" in capsys.readouterr().out
