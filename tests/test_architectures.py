@@ -108,6 +108,7 @@ def test_a_layer_that_no_adapter_can_serve_is_refused_by_name(name, target, reas
     assert not list(ls.adapters_in(model))
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_the_generated_one():
     text = DOCUMENT.read_text(encoding="utf-8")
     version = ".".join(transformers.__version__.split(".")[:2])

@@ -105,7 +105,7 @@ def titled(page: str) -> dict[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [*pages_with("bash"), "README.md"])
+@pytest.mark.parametrize("page", [*pages_with("bash"), pytest.param("README.md", marks=pytest.mark.slow)])
 def test_the_commands_are_read(page, tmp_path, capsys):
     for name, content in titled(page).items():
         Path(name).write_text(content)

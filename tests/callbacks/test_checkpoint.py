@@ -351,6 +351,7 @@ def fit_in_stages(project, refit, *callbacks):
     trainer.fit(module, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("refit", "best"), [(0, 2 * BATCHES), (3, 3 * BATCHES)])
 def test_the_last_stage_of_thresholds_is_final_or_its_refit(project, refit, best):
     keep = ls.SparseCheckpoint("kept", monitor="early", mode="max")
@@ -360,6 +361,7 @@ def test_the_last_stage_of_thresholds_is_final_or_its_refit(project, refit, best
     assert step_of(keep.best_model_path) == best
 
 
+@pytest.mark.slow
 def test_a_refit_that_leaves_the_last_stage_no_step_is_refused(project):
     said = "pulls at gates until step 4 of 12, and the last stage begins at step 4. Lower refit, or raise epochs."
     with pytest.raises(ls.UsageError, match=re.escape(said)):

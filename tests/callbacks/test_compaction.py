@@ -98,6 +98,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:density", "ignore:.*pulls every gate")
 @pytest.mark.parametrize("method", CHOICES.values(), ids=CHOICES)
 def test_ranks_go_at_once_when_the_choice_stays_and_such_a_run_resumes(method, bert, tmp_path):

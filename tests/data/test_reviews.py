@@ -25,6 +25,7 @@ def _cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @needs_reviews
 def test_the_hash_of_the_text_divides_the_reviews():
     parts = {split: read() for split, read in QuickstartReviews()._readers().items()}
@@ -50,6 +51,7 @@ def test_batches_hold_reviews_and_labels(tmp_path):
     assert batch["input_ids"].shape[1] <= 64
 
 
+@pytest.mark.slow
 @needs_reviews
 @needs_encoder
 def test_the_default_length_cuts_few_reviews():

@@ -54,6 +54,7 @@ def read(folder):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_stages_raise_the_threshold_and_restart_the_learning_rate(tiny_bert, tmp_path, trainer):
     watch, module = Watch(), classifier(tiny_bert, warmup=0.25)
     stages = ls.ThresholdStages(**STAGES, folder=str(tmp_path / "stages"))
@@ -80,6 +81,7 @@ def test_stages_raise_the_threshold_and_restart_the_learning_rate(tiny_bert, tmp
     assert (tmp_path / "stages" / "stages.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_stage_is_that_of_its_best_validation(tiny_bert, tmp_path, trainer):
     class Record(Callback):
         def __init__(self):
