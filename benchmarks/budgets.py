@@ -34,13 +34,12 @@ import tables
 import torch
 from cells import Found, Store, run_missing
 from quality import (
-    EXTENSIONS,
-    LEARNING_RATES,
     TASKS,
     Adapting,
     Task,
     adalora,
     backbone,
+    extended,
     half,
     left,
     mean_pooled,
@@ -161,18 +160,6 @@ def folder_of(encoder: str) -> str:
 # Which cells there are, and which are missing.
 
 
-def searched(found: Found, task: str, method: str) -> list[float]:
-    """The learning rates to search, as far as they are known: also beyond the best one, where it is at an end."""
-    rates = sorted(LEARNING_RATES)
-    for _ in range(EXTENSIONS):
-        best = _best(found, task, method, rates)
-        if best == rates[-1]:
-            rates.append(2 * best)
-        elif best == rates[0]:
-            rates.insert(0, best / 2)
-    return rates
-
-
 def _searches(task: str, method: str, rates: list[float]) -> list[Cell]:
     budgets = METHODS[method][1]
     return [Cell("search", task, method, SEARCHED if SEARCHED in budgets else budgets[0], lr, 0) for lr in rates]
@@ -190,7 +177,7 @@ def missing(tasks: list[str], methods: list[str], seeds: int, found: Found) -> d
     cells: list[Cell] = []
     for task in tasks:
         for method in methods:
-            rates = searched(found, task, method)
+            rates = extended(partial(_best, found, task, method))
             lr = _best(found, task, method, rates)
             if lr is None:
                 cells += _searches(task, method, rates)

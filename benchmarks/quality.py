@@ -260,7 +260,6 @@ class MeanPooledMPNet(MPNetForSequenceClassification):
 
     def __init__(self, config: MPNetConfig) -> None:
         super().__init__(config)
-        self.mpnet.pooler = None
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(  # type: ignore[override]
@@ -317,9 +316,14 @@ def _batches(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 
 def searched(found: Found, task: str, method: str) -> list[float]:
     """The learning rates to search, as far as they are known: also beyond the best one, where it is at an end."""
+    return extended(partial(_best, found, task, method))
+
+
+def extended(best_of: Callable[[list[float]], float | None]) -> list[float]:
+    """The rates of the search, and some beyond its ends; ``best_of`` is the best of rates, None if one is missing."""
     rates = sorted(LEARNING_RATES)
     for _ in range(EXTENSIONS):
-        best = _best(found, task, method, rates)
+        best = best_of(rates)
         if best == rates[-1]:
             rates.append(2 * best)
         elif best == rates[0]:

@@ -29,7 +29,7 @@ class Rows:
     weights as the product of what they keep.
 
     Args:
-        scores_A: For each layer, finite and not negative, float32, shape ``(ranks, in_features)``.
+        scores_A: For each layer, finite and not negative, shape ``(ranks, in_features)``; compared in float32.
         scores_B_t: Likewise, shape ``(ranks, out_features)``.
         opened: For each layer, which ranks count, shape ``(ranks,)``; the scores of the others are taken as zero. None:
             all.
@@ -46,7 +46,7 @@ class Rows:
         self._matrices = [*scores_A, *scores_B_t]
         layout = _layout(tuple((len(m), m.shape[1]) for m in self._matrices), self._matrices[0].device)
         self._groups, self._places, self._layers = layout
-        self._stacked = [torch.cat([self._matrices[i] for i in group]) for group in self._groups]
+        self._stacked = [torch.cat([self._matrices[i] for i in group]).float() for group in self._groups]
         for rows, group in zip(self._stacked, self._groups, strict=True) if opened is not None else ():
             rows.mul_(torch.cat([opened[i % len(opened)] for i in group]).unsqueeze(1))  # type: ignore[index, arg-type]
         self._largest = [rows.amax(1, keepdim=True) for rows in self._stacked]

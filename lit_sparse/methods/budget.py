@@ -18,7 +18,7 @@ from lit_sparse.errors import require_choice
 from lit_sparse.functional import cubic_density, resolve_step, sensitivities, update_moving_average_, within_budget
 from lit_sparse.methods.account import Account, is_trained, open_gates, parse_budget
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, require_end, require_points
+from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, length_of, require_end, require_points
 from lit_sparse.methods.spectrum import cut
 from lit_sparse.methods.step import Run, Step
 
@@ -144,13 +144,13 @@ class Budgets(SparseMethod):
             _close(gates, _values(gates), opened)
         if self._averages:
             update_moving_average_([a.get_buffer("sensitivity_gate") for a in adapters], seen, _MEMORY)
-        if self.budget is not None:
+        if self.budget is not None and (self.score != "singular" or self._cuts(step.index, step.total)):
             account = Account.of(self.budget, adapters)
             allowed = self._allowed(account, step.index, step.total)
-            if allowed < account.dense and self.score != "singular":
-                self._choose(adapters, account, allowed, stay=opened is not None)
-            elif allowed < account.dense and self._cuts(step.index, step.total):
+            if allowed < account.dense and self.score == "singular":
                 cut(adapters, account, allowed, step.optimizer)
+            elif allowed < account.dense:
+                self._choose(adapters, account, allowed, stay=opened is not None)
         super().after_step(adapters, step, others)
 
     def _choose(self, adapters: Sequence[LowRankAdapter], account: Account, allowed: int, stay: bool) -> None:
@@ -227,13 +227,13 @@ class Budgets(SparseMethod):
 
     def _holds(self, step: Step) -> bool:
         """Whether gates that are zero before the step are zero after it, unless it is one that chooses."""
-        cut = self.budget is not None and self.score == "singular"
-        return cut or self._ranks_stay(step.index, step.total)
+        never_return = self.budget is not None and self.score == "singular"
+        return never_return or self._ranks_stay(step.index, step.total)
 
     def _cuts(self, step: int, total: int | None) -> bool:
         """Whether singular values are cut after the step: at ``end``, and at equal distances before it."""
         last = decided_at(self.end, total)
-        distance = max(1, math.ceil((last - resolve_step(self.begin, _length(total))) / _CUTS))
+        distance = max(1, math.ceil((last - resolve_step(self.begin, length_of(total))) / _CUTS))
         return step <= last and (last - step) % distance == 0
 
     def _ranks_stay(self, step: int, total: int | None) -> bool:
@@ -243,7 +243,7 @@ class Budgets(SparseMethod):
 
     def _allowed(self, account: Account, step: int, total: int | None) -> int:
         """What the ranks may cost together after ``step``."""
-        share = cubic_density(step, _length(total), account.limit / account.dense, self.begin, self.end)
+        share = cubic_density(step, length_of(total), account.limit / account.dense, self.begin, self.end)
         if step < FIRST_SCORES:
             return account.dense
         if self._ranks_stay(step + 1, total):
@@ -277,8 +277,3 @@ def _silence(gates: Sequence[nn.Parameter], opened: Tensor) -> None:
 def _norms(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms
-
-
-def _length(total: int | None) -> int:
-    """Of a run without an end, begin and end are numbers of steps (check() saw to it), for which it does not count."""
-    return 1 if total is None else total

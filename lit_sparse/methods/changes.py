@@ -16,10 +16,10 @@ from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import cubic_density
 from lit_sparse.functional.changes import Rows, lowest_threshold, union
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.schedule import decided_at
+from lit_sparse.methods.schedule import decided_at, length_of
 from lit_sparse.methods.step import Run, Step
 
-_MEASURED_EVERY = 32
+MEASURED_EVERY = 32
 """Steps between two measurements of how much the changes of a layer's ranks overlap, each of which forms BA's support.
 The overlap moves slowly, and the last choice is measured as it is made."""
 
@@ -89,10 +89,10 @@ class Changes(SparseMethod):
         """Whether the choice that stays is made after this step."""
         return step.index == decided_at(self.end, step.total)
 
-    def _choose_entries(self, adapters: Sequence[LowRankAdapter], step: Step) -> None:
-        """Write into the masks which entries are kept after this step."""
+    def _choose_entries(self, adapters: Sequence[LowRankAdapter], step: Step, is_measured: bool) -> None:
+        """Write into the masks which entries are kept after this step, and measure the overlap if it is time."""
         last = self._is_last(step)
-        share = cubic_density(step.index, step.total or 1, self.changed or 1.0, self.begin, self.end)
+        share = cubic_density(step.index, length_of(step.total), self.changed or 1.0, self.begin, self.end)
         limit = math.floor(share * _adapted(adapters) + 1e-6)
         of_A, of_B_t = ([adapter.get_buffer(f"sensitivity_{name}") for adapter in adapters] for name in ("A", "B_t"))
         rows = Rows(of_A, of_B_t, _opened(adapters))
@@ -107,7 +107,7 @@ class Changes(SparseMethod):
             threshold = lowest_threshold(lambda t: measured(t).sum(), limit, device)
         else:
             threshold = rows.lowest_threshold(limit, torch.stack(overlaps))
-        if step.index % _MEASURED_EVERY == 0:
+        if is_measured and not last:
             found = rows.changes(threshold) / measured(threshold).clamp(min=1)
             torch._foreach_copy_(overlaps, list(found.clamp(min=1).to(overlaps[0].dtype)))
         for name, masks in zip(("A", "B_t"), rows.masks(threshold, unseen=not last), strict=True):

@@ -16,8 +16,8 @@ from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import cubic_density, sensitivities, top_fraction_mask, update_moving_average_
 from lit_sparse.functional.sensitivity import where_finite
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.changes import Changes
-from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, require_end, require_points
+from lit_sparse.methods.changes import MEASURED_EVERY, Changes
+from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, length_of, require_end, require_points
 from lit_sparse.methods.step import Run, Step
 
 BROAD_CHANGE = 0.1
@@ -112,9 +112,8 @@ class Masks(Changes):
 
     def density_at(self, step: int, total: int | None, density: float | None = None) -> float:
         """τ⁽ᵗ⁾: the share kept after ``step`` of ``total`` optimizer steps, where ``density`` is the final one."""
-        # A run without an end has begin and end as step numbers (check() saw to it): total is not used.
         final = density or self.density or self.changed or 1.0
-        return cubic_density(step, 1 if total is None else total, final, self.begin, self.end)
+        return cubic_density(step, length_of(total), final, self.begin, self.end)
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:
         """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3)."""
@@ -155,7 +154,7 @@ class Masks(Changes):
             keep_top_share_(weights, averages, density, masks)
             return
         if self.changed is not None and not self._is_chosen(step) and (is_due or self._is_last(step)):
-            self._choose_entries(adapters, step)
+            self._choose_entries(adapters, step, is_measured=step.index % MEASURED_EVERY < self.update_every)
         _keep_(weights, _buffers(adapters, "mask"))
 
     @property

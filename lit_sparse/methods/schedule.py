@@ -39,4 +39,9 @@ def require_end(begin: int | float, end: int | float, total: int | None) -> None
 
 def decided_at(end: int | float, total: int | None) -> int:
     """The step at which a choice that lasts is made: ``end``, but no step before scores tell entries apart."""
-    return max(math.ceil(resolve_step(end, 1 if total is None else total)), FIRST_SCORES)
+    return max(math.ceil(resolve_step(end, length_of(total))), FIRST_SCORES)
+
+
+def length_of(total: int | None) -> int:
+    """Steps of a run, for its schedule. Without an end, ``begin`` and ``end`` are steps, and any number does."""
+    return 1 if total is None else total

@@ -61,7 +61,7 @@ def cut(adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opti
         optimizer: Holds the adapters.
     """
     if not all(bool(w.isfinite().all()) for adapter in adapters for w in adapter.parameters(recurse=False)):
-        return  # which others report, and for which there are no singular values
+        return  # there are no singular values; FiniteLoss reports such a run
     trained = [(adapter, cost) for adapter, cost in zip(adapters, account.costs, strict=True) if is_trained(adapter)]
     opened = open_gates(adapters)
     paid = account.spent([0 if is_trained(a) else count for a, count in zip(adapters, opened, strict=True)])

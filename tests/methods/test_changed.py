@@ -73,6 +73,21 @@ def test_every_expert_competes(kind: str) -> None:
     assert_on_target(0.1, model, 2)
 
 
+def test_adapters_of_double_precision_are_on_the_target() -> None:
+    method, model = METHODS["RoseLoRA"](TARGETS, rank=4, changed=0.2), Net().double()
+    train(method, model, of_net, 20)
+    assert next(iter(ls.adapters_in(model)))[1].lora_A.dtype == torch.float64
+    assert_on_target(0.2, model, 4)
+
+
+@pytest.mark.parametrize("update_every", [1, 5, 20])
+def test_the_overlap_is_measured_however_rarely_entries_are_chosen(update_every: int) -> None:
+    method, model = METHODS["RoseLoRA"](TARGETS, rank=8, changed=0.2, update_every=update_every, end=1.0), Net()
+    train(method, model, of_net, 50)
+    overlaps = [float(adapter.get_buffer("overlap")) for _, adapter in ls.adapters_in(model)]
+    assert max(overlaps) > 1.0
+
+
 def test_bert_is_on_the_target_within_one_per_cent() -> None:
     model, method = build_tiny(BertForSequenceClassification), ls.RoseLoRA(rank=8, changed=0.05)
     ids = torch.randint(5, 60, (8, 6))
