@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_sparse.adapters.modes import in_mode
 from lit_sparse.errors import UsageError
 
 Metrics = dict[str, Metric]
@@ -78,18 +79,13 @@ def measured(
     metrics: Metrics = {"loss": Mean()} if own is None else own.make_metrics()
     for metric in metrics.values():
         metric.to(module.device)
-    was_training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
+    with in_mode(module, training=False):
         for batch in batches:
             moved = module.transfer_batch_to_device(batch, module.device, 0)
             if own is None:
                 measure_loss(module, moved, metrics)
             else:
                 own.measure(moved, metrics, data)
-    finally:
-        for part, training in was_training.items():
-            part.training = training
     updated = [metric for metric in metrics.values() if metric.update_called]
     if not updated or any(isinstance(metric, Mean) and not metric.count for metric in updated):
         raise UsageError(f"There is nothing to measure {type(module).__name__} by: no batches, or none with labels.")

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_sparse.data.padding import IGNORED as IGNORED
-from lit_sparse.data.padding import PadPromptAndResponse as PadPromptAndResponse
-from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.causal import CausalData
+from lit_sparse.data.padding import IGNORED
+from lit_sparse.data.rows import Rows
 from lit_sparse.data.sources import Place, require_text, require_texts
-from lit_sparse.data.text import TextData
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
 
@@ -25,7 +24,7 @@ _ALPACA_WITH_INPUT = (
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class InstructionData(TextData):
+class InstructionData(CausalData):
     """Prompts and responses for causal language models; the loss is on the response alone.
 
     A row becomes the tokens of its prompt, the tokens of its response and one eos token. ``labels`` repeat the response
@@ -58,9 +57,6 @@ class InstructionData(TextData):
 
     def _recipe(self) -> list[Any]:
         return [*super()._recipe(), self.template, self.response]
-
-    def _collator(self, role: str) -> Collator:
-        return PadPromptAndResponse(self.pad_token_id, left=role == "predict")
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         prompts = [

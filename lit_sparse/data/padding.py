@@ -68,12 +68,17 @@ class PadPromptAndResponse:
     texts: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return ``input_ids``, ``attention_mask`` and ``labels`` if the rows have them: (rows, longest row), long."""
+        """Return tensors of type long, (rows, longest row).
+
+        They are ``input_ids``, ``attention_mask``, and ``labels`` if the rows have them. Packed rows have
+        ``position_ids`` in place of the mask, and padding is at position 0.
+        """
         ids = [row["input_ids"] for row in rows]
-        batch: dict[str, Any] = {
-            "input_ids": pad(ids, self.pad_token_id, left=self.left),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=self.left),
-        }
+        batch: dict[str, Any] = {"input_ids": pad(ids, self.pad_token_id, left=self.left)}
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = pad([row["position_ids"] for row in rows], 0, left=self.left)
+        else:
+            batch["attention_mask"] = pad([[1] * len(row) for row in ids], 0, left=self.left)
         if "labels" in rows[0]:
             batch["labels"] = pad([row["labels"] for row in rows], left=self.left)
         return batch | {name: [row[name] for row in rows] for name in self.texts}

@@ -10,7 +10,7 @@ import torch
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.instructions import IGNORED
+from lit_sparse.data.padding import IGNORED
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.editing.metrics import Answer, EditSuccess, Fluency, Locality, Portability, Rephrase, RequestMean
 from lit_sparse.editing.requests import EditRequest, Probe

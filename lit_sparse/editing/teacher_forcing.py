@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.instructions import IGNORED, PadPromptAndResponse
+from lit_sparse.data.padding import IGNORED, PadPromptAndResponse
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
 

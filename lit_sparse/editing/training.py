@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.experts import ExpertWeight
 from lit_sparse.adapters.injection import inject, take_out
+from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of, patch_of_deltas
@@ -102,7 +103,7 @@ def train(
         UsageError: If the method trains more than the weights of its target layers, or cannot work in so few steps.
     """
     trainable = _weights(model, method) if isinstance(method, FineTuning) else _adapters(model, method)
-    with torch.enable_grad(), _training_mode(model), trainable as change:
+    with torch.enable_grad(), in_mode(model, training=True), trainable as change:
         made = make_optimizer(optimizer, change.groups)
         sparse = SparseSteps(method, model, made, steps) if isinstance(method, SparseMethod) else None
         settled = method.settled_after(steps) if isinstance(method, SparseMethod) else 0
@@ -170,15 +171,3 @@ def _weights(model: nn.Module, method: FineTuning) -> Iterator[_Trainable]:
             weight.requires_grad_(False)
             weight.grad = None
             weight.copy_(before[name])
-
-
-@contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into training mode, and each module back into its own."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

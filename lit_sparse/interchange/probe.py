@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
 
@@ -61,7 +61,7 @@ def outputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     Raises:
         UsageError: If the model does not run on the batch, or has no such output.
     """
-    with _evaluating(model):
+    with in_mode(model, training=False):
         try:
             output = model(**batch)
         except Exception as error:
@@ -102,17 +102,6 @@ def default_tolerance(model: nn.Module, outputs: Sequence[Tensor], *dtypes: torc
     finite = [t.double()[t.isfinite()].abs() for t in outputs]
     largest = max((float(t.max()) for t in finite if t.numel()), default=0.0)
     return max(_TOLERANCES.get(dtype, 1e-1) for dtype in (*own, *dtypes)) * max(_SMALL, largest)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

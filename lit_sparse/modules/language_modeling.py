@@ -13,6 +13,7 @@ from lit_sparse.callbacks.measuring import Mean, Metrics
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.modules.packing import as_model_inputs, is_packed, require_rows_apart
 
 IGNORED = -100
 """The label of tokens without loss: prompts, tokens that are not masked, and padding."""
@@ -102,6 +103,17 @@ class CausalLM(LanguageModel):
         require_range("num_beams", num_beams, at_least=1)
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
+        self._keeps_rows_apart = False  # known after the first packed batch
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's own output for a batch of its own arguments, or for packed rows (``position_ids``, no mask)."""
+        if not is_packed(batch):
+            return super().forward(**batch)
+        model = self._require_model()
+        if not self._keeps_rows_apart:
+            self._keeps_rows_apart = True
+            require_rows_apart(self, model, batch)
+        return super().forward(**as_model_inputs(batch, model))
 
     def make_metrics(self) -> Metrics:
         """Loss, perplexity and accuracy by token, and the share of right answers."""
