@@ -1,0 +1,206 @@
+"""Render conversations by a tokenizer's chat template, and find the tokens that the assistant has to write."""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from lit_sparse.data.sources import Place, local_path
+from lit_sparse.errors import UsageError
+
+Message = dict[str, Any]
+"""A turn: ``role``, ``content`` and whatever else the template reads, such as ``tool_calls``."""
+
+_MARK = "MARK"  # an assistant's text that shows where a turn ends
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """Makes tokens of conversations, by the chat template of a tokenizer.
+
+    The template writes all special tokens, so a bos token comes once or not at all. The assistant's part of a turn
+    begins where the generation prompt ends, and ends with the end-of-turn token. White space that the template writes
+    after that token, and a token that ends the whole conversation, are not part of it. If a token spans the end of a
+    generation prompt, the text is cut there before it is tokenised, as it is when the model generates.
+
+    A template with ``{% generation %}`` marks the assistant's part itself. With other templates, the conversation is
+    rendered up to every turn, and each rendering must be the beginning of the next.
+
+    Args:
+        tokenizer: The tokenizer. It is given ``template``, and so saves it with itself.
+        template: Jinja template in place of the tokenizer's own: its text, or the path of a ``.jinja`` file.
+
+    Raises:
+        UsageError: If there is no template, its file is missing, or it is no valid Jinja.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        if template is not None:
+            tokenizer.chat_template = _text_of(template)
+        if not tokenizer.chat_template:
+            raise UsageError(
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template: give one as chat_template, the text "
+                "of a Jinja template or the path of a .jinja file."
+            )
+        self._tokenizer = tokenizer
+        self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self._end = self._end_of_turn()
+
+    @property
+    def text(self) -> str | dict[str, str]:
+        """The template; some tokenizers have several, by name."""
+        return self._tokenizer.chat_template  # type: ignore[no-any-return]
+
+    def knows(self, word: str, tools: list[Any] | None = None) -> bool:
+        """Whether the template that is used with ``tools`` contains a word, such as the name of a role."""
+        return word in self._tokenizer.get_chat_template(tools=tools)
+
+    def prompt(self, messages: Sequence[Message], place: Place, tools: list[Any] | None = None) -> list[int]:
+        """Tokens of turns, with the generation prompt that asks for the assistant's next one.
+
+        Args:
+            messages: The turns.
+            place: The row, for errors.
+            tools: JSON schemas of the tools that the assistant may call.
+
+        Raises:
+            UsageError: If the template refuses the turns.
+        """
+        return self._tokens([self._rendered(messages, place, tools, ask=True)])[0]
+
+    def conversation(
+        self, messages: Sequence[Message], place: Place, tools: list[Any] | None = None, first: int = 0
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation, and which of them the assistant has to write.
+
+        Args:
+            messages: The turns.
+            place: The row, for errors.
+            tools: JSON schemas of the tools that the assistant may call.
+            first: Number of the first turn whose tokens count; earlier turns are context. A turn that no other
+                precedes answers nothing, and is context as well unless the template marks it.
+
+        Returns:
+            The tokens, and for each whether it belongs to an assistant's turn from ``first`` on.
+
+        Raises:
+            UsageError: If the template refuses the turns, or renders earlier turns differently once others follow.
+        """
+        if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
+            return self._marked(messages, place, tools, first)
+        turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= max(first, 1)]
+        texts = [self._rendered(messages, place, tools)]
+        for i in turns:
+            texts += [
+                self._rendered(messages[:i], place, tools, ask=True),
+                self._rendered(messages[: i + 1], place, tools),
+            ]
+            if not texts[0].startswith(texts[-2]):
+                raise _not_appended(place, i)
+        ids, *parts = self._tokens(texts)
+        if any(ids[: len(head)] != head for head in parts[::2]):  # a token reaches across the end of a prompt
+            ids, *parts = self._tokens(texts, cuts=[len(text) for text in texts[1::2]])
+        trained = [False] * len(ids)
+        for i, head, alone in zip(turns, parts[::2], parts[1::2], strict=True):
+            end = self._end_in(ids, len(head), alone)
+            if end is None:
+                raise _not_appended(place, i)
+            trained[len(head) : end] = [True] * (end - len(head))
+        return ids, trained
+
+    def _marked(
+        self, messages: Sequence[Message], place: Place, tools: list[Any] | None, first: int
+    ) -> tuple[list[int], list[bool]]:
+        encoded: Any = self._applied(messages, place, tools, return_dict=True, return_assistant_tokens_mask=True)
+        ids, trained = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+        if first > 0:
+            head = self.prompt(messages[:first], place, tools)
+            if ids[: len(head)] != head:
+                raise _not_appended(place, first)
+            trained[: len(head)] = [False] * len(head)
+        return ids, trained
+
+    def _end_in(self, ids: list[int], start: int, alone: list[int]) -> int | None:
+        """Where the assistant's part that begins at ``start`` ends; None if that cannot be told.
+
+        Args:
+            ids: Tokens of the conversation.
+            start: First token of the part.
+            alone: Tokens of the conversation up to this turn.
+        """
+        same = next((k for k, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
+        if same <= start or not all(token in self._special or self._is_space(token) for token in alone[same:]):
+            rank_zero_warn(
+                "The chat template renders an assistant's turn differently once others follow, such as without its "
+                "thinking: earlier turns are trained as they are rendered there."
+            )
+            return ids.index(self._end, start) + 1 if self._end in ids[start:] else None
+        ends = [k + 1 for k in range(start, same) if ids[k] == self._end]
+        if ends:
+            return ends[-1]
+        end = same  # another token than usual, as after a call of a tool
+        while end > start and self._is_space(ids[end - 1]):
+            end -= 1
+        return end if ids[end - 1] in self._special else same
+
+    def _is_space(self, token: int) -> bool:
+        return str(self._tokenizer.decode([token])).isspace()
+
+    def _end_of_turn(self) -> int | None:
+        """The token with which the template ends an assistant's turn; None if it does so by text."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        try:
+            text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateSyntaxError as error:
+            raise UsageError(f"The chat template is no valid Jinja: {error.message} (line {error.lineno}).") from error
+        except Exception:  # it wants other turns than these
+            return None
+        _, mark, tail = text.rpartition(_MARK)
+        after = [token for token in self._tokens([tail])[0] if not self._is_space(token)] if mark else []
+        return after[0] if after and after[0] in self._special else None
+
+    def _rendered(
+        self, messages: Sequence[Message], place: Place, tools: list[Any] | None, *, ask: bool = False
+    ) -> str:
+        return str(self._applied(messages, place, tools, tokenize=False, add_generation_prompt=ask))
+
+    def _applied(self, messages: Sequence[Message], place: Place, tools: list[Any] | None, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(
+                f"{place} does not suit the chat template ({reason}): change its turns, or give another chat_template."
+            ) from error
+
+    def _tokens(self, texts: Sequence[str], cuts: Sequence[int] = ()) -> list[list[int]]:
+        """Tokens of texts, each cut at the same places before it is tokenised."""
+        bounds = [[0, *(cut for cut in cuts if cut < len(text)), len(text)] for text in texts]
+        pieces = [text[a:b] for text, ends in zip(texts, bounds, strict=True) for a, b in pairwise(ends)]
+        many = iter(self._tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"])
+        return [[token for _ in ends[1:] for token in next(many)] for ends in bounds]
+
+
+def _not_appended(place: Place, turn: int) -> UsageError:
+    return UsageError(
+        f"{place}: the chat template renders what precedes turn {turn} (counted from 0) in one way to ask for it and in "
+        "another once it follows, so its tokens cannot be told. Train on the last turn alone, or give a chat_template "
+        "that only appends."
+    )
+
+
+def _text_of(template: str) -> str:
+    """The template itself, or the content of the file that it names."""
+    if "{" in template:
+        return template
+    file = local_path(template)
+    if file.suffix != ".jinja" or not file.is_file():
+        raise UsageError(
+            "chat_template must be the text of a Jinja template or the path of an existing .jinja file; got "
+            f"{template!r}."
+        )
+    return file.read_text(encoding="utf-8")

@@ -1,0 +1,146 @@
+"""Read conversations from rows of the usual formats."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from lit_sparse.data.chat_template import Message
+from lit_sparse.data.sources import Place, require_text
+from lit_sparse.errors import UsageError
+
+Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Format → the columns of a conversation with the answer, and of the prompt alone.
+_COLUMNS: Mapping[Format, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("messages",)),
+    "sharegpt": (("conversations",), ("conversations",)),
+    "prompt_completion": (("prompt", "completion"), ("prompt",)),
+    "alpaca": (("instruction", "output"), ("instruction",)),
+}
+_SHAREGPT = {
+    **{name: name for name in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+def recognised(columns: Sequence[str], split: str, labelled: bool, wanted: Format | None = None) -> Format:
+    """The format of a split's rows.
+
+    Args:
+        columns: The columns of the rows.
+        split: Name of the split, for errors.
+        labelled: Whether rows need an answer. A prompt without its answer is recognised only if they do not.
+        wanted: The format that the user named; None: the one whose columns are there.
+
+    Raises:
+        UsageError: If no format has these columns, or several have.
+    """
+    complete = [name for name, (all_columns, _) in _COLUMNS.items() if set(all_columns) <= set(columns)]
+    prompts = [name for name, (_, some) in _COLUMNS.items() if set(some) <= set(columns)] if not labelled else []
+    found: list[Format] = complete or prompts
+    if wanted is not None:
+        found = [wanted] if wanted in (*complete, *prompts) else []
+    if len(found) == 1:
+        return found[0]
+    known = "; ".join(f"{name} ({', '.join(needed)})" for name, (needed, _) in _COLUMNS.items())
+    if wanted is not None:
+        reason = f"does not have the columns of the format {wanted!r}"
+    elif found:
+        reason = f"has the columns of several formats ({', '.join(found)}), so name one as format"
+    else:
+        reason = "has the columns of no format"
+    raise UsageError(f"The split {split!r} {reason}. Its columns are {list(columns)}; the formats are {known}.")
+
+
+def read_row(
+    row: Mapping[str, Any],
+    form: Format,
+    place: Place,
+    labelled: bool,
+) -> tuple[list[Message], int]:
+    """The turns of a row, and the number of the first that is not its prompt.
+
+    Args:
+        row: Values by column.
+        form: The format of the row.
+        place: The row, for errors.
+        labelled: Whether the answer of a row with a prompt is read too.
+
+    Raises:
+        UsageError: If a turn has an unknown role, or no text where it needs one.
+    """
+    if form == "messages":
+        return turns_of(row["messages"], "messages", place), 0
+    if form == "sharegpt":
+        return turns_of(row["conversations"], "conversations", place), 0
+    if form == "prompt_completion":
+        prompt = turns_of(row["prompt"], "prompt", place, role="user")
+        answer = turns_of(row["completion"], "completion", place, role="assistant") if labelled else []
+        return prompt + answer, len(prompt)
+    question = require_text(row["instruction"], "instruction", place)
+    if str(row.get("input") or "").strip():
+        question += "\n" + require_text(row["input"], "input", place)
+    turns = [{"role": "user", "content": question}]
+    if labelled:
+        turns.append({"role": "assistant", "content": require_text(row["output"], "output", place)})
+    return turns, 1
+
+
+def turns_of(value: object, column: str, place: Place, role: str | None = None) -> list[Message]:
+    """The turns in a cell: of the form of OpenAI (role, content) or ShareGPT (from, value), or a text.
+
+    Args:
+        value: The cell.
+        column: Its column, for errors.
+        place: Its row, for errors.
+        role: Role of a cell that is one text; None: it must hold turns.
+
+    Raises:
+        UsageError: If it holds no turns, or one of them has an unknown role or no text where it needs one.
+    """
+    if role is not None and isinstance(value, str):
+        return [{"role": role, "content": require_text(value, column, place)}]
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{place} has no turns in the column {column!r} but {value!r}: fill it in or remove the row.")
+    return [_turn(turn, number, column, place) for number, turn in enumerate(value)]
+
+
+def _turn(value: object, number: int, column: str, place: Place) -> Message:
+    where = f"{place}, column {column!r}, turn {number} (counted from 0)"
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is {value!r}, and no object with role and content.")
+    turn = without_nulls(value)
+    if "from" in turn and "role" not in turn:
+        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+        turn["role"] = _SHAREGPT.get(str(turn["role"]), turn["role"])
+    if turn.get("role") not in ROLES:
+        raise UsageError(f"{where} has the role {turn.get('role')!r}: the roles are {', '.join(ROLES)}.")
+    text = _text_of(turn.get("content"), where)
+    calls = turn["role"] == "assistant" and turn.get("tool_calls")
+    if text is None and not calls:
+        raise UsageError(f"{where} has no content: fill it in or remove the row.")
+    if turn["role"] == "assistant" and not calls and not str(text).strip():
+        raise UsageError(f"{where} is an assistant's turn without text: fill it in or remove the row.")
+    return {**turn, "content": text or ""}
+
+
+def _text_of(content: object, where: str) -> str | None:
+    """The text of a turn, of which parts are joined; None if it has none."""
+    if content is None or isinstance(content, str):
+        return content
+    parts: list[Any] = content if isinstance(content, list) else [content]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise UsageError(f"{where} has content that is no text but {part!r}: write a text, or parts of type text.")
+    return "".join(part["text"] for part in parts)
+
+
+def without_nulls(value: Any) -> Any:
+    """``value`` without the keys that are null: a table fills in those that other rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
