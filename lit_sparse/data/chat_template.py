@@ -117,10 +117,14 @@ class ChatTemplate:
     ) -> tuple[list[int], list[bool]]:
         encoded: Any = self._applied(messages, place, tools, return_dict=True, return_assistant_tokens_mask=True)
         ids, trained = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
-        if first > 0:
-            head = self.prompt(messages[:first], place, tools)
+        answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        counted = [i for i in answers if i >= first]
+        if not counted:
+            return ids, [False] * len(ids)
+        if counted != answers:
+            head = self.prompt(messages[: counted[0]], place, tools)
             if ids[: len(head)] != head:
-                raise _not_appended(place, first)
+                raise _not_appended(place, counted[0])
             trained[: len(head)] = [False] * len(head)
         return ids, trained
 
@@ -187,9 +191,9 @@ class ChatTemplate:
 
 def _not_appended(place: Place, turn: int) -> UsageError:
     return UsageError(
-        f"{place}: the chat template renders what precedes turn {turn} (counted from 0) in one way to ask for it and in "
-        "another once it follows, so its tokens cannot be told. Train on the last turn alone, or give a chat_template "
-        "that only appends."
+        f"{place}: the chat template renders what precedes turn {turn} (counted from 0) in one way to ask for it, and "
+        "in another once it follows, so its tokens cannot be told. Train on the last turn alone, or give a "
+        "chat_template that only appends."
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from lit_sparse.data.chat_template import Message
 from lit_sparse.data.sources import Place, require_text
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, parse_json
 
 Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca"]
 
@@ -109,11 +109,28 @@ def turns_of(value: object, column: str, place: Place, role: str | None = None) 
     return [_turn(turn, number, column, place) for number, turn in enumerate(value)]
 
 
+def tools_of(value: object, place: Place) -> list[Any] | None:
+    """The JSON schemas of tools in a cell, which may hold them as JSON text; None if there are none.
+
+    Raises:
+        UsageError: If it holds anything else.
+    """
+    if not value:
+        return None
+    try:
+        found = parse_json(value) if isinstance(value, str) else _without_nulls(value)
+    except ValueError as error:
+        raise UsageError(f"{place} has no JSON in the column 'tools' ({error}): write a list of schemas.") from error
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise UsageError(f"{place} has no list of JSON schemas in the column 'tools' but {value!r}.")
+    return found or None
+
+
 def _turn(value: object, number: int, column: str, place: Place) -> Message:
     where = f"{place}, column {column!r}, turn {number} (counted from 0)"
     if not isinstance(value, dict):
         raise UsageError(f"{where} is {value!r}, and no object with role and content.")
-    turn = without_nulls(value)
+    turn = _without_nulls(value)
     if "from" in turn and "role" not in turn:
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
         turn["role"] = _SHAREGPT.get(str(turn["role"]), turn["role"])
@@ -139,8 +156,8 @@ def _text_of(content: object, where: str) -> str | None:
     return "".join(part["text"] for part in parts)
 
 
-def without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     """``value`` without the keys that are null: a table fills in those that other rows have."""
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

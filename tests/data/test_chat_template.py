@@ -1,0 +1,187 @@
+"""lit_sparse.data.chat_template: conversations as tokens, against those made by hand."""
+
+import json
+from itertools import groupby
+
+import chat_templates
+import pytest
+from chat_templates import BY_HAND, SYSTEM_REFUSED, save_chat_tokenizer, tokens_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from lit_sparse import UsageError
+from lit_sparse.data.chat_template import ChatTemplate
+from lit_sparse.data.sources import Place
+
+PLACE = Place("train", 3)
+SYSTEM = [{"role": "system", "content": "be good"}]
+TURNS = [
+    {"role": "user", "content": "who was it"},
+    {"role": "assistant", "content": "the cat"},
+    {"role": "user", "content": "where, and how?"},
+    {"role": "assistant", "content": "in the house.\n\nVery well."},
+]
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"of": "cat", "size": 1}}}
+TOOL_TURNS = [
+    TURNS[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "a tree"},
+    {"role": "tool", "content": ""},
+    *TURNS[1:],
+]
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def spans(tokenizer, ids, trained):
+    """The texts of the runs of trained tokens."""
+    runs = groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for own, run in runs if own]
+
+
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [
+        *((name, turns) for name in BY_HAND for turns in (TURNS, TURNS[:2])),
+        *((name, SYSTEM + TURNS) for name in BY_HAND if name not in SYSTEM_REFUSED),
+    ],
+)
+def test_conversations_are_those_made_by_hand(name, turns, tokenizer):
+    template, by_hand = BY_HAND[name]
+    chat = ChatTemplate(tokenizer, template)
+    ids, trained = chat.conversation(turns, PLACE)
+    assert (ids, trained) == tokens_of(tokenizer, by_hand(turns))
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert sum(token == tokenizer.bos_token_id for token in ids) == ("bos_token" in template)
+    if name == "plain" and len(turns) > 2:
+        return  # a prompt is cut nowhere, and so not before earlier answers
+    asked = chat.prompt(turns[:-1], PLACE)
+    assert ids[: len(asked)] == asked
+    assert (trained[len(asked) - 1], trained[len(asked)]) == (False, True)
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_calls_of_tools_are_trained_and_results_are_not(tools, tokenizer):
+    template, by_hand = BY_HAND["Qwen"]
+    ids, trained = ChatTemplate(tokenizer, template).conversation(TOOL_TURNS, PLACE, tools)
+    assert (ids, trained) == tokens_of(tokenizer, by_hand(TOOL_TURNS, tools))
+    called = f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call>"
+    # The generation prompt ends in a line, which this template writes before a call as well.
+    assert spans(tokenizer, ids, trained) == [
+        f"{called}\n{called}<|im_end|>",
+        "the cat<|im_end|>",
+        f"{TURNS[-1]['content']}<|im_end|>",
+    ]
+    assert ("find" in tokenizer.decode(ids).split("<|im_end|>")[0]) == (tools is not None)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_only_turns_from_the_first_on_count(name, tokenizer):
+    template, by_hand = BY_HAND[name]
+    parts = by_hand(TURNS)
+    answers = [number for number, (_, own) in enumerate(parts) if own]
+    parts = [(text, number == answers[-1]) for number, (text, _) in enumerate(parts)]
+    for first in (2, 3):
+        assert ChatTemplate(tokenizer, template).conversation(TURNS, PLACE, first=first) == tokens_of(tokenizer, parts)
+    assert not any(ChatTemplate(tokenizer, template).conversation(TURNS, PLACE, first=4)[1])
+
+
+def test_a_greeting_is_context(tokenizer):
+    chat = ChatTemplate(tokenizer, chat_templates.CHATML)
+    ids, trained = chat.conversation([{"role": "assistant", "content": "hello"}, *TURNS], PLACE)
+    assert spans(tokenizer, ids, trained) == ["the cat<|im_end|>", f"{TURNS[-1]['content']}<|im_end|>"]
+
+
+def test_thinking_that_the_template_drops(tokenizer):
+    turns = [{**turn, "content": f"<think>\nhm\n</think>\n\n{turn['content']}"} for turn in TURNS]
+    chat = ChatTemplate(tokenizer, chat_templates.THINKING)
+    with pytest.warns(UserWarning, match="renders an assistant's turn differently once others follow"):
+        ids, trained = chat.conversation([TURNS[0], turns[1], TURNS[2], turns[3]], PLACE)
+    assert spans(tokenizer, ids, trained) == ["the cat<|im_end|>", f"{turns[-1]['content']}<|im_end|>"]
+    ids, trained = chat.conversation(TURNS, PLACE, first=3)
+    assert spans(tokenizer, ids, trained) == [f"<think>\n\n</think>\n\n{TURNS[-1]['content']}<|im_end|>"]
+
+
+def test_a_template_that_moves_what_it_wrote(tokenizer):
+    chat = ChatTemplate(tokenizer, chat_templates.MOVING)
+    with pytest.raises(
+        UsageError, match=r"^Row 3 .* 'train': the chat template renders what precedes turn 2 .*last turn"
+    ):
+        chat.conversation(SYSTEM + TURNS, PLACE)
+    ids, trained = chat.conversation(SYSTEM + TURNS, PLACE, first=4)
+    assert spans(tokenizer, ids, trained) == [f" {TURNS[-1]['content']}</s>"]
+    marked = chat_templates.MOVING.replace(
+        "{{- ' ' + message.content + eos_token }}", "{% generation %}x{% endgeneration %}"
+    )
+    with pytest.raises(UsageError, match="what precedes turn 4"):
+        ChatTemplate(tokenizer, marked).conversation([*SYSTEM, *TURNS, TURNS[0]], PLACE, first=3)
+
+
+def test_another_token_than_usual_may_end_a_turn(tokenizer):
+    template = chat_templates.CHATML.replace(
+        "'<|im_end|>' + '\\n'", "('<|eot_id|>' if message.tool_calls else '<|im_end|>') + '\\n'"
+    )
+    turns = [TURNS[0], {**TURNS[1], "tool_calls": [CALL]}, {"role": "tool", "content": "x"}, TURNS[1]]
+    ids, trained = ChatTemplate(tokenizer, template).conversation(turns, PLACE)
+    assert spans(tokenizer, ids, trained) == ["the cat<|eot_id|>", "the cat<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "reason"),
+    [
+        ("Gemma", SYSTEM + TURNS, "System role not supported"),
+        ("Mistral", SYSTEM + TURNS, "Conversation roles must alternate"),
+        ("Mistral", TURNS[:1] * 2, "Conversation roles must alternate"),
+        ("ChatML", [{"role": "user", "content": 3}], "can only concatenate str"),
+        ("ChatML", [], "empty conversation"),
+    ],
+)
+def test_what_the_template_refuses_is_named(name, turns, reason, tokenizer):
+    chat = ChatTemplate(tokenizer, BY_HAND[name][0])
+    for refused in (chat.prompt, chat.conversation):
+        with pytest.raises(
+            UsageError, match=rf"^Row 3 .*'train' does not suit the chat template \(.*{reason}"
+        ) as caught:
+            refused(turns, PLACE)
+        assert "\n" not in str(caught.value)
+
+
+def test_templates_come_from_the_tokenizer_a_text_or_a_file(tokenizer, tmp_path):
+    with pytest.raises(UsageError, match="no chat template: give one as chat_template"):
+        ChatTemplate(tokenizer)
+    (tmp_path / "own.jinja").write_text(chat_templates.CHATML)
+    assert ChatTemplate(tokenizer, str(tmp_path / "own.jinja")).text == chat_templates.CHATML
+    assert ChatTemplate(tokenizer).text == chat_templates.CHATML
+    for wrong in ("missing.jinja", "chatml", str(tmp_path)):
+        with pytest.raises(UsageError, match=r"chat_template must be .* the path of an existing \.jinja file; got"):
+            ChatTemplate(tokenizer, wrong)
+    with pytest.raises(UsageError, match=r"no valid Jinja: .* \(line 2\)"):
+        ChatTemplate(tokenizer, "{{ messages }}\n{% for %}")
+
+
+texts = st.text("ab \n.é", min_size=1).filter(str.strip)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.sampled_from(["ChatML", "plain", "Phi", "marked"]))
+def test_spans_are_the_answers_whatever_they_hold(folder, pairs, name):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template, by_hand = BY_HAND[name]
+    turns = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    ids, trained = ChatTemplate(tokenizer, template).conversation(turns, PLACE)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert spans(tokenizer, ids, trained) == [text for text, own in by_hand(turns) if own]
