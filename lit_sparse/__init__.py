@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
     from lit_sparse.callbacks.stages import ThresholdStages as ThresholdStages
     from lit_sparse.data.audio import AudioData as AudioData
+    from lit_sparse.data.chat import ChatData as ChatData
     from lit_sparse.data.glue import GLUE as GLUE
     from lit_sparse.data.images import ImageData as ImageData
     from lit_sparse.data.instructions import InstructionData as InstructionData
@@ -114,6 +115,7 @@ _HOME = {
     "Sparsify": "callbacks.sparsify",
     "ThresholdStages": "callbacks.stages",
     "AudioData": "data.audio",
+    "ChatData": "data.chat",
     "GLUE": "data.glue",
     "ImageData": "data.images",
     "InstructionData": "data.instructions",

@@ -93,7 +93,7 @@ MOVING = """\
 {%- elif message.role == 'assistant' %}{{- ' ' + message.content + eos_token }}{%- endif %}{%- endfor %}"""
 
 
-def _every_turn(begin: str, end: str, after: str, **names: str) -> Callable[..., Parts]:
+def _every_turn(begin: str, end: str, after: str, trim: bool = False, **names: str) -> Callable[..., Parts]:
     """Turns of one form; ``begin`` has the role in braces, ``names`` replace those of roles."""
 
     def parts(messages: list[dict[str, Any]], tools: Any = None) -> Parts:
@@ -101,7 +101,8 @@ def _every_turn(begin: str, end: str, after: str, **names: str) -> Callable[...,
         for message in messages:
             role = message["role"]
             found.append((begin.format(names.get(role, role)), False))
-            found += [(message["content"] + end, role == "assistant"), (after, False)]
+            text = message["content"].strip() if trim else message["content"]
+            found += [(text + end, role == "assistant"), (after, False)]
         return found
 
     return parts
@@ -142,8 +143,8 @@ def _around(before: str, parts: Callable[..., Parts], after: str) -> Callable[..
 
 
 _chatml = _every_turn("<|im_start|>{}\n", "<|im_end|>", "\n")
-_llama = _every_turn("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "")
-_gemma = _every_turn("<start_of_turn>{}\n", "<end_of_turn>", "\n", assistant="model")
+_llama = _every_turn("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "", trim=True)
+_gemma = _every_turn("<start_of_turn>{}\n", "<end_of_turn>", "\n", trim=True, assistant="model")
 
 BY_HAND: dict[str, tuple[str, Callable[..., Parts]]] = {
     "ChatML": (CHATML, _chatml),

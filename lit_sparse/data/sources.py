@@ -91,9 +91,8 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
     chats = _chat_columns(rows)
     if chats and (missing or set(chats) & set(columns)):
         raise UsageError(
-            f"The split {split!r} holds conversations, in the column {chats[0]!r}, and such chat rows are not read: "
-            "write each conversation into columns such as instruction and output with the tokenizer's "
-            "apply_chat_template, as docs/how-to.md shows."
+            f"The split {split!r} holds conversations, in the column {chats[0]!r}: lit_sparse.ChatData reads these, by "
+            "the tokenizer's chat template, for a causal language model."
         )
     if missing:
         raise UsageError(

@@ -93,6 +93,7 @@ def model_card(
     repository: str | None,
     files: Collection[str],
     vocabulary: int | None,
+    prompt: str | None = None,
 ) -> str:
     """The text of ``README.md``.
 
@@ -104,6 +105,7 @@ def model_card(
         repository: Repository on the hub that the folder goes to; None: it stays where it is.
         files: Names of the files in the folder.
         vocabulary: Rows that embeddings must have before the folder is loaded; None: as many as they have.
+        prompt: A prompt in the chat format of the training; None: it was not trained on conversations.
     """
     name = getattr(model, "name_or_path", None) or None
     base_model = _hub_id(provenance.base_model) or _hub_id(name)
@@ -131,6 +133,10 @@ def model_card(
         f"## What remains\n\n{report.state[0].upper()}{report.state[1:]}; {report.whole}.\n\n"
         + _table(("layer", "rank", "trained rank", "remaining parameters"), ranks),
         f"## Labels\n\n{', '.join(f'{i}: {label}' for i, label in enumerate(labels))}\n" if labels else "",
+        f"## Chat format\n\nTrained on conversations in this format, which the tokenizer in this folder writes by its "
+        f"`apply_chat_template`:\n\n```text\n{prompt}\n```\n"
+        if prompt is not None
+        else "",
         f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",
         "## Engines\n\n" + "".join(f"- {note}\n" for note in report.notes) if report.notes else "",
     ]

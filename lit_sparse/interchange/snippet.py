@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from lit_sparse.interchange.processors import EXAMPLE, chat_template_of
+
 _TOKENIZER = "tokenizer_config.json"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
@@ -105,19 +107,22 @@ def _base(model: nn.Module, base: str | None) -> list[str]:
 
 
 def _use(model: Any) -> list[str]:
-    inputs = 'inputs = tokenizer("An example of a text.", return_tensors="pt")'
+    inputs = ['inputs = tokenizer("An example of a text.", return_tensors="pt")']
+    if chat_template_of(model) is not None:
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        inputs = [f"turns = {json.dumps(EXAMPLE)}", f"inputs = tokenizer.apply_chat_template(turns, {options})"]
     if model.can_generate():
-        return [inputs, "tokens = model.generate(**inputs, max_new_tokens=20)", "print(tokenizer.decode(tokens[0]))"]
+        return [*inputs, "tokens = model.generate(**inputs, max_new_tokens=20)", "print(tokenizer.decode(tokens[0]))"]
     kind, count = type(model).__name__, getattr(model.config, "num_labels", 2)
     if kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         shown = "logits.item()" if count == 1 else "model.config.id2label[logits.argmax(-1).item()]"
-        return [inputs, "logits = model(**inputs).logits", f"print({shown})"]
+        return [*inputs, "logits = model(**inputs).logits", f"print({shown})"]
     if kind in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
         tags = "[model.config.id2label[i] for i in model(**inputs).logits.argmax(-1)[0].tolist()]"
-        return [inputs, f"print({tags})"]
+        return [*inputs, f"print({tags})"]
     if kind in modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         return []
-    return [inputs, "print(model(**inputs))"]
+    return [*inputs, "print(model(**inputs))"]
 
 
 def _module_of(model: nn.Module) -> str:

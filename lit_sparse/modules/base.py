@@ -36,6 +36,7 @@ from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
+from lit_sparse.interchange.processors import chat_template_of, keep_chat_template
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
@@ -169,8 +170,13 @@ class SparseModule(EvaluationLoop):
 
     def configure_model(self) -> None:
         """Load the backbone, inject the method, add ``new_tokens`` and start from ``start_from``, once."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self.model = self._adapted()
+            # Before a strategy shards the model.
+            self._frozen_sample = frozen_sample(self)
+        keep_chat_template(self.model, getattr(self._data, "rendered_by", None))
+
+    def _adapted(self) -> nn.Module:
         if self.start_from is not None and self.method.init_weights == "gora":
             raise UsageError("start_from and init_weights 'gora' are two starts of A and B: remove one of them.")
         model = self._built[0].train() if self._built else self.load_model()
@@ -185,9 +191,7 @@ class SparseModule(EvaluationLoop):
             checkpoint_activations(model)
         if self.compile_model:
             model.compile()
-        self.model = model
-        # Before a strategy shards the model.
-        self._frozen_sample = frozen_sample(self)
+        return model
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks of this module, without those that the Trainer has already."""
@@ -228,6 +232,7 @@ class SparseModule(EvaluationLoop):
             "built": bool(self._built),
             **gate_record(self, checkpoint.get("state_dict", {})),
             "pad_token_id": getattr(getattr(self.model, "config", None), "pad_token_id", None),
+            "chat_template": chat_template_of(self.model),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,6 +243,8 @@ class SparseModule(EvaluationLoop):
         new_tokens = self._trainer is None or self.new_tokens is not None  # the Trainer's data module reads new_tokens
         checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, new_tokens)
         complete_average(self, checkpoint)
+        if chat_template_of(self.model) is None:  # data of this run has its own
+            keep_chat_template(self.model, checkpoint[checkpoints.KEY].get("chat_template"))
         if checkpoint[checkpoints.KEY].get("token_rows"):
             self._frozen_sample = frozen_sample(self)  # embeddings may have grown
 

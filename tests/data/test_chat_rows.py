@@ -1,12 +1,9 @@
 """Rows that are conversations are told from broken ones by every data module that reads text."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
-from transformers import AutoTokenizer
 
 import lit_sparse as ls
 from lit_sparse import UsageError
@@ -36,7 +33,9 @@ def write(folder, rows):
 def test_chat_rows_are_refused_with_what_to_do(kind, row, tmp_path):
     data = kind(data_files=write(tmp_path, [row] * 4), tokenizer=save_tiny_tokenizer(tmp_path / "tokenizer"))
     column = next(iter(row))
-    with pytest.raises(UsageError, match=f"holds conversations, in the column '{column}'.*apply_chat_template"):
+    with pytest.raises(
+        UsageError, match=f"holds conversations, in the column '{column}': lit_sparse.ChatData reads these"
+    ):
         data.setup("fit")
 
 
@@ -57,26 +56,3 @@ def test_a_conversation_beside_the_columns_that_are_read_does_no_harm(tmp_path):
     data = ls.InstructionData(data_files=write(tmp_path, rows), tokenizer=tokenizer)
     data.setup("fit")
     assert len(data.train_dataloader().dataset) == 4
-
-
-def test_the_documented_way_to_write_them_into_prompts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(
-        save_tiny_causal_tokenizer("meta-llama/Llama-2-7b-chat-hf", add_bos=True, pad_token="<pad>")  # noqa: S106
-    )
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained("meta-llama/Llama-2-7b-chat-hf")
-    Path("chats.jsonl").write_text(json.dumps(OPENAI) + "\n")
-    page = (Path(__file__).parents[2] / "docs" / "how-to.md").read_text(encoding="utf-8")
-    (program,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "apply_chat_template" in code)
-    exec(program, {})  # noqa: S102
-    data = ls.InstructionData(
-        data_files={"validation": "train.json"}, template="{instruction}", tokenizer="meta-llama/Llama-2-7b-chat-hf"
-    )
-    data.setup("validate")
-    batch = next(iter(data.val_dataloader()))
-    assert tokenizer.decode(batch["input_ids"][0]) == "<s>user: Who?</s>assistant: Tim</s>"
-    assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "Tim</s>"
