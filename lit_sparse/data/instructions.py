@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_sparse.data.causal import CausalData
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.data.rows import Rows
@@ -50,6 +52,14 @@ class InstructionData(CausalData):
     template: str | None = None
     response: str = "output"
     max_length: int = 256
+
+    def _load_processor(self) -> None:
+        super()._load_processor()
+        if self.template is None and self._tokenizer.chat_template:
+            rank_zero_warn(
+                "The tokenizer has a chat template, and the prompt is Stanford Alpaca's, which is not the model's own chat "
+                "format: use ChatData for that, or set template."
+            )
 
     def _columns(self, labelled: bool) -> list[str]:
         prompt = _columns_of(_ALPACA if self.template is None else self.template)

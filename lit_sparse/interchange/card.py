@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from lit_sparse.adapters.statistics import LayerSparsity
+from lit_sparse.interchange.processors import chat_format_of
 from lit_sparse.interchange.snippet import labels_of, snippet
 from lit_sparse.methods.progress import Progress
 
@@ -133,14 +134,22 @@ def model_card(
         f"## What remains\n\n{report.state[0].upper()}{report.state[1:]}; {report.whole}.\n\n"
         + _table(("layer", "rank", "trained rank", "remaining parameters"), ranks),
         f"## Labels\n\n{', '.join(f'{i}: {label}' for i, label in enumerate(labels))}\n" if labels else "",
-        f"## Chat format\n\nTrained on conversations in this format, which the tokenizer in this folder writes by its "
-        f"`apply_chat_template`:\n\n```text\n{prompt}\n```\n"
-        if prompt is not None
-        else "",
+        _chat_section(model, prompt) if prompt is not None else "",
         f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",
         "## Engines\n\n" + "".join(f"- {note}\n" for note in report.notes) if report.notes else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _chat_section(model: nn.Module, prompt: str) -> str:
+    chat = chat_format_of(model)
+    text = (
+        "## Chat format\n\nTrained on conversations in this format, which the tokenizer in this folder writes by "
+        f"`apply_chat_template`:\n\n```text\n{prompt}\n```\n"
+    )
+    if chat is None or chat["end"] is None:
+        return text
+    return f"{text}\nThe model ends its turn with `{chat['end']}`, at which generation must stop.\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

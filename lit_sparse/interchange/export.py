@@ -25,7 +25,7 @@ from lit_sparse.foreign_errors import is_disk_full
 from lit_sparse.interchange.card import ExportReport, Provenance, model_card
 from lit_sparse.interchange.metadata import write_metadata
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
-from lit_sparse.interchange.processors import chat_template_of, save_processor
+from lit_sparse.interchange.processors import chat_format_of, save_processor
 from lit_sparse.interchange.remains import trained_whole
 from lit_sparse.interchange.snippet import labels_of
 from lit_sparse.interchange.vocabulary import rows_of, texts_of, token_notes, whole_sentence
@@ -162,7 +162,7 @@ def exporting(
     with new_folder(folder) as path:
         draft = Draft(path, entries, model, list(texts), options, dtypes)
         yield draft
-        prompt = save_processor(processor or name, path, texts, chat_template_of(model))
+        prompt = save_processor(processor or name, path, texts, chat_format_of(model))
         draft.report = ExportReport(
             folder=Path(folder),
             format=form,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 from lightning.fabric.utilities import rank_zero_warn
 from transformers import AutoFeatureExtractor, AutoProcessor
@@ -22,22 +22,47 @@ EXAMPLE = [{"role": "user", "content": "An example of a text."}]
 """The conversation that model cards show."""
 
 
-def chat_template_of(model: Any) -> str | dict[str, str] | None:
-    """The chat template of the conversations that a model was trained on; None if it was trained on other texts."""
-    return getattr(model, "chat_template", None)
+class ChatFormat(TypedDict):
+    """The format of the conversations that a model is trained on.
+
+    Args:
+        template: The tokenizer's chat template; some have several, by name.
+        end: The token that ends the assistant's turns; None where the template ends them by text.
+        end_id: Its number.
+    """
+
+    template: str | dict[str, str]
+    end: str | None
+    end_id: int | None
 
 
-def keep_chat_template(model: Any, template: str | dict[str, str] | None) -> None:
-    """Let the exports of a model write a chat template; None changes nothing."""
-    if template is not None:
-        model.chat_template = template
+def chat_format_of(model: Any) -> ChatFormat | None:
+    """The format that :func:`keep_chat_format` gave to a model."""
+    return getattr(model, "chat_format", None)
+
+
+def keep_chat_format(model: Any, chat: ChatFormat | None) -> None:
+    """Let exports of a model write a chat format, and its generation end with the assistant's turn.
+
+    Args:
+        model: The model.
+        chat: The format; None changes nothing.
+    """
+    if chat is None:
+        return
+    model.chat_format = chat
+    config, end = getattr(model, "generation_config", None), chat["end_id"]
+    known = getattr(config, "eos_token_id", None)
+    several = known if isinstance(known, list) else [] if known is None else [known]
+    if config is not None and end is not None and end not in several:
+        config.eos_token_id = [*several, end]
 
 
 def save_processor(
     source: str | os.PathLike[str] | None,
     draft: Path,
     tokens: Mapping[int, str | None] = MappingProxyType({}),
-    chat_template: str | dict[str, str] | None = None,
+    chat: ChatFormat | None = None,
 ) -> str | None:
     """Write the tokenizer or processor of a model, with new tokens; warn if that fails.
 
@@ -45,10 +70,10 @@ def save_processor(
         source: Name or folder of the model.
         draft: Folder to write.
         tokens: Id to text of the tokens to add, in ascending order; None where the text is not known.
-        chat_template: Chat template for the tokenizer; None: its own, if it has one.
+        chat: Format whose template the tokenizer gets; None: its own template, if it has one.
 
     Returns:
-        A prompt as ``chat_template`` renders it; None if it does not, or is None.
+        A prompt in this format; None without one.
     """
     if not source or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _PROCESSOR_FILES)):
         return None  # transformers would make a tokenizer without words
@@ -61,10 +86,10 @@ def save_processor(
         for number, text in tokens.items():
             if text and tokenizer.add_tokens([text]) is not None and tokenizer.convert_tokens_to_ids(text) != number:
                 raise ValueError(f"it has another number than {number} for {text!r}")
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
+        if chat is not None:
+            tokenizer.chat_template = chat["template"]
         processor.save_pretrained(draft)
-        return _prompt(tokenizer) if chat_template is not None else None
+        return _prompt(tokenizer) if chat is not None else None
     except Exception as error:  # a damaged file or a missing package must not stop the export
         rank_zero_warn(f"The tokenizer or processor of {source!r} cannot be written: {' '.join(str(error).split())}.")
     return None

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from lit_sparse.interchange.processors import EXAMPLE, chat_template_of
+from lit_sparse.interchange.processors import EXAMPLE, chat_format_of
 
 _TOKENIZER = "tokenizer_config.json"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
@@ -108,7 +108,7 @@ def _base(model: nn.Module, base: str | None) -> list[str]:
 
 def _use(model: Any) -> list[str]:
     inputs = ['inputs = tokenizer("An example of a text.", return_tensors="pt")']
-    if chat_template_of(model) is not None:
+    if chat_format_of(model) is not None:
         options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         inputs = [f"turns = {json.dumps(EXAMPLE)}", f"inputs = tokenizer.apply_chat_template(turns, {options})"]
     if model.can_generate():

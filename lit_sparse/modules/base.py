@@ -36,7 +36,7 @@ from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
-from lit_sparse.interchange.processors import chat_template_of, keep_chat_template
+from lit_sparse.interchange.processors import chat_format_of, keep_chat_format
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
@@ -174,7 +174,7 @@ class SparseModule(EvaluationLoop):
             self.model = self._adapted()
             # Before a strategy shards the model.
             self._frozen_sample = frozen_sample(self)
-        keep_chat_template(self.model, getattr(self._data, "rendered_by", None))
+        keep_chat_format(self.model, getattr(self._data, "chat_format", None))
 
     def _adapted(self) -> nn.Module:
         if self.start_from is not None and self.method.init_weights == "gora":
@@ -232,7 +232,7 @@ class SparseModule(EvaluationLoop):
             "built": bool(self._built),
             **gate_record(self, checkpoint.get("state_dict", {})),
             "pad_token_id": getattr(getattr(self.model, "config", None), "pad_token_id", None),
-            "chat_template": chat_template_of(self.model),
+            "chat_format": chat_format_of(self.model),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,8 +243,8 @@ class SparseModule(EvaluationLoop):
         new_tokens = self._trainer is None or self.new_tokens is not None  # the Trainer's data module reads new_tokens
         checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, new_tokens)
         complete_average(self, checkpoint)
-        if chat_template_of(self.model) is None:  # data of this run has its own
-            keep_chat_template(self.model, checkpoint[checkpoints.KEY].get("chat_template"))
+        if chat_format_of(self.model) is None:  # data of this run has its own
+            keep_chat_format(self.model, checkpoint[checkpoints.KEY].get("chat_format"))
         if checkpoint[checkpoints.KEY].get("token_rows"):
             self._frozen_sample = frozen_sample(self)  # embeddings may have grown
 
