@@ -57,7 +57,7 @@ class InstructionData(CausalData):
         super()._load_processor()
         if self.template is None and self._tokenizer.chat_template:
             rank_zero_warn(
-                "The tokenizer has a chat template, and the prompt is Stanford Alpaca's, which is not the model's own chat "
+                "The tokenizer has a chat template, and the prompt is Stanford Alpaca's, not the model's own chat "
                 "format: use ChatData for that, or set template."
             )
 
