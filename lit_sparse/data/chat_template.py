@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import dropwhile, pairwise, takewhile
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -28,7 +28,9 @@ class ChatTemplate:
     generation prompt, the text is cut there before it is tokenised, as it is when the model generates.
 
     A template with ``{% generation %}`` marks the assistant's part itself. With other templates, the conversation is
-    rendered up to every turn, and each rendering must be the beginning of the next.
+    rendered up to every turn, and each rendering must be the beginning of the whole. Only generation prompts and the
+    assistant's own turns may differ, because many templates open or drop its thinking there. These turns are taken as
+    they stand in the conversation, with a warning.
 
     Args:
         tokenizer: The tokenizer. It is given ``template``, and so saves it with itself.
@@ -96,21 +98,20 @@ class ChatTemplate:
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= max(first, 1)]
         texts = [self._rendered(messages, place, tools)]
         for i in turns:
-            texts += [
-                self._rendered(messages[:i], place, tools, ask=True),
-                self._rendered(messages[: i + 1], place, tools),
-            ]
-            if not texts[0].startswith(texts[-2]):
-                raise _not_appended(place, i)
+            texts.append(self._rendered(messages[:i], place, tools, ask=True))
+            texts.append(self._rendered(messages[: i + 1], place, tools))
         ids, *parts = self._tokens(texts)
-        if any(ids[: len(head)] != head for head in parts[::2]):  # a token reaches across the end of a prompt
-            ids, *parts = self._tokens(texts, cuts=[len(text) for text in texts[1::2]])
+        cuts = [len(asked) for asked in texts[1::2] if texts[0].startswith(asked)]
+        heads = [head for asked, head in zip(texts[1::2], parts[::2], strict=True) if texts[0].startswith(asked)]
+        if any(ids[: len(head)] != head for head in heads):  # a token reaches across the end of a prompt
+            ids, *parts = self._tokens(texts, cuts)
         trained = [False] * len(ids)
         for i, head, alone in zip(turns, parts[::2], parts[1::2], strict=True):
-            end = self._end_in(ids, len(head), alone)
+            start = self._start_in(ids, head, messages[:i], place, tools)
+            end = self._end_in(ids, start, alone)
             if end is None:
                 raise _not_appended(place, i)
-            trained[len(head) : end] = [True] * (end - len(head))
+            trained[start:end] = [True] * (end - start)
         return ids, trained
 
     def _marked(
@@ -123,11 +124,30 @@ class ChatTemplate:
         if not counted:
             return ids, [False] * len(ids)
         if counted != answers:
-            head = self.prompt(messages[: counted[0]], place, tools)
-            if ids[: len(head)] != head:
-                raise _not_appended(place, counted[0])
-            trained[: len(head)] = [False] * len(head)
+            before = messages[: counted[0]]
+            start = self._start_in(ids, self.prompt(before, place, tools), before, place, tools)
+            trained[:start] = [False] * start
         return ids, trained
+
+    def _start_in(
+        self, ids: list[int], head: list[int], before: Sequence[Message], place: Place, tools: list[Any] | None
+    ) -> int:
+        """Where an assistant's part begins in a conversation.
+
+        Args:
+            ids: Tokens of the conversation.
+            head: Tokens of the turns before the part, with the generation prompt.
+            before: These turns.
+            place: The row, for errors.
+            tools: JSON schemas of tools.
+        """
+        start = _same(ids, head)
+        if start < len(head):
+            (context,) = self._tokens([self._rendered(before, place, tools)])
+            if start <= _same(head, context):
+                raise _not_appended(place, len(before))
+            self._warn()  # they part within the generation prompt, which may open the assistant's thinking
+        return start
 
     def _end_in(self, ids: list[int], start: int, alone: list[int]) -> int | None:
         """Where the assistant's part that begins at ``start`` ends; None if that cannot be told.
@@ -137,12 +157,10 @@ class ChatTemplate:
             start: First token of the part.
             alone: Tokens of the conversation up to this turn.
         """
-        same = next((k for k, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
-        if same <= start or not all(token in self._special or self._is_space(token) for token in alone[same:]):
-            rank_zero_warn(
-                "The chat template renders an assistant's turn differently once others follow, such as without its "
-                "thinking: earlier turns are trained as they are rendered there."
-            )
+        same = _same(ids, alone)
+        rest = alone[same:]
+        if same <= start or not all(token in self._special or self._is_space(token) for token in rest):
+            self._warn()
             return ids.index(self.end_id, start) + 1 if self.end_id in ids[start:] else None
         ends = [k + 1 for k in range(start, same) if ids[k] == self.end_id]
         if ends:
@@ -150,7 +168,15 @@ class ChatTemplate:
         end = same  # another token than usual, as after a call of a tool
         while end > start and self._is_space(ids[end - 1]):
             end -= 1
-        return end if ids[end - 1] in self._special else same
+        if ids[end - 1] in self._special:
+            return end
+        return same + 1 if rest and ids[same] in self._special else same  # or one that only ends conversations
+
+    def _warn(self) -> None:
+        rank_zero_warn(
+            "The chat template renders turns of the assistant in a conversation differently than it asks for them, or "
+            "than the last turn, such as without thinking: they are trained as they stand in the conversation."
+        )
 
     def _is_space(self, token: int) -> bool:
         return str(self._tokenizer.decode([token])).isspace()
@@ -164,8 +190,8 @@ class ChatTemplate:
         except Exception:  # it wants other turns than these
             return None
         _, mark, tail = text.rpartition(_MARK)
-        after = [token for token in self._tokens([tail])[0] if not self._is_space(token)] if mark else []
-        return after[0] if after and after[0] in self._special else None
+        after = dropwhile(self._is_space, self._tokens([tail])[0] if mark else [])
+        return next(reversed(list(takewhile(self._special.__contains__, after))), None)
 
     def _rendered(
         self, messages: Sequence[Message], place: Place, tools: list[Any] | None, *, ask: bool = False
@@ -187,6 +213,11 @@ class ChatTemplate:
         pieces = [text[a:b] for text, ends in zip(texts, bounds, strict=True) for a, b in pairwise(ends)]
         many = iter(self._tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"])
         return [[token for _ in ends[1:] for token in next(many)] for ends in bounds]
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens with which both begin."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _not_appended(place: Place, turn: int) -> UsageError:

@@ -105,7 +105,7 @@ def test_a_greeting_is_context(tokenizer):
 def test_thinking_that_the_template_drops(tokenizer):
     turns = [{**turn, "content": f"<think>\nhm\n</think>\n\n{turn['content']}"} for turn in TURNS]
     chat = ChatTemplate(tokenizer, chat_templates.THINKING)
-    with pytest.warns(UserWarning, match="renders an assistant's turn differently once others follow"):
+    with pytest.warns(UserWarning, match="trained as they stand in the conversation"):
         ids, trained = chat.conversation([TURNS[0], turns[1], TURNS[2], turns[3]], PLACE)
     assert spans(tokenizer, ids, trained) == ["the cat<|im_end|>", f"{turns[-1]['content']}<|im_end|>"]
     ids, trained = chat.conversation(TURNS, PLACE, first=3)
@@ -125,6 +125,30 @@ def test_a_template_that_moves_what_it_wrote(tokenizer):
     )
     with pytest.raises(UsageError, match="what precedes turn 4"):
         ChatTemplate(tokenizer, marked).conversation([*SYSTEM, *TURNS, TURNS[0]], PLACE, first=3)
+
+
+@pytest.mark.parametrize("name", ["CHATML", "MARKED"])
+def test_generation_prompts_may_open_the_thinking_that_turns_lack(name, tokenizer):
+    template = getattr(chat_templates, name).replace("|>assistant\\n'", "|>assistant\\n<think>\\n'")
+    chat = ChatTemplate(tokenizer, template)
+    assert tokenizer.decode(chat.prompt(TURNS[:1], PLACE)).endswith("<|im_start|>assistant\n<think>\n")
+    with pytest.warns(UserWarning, match="trained as they stand in the conversation"):
+        ids, trained = chat.conversation(TURNS, PLACE, first=3)
+    assert spans(tokenizer, ids, trained) == [f"{TURNS[-1]['content']}<|im_end|>"]
+
+
+def test_the_last_turn_may_end_with_a_token_of_its_own(tokenizer):
+    end = "('<|end|>' if message.role == 'assistant' and not loop.last else '<|im_end|>')"
+    chat = ChatTemplate(tokenizer, chat_templates.CHATML.replace("'<|im_end|>'", end))
+    ids, trained = chat.conversation(TURNS, PLACE)
+    assert spans(tokenizer, ids, trained) == ["the cat<|end|>", f"{TURNS[-1]['content']}<|im_end|>"]
+
+
+def test_several_tokens_may_end_a_turn(tokenizer):
+    chat = ChatTemplate(tokenizer, chat_templates.CHATML.replace("<|im_end|>", "<|end|><|im_end|>"))
+    ids, trained = chat.conversation(TURNS, PLACE)
+    assert spans(tokenizer, ids, trained) == [f"{turn['content']}<|end|><|im_end|>" for turn in TURNS[1::2]]
+    assert tokenizer.decode([chat.end_id]) == "<|im_end|>"
 
 
 def test_another_token_than_usual_may_end_a_turn(tokenizer):
