@@ -1,9 +1,10 @@
 """Render conversations by a tokenizer's chat template, and find the tokens that the assistant has to write."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import dropwhile, pairwise, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,6 +18,18 @@ Message = dict[str, Any]
 
 _MARK = "MARK"  # an assistant's text that shows where a turn ends
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class _Tokens(NamedTuple):
+    """A text, its tokens, and where each of them ends in the text, in characters."""
+
+    text: str
+    ids: list[int]
+    ends: list[int]
+
+    def before(self, place: int) -> int:
+        """The number of tokens that end at ``place`` or before it."""
+        return bisect_right(self.ends, place)
 
 
 class ChatTemplate:
@@ -37,7 +50,8 @@ class ChatTemplate:
         template: Jinja template in place of the tokenizer's own: its text, or the path of a ``.jinja`` file.
 
     Raises:
-        UsageError: If there is no template, its file is missing, or it is no valid Jinja.
+        UsageError: If there is no template, its file is missing, it is no valid Jinja, or the tokenizer
+            is not a fast one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
@@ -47,6 +61,11 @@ class ChatTemplate:
             raise UsageError(
                 f"The tokenizer {tokenizer.name_or_path!r} has no chat template: give one as chat_template, the text "
                 "of a Jinja template or the path of a .jinja file."
+            )
+        if not tokenizer.is_fast:
+            raise UsageError(
+                f"Conversations need a fast tokenizer, which knows the place of each token in the text; "
+                f"{type(tokenizer).__name__} is none: give another tokenizer."
             )
         self._tokenizer = tokenizer
         self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -73,7 +92,7 @@ class ChatTemplate:
         Raises:
             UsageError: If the template refuses the turns.
         """
-        return self._tokens([self._rendered(messages, place, tools, ask=True)])[0]
+        return self._split(self._rendered(messages, place, tools, ask=True)).ids
 
     def conversation(
         self, messages: Sequence[Message], place: Place, tools: list[Any] | None = None, first: int = 0
@@ -96,23 +115,25 @@ class ChatTemplate:
         if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
             return self._marked(messages, place, tools, first)
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= max(first, 1)]
-        texts = [self._rendered(messages, place, tools)]
-        for i in turns:
-            texts.append(self._rendered(messages[:i], place, tools, ask=True))
-            texts.append(self._rendered(messages[: i + 1], place, tools))
-        ids, *parts = self._tokens(texts)
-        cuts = [len(asked) for asked in texts[1::2] if texts[0].startswith(asked)]
-        heads = [head for asked, head in zip(texts[1::2], parts[::2], strict=True) if texts[0].startswith(asked)]
-        if any(ids[: len(head)] != head for head in heads):  # a token reaches across the end of a prompt
-            ids, *parts = self._tokens(texts, cuts)
-        trained = [False] * len(ids)
-        for i, head, alone in zip(turns, parts[::2], parts[1::2], strict=True):
-            start = self._start_in(ids, head, messages[:i], place, tools)
-            end = self._end_in(ids, start, alone)
+        text = self._rendered(messages, place, tools)
+        prompts = {i: self._rendered(messages[:i], place, tools, ask=True) for i in turns}
+        cuts = [len(prompt) for prompt in prompts.values() if text.startswith(prompt)]
+        whole = self._split(text)
+        if not self._splits_at(whole, cuts):
+            whole = self._split(text, cuts)
+        trained = [False] * len(whole.ids)
+        for i, prompt in prompts.items():
+            if text.startswith(prompt):
+                start = whole.before(len(prompt))
+            else:
+                start = self._start_in(whole.ids, self._split(prompt, cuts).ids, messages[:i], place, tools)
+            alone = self._rendered(messages[: i + 1], place, tools)
+            same = whole.before(len(alone)) if text.startswith(alone) else None
+            end = self._end_in(whole.ids, start, whole.ids[:same] if same else self._split(alone, cuts).ids)
             if end is None:
                 raise _not_appended(place, i)
             trained[start:end] = [True] * (end - start)
-        return ids, trained
+        return whole.ids, trained
 
     def _marked(
         self, messages: Sequence[Message], place: Place, tools: list[Any] | None, first: int
@@ -143,8 +164,8 @@ class ChatTemplate:
         """
         start = _same(ids, head)
         if start < len(head):
-            (context,) = self._tokens([self._rendered(before, place, tools)])
-            if start <= _same(head, context):
+            context = self._split(self._rendered(before, place, tools))
+            if start <= _same(head, context.ids):
                 raise _not_appended(place, len(before))
             self._warn()  # they part within the generation prompt, which may open the assistant's thinking
         return start
@@ -179,7 +200,7 @@ class ChatTemplate:
         )
 
     def _is_space(self, token: int) -> bool:
-        return str(self._tokenizer.decode([token])).isspace()
+        return not str(self._tokenizer.decode([token])).strip()
 
     def _end_of_turn(self) -> int | None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
@@ -190,7 +211,7 @@ class ChatTemplate:
         except Exception:  # it wants other turns than these
             return None
         _, mark, tail = text.rpartition(_MARK)
-        after = dropwhile(self._is_space, self._tokens([tail])[0] if mark else [])
+        after = dropwhile(self._is_space, self._split(tail).ids if mark else [])
         return next(reversed(list(takewhile(self._special.__contains__, after))), None)
 
     def _rendered(
@@ -207,12 +228,29 @@ class ChatTemplate:
                 f"{place} does not suit the chat template ({reason}): change its turns, or give another chat_template."
             ) from error
 
-    def _tokens(self, texts: Sequence[str], cuts: Sequence[int] = ()) -> list[list[int]]:
-        """Tokens of texts, each cut at the same places before it is tokenised."""
-        bounds = [[0, *(cut for cut in cuts if cut < len(text)), len(text)] for text in texts]
-        pieces = [text[a:b] for text, ends in zip(texts, bounds, strict=True) for a, b in pairwise(ends)]
-        many = iter(self._tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"])
-        return [[token for _ in ends[1:] for token in next(many)] for ends in bounds]
+    def _split(self, text: str, cuts: Sequence[int] = ()) -> _Tokens:
+        """Tokens of a text, each part between ``cuts`` by itself."""
+        bounds = [0, *(cut for cut in cuts if cut < len(text)), len(text)]
+        pieces = [text[a:b] for a, b in pairwise(bounds)]
+        found = self._tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = [token for piece in found["input_ids"] for token in piece]
+        return _Tokens(
+            text, ids, [a + end for a, o in zip(bounds, found["offset_mapping"], strict=False) for _, end in o]
+        )
+
+    def _splits_at(self, whole: _Tokens, cuts: Sequence[int]) -> bool:
+        """Whether the text up to each cut has the tokens that it has in the whole text."""
+        if not cuts:
+            return True
+        places, texts = [], []
+        for cut in cuts:
+            stop = whole.before(cut)
+            # A tokenizer splits at special tokens first: what is before the last of them has the same tokens.
+            start = next((k for k in range(stop - 1, -1, -1) if whole.ids[k] in self._special), 0)
+            places.append(slice(start, stop))
+            texts.append(whole.text[whole.ends[start - 1] if start else 0 : cut])
+        many = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return all(whole.ids[place] == ids for place, ids in zip(places, many, strict=True))
 
 
 def _same(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import pytest
 from chat_templates import BY_HAND, SYSTEM_REFUSED, save_chat_tokenizer, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from lit_sparse import UsageError
@@ -180,6 +181,12 @@ def test_what_the_template_refuses_is_named(name, turns, reason, tokenizer):
         assert "\n" not in str(caught.value)
 
 
+def test_a_slow_tokenizer_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(UsageError, match="Conversations need a fast tokenizer"):
+        ChatTemplate(tokenizer, chat_templates.CHATML)
+
+
 def test_templates_come_from_the_tokenizer_a_text_or_a_file(tokenizer, tmp_path):
     with pytest.raises(UsageError, match="no chat template: give one as chat_template"):
         ChatTemplate(tokenizer)
@@ -207,5 +214,25 @@ def test_spans_are_the_answers_whatever_they_hold(folder, pairs, name):
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     ids, trained = ChatTemplate(tokenizer, template).conversation(turns, PLACE)
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(ids) == rendered
     assert spans(tokenizer, ids, trained) == [text for text, own in by_hand(turns) if own]
+    if name != "marked":
+        whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        asked = [ChatTemplate(tokenizer).prompt(turns[:i], PLACE) for i in range(1, len(turns), 2)]
+        fits = all(whole[: len(prompt)] == prompt for prompt in asked)
+        assert ids == (whole if fits else tokens_of(tokenizer, by_hand(turns))[0])
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_a_tokenizer_whose_offsets_leave_out_spaces(space, tokenizer):
+    template, by_hand = BY_HAND["plain"]
+    post = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), post])
+    if not space:
+        template = template.replace("'assistant: '", "'assistant:'")
+    ids, trained = ChatTemplate(tokenizer, template).conversation(TURNS, PLACE)
+    answers = [("" if space else " ") + text for text, own in by_hand(TURNS) if own]
+    assert spans(tokenizer, ids, trained) == answers
+    whole = tokenizer.apply_chat_template(TURNS, return_dict=False)
+    assert (ids == whole) == (not space)
