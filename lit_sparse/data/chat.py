@@ -111,6 +111,8 @@ class ChatData(TextData):
         for i, place in enumerate(places):
             row = {column: values[i] for column, values in rows.items()}
             tools = tools_of(row.get("tools"), place)
+            if tools and not self._template.knows("tools", tools):
+                rank_zero_warn("The chat template does not mention tools: the column 'tools' has no effect.")
             turns, prompt = read_row(row, self._formats[place.split], place, labelled)
             if not self._template.knows("developer", tools):
                 turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]

@@ -39,6 +39,8 @@ class InstructionData(CausalData):
 
     Prediction batches hold the prompts alone, padded on the left, for ``generate`` to continue.
 
+    :class:`~lit_sparse.ChatData` writes prompts in the chat format of an instruction-tuned model.
+
     Args:
         template: The prompt, with names of columns in braces: ``"Q: {question} A: "``. Literal braces are doubled.
             Special tokens in it are kept; a bos at its beginning is not added again. None is the prompt of Stanford

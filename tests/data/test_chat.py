@@ -197,6 +197,11 @@ def test_calls_and_schemas_of_tools_survive_the_file(ending, chatml):
     assert [labelled(row) for row in found] == expected
 
 
+def test_a_template_that_ignores_tools_is_told(chatml):
+    with pytest.warns(UserWarning, match="template does not mention tools: the column 'tools' has no effect"):
+        encoded([{"messages": turns_of(CHATS[0]), "tools": TOOLS}], chatml)
+
+
 def test_a_table_fills_in_keys_and_they_are_taken_out(chatml):
     turns = turns_of(CHATS[0])
     turns[1] = {**turns[1], "tool_calls": [CALL]}

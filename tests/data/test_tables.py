@@ -72,12 +72,23 @@ def test_a_column_of_csv_is_of_numbers_only_if_all_its_cells_are(cells, values, 
         # No type holds these: they stay as they are, for messages that name the row.
         (["text", "text", {"a": 1}, None], ["text", "text", {"a": 1}, None]),
         ([[1, "two"], None, [3]], [[1, "two"], None, [3]]),
+        # Nor does one hold lists of objects with other keys, or with keys in another order, unchanged.
+        ([[{"a": 1}, {"b": "c"}], [{"a": 2}]], [[{"a": 1}, {"b": "c"}], [{"a": 2}]]),
+        ([[{"a": 1}]] * 3 + [[{"a": 2}, {"a": None}]], [[{"a": 1}]] * 3 + [[{"a": 2}, {"a": None}]]),
     ],
 )
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_a_column_of_json_has_the_type_that_holds_all_its_values(given, values, ending, tmp_path):
     rows = [{"other": "x" * 20, "value": value} for value in given]
     assert read(tmp_path, f"a.{ending}", json.dumps(rows) if ending == "json" else lines(*rows))["value"] == values
+
+
+@pytest.mark.parametrize("later", [{"a": 2.5}, {"a": 2, "b": 1}, {"a": None}], ids=str)
+@pytest.mark.parametrize("between", [0, 1_000], ids=["one part", "two parts"])
+def test_lists_of_objects_come_back_as_they_were_written(later, between, tmp_path):
+    values = [[{"b": 1, "a": 2}], *([[{"b": 1, "a": 2}]] * between), [later]]
+    found = read(tmp_path, "a.jsonl", lines(*({"value": value} for value in values)))["value"]
+    assert json.dumps(list(found)) == json.dumps(values)  # which tells 2 from 2.0, and knows the order of keys
 
 
 def test_a_column_may_begin_late_and_end_early(tmp_path):
