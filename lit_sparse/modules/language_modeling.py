@@ -73,8 +73,8 @@ class CausalLM(LanguageModel):
     """Fine-tune a causal language model on the tokens whose label is not -100.
 
     :class:`~lit_sparse.InstructionData` labels the responses only, and :class:`~lit_sparse.ChatData` the assistant's
-    turns. Evaluation logs, over all labelled tokens of the set, ``val_loss`` (nats per token), ``val_perplexity`` = e to
-    that loss, and ``val_token_accuracy``, the share of tokens predicted exactly from those before them. Batches with
+    turns. Evaluation logs, over all labelled tokens of the set, ``val_loss`` (nats per token), ``val_perplexity`` = e
+    to that loss, and ``val_token_accuracy``, the share of tokens predicted exactly from those before them. Batches with
     ``answers``, as :class:`~lit_sparse.ReasoningData` has them, are prompts: the model continues them, and the share of
     right answers is logged as ``test_<set>_accuracy`` for every set, and their mean as ``test_accuracy``.
 
