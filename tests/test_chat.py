@@ -64,6 +64,11 @@ def test_the_chat_format_goes_from_the_data_to_model_checkpoint_and_export(confi
         ls.save_adapter(model, folder)
         assert AutoTokenizer.from_pretrained(folder).chat_template == OWN
         assert f"```text\n{PROMPT}\n```" in Path(folder, "README.md").read_text()
+    ls.export_gguf(module.model, "gguf")
+    assert (
+        "--lora gguf/adapter.gguf --jinja --chat-template-file gguf/chat_template.jinja\n"
+        in Path("gguf/README.md").read_text()
+    )
 
 
 def test_other_texts_leave_the_template_of_the_backbone_and_the_card_alone(config):

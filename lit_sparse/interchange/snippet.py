@@ -16,6 +16,8 @@ from transformers.models.auto import modeling_auto
 from lit_sparse.interchange.processors import EXAMPLE, chat_format_of
 
 _TOKENIZER = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+_CHAT = " --jinja --chat-template-file {}"  # that in base.gguf may be another
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -48,7 +50,8 @@ def snippet(
         vocabulary: Rows that embeddings must have before PEFT loads the folder; None: as many as they have.
     """
     if form == "gguf":
-        return _commands(base, place, is_repository)
+        template = _TEMPLATE in files and chat_format_of(model) is not None
+        return _commands(base, place, is_repository, [_TEMPLATE] if template else [])
     kind = type(model).__name__
     imports = {f"from {_module_of(model)} import {kind}"}
     lines = [] if form == "merged" else _base(model, base)
@@ -77,16 +80,17 @@ def snippet(
     return "\n".join([*sorted(imports, key=lambda line: (not line.startswith("import "), line)), "", *lines])
 
 
-def _commands(base: str | None, place: str, is_repository: bool) -> str:
-    """Shell commands that convert the base model to GGUF and run llama.cpp with the LoRA."""
+def _commands(base: str | None, place: str, is_repository: bool, template: list[str]) -> str:
+    """Shell commands that convert the base model to GGUF and run llama.cpp with the LoRA and its chat template."""
     source = base or "BASE"
     remote = "" if base is None or Path(base).exists() else "--remote "
-    file = "adapter.gguf" if is_repository else f"{place}/adapter.gguf"
+    names = ["adapter.gguf", *template]
+    lora, *chat = [shlex.quote(name if is_repository else f"{place}/{name}") for name in names]
     lines = ["# convert_hf_to_gguf.py and llama-cli are llama.cpp's"]
     lines.append(f"python convert_hf_to_gguf.py {remote}{shlex.quote(source)} --outfile base.gguf")
     if is_repository:
-        lines.append(f"hf download {shlex.quote(place)} {file} --local-dir .")
-    return "\n".join([*lines, f"llama-cli -m base.gguf --lora {shlex.quote(file)}"])
+        lines.append(f"hf download {shlex.quote(place)} {' '.join(names)} --local-dir .")
+    return "\n".join([*lines, f"llama-cli -m base.gguf --lora {lora}" + "".join(_CHAT.format(file) for file in chat)])
 
 
 def _base(model: nn.Module, base: str | None) -> list[str]:
