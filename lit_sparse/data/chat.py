@@ -8,12 +8,12 @@ from typing import Any, Literal
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_sparse.data.causal import CausalData
 from lit_sparse.data.chat_template import ChatTemplate, Message
 from lit_sparse.data.conversations import Format, read_row, recognised, tools_of
-from lit_sparse.data.padding import IGNORED, PadPromptAndResponse
-from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.padding import IGNORED
+from lit_sparse.data.rows import Rows
 from lit_sparse.data.sources import Place
-from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.processors import ChatFormat
 
@@ -21,7 +21,7 @@ Encoded = tuple[list[int], list[bool]]  # the tokens, and which of them have a l
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ChatData(TextData):
+class ChatData(CausalData):
     """Conversations for causal language models, in the model's own chat format; the loss is on the assistant's turns.
 
     Rows are of one of these formats, which each split's columns tell:
@@ -85,9 +85,6 @@ class ChatData(TextData):
 
     def _recipe(self) -> list[Any]:
         return [*super()._recipe(), self._template.text, self.format, self.train_on]
-
-    def _collator(self, role: str) -> Collator:
-        return PadPromptAndResponse(self.pad_token_id, left=role == "predict")
 
     def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         form = recognised(rows.column_names, split, self._is_labelled(rows, role), self.format)

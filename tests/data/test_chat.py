@@ -275,6 +275,16 @@ def test_train_batches_are_cached_and_padded(chatml, monkeypatch):
         ChatData(**arguments, chat_template=BY_HAND["Phi"][0]).setup("fit")
 
 
+def test_conversations_are_packed_without_those_that_are_left_out(chatml):
+    rows = [{"messages": turns_of(chat)} for chat in CHATS[:2] * 6] + [{"messages": turns_of(CHATS[0])[:1]}]
+    data = ChatData(write(rows), validation_fraction=0.25, packing=True, max_length=128, tokenizer=chatml)
+    with pytest.warns(UserWarning, match="1 of the 13 rows"):
+        data.setup("fit")
+    found = data._prepared["train"][0].to_list()
+    assert sum(row["position_ids"].count(0) for row in found) == 9
+    assert len(found) < 9
+
+
 def test_the_format_is_logged(chatml, caplog):
     with caplog.at_level(logging.INFO):
         encoded([in_format("sharegpt", CHATS[0])], chatml)
