@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lit_sparse.adapters.modes import in_mode
@@ -56,6 +57,18 @@ def results(metrics: Metrics) -> dict[str, Tensor]:
             value = metric.compute()
             found.update(value if isinstance(value, dict) else {name: value})
     return found
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Within the context, a module is in training or evaluation mode; after it, each part is in its former mode."""
+    modes = {part: part.training for part in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 @torch.no_grad()

@@ -8,6 +8,11 @@ from lit_sparse.functional.gora import allotted_ranks as allotted_ranks
 from lit_sparse.functional.gora import compressed_gradient as compressed_gradient
 from lit_sparse.functional.masks import kept_entries as kept_entries
 from lit_sparse.functional.masks import top_fraction_mask as top_fraction_mask
+from lit_sparse.functional.preferences import answer_log_probabilities as answer_log_probabilities
+from lit_sparse.functional.preferences import dpo_loss as dpo_loss
+from lit_sparse.functional.preferences import ipo_loss as ipo_loss
+from lit_sparse.functional.preferences import orpo_loss as orpo_loss
+from lit_sparse.functional.preferences import simpo_loss as simpo_loss
 from lit_sparse.functional.proximal import optimizer_metric_threshold as optimizer_metric_threshold
 from lit_sparse.functional.proximal import released_threshold as released_threshold
 from lit_sparse.functional.proximal import released_threshold_ as released_threshold_

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,17 @@ class LanguageModel(SparseModule):
     and errors are those of :class:`~lit_sparse.SparseModule`.
     """
 
+    _label_dimensions: ClassVar[tuple[int, ...]] = (2,)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse the data of another task, which has one label for each row."""
+        """Refuse the data of another task, which has one label for each row, or pairs of answers."""
         labels = batch.get("labels") if isinstance(batch, Mapping) else None  # a BatchEncoding is no dict
-        if labels is not None and labels.ndim < 2:
+        if labels is not None and labels.ndim not in self._label_dimensions:
+            found = "one for every row" if labels.ndim < 2 else "them for pairs of answers"
+            task = "classification" if labels.ndim < 2 else "that of PreferenceLM"
             raise UsageError(
-                f"{type(self).__name__} needs a label for every token, and the data has one for every row: it is for "
-                "another task, such as classification."
+                f"{type(self).__name__} needs a label for every token, and the data has {found}: it is for another "
+                f"task, such as {task}."
             )
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
