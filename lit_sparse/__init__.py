@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lit_sparse.data.instructions import InstructionData as InstructionData
     from lit_sparse.data.masked_language_modeling import MaskedLMData as MaskedLMData
     from lit_sparse.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+    from lit_sparse.data.preferences import PreferenceData as PreferenceData
     from lit_sparse.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
     from lit_sparse.data.reasoning import ReasoningData as ReasoningData
     from lit_sparse.data.reviews import QuickstartReviews as QuickstartReviews
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from lit_sparse.modules.media_classification import ImageClassification as ImageClassification
     from lit_sparse.modules.multiple_choice import MultipleChoice as MultipleChoice
     from lit_sparse.modules.optimization import parameter_groups as parameter_groups
+    from lit_sparse.modules.preferences import PreferenceLM as PreferenceLM
     from lit_sparse.modules.question_answering import QuestionAnswering as QuestionAnswering
     from lit_sparse.modules.seq2seq import Seq2SeqLM as Seq2SeqLM
     from lit_sparse.modules.token_classification import TokenClassification as TokenClassification
@@ -121,6 +123,7 @@ _HOME = {
     "InstructionData": "data.instructions",
     "MaskedLMData": "data.masked_language_modeling",
     "MultipleChoiceData": "data.multiple_choice",
+    "PreferenceData": "data.preferences",
     "QuestionAnsweringData": "data.question_answering",
     "ReasoningData": "data.reasoning",
     "QuickstartReviews": "data.reviews",
@@ -160,6 +163,7 @@ _HOME = {
     "ImageClassification": "modules.media_classification",
     "MultipleChoice": "modules.multiple_choice",
     "parameter_groups": "modules.optimization",
+    "PreferenceLM": "modules.preferences",
     "QuestionAnswering": "modules.question_answering",
     "Seq2SeqLM": "modules.seq2seq",
     "TokenClassification": "modules.token_classification",

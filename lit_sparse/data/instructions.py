@@ -79,6 +79,7 @@ class InstructionData(CausalData):
         answers: list[list[int]] = [[]] * len(heads)
         if labelled:
             answers = self._answers(prompts, heads, require_texts(rows[self.response], self.response, places))
+        answers = [answer[: self._token_limit] for answer in answers]
         heads = [self._cut(head, self._token_limit - len(answer)) for head, answer in zip(heads, answers, strict=True)]
         encoded = {"input_ids": [head + answer for head, answer in zip(heads, answers, strict=True)]}
         if labelled:
@@ -93,7 +94,7 @@ class InstructionData(CausalData):
         return _WholeNames().vformat(template, (), texts)
 
     def _answers(self, prompts: list[str], heads: list[list[int]], responses: list[str]) -> list[list[int]]:
-        """Tokens of the responses, each with eos at its end if there is room for it."""
+        """Tokens of the responses, each with eos at its end."""
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         wholes = open_ended(self._tokenizer, texts)
         answers = []
@@ -102,7 +103,7 @@ class InstructionData(CausalData):
             if whole[: len(head)] != head or not answer:  # a token reaches across the end of the prompt
                 answer = self._tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
             end = [] if answer[-1:] == [self._eos()] else [self._eos()]  # the response's own text may spell it
-            answers.append([*answer, *end][: self._token_limit])
+            answers.append([*answer, *end])
         return answers
 
     def _eos(self) -> int:

@@ -159,10 +159,9 @@ class PadChoices:
     pad: Collator
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return tensors of shape (rows, choices, longest choice), ``labels`` of shape (rows,), all of type long."""
-        names = [name for name in rows[0] if name != "labels"]
+        """Return tensors of shape (rows, choices, longest choice), and (rows,) of single numbers, of type long."""
+        names = [name for name, value in rows[0].items() if isinstance(value, list)]
         choices = [{name: row[name][i] for name in names} for row in rows for i in range(len(row["input_ids"]))]
         batch = {name: tokens.view(len(rows), -1, tokens.shape[-1]) for name, tokens in self.pad(choices).items()}
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
-        return batch
+        single = [name for name in rows[0] if name not in names]
+        return batch | {name: torch.tensor([row[name] for row in rows]) for name in single}
