@@ -82,6 +82,29 @@ def test_processes_start_alike_from_the_gradients_of_all_their_batches() -> None
     assert len(set(ranks.values())) > 2
 
 
+@pytest.mark.parametrize("method", ["sora", "roselora"])
+def test_pairs_are_compared_with_the_reference_in_every_process(method: str) -> None:
+    """By DPO, with a trained output layer, whose reference is the original one."""
+    case = {"arch": "pairs", "method": method, "steps": 40}
+    alone = {**case, "strategy": "auto", "tag": "alone"}
+    start(1, [alone, {**alone, "accumulate": 2, "tag": "alone_2"}])
+    saved = {**case, "strategy": "ddp", "tag": "ddp", "save_at": 20, "save": "pairs.ckpt"}
+    others = [
+        {**case, "strategy": "ddp", "accumulate": 2, "tag": "ddp_2"},
+        {**case, "strategy": "ddp", "tag": "resumed", "resume": "pairs.ckpt"},
+        *({**case, "strategy": name, "tag": name} for name in ("fsdp", "fsdp2")),
+        {**case, "strategy": "ddp", "dropout": 0.1, "tag": "dropped"},
+    ]
+    start(2, [saved, *others])
+    for tag in ("ddp", "fsdp", "fsdp2"):
+        assert difference(final(tag), final("alone")) <= 1e-6, tag
+        assert zeros_differ(final(tag), final("alone")) == [], tag
+    assert difference(final("ddp_2"), final("alone_2")) <= 1e-6
+    assert difference(final("resumed"), final("ddp")) == 0
+    for tag in ("ddp", "dropped"):
+        assert difference(final(tag, 0), final(tag, 1)) == 0
+
+
 def test_checkpoints_are_resumed_by_any_strategy_and_number_of_processes() -> None:
     case = {"arch": "llama", "method": "gated", "steps": 40}
     saved = {"save_at": 20}

@@ -63,6 +63,16 @@ class ForCausalLM(ls.SparseModule):
         return super().training_step({"input_ids": batch["input_ids"], "labels": batch["input_ids"]}, batch_idx)
 
 
+class ForPairs(ls.PreferenceLM):
+    """Prefers rows to the same rows in reverse."""
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        pairs = torch.stack([batch["input_ids"], batch["input_ids"].flip(1)], dim=1)
+        labels = pairs.clone()
+        labels[..., :3] = -100
+        return {"input_ids": pairs, "labels": labels}
+
+
 class OwnModule(L.LightningModule):
     """A user's module, with a head beside the backbone."""
 
@@ -143,7 +153,7 @@ def bert_config(dropout: float) -> BertConfig:
 
 
 def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.SparseModule | OwnModule:
-    if arch == "llama":
+    if arch in ("llama", "pairs"):
         config: Any = LlamaConfig(
             vocab_size=64,
             hidden_size=32,
@@ -154,8 +164,9 @@ def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.Spa
             max_position_embeddings=64,
             attention_dropout=dropout,
         )
-        made = METHODS[method](dropout=dropout)
-        return ForCausalLM(LlamaForCausalLM(config), made, gradient_checkpointing=recompute)
+        made = METHODS[method](dropout=dropout, train_head=["lm_head"] if arch == "pairs" else True)
+        kind = ForCausalLM if arch == "llama" else ForPairs
+        return kind(LlamaForCausalLM(config), made, gradient_checkpointing=recompute)
     if arch == "own":
         return OwnModule(METHODS[method](dropout=dropout), dropout)
     return ls.SparseModule(BertForSequenceClassification(bert_config(dropout)), METHODS[method](dropout=dropout))
