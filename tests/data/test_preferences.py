@@ -191,6 +191,8 @@ def test_missing_and_empty_answers_name_their_place(side, write, llama, chat):
     refused([{**ROWS[0], side: " "}], write, f"Row 0 .* has no text in the column '{side}'", tokenizer=llama)
     without = [{name: text for name, text in row.items() if name != side} for row in ROWS]
     refused(without, write, f"has no column '{side}'", tokenizer=llama)
+    without = [{name: turns for name, turns in row.items() if name != side} for row in ROWS_IN_TURNS]
+    refused(without, write, f"has no column '{side}'", tokenizer=chat)
     asked = {**ROWS_IN_TURNS[0], side: ROWS_IN_TURNS[0]["prompt"]}
     refused([asked], write, f"Row 0 .* ends with a turn of 'user' in the column '{side}'", tokenizer=chat)
 
