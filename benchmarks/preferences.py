@@ -1,11 +1,11 @@
-"""Whether DPO teaches SmolLM2-135M-Instruct to prefer right sums on pairs that it was not trained on, and what it costs.
+"""Whether DPO teaches SmolLM2-135M-Instruct to prefer right sums, on pairs that it was not trained on.
 
 Run:  python benchmarks/preferences.py [--epochs 3] [--json FILE]
 
-The pairs are made here: a sum or a difference of two numbers up to 20, the right answer, and one that is off by up to 10.
-200 are trained on, 60 others are held out. Each row of the table is a run in a process of its own, so that its peak of
-memory is its own. CausalLM learns the right answers alone, from as many rows per step as DPO has answers. The model comes
-with the package that configs/editing/roselora_smollm2.yaml names.
+The pairs are made here: a sum or a difference of two numbers up to 20, the right answer, and one that is off by up to
+10. 200 are trained on, 60 others are held out. Each row of the table is a run in a process of its own, so that its peak
+of memory is its own. CausalLM learns the right answers alone, from as many rows per step as DPO has answers. The model
+comes with the package that configs/editing/roselora_smollm2.yaml names.
 """
 
 from __future__ import annotations

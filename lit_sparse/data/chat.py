@@ -72,9 +72,7 @@ class ChatData(CausalData):
     @property
     def chat_format(self) -> ChatFormat:
         """The format of the conversations, which exports write beside the model. After setup."""
-        end = self._template.end_id
-        token = None if end is None else str(self._tokenizer.convert_ids_to_tokens(end))
-        return {"template": self._template.text, "end": token, "end_id": end}
+        return self._template.format
 
     def _load_processor(self) -> None:
         super()._load_processor()

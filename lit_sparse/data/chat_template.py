@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.sources import Place, local_path
 from lit_sparse.errors import UsageError
+from lit_sparse.interchange.processors import ChatFormat
 
 Message = dict[str, Any]
 """A turn: ``role``, ``content`` and whatever else the template reads, such as ``tool_calls``."""
@@ -76,6 +77,12 @@ class ChatTemplate:
     def text(self) -> str | dict[str, str]:
         """The template; some tokenizers have several, by name."""
         return self._tokenizer.chat_template  # type: ignore[no-any-return]
+
+    @property
+    def format(self) -> ChatFormat:
+        """The format of the conversations, which exports write beside the model."""
+        token = None if self.end_id is None else str(self._tokenizer.convert_ids_to_tokens(self.end_id))
+        return {"template": self.text, "end": token, "end_id": self.end_id}
 
     def knows(self, word: str, tools: list[Any] | None = None) -> bool:
         """Whether the template that is used with ``tools`` contains a word, such as the name of a role."""

@@ -110,6 +110,13 @@ def test_turns_are_written_by_the_chat_template(rows, write, chat):
             assert labels == [-100] * len(asked) + whole[len(asked) : end]
 
 
+def test_the_chat_format_goes_to_the_model(write, chat, llama):
+    for rows, expected in ((ROWS_IN_TURNS, chat_templates.CHATML), (ROWS, None)):
+        data = PreferenceData(data_files={"validation": write(rows)}, tokenizer=chat)
+        data.setup("validate")
+        assert (data.chat_format or {}).get("template") == expected
+
+
 def test_answers_in_turns_to_a_prompt_that_is_a_text(write, chat):
     rows = [{**turns, "prompt": texts["prompt"]} for turns, texts in zip(ROWS_IN_TURNS, ROWS, strict=True)]
     batch, same = batch_of(rows, write, tokenizer=chat), batch_of(ROWS_IN_TURNS, write, tokenizer=chat)
