@@ -64,8 +64,9 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """Identity preference optimization: (Δ − 1 / 2β)², Δ = ``chosen`` − ``rejected``.
 
     Args:
-        chosen: log π(y_w|x) − log π_ref(y_w|x) of each row. The paper sums over the tokens; :class:`PreferenceLM`
-            takes the mean, as TRL does, so that the aim 1 / 2β does not depend on the length of answers.
+        chosen: log π(y_w|x) − log π_ref(y_w|x) of each row. The paper's formula has sums over the tokens.
+            :class:`~lit_sparse.PreferenceLM` takes means, so that the aim 1 / 2β does not depend on the length of
+            answers; according to TRL, which does the same, the paper's results were made so.
         rejected: The same of y_l.
         beta: The paper's τ; the larger, the closer the model stays to the reference.
 
@@ -96,7 +97,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
         The loss of each row.
 
     Source:
-        Hong et al. 2024 (arXiv:2403.07691).
+        Hong et al. 2024 (arXiv:2403.07691), Eqs. (4) and (7) for the odds.
 
     Example:
         >>> orpo_loss(torch.tensor([0.5]).log(), torch.tensor([0.2]).log(), beta=1.0)  # log 2 + log (1 + ¼)

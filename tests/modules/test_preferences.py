@@ -10,9 +10,10 @@ import programs
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from projects import last_figures
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lit_sparse as ls
 
@@ -34,6 +35,18 @@ def pairs(count=6, seed=0):
                 labels[row, side, end:], mask[row, side, end:] = IGNORED, 0
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return made
+
+
+@pytest.fixture
+def pair_file(tmp_path):
+    """Twelve pairs of texts in a file."""
+    rows = [
+        {"prompt": f"is the {thing} {word} :", "chosen": f" {right}", "rejected": f" {wrong}"}
+        for thing in ("film", "dog", "house", "tree", "cat", "man")
+        for word, right, wrong in PAIRS
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "pairs.jsonl")
 
 
 def preference_lm(backbone, method=None, lr=1e-2, **options):
@@ -247,16 +260,36 @@ def test_without_a_reference_there_is_no_dpo(tmp_path):
     preference_lm(llama(), ls.LoRA(rank=4, init_weights="pissa"), loss="simpo").configure_model()
 
 
-def write_project(folder, backbone, method):
-    """A configuration with twelve pairs of texts, and a checkpoint at every step."""
-    rows = [
-        {"prompt": f"is the {thing} {word} :", "chosen": f" {right}", "rejected": f" {wrong}"}
-        for thing in ("film", "dog", "house", "tree", "cat", "man")
-        for word, right, wrong in PAIRS
-    ]
-    (folder / "rows").mkdir()
-    for split in ("train", "validation"):
-        (folder / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("loss", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_the_same_rows_have_the_same_loss_in_trl(loss, theirs, tiny_llama, trainer, pair_file):
+    """From the tokens of texts to the metrics, after some steps of training."""
+    trl = pytest.importorskip("trl")
+    rows = Dataset.from_json(pair_file)
+    module, run = preference_lm(tiny_llama, loss=loss, beta=0.2), trainer(max_epochs=3)
+    data = ls.PreferenceData(data_files={"train": pair_file, "validation": pair_file}, batch_size=4)
+    run.fit(module, data)
+    (ours,) = run.validate(module, data, verbose=False)
+    judge = trl.DPOTrainer(
+        ls.merge(copy.deepcopy(module.model)),
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama),
+        args=trl.DPOConfig(
+            "judge", loss_type=[theirs], beta=0.2, per_device_eval_batch_size=12, use_cpu=True, report_to="none"
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    found = judge.evaluate()
+    assert ours["val_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
+    assert ours["val_reward_accuracy"] == pytest.approx(found["eval_rewards/accuracies"])
+    if loss == "dpo":  # their rewards of IPO are those of DPO
+        assert ours["val_reward_margin"] == pytest.approx(found["eval_rewards/margins"], rel=1e-3)
+
+
+def write_project(folder, backbone, method, files):
+    """A configuration that keeps a checkpoint of every step."""
     keeper = {"dirpath": "kept", "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
     config = {
         "seed_everything": 0,
@@ -268,7 +301,7 @@ def write_project(folder, backbone, method):
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
             },
         },
-        "data": {"class_path": "lit_sparse.PreferenceData", "init_args": {"path": "rows", "batch_size": 4}},
+        "data": {"class_path": "lit_sparse.PreferenceData", "init_args": {"data_files": files, "batch_size": 4}},
         "trainer": {
             "accelerator": "cpu",
             "max_epochs": 4,
@@ -290,9 +323,10 @@ def run(*words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["SoRA", "RoseLoRA"])
-def test_the_command_line_trains_resumes_inspects_and_exports(method, tiny_llama, tmp_path):
+def test_the_command_line_trains_resumes_inspects_and_exports(method, tiny_llama, pair_file, tmp_path):
     arguments = {"SoRA": {"threshold": 0.01}, "RoseLoRA": {"density": 0.2, "begin": 0.1, "end": 0.6}}[method]
-    write_project(tmp_path, tiny_llama, {"class_path": f"lit_sparse.{method}", "init_args": {"rank": 4, **arguments}})
+    made = {"class_path": f"lit_sparse.{method}", "init_args": {"rank": 4, **arguments}}
+    write_project(tmp_path, tiny_llama, made, {"train": pair_file, "validation": pair_file})
     run("fit", "--config", "config.yaml")
     straight = last_figures()
     assert straight["val_reward_accuracy"] > 0.5
