@@ -18,7 +18,7 @@ from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import require_trainable_around
 from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.selection import select_layers
-from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
+from lit_sparse.adapters.token_rows import TokenRows
 from lit_sparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
         UsageError: If there is no adapter in ``model``. With ``head``, also if the original values are not known,
             because a parameter was unfrozen after injection or PiSSA changed the frozen weights.
     """
-    adapters: list[LowRankAdapter | TokenRows] = [adapter for _, adapter in adapters_in(model)]
-    if not adapters:
+    # One walk: a loss with a reference comes here at every step.
+    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter | TokenRows)]
+    if not any(isinstance(adapter, LowRankAdapter) for adapter in adapters):
         raise UsageError(f"{type(model).__name__} holds no adapter to disable. Inject a method first.")
-    adapters += [layer for _, layer in token_rows_in(model)]
     before = [adapter.enabled for adapter in adapters]
     with originals(model) if head else nullcontext():
         for adapter in adapters:

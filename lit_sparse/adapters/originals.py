@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.head import leave_head_precision
-from lit_sparse.adapters.token_rows import token_rows_in
+from lit_sparse.adapters.token_rows import TokenRows
 from lit_sparse.errors import UsageError, listed
 
 _KEPT = "_lit_sparse_originals"
@@ -78,8 +78,9 @@ def restore_originals(model: nn.Module) -> None:
 
 
 def _swaps(model: nn.Module) -> list[_Swap]:
+    modules = list(model.modules())  # walked once: a loss with a reference comes here at every step
     kept: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in modules:
         own = vars(module).get(_KEPT, {})
         if own is None:
             raise UsageError(
@@ -91,8 +92,10 @@ def _swaps(model: nn.Module) -> list[_Swap]:
             if current is not None:
                 own[name] = value.to(current.device)  # moves once
                 kept[id(current)] = _like(own[name], current)
-    _require_all_kept(model, kept)
-    holders: list[dict[str, Any]] = [h for m in model.modules() for h in (m._parameters, m._buffers)]
+    _require_all_kept(model, modules, kept)
+    if not kept:
+        return []
+    holders: list[dict[str, Any]] = [h for m in modules for h in (m._parameters, m._buffers)]
     return [
         (holder, name, tensor, kept[id(tensor)])
         for holder in holders
@@ -108,18 +111,18 @@ def _like(original: Tensor, current: Tensor) -> Tensor:
     return nn.Parameter(original, requires_grad=False) if isinstance(current, nn.Parameter) else original
 
 
-def _require_all_kept(model: nn.Module, kept: dict[int, Tensor]) -> None:
-    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
-    own = [*adapters, *(layer for _, layer in token_rows_in(model))]
-    known = {*kept, *(id(p) for module in own for p in module.parameters(recurse=False))}
-    unknown = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    if unknown:
+def _require_all_kept(model: nn.Module, modules: list[nn.Module], kept: dict[int, Tensor]) -> None:
+    own = [module for module in modules if isinstance(module, LowRankAdapter | TokenRows)]
+    known = {*kept, *(id(p) for module in own for p in module._parameters.values())}
+    trained = {id(p) for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
+    if not trained <= known:
+        unknown = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
         raise UsageError(
             f"{listed(unknown)} are trained, but were frozen when the adapters were injected: their original values "
             "were not kept. Name their modules in the method's train_head instead of unfreezing them, or disable only "
             "adapters (head=False)."
         )
-    changed = [adapter for adapter in adapters if adapter.took_from_weight]
+    changed = [module for module in own if isinstance(module, LowRankAdapter) and module.took_from_weight]
     if changed:
         raise UsageError(
             f"{len(changed)} adapters took their start out of the frozen weights (init_weights 'pissa'), which are no "

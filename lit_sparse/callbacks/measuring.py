@@ -68,7 +68,8 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         for part, mode in modes.items():
-            part.training = mode
+            if part.training != mode:
+                part.training = mode
 
 
 @torch.no_grad()
