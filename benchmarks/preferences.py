@@ -1,11 +1,12 @@
 """Whether DPO teaches SmolLM2-135M-Instruct to prefer right sums, on pairs that it was not trained on.
 
-Run:  python benchmarks/preferences.py [--epochs 3] [--json FILE]
+Run:  python benchmarks/preferences.py [--epochs 2] [--json FILE]
 
 The pairs are made here: a sum or a difference of two numbers up to 20, the right answer, and one that is off by up to
 10. 200 are trained on, 60 others are held out. Each row of the table is a run in a process of its own, so that its peak
 of memory is its own. CausalLM learns the right answers alone, from as many rows per step as DPO has answers. The model
-comes with the package that configs/editing/roselora_smollm2.yaml names.
+comes with the package that configs/editing/roselora_smollm2.yaml names. The table of docs/quality.md is made of
+benchmarks/results/preferences.json.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import multiprocessing
 import random
 import resource
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import tables
 import torch
 from variants import provenance, write_json
 
@@ -113,25 +114,9 @@ def run(epochs: int, objective: str, method: str) -> dict[str, Any]:
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| | right answer likelier before | after | reward accuracy | reward margin | s per step | peak, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results:
-        share = row["reward_accuracy"]
-        error = "" if share is None else f"{share:.2f} ± {math.sqrt(share * (1 - share) / 60):.2f}"
-        margin = "" if share is None else f"{row['reward_margin']:.2f}"
-        lines.append(
-            f"| {row['objective']}, {row['method']} | {row['preferred_before']:.2f} | {row['preferred_after']:.2f} | "
-            f"{error} | {margin} | {row['seconds_per_step']:.1f} | {row['peak_mib']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--json", type=str)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -140,8 +125,9 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             results.append(pool.submit(run, options.epochs, objective, method).result())
         print(json.dumps(results[-1]), flush=True)
-    print(table(results))
-    write_json(options.json, {**provenance(), "results": results})
+    content = {**provenance(), "results": results}
+    print(tables.of_preferences(content))
+    write_json(options.json, content)
 
 
 if __name__ == "__main__":

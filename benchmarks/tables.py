@@ -456,6 +456,25 @@ def of_method_comparison(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def of_preferences(content: dict[str, Any]) -> str:
+    """What DPO does to held-out pairs, and its time and memory beside fine-tuning."""
+    lines = [
+        "| | right answer likelier before | after | reward accuracy | reward margin | s per step | peak, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in content["results"]:
+        shares = [_share(row[name]) for name in ("preferred_before", "preferred_after", "reward_accuracy")]
+        margin = "" if row["reward_margin"] is None else f"{row['reward_margin']:.2f}"
+        cost = f"{row['seconds_per_step']:.1f} | {row['peak_mib']:,.0f}"
+        lines.append(f"| {row['objective']}, {row['method']} | {' | '.join(shares)} | {margin} | {cost} |")
+    return "\n".join(lines)
+
+
+def _share(value: float | None, pairs: int = 60) -> str:
+    """A share of some pairs with its standard error."""
+    return "" if value is None else f"{value:.2f} ± {math.sqrt(value * (1 - value) / pairs):.2f}"
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -464,6 +483,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": of_quality,
     "budgets": of_budgets,
     "forgetting": of_forgetting,
+    "preferences": of_preferences,
     "editing": of_editing,
     "method_comparison": of_method_comparison,
     "engines": of_engines,

@@ -169,6 +169,23 @@ def test_the_reference_is_the_model_before_training(method, tied, trainer):
     assert not torch.equal(trained, before.lm_head.weight)
 
 
+def test_new_tokens_have_their_first_rows_in_the_reference(tiny_llama, pair_file, trainer):
+    module, run = preference_lm(tiny_llama, new_tokens=["<true>", "film"]), trainer(max_epochs=2)
+    text = Path(pair_file).read_text().replace("true", "<true>")
+    Path(pair_file).write_text(text)
+    data = ls.PreferenceData(data_files={"train": pair_file, "validation": pair_file}, batch_size=4)
+    (start,) = run.validate(module, data, verbose=False)
+    assert abs(start["val_chosen_log_ratio"]) < 1e-5
+    answers = {name: value.flatten(0, 1) for name, value in next(iter(data.val_dataloader())).items()}
+    assert answers.pop("labels").max() >= len(AutoTokenizer.from_pretrained(tiny_llama))
+    with module._as_reference():
+        before = module(**answers).logits
+    run.fit(module, data)
+    with module._as_reference():
+        assert torch.equal(module(**answers).logits, before)
+    assert abs(run.callback_metrics["val_chosen_log_ratio"]) > 1e-2
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])
 def test_gradients_flow_to_adapters_and_the_trained_head_alone(loss, precision, trainer):
