@@ -457,16 +457,17 @@ def of_method_comparison(cells: Cells) -> str:
 
 
 def of_preferences(content: dict[str, Any]) -> str:
-    """What DPO does to held-out pairs, and its time and memory beside fine-tuning."""
+    """What DPO does to held-out pairs, and its memory beside that of fine-tuning."""
     lines = [
-        "| | right answer likelier before | after | reward accuracy | reward margin | s per step | peak, MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| | right answer likelier before | after | reward accuracy | reward margin | peak of memory, MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in content["results"]:
         shares = [_share(row[name]) for name in ("preferred_before", "preferred_after", "reward_accuracy")]
         margin = "" if row["reward_margin"] is None else f"{row['reward_margin']:.2f}"
-        cost = f"{row['seconds_per_step']:.1f} | {row['peak_mib']:,.0f}"
-        lines.append(f"| {row['objective']}, {row['method']} | {' | '.join(shares)} | {margin} | {cost} |")
+        lines.append(
+            f"| {row['objective']}, {row['method']} | {' | '.join(shares)} | {margin} | {row['peak_mib']:,.0f} |"
+        )
     return "\n".join(lines)
 
 
