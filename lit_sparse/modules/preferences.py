@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.injection import disable_adapters
+from lit_sparse.adapters.injection import adapters_in, disable_adapters
 from lit_sparse.callbacks.measuring import Mean, Metrics, in_mode
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.functional import answer_log_probabilities, dpo_loss, ipo_loss, orpo_loss, simpo_loss
@@ -152,7 +152,9 @@ class PreferenceLM(CausalLM):
     def _as_reference(self) -> Iterator[None]:
         """Within the context, the module computes what it did before training, without dropout and gradients."""
         model = self._require_model()
-        with torch.no_grad(), in_mode(model, training=False), disable_adapters(model):
+        # They are off while GoRA takes its start from gradients; the head is the original one then.
+        on = any(adapter.enabled for _, adapter in adapters_in(model))
+        with torch.no_grad(), in_mode(model, training=False), disable_adapters(model, head=on):
             yield
 
     def _require_reference(self) -> None:

@@ -232,6 +232,19 @@ def test_rewards_start_equal_and_the_chosen_answers_win(trainer):
     assert end["val_reward_margin"] > 0.1
 
 
+def test_gora_starts_from_gradients_at_the_reference(trainer):
+    method = ls.LoRA(rank=4, init_weights="gora", gora_batches=3, gora_gamma=1.0, train_head=["lm_head"])
+    module, run = preference_lm(llama(), method, lr=1e-8), trainer(max_epochs=1)
+    before = copy.deepcopy(module._built[0]).eval()
+    loader = DataLoader(pairs(), batch_size=None)
+    run.fit(module, loader)
+    (found,) = run.validate(module, loader, verbose=False)
+    assert found["val_reward_accuracy"] == 1  # by a step of gradient descent, before any of the optimizer's
+    answers = {name: value.flatten(0, 1) for name, value in pairs()[0].items() if name != "labels"}
+    with module._as_reference():
+        assert torch.equal(module(**answers).logits, before(**answers).logits)
+
+
 def test_single_answers_are_measured_as_in_causal_lm(trainer):
     """So that a probe can watch other data."""
     single = [{name: value[:, 0] for name, value in batch.items()} for batch in pairs()]
