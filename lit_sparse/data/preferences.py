@@ -92,7 +92,7 @@ class PreferenceData(InstructionData):
 
     def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         first = next((name for name in (self.chosen, self.prompt) if name in rows.column_names), None)
-        turns = first is not None and isinstance(rows.select_columns(first)[0][first], list)
+        turns = first is not None and len(rows) > 0 and isinstance(rows.select_columns(first)[0][first], list)
         self._chat = ChatTemplate(self._tokenizer, self.chat_template) if turns else None
         self._asked = first  # holds the prompt of rows that are turns
         missing = [name for name in (self.chosen, self.rejected) if name not in rows.column_names]
