@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from lit_sparse.adapters.modes import in_mode
@@ -57,19 +56,6 @@ def results(metrics: Metrics) -> dict[str, Tensor]:
             value = metric.compute()
             found.update(value if isinstance(value, dict) else {name: value})
     return found
-
-
-@contextmanager
-def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Within the context, a module is in training or evaluation mode; after it, each part is in its former mode."""
-    modes = {part: part.training for part in module.modules()}
-    module.train(training)
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            if part.training != mode:
-                part.training = mode
 
 
 @torch.no_grad()

@@ -64,7 +64,9 @@ class PreferenceData(InstructionData):
     max_length: int = 1024
     batch_size: int = 8
 
+    # Pairs have no single response, and are no rows that could be joined.
     response: str = field(default="", init=False)
+    packing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

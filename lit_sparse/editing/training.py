@@ -16,7 +16,6 @@ from lit_sparse.adapters.experts import ExpertWeight
 from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.selection import select_layers
-from lit_sparse.callbacks.measuring import in_mode
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of, patch_of_deltas
 from lit_sparse.methods.base import SparseMethod

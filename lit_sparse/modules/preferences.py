@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.injection import adapters_in, disable_adapters
-from lit_sparse.callbacks.measuring import Mean, Metrics, in_mode
+from lit_sparse.adapters.modes import in_mode
+from lit_sparse.callbacks.measuring import Mean, Metrics
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.functional import answer_log_probabilities, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from lit_sparse.methods.base import SparseMethod
