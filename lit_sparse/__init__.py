@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.replicas import VerifyReplicas as VerifyReplicas
     from lit_sparse.callbacks.requeue import SlurmRequeue as SlurmRequeue
     from lit_sparse.callbacks.resume import ExactResume as ExactResume
+    from lit_sparse.callbacks.samples import GenerationSamples as GenerationSamples
     from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
     from lit_sparse.callbacks.stages import ThresholdStages as ThresholdStages
     from lit_sparse.data.audio import AudioData as AudioData
@@ -112,6 +113,7 @@ _HOME = {
     "VerifyReplicas": "callbacks.replicas",
     "SlurmRequeue": "callbacks.requeue",
     "ExactResume": "callbacks.resume",
+    "GenerationSamples": "callbacks.samples",
     "last_checkpoint": "callbacks.checkpoint_files",
     "SparseCheckpoint": "callbacks.checkpoint",
     "Sparsify": "callbacks.sparsify",

@@ -1,123 +1,246 @@
-"""A chat model from the command line: trained, asked, and exported with its chat format."""
+"""``lit-sparse chat``: what a model says, from every place where it is stored."""
 
-import json
+import os
+import pty
+import re
+import select
+import signal
 import sys
+import time
 from pathlib import Path
 
 import programs
 import pytest
-from backbones import save_tiny_llama
-from chat_templates import BY_HAND, save_chat_tokenizer
-from lightning.pytorch import Trainer
-from projects import last_figures, read_lines, write_config
+import torch
+from backbones import save_tiny_bert, save_tiny_t5
+from language_models import save_language_model
+from trained import save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
+from lit_sparse.serving.language_models import open_language_model
 
-QUESTIONS = ["who was it", "is it true", "where"]
-ANSWER = "the cat"
-OWN = BY_HAND["ChatML"][0].replace("'\\n' + message.content", "'\\n' + message.content | trim")
-PROMPT = "<|im_start|>user\nAn example of a text.<|im_end|>\n<|im_start|>assistant\n"
+FORMS = ("checkpoint", "merged", "peft", "sparse", "delta")
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-sparse"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """Paths of a model whose tokenizer has a chat template."""
+    return save_language_model(tmp_path_factory.mktemp("chatty"), chat=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Paths of a model whose tokenizer has none."""
+    return save_language_model(tmp_path_factory.mktemp("plain"), chat=False)
 
 
 @pytest.fixture
-def config(tmp_path):
-    """A tiny Llama whose tokenizer has another template than the run, and conversations."""
-    save_tiny_llama("llama", vocab_size=448)
-    save_chat_tokenizer("llama", BY_HAND["Phi"][0])
-    rows = [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ANSWER}]}
-        for question in QUESTIONS
+def told(capsys):
+    """Run ``chat`` in this process, and give back what it wrote."""
+
+    def run(*words):
+        capsys.readouterr()
+        main(["chat", *words])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", *words])
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        return ended.value.code, line
+
+    return run
+
+
+def by_transformers(folder, text, count, **options):
+    """The text that transformers' own generate adds to ``text``, as it is tokenised."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    mask = torch.ones_like(ids)
+    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, **{"do_sample": False, **options})
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_greedy_answer_is_that_of_the_merged_model(form, chatty, told):
+    text = "<s>system: a warm cat\nuser: who is the dog\nassistant: "
+    expected = by_transformers(chatty["merged"], text, 12)
+    assert expected != by_transformers(chatty["base"], text, 12)
+    words = ["--prompt", "who is the dog", "--system", "a warm cat", "--max-new-tokens", "12"]
+    assert told(chatty[form], *words) == expected + "\n"
+
+
+def test_a_prompt_without_template_is_continued(plain, told):
+    expected = [by_transformers(plain["merged"], f"<s>{text}", 8) for text in ("the dog", "a cat")]
+    prompts = ["--prompt", "the dog", "--prompt", "a cat", "--max_new_tokens", "8"]
+    assert told(plain["checkpoint"], *prompts) == f"> the dog\n{expected[0]}\n> a cat\n{expected[1]}\n"
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "peft", "sparse"])
+def test_compare_answers_without_the_adapters_too(form, plain, told):
+    without, live = (by_transformers(plain[kind], "<s>the dog", 8) for kind in ("base", "merged"))
+    words = ["--compare", plain[form], "--prompt", "the dog", "--max_new_tokens", "8"]
+    assert told(*words) == f"Without adapters:\n{without}\nWith adapters:\n{live}\n"
+
+
+def test_sampling_is_repeatable_and_comparing_changes_no_answer(plain, told):
+    words = [plain["checkpoint"], "--prompt", "the dog", "--max_new_tokens", "8", "--temperature", "1.3"]
+    first, again = told(*words), told(*words)
+    assert first == again
+    assert first != told(*words, "--seed", "1")
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 0}
+    assert first == by_transformers(plain["merged"], "<s>the dog", 8, **options) + "\n"
+    assert told(*words, "--compare").endswith(f"With adapters:\n{first}")
+    # The most likely token alone is within a share this small.
+    greedy = told(*words[:-2])
+    assert told(*words, "--top_p", "1e-6") == greedy != first
+
+
+def test_tokens_that_were_added_in_training(plain, told, tmp_path):
+    module = ls.CausalLM(plain["base"], ls.LoRA(rank=2), new_tokens=["<person>"])
+    checkpoint = save_checkpoint(module, tmp_path / "run.ckpt", std=1.0)
+    ls.export_checkpoint(checkpoint, "merged", format="merged")
+    ids = open_language_model(checkpoint).tokenizer("<person>", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 1
+    expected = by_transformers("merged", "<s><person> is", 8)
+    assert told(checkpoint, "--prompt", "<person> is", "--max_new_tokens", "8") == expected + "\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained on")
+def test_a_backbone_that_was_moved(plain, told, refused, tmp_path):
+    moved = tmp_path / "moved"
+    Path(plain["base"]).rename(moved)
+    words = ["--prompt", "the dog", "--max_new_tokens", "4"]
+    try:
+        for form in ("checkpoint", "peft", "sparse"):
+            status, line = refused(plain[form], *words)
+            assert status == 1
+            assert f"{plain['base']!r} does not exist" in line
+            assert told(plain[form], *words, "--backbone", str(moved)) == told(plain["merged"], *words)
+    finally:
+        moved.rename(plain["base"])
+
+
+def test_wrong_sources_and_options_get_one_line(plain, chatty, refused, tmp_path, monkeypatch):
+    ask = ["--prompt", "the dog"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("no checkpoint")
+    bert, t5 = save_tiny_bert(tmp_path / "bert"), save_tiny_t5(tmp_path / "t5")
+    of_bert = save_checkpoint(ls.SequenceClassification(bert, ls.LoRA(rank=2), num_labels=2), tmp_path / "bert.ckpt")
+    pissa = ls.CausalLM(plain["base"], ls.LoRA(rank=2, init_weights="pissa"))
+    cases = [
+        (["empty"], "'empty' holds neither adapters nor a model. Give a checkpoint file"),
+        (["./nowhere"], "'./nowhere' does not exist. Give a checkpoint file"),
+        (["last.ckpt"], "'last.ckpt' does not exist. Give a checkpoint file"),
+        (["nowhere"], "The backbone 'nowhere' cannot be loaded"),
+        (["note.txt"], "'note.txt' cannot be read as a checkpoint"),
+        ([bert], "BertForSequenceClassification, which does not continue a text"),
+        ([t5], "T5ForConditionalGeneration, which does not continue a text"),
+        ([of_bert], "BertForSequenceClassification, which does not continue a text"),
+        ([f"{plain['peft']}/adapter_model.safetensors"], f"give the folder, {plain['peft']!r}"),
+        ([plain["merged"], "--compare"], f"compare switches adapters off, and {plain['merged']!r} has none"),
+        ([plain["delta"], "--compare"], f"compare switches adapters off, and {plain['delta']!r} has none"),
+        ([save_checkpoint(pissa, tmp_path / "pissa.ckpt"), "--compare"], "(init_weights 'pissa')"),
+        ([plain["merged"], "--backbone", plain["base"]], "is a whole model: leave it out"),
+        ([plain["merged"], "--system", "be kind"], "has no chat template for a system message"),
+        ([plain["merged"], "--top_p", "0.9"], "temperature is 0, which is greedy: set a temperature"),
+        ([plain["merged"], "--temperature", "-1"], "temperature must be at least 0"),
+        ([plain["merged"], "--max_new_tokens", "600"], "more than the 512 that the model can take"),
     ]
-    for split, times in (("train", 40), ("validation", 1), ("predict", 1)):
-        Path(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * times))
-    Path("own.jinja").write_text(OWN)
-    model = {
-        "class_path": "lit_sparse.CausalLM",
-        "init_args": {"backbone": str(tmp_path / "llama"), "max_new_tokens": 8},
-    }
-    data = {"class_path": "lit_sparse.ChatData"}
-    data["init_args"] = {"path": str(tmp_path), "chat_template": str(tmp_path / "own.jinja"), "batch_size": 8}
-    return write_config(tmp_path / "config.yaml", model, data, 0.02, max_epochs=1)
+    for words, message in cases:
+        status, line = refused(*words, *ask)
+        assert (status, message in line) == (1, True), line
+    status, line = refused(plain["merged"], *ask, "--temprature", "1")
+    assert (status, "Did you mean 'temperature'?" in line) == (2, True), line
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert "There is nothing to answer: give --prompt" in refused(plain["merged"])[1]
 
 
-def refine(data, tokens):
-    """A module after one step on data, and its checkpoint."""
-    module = ls.CausalLM("llama", ls.LoRA(rank=2), max_new_tokens=tokens)
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, **options)
-    trainer.fit(module, data)
-    trainer.save_checkpoint("run.ckpt")
-    return module
-
-
-def test_the_chat_format_goes_from_the_data_to_model_checkpoint_and_export(config):
-    module = refine(ls.ChatData("train.jsonl", validation_fraction=0.1, chat_template="own.jinja"), 8)
-    tokenizer = AutoTokenizer.from_pretrained("llama")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert module.model.chat_format == {"template": OWN, "end": "<|im_end|>", "end_id": end}
-    loaded = ls.CausalLM.load_from_checkpoint("run.ckpt").model
-    assert loaded.chat_format == module.model.chat_format
-    assert loaded.generation_config.eos_token_id == [tokenizer.eos_token_id, end]
-    for model, folder in ((module.model, "live"), (loaded, "loaded")):
-        ls.save_adapter(model, folder)
-        assert AutoTokenizer.from_pretrained(folder).chat_template == OWN
-        assert f"```text\n{PROMPT}\n```" in Path(folder, "README.md").read_text()
-    ls.export_gguf(module.model, "gguf")
-    assert (
-        "--lora gguf/adapter.gguf --jinja --chat-template-file gguf/chat_template.jinja\n"
-        in Path("gguf/README.md").read_text()
-    )
-
-
-def test_other_texts_leave_the_template_of_the_backbone_and_the_card_alone(config):
-    Path("rows.jsonl").write_text(
-        json.dumps({"instruction": "who", "output": "a cat"}) + "\n" + '{"instruction": "a", "output": "b"}'
-    )
-    module = refine(ls.InstructionData("rows.jsonl", validation_fraction=0.5, template="{instruction}"), 8)
-    ls.save_adapter(module.model, "out")
-    assert AutoTokenizer.from_pretrained("out").chat_template == BY_HAND["Phi"][0]
-    assert "Chat format" not in Path("out", "README.md").read_text()
-
-
-def test_alpaca_prompts_on_a_chat_model_are_warned_of(config):
-    rows = [{"instruction": "who", "output": "a cat"}] * 2
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"data_files": {"validation": "rows.jsonl"}, "tokenizer": "llama"}
-    with pytest.warns(UserWarning, match="has a chat template, and the prompt is Stanford Alpaca's.* ChatData"):
-        ls.InstructionData(**data).setup("validate")
-    ls.InstructionData(**data, template="{instruction}").setup("validate")  # and warnings are errors
-
-
-def lightning(command, config, *words):
-    done = programs.run(["-m", "lit_sparse", command, "--config", config, *words])
-    assert done.returncode == 0, done.stderr
-    return done
+# In a process of its own.
 
 
 @pytest.mark.slow
-def test_a_chat_model_from_fit_to_its_exports(config, monkeypatch):
-    assert (
-        "is read as conversations of the format messages" in lightning("fit", config, "--trainer.max_epochs=4").stderr
-    )
-    assert last_figures()["val_token_accuracy"] == 1.0
-    checkpoint = ["--ckpt_path", "kept/last.ckpt"]
-    writer = ["--trainer.callbacks+=lit_sparse.PredictionWriter", "--trainer.callbacks.output=answers.jsonl"]
-    lightning("predict", config, *checkpoint, *writer)
-    rows = read_lines("answers.jsonl")
-    assert [row["text"] for row in rows] == [ANSWER] * 3  # and then it stops
-    monkeypatch.setattr(sys, "argv", ["lit-sparse"])
-    main(["export", *checkpoint, "--output", "peft"])
-    main(["merge", *checkpoint, "--output", "merged"])
-    for folder in ("peft", "merged"):
-        assert Path(folder, "chat_template.jinja").read_text() == OWN
-        card = Path(folder, "README.md").read_text()
-        assert f"```text\n{PROMPT}\n```\n\nThe model ends its turn with `<|im_end|>`" in card
-        assert "tokenizer.apply_chat_template(turns, add_generation_prompt=True" in card
-    # A user who asks the merged model as the card shows.
-    tokenizer, model = AutoTokenizer.from_pretrained("merged"), AutoModelForCausalLM.from_pretrained("merged")
-    turns = [{"role": "user", "content": "is it true"}]
-    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=8)
-    assert tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :]) == f"{ANSWER}<|im_end|>"
+def test_standard_input_is_one_prompt(chatty, tmp_path):
+    (tmp_path / "ask.txt").write_text("who is\nthe dog\n")
+    expected = by_transformers(chatty["merged"], "<s>user: who is\nthe dog\nassistant: ", 6)
+    with (tmp_path / "ask.txt").open() as stream:
+        words = ["-m", "lit_sparse", "chat", chatty["peft"], "--max_new_tokens", "6"]
+        done = programs.run(words, stdin=stream)
+    assert (done.returncode, done.stdout) == (0, expected + "\n"), done.stderr
+
+
+class Terminal:
+    """``chat`` on a terminal of its own."""
+
+    def __init__(self, *words):
+        self._end, program = pty.openpty()
+        self.text = ""
+        command = ["-m", "lit_sparse", "chat", *words]
+        self.program = programs.Program(command, stdin=program, stdout=program, stderr=program)
+        os.close(program)
+
+    def wait_for(self, pattern, seconds=120):
+        """Read until the unread text matches; gives back what was read."""
+        ends = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text)):
+            assert time.monotonic() < ends, self.text
+            if select.select([self._end], [], [], 1)[0]:
+                self.text += os.read(self._end, 4096).decode().replace("\r\n", "\n")
+        read, self.text = self.text[: found.end()], self.text[found.end() :]
+        return read
+
+    def type(self, text):
+        os.write(self._end, text.encode())
+
+    def close(self):
+        self.program.kill()
+        os.close(self._end)
+
+
+@pytest.fixture
+def terminal(chatty):
+    shown = Terminal(chatty["checkpoint"], "--max_new_tokens", "5")
+    shown.wait_for(r"/reset begins a new conversation.*\n.*> ")
+    yield shown
+    shown.close()
+
+
+@pytest.mark.slow
+def test_turns_are_remembered_until_reset(chatty, terminal):
+    first = by_transformers(chatty["merged"], "<s>user: the dog\nassistant: ", 5)
+    second = by_transformers(chatty["merged"], f"<s>user: the dog\nassistant: {first}\nuser: a cat\nassistant: ", 5)
+    alone = by_transformers(chatty["merged"], "<s>user: a cat\nassistant: ", 5)
+    assert second != alone
+    for text, answered in (("the dog", first), ("a cat", second), ("/reset", None), ("a cat", alone)):
+        terminal.type(f"{text}\n")
+        told = terminal.wait_for(r"> $")
+        if answered is not None:
+            assert answered in told
+    terminal.type(f"{'a dog ' * 300}\n")  # which is no reason to leave
+    terminal.wait_for(r"more than the 512 that the model can take.*\n.*> $")
+    terminal.type("/exit\n")
+    assert terminal.program.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["\x04", "\x03"], ids=["Ctrl-D", "Ctrl-C"])
+def test_leaving(leave, terminal):
+    terminal.type(leave) if leave == "\x04" else terminal.program.send_signal(signal.SIGINT)
+    assert terminal.program.wait(60) == 0
+    assert "Traceback" not in terminal.text

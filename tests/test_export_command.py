@@ -23,6 +23,7 @@ from backbones import (
 from lightning.pytorch import Trainer
 from projects import write_config
 from torch.utils.data import DataLoader
+from trained import save_checkpoint
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -101,18 +102,6 @@ def refuse(capsys):
 @torch.no_grad()
 def logits(model):
     return model.eval()(input_ids=IDS).logits
-
-
-def save(module, file):
-    """A checkpoint file as the Trainer writes it, without training."""
-    module.configure_model()
-    with torch.no_grad():
-        for _, adapter in ls.adapters_in(module):
-            torch.nn.init.normal_(adapter.lora_B_t, std=0.1)
-    kept = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    module.on_save_checkpoint(kept)
-    torch.save(kept, file)
-    return str(file)
 
 
 def base(project):
@@ -200,7 +189,7 @@ def test_another_backbone_is_named_as_the_cause(project, checkpoint, refuse, tmp
 def dense(project, tmp_path):
     """A checkpoint of a dense LoRA, and its module."""
     module = ls.SequenceClassification(str(project / "bert"), ls.LoRA(rank=4), num_labels=3)
-    return save(module, tmp_path / "dense.ckpt"), module
+    return save_checkpoint(module, tmp_path / "dense.ckpt"), module
 
 
 @pytest.mark.parametrize(("budget", "parameters"), [("0.1", 384), ("1k", 1000), ("3kB", 750)])
@@ -268,7 +257,7 @@ MODULES = {
 @pytest.mark.parametrize(("save_backbone", "build"), MODULES.values(), ids=MODULES)
 def test_a_checkpoint_of_any_module_is_enough(save_backbone, build, tmp_path):
     module = build(save_backbone(tmp_path / "base"))
-    file = save(module, tmp_path / "some.ckpt")
+    file = save_checkpoint(module, tmp_path / "some.ckpt")
     restored = restore(checkpoints.read(file), file)
     assert type(restored) is type(module)
     state = module.model.state_dict()
@@ -281,7 +270,7 @@ def test_a_checkpoint_of_any_module_is_enough(save_backbone, build, tmp_path):
 
 def test_a_lora_file_for_llama_cpp(capsys, tmp_path):
     pytest.importorskip("gguf")
-    checkpoint = save(ls.CausalLM(save_tiny_llama(tmp_path / "base"), METHOD), tmp_path / "run.ckpt")
+    checkpoint = save_checkpoint(ls.CausalLM(save_tiny_llama(tmp_path / "base"), METHOD), tmp_path / "run.ckpt")
     main(["export", "--ckpt_path", checkpoint, "--format", "gguf", "--output", "lora"])
     assert re.search(r"Wrote lora \(gguf\): [\d,]+ bytes of weights.*\nFor llama.cpp and", capsys.readouterr().out)
     assert (tmp_path / "lora" / "adapter.gguf").stat().st_size > 1000
@@ -291,7 +280,7 @@ def test_a_padding_that_was_learned_from_the_data_is_kept(tmp_path):
     module = ls.SequenceClassification(save_tiny_gpt2(tmp_path / "gpt2"), METHOD, num_labels=2)
     module.configure_model()
     module.model.config.pad_token_id = 2
-    file = save(module, tmp_path / "some.ckpt")
+    file = save_checkpoint(module, tmp_path / "some.ckpt")
     main(["merge", "--ckpt_path", file, "--output", str(tmp_path / "merged")])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert logits(model).shape == (2, 2)
@@ -453,7 +442,7 @@ def test_files_that_are_no_checkpoints(refuse, tmp_path):
 
 def test_a_run_with_a_built_model_says_so(project, refuse, tmp_path):
     model = BertForSequenceClassification.from_pretrained(project / "bert")
-    save(ls.SparseModule(model, METHOD), tmp_path / "built.ckpt")
+    save_checkpoint(ls.SparseModule(model, METHOD), tmp_path / "built.ckpt")
     assert "already built" in refuse("merge", "--ckpt_path", "built.ckpt", "--output", "out")[1]
 
 

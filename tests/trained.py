@@ -39,3 +39,15 @@ def as_trained(model, method=SORA):
 def logits(model, inputs):
     """Of a batch, or of token ids."""
     return model.eval()(**inputs if isinstance(inputs, dict) else {"input_ids": inputs}).logits
+
+
+def save_checkpoint(module, file, std=0.1):
+    """A checkpoint file as the Trainer writes it, without training; B is drawn with deviation ``std``."""
+    module.configure_model()
+    with torch.no_grad():
+        for _, adapter in ls.adapters_in(module):
+            torch.nn.init.normal_(adapter.lora_B_t, std=std)
+    kept = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(kept)
+    torch.save(kept, file)
+    return str(file)

@@ -16,6 +16,8 @@ from lit_sparse.errors import UsageError
 CONFIGS = "lit_sparse://"
 """Prefix of the configurations that the package contains."""
 
+_BOOLEANS = ("true", "false", "yes", "no", "null")  # values of a switch; any other word after it is not its value
+
 
 class ConfigFile(ActionConfigFile):
     """``--config FILE``, where ``lit_sparse://quickstart.yaml`` is a file of the package."""
@@ -50,7 +52,7 @@ def spelled_out(words: Sequence[str], command: Callable[..., object]) -> list[st
         if not word.startswith("--") or name not in options:
             changed.append(word)
             continue
-        if not equals and isinstance(options[name].default, bool) and following.startswith("-"):
+        if not equals and isinstance(options[name].default, bool) and following.lower() not in _BOOLEANS:
             equals, value = "=", "true"
         changed.append(f"--{name}{equals}{value}")
     return changed

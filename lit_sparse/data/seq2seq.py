@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lit_sparse.data.padding import PadRows
 from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.sources import Place, require_texts
 from lit_sparse.data.text import TextData
-from lit_sparse.data.tokenizers import added_tokens
-from lit_sparse.errors import require_range
+from lit_sparse.data.tokenizers import Prompt, added_tokens
+from lit_sparse.errors import UsageError, require_range
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -40,6 +42,13 @@ class Seq2SeqData(TextData):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("max_target_length", self.max_target_length, at_least=1)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """A batch of sources, each with the ``prefix`` before it. After setup."""
+        sources = [self.prefix + prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(sources) < len(prompts):
+            raise UsageError("Seq2SeqData takes prompts that are texts; one of them is a list of messages.")
+        return dict(self._tokenizer(sources, padding=True, return_tensors="pt"))
 
     def _columns(self, labelled: bool) -> list[str]:
         return [self.source, self.target] if labelled else [self.source]

@@ -1,5 +1,6 @@
 """The base of the text data modules: tokenise rows once, serve padded batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from lit_sparse.data.padding import PadPromptAndResponse
 from lit_sparse.data.rows import Collator, RowData
 from lit_sparse.data.sampling import LengthGroupedSampler, RowSampler
-from lit_sparse.data.tokenizers import identify_tokenizer, load_tokenizer
+from lit_sparse.data.tokenizers import Prompt, identify_tokenizer, load_tokenizer, prompt_tokens
 from lit_sparse.errors import UsageError, require_range
 
 
@@ -46,6 +48,15 @@ class TextData(RowData):
     def decode(self, tokens: Tensor) -> list[str]:
         """The texts of rows of token ids, without special tokens. After setup."""
         return self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """A batch of prompts for ``generate``, padded on the left. After setup.
+
+        Args:
+            prompts: Texts, or messages for the tokenizer's chat template.
+        """
+        rows = [{"input_ids": prompt_tokens(self._tokenizer, prompt)} for prompt in prompts]
+        return PadPromptAndResponse(self.pad_token_id, left=True)(rows)
 
     def _recipe(self) -> list[Any]:
         return [self._tokenizer_hash, self._token_limit]

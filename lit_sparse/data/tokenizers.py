@@ -2,13 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_sparse.data import quickstart
 from lit_sparse.errors import UsageError
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text to continue, or messages with ``role`` and ``content`` to answer."""
 
 
 def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
@@ -66,6 +70,35 @@ def open_ended(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     # verbose=False: no warnings about long rows, which are cut later
     many: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [ids if ids[: len(before)] == before else before + ids for ids in many]
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Tokens of a prompt that a model will continue.
+
+    Args:
+        tokenizer: Its chat template turns messages into a text that ends where the assistant's answer begins.
+        prompt: A text, or messages with ``role`` and ``content``.
+
+    Raises:
+        UsageError: If there is nothing to continue, or messages do not suit the chat template.
+    """
+    ids: Any
+    if isinstance(prompt, str):
+        ids = open_ended(tokenizer, [prompt])[0]
+    elif not tokenizer.chat_template:
+        raise UsageError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template for a prompt of messages: give a text."
+        )
+    else:
+        try:
+            turns = [dict(turn) for turn in prompt]
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"The messages {list(prompt)} do not suit the chat template: {reason}.") from error
+    if not ids:
+        raise UsageError("A prompt is empty, and the tokenizer adds no token to begin with: give a text.")
+    return list(ids)
 
 
 def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -58,6 +58,11 @@ def keep_chat_format(model: Any, chat: ChatFormat | None) -> None:
         config.eos_token_id = [*several, end]
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, image processor or feature extractor."""
+    return any((folder / name).is_file() for name in _PROCESSOR_FILES)
+
+
 def save_processor(
     source: str | os.PathLike[str] | None,
     draft: Path,
@@ -75,7 +80,7 @@ def save_processor(
     Returns:
         A prompt in this format; None without one.
     """
-    if not source or (Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _PROCESSOR_FILES)):
+    if not source or (Path(source).is_dir() and not has_processor(Path(source))):
         return None  # transformers would make a tokenizer without words
     try:
         try:

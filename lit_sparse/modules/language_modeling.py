@@ -67,10 +67,12 @@ class LanguageModel(SparseModule):
         tokens: Tensor = self._require_model().generate(**batch, max_new_tokens=max_new_tokens)  # type: ignore[operator]
         return tokens
 
-    def _predicted(self, tokens: Tensor) -> dict[str, Any]:
-        """The ``tokens`` of a prediction, and their ``text`` if the data module can decode."""
+    def _predicted(self, batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Any]:
+        """A prediction: the generated ``tokens``, and ``prompt`` and ``text`` if the data module can decode."""
         data = self._data
-        return {"tokens": tokens, **({"text": data.decode(tokens)} if hasattr(data, "decode") else {})}
+        if not hasattr(data, "decode"):
+            return {"tokens": tokens}
+        return {"prompt": data.decode(batch["input_ids"]), "text": data.decode(tokens), "tokens": tokens}
 
 
 class CausalLM(LanguageModel):
@@ -151,12 +153,16 @@ class CausalLM(LanguageModel):
         return torch.tensor(right, dtype=torch.float32, device=new.device)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:  # noqa: ARG002
-        """Continue each prompt of a batch that is padded on the left: ``tokens``, and ``text`` if the data can decode.
+        """Continue each prompt of a batch that is padded on the left.
 
         Decoding is the model's own ``generation_config``, greedy unless that says otherwise.
+
+        Returns:
+            The new ``tokens``, and if the data module can decode, each ``prompt`` as the model read it, without special
+            tokens, and its continuation as ``text``.
         """
         prompts = {k: v for k, v in batch.items() if k != "labels"}
-        return self._predicted(self._generate(prompts, self.max_new_tokens)[:, batch["input_ids"].shape[1] :])
+        return self._predicted(batch, self._generate(prompts, self.max_new_tokens)[:, batch["input_ids"].shape[1] :])
 
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = super()._scored(batch)

@@ -78,11 +78,15 @@ class Seq2SeqLM(LanguageModel):
             self._compare_texts(batch, metrics, data)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:  # noqa: ARG002
-        """Write a text for each source: ``tokens``, and ``text`` if the data can decode.
+        """Write a text for each source.
 
         Decoding is the model's own ``generation_config``, greedy unless that says otherwise.
+
+        Returns:
+            The new ``tokens``, and if the data module can decode, each source as the model read it, without special
+            tokens, as ``prompt``, and the ``text`` written for it.
         """
-        return self._predicted(self._written(batch))
+        return self._predicted(batch, self._written(batch))
 
     def _written(self, batch: dict[str, Tensor]) -> Tensor:
         sources = {k: v for k, v in batch.items() if k not in ("labels", "targets")}

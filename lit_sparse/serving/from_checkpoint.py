@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -89,8 +89,7 @@ def export_checkpoint(
     if budget is not None:
         parse_budget(budget)
     require_free(output)  # before the backbone is loaded
-    for name in import_modules or []:
-        _import(name)
+    import_named(import_modules or ())
     checkpoint = checkpoints.read(ckpt_path)
     _check_final(checkpoint, ckpt_path, require_final)
     module = restore(checkpoint, ckpt_path, backbone, trust_remote_code)
@@ -109,6 +108,19 @@ def export_checkpoint(
         return export_merged(model, output, dtype, resolve(module.backbone), **options)
     write = {"gguf": export_gguf, "sparse": save_adapter, "delta": export_delta}[format]
     return write(model, output, **options)
+
+
+def import_named(modules: Sequence[str]) -> None:
+    """Import the user's modules, with classes that a checkpoint names.
+
+    Raises:
+        UsageError: If one cannot be imported.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"import_modules names {name!r}, which cannot be imported: {error}.") from error
 
 
 def restore(
@@ -218,10 +230,3 @@ def _check_final(checkpoint: Mapping[str, Any], path: str, required: bool) -> No
     if required:
         raise UsageError(f"{found}, and require_final is set. {advice}")
     rank_zero_warn(f"{found}. {advice}")
-
-
-def _import(name: str) -> None:
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"import_modules names {name!r}, which cannot be imported: {error}.") from error

@@ -155,7 +155,9 @@ def test_a_user_teaches_a_model_to_answer_by_the_command_line(tiny_llama, tmp_pa
     assert last_figures()["test_token_accuracy"] > 0.9
     writer = ["--trainer.callbacks+=lit_sparse.PredictionWriter", "--trainer.callbacks.output", "answers.jsonl"]
     main(["predict", "--config", config, *kept, *writer])
-    answers = [row["text"].strip() for row in read_lines("answers.jsonl")]
+    written = read_lines("answers.jsonl")
+    assert [row["prompt"] for row in written] == [f"{row['instruction']} : " for row in rows[64:]]
+    answers = [row["text"].strip() for row in written]
     right = [answer == row["output"] for answer, row in zip(answers, rows[64:], strict=True)]
     assert sum(right) / len(right) > 0.9
     assert 0.3 < sum(answer == "true" for answer in answers) / len(answers) < 0.7

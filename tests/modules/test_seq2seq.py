@@ -101,6 +101,7 @@ def test_prediction_writes_greedily_token_by_token(bart, pairs, trainer):
     module, run = ls.Seq2SeqLM(bart, ls.LoRA(rank=4), max_new_tokens=5), trainer()
     (found,) = run.predict(module, data)
     tokenizer = AutoTokenizer.from_pretrained(bart)
+    assert found["prompt"] == [row["article"] for row in PAIRS]
     for row, tokens, text in zip(PAIRS, found["tokens"], found["text"], strict=True):
         source = tokenizer(row["article"], return_tensors="pt")["input_ids"]
         written = [tokenizer.eos_token_id]
