@@ -287,7 +287,7 @@ def test_without_another_program_an_unknown_word_is_refused(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["lightning", "login"])
     with pytest.raises(SystemExit, match="2"):
         lightning_main()
-    choices = "'fit', 'validate', 'test', 'predict', 'inspect', 'edit', 'export', 'merge'"
+    choices = "'fit', 'validate', 'test', 'predict', 'inspect', 'edit', 'export', 'merge', 'chat', 'evaluate'"
     assert f"invalid choice: 'login' (choose from {choices})" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_sparse
 from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoint, usable
-from lit_sparse.cli import chat, edit, export, inspect
+from lit_sparse.cli import chat, edit, evaluate, export, inspect
 from lit_sparse.cli.parser import SparseParser, fail, refused_by_lightning
 from lit_sparse.cli.trainer import SaveRunConfig, SparseTrainer
 from lit_sparse.errors import TrainingError, UsageError
@@ -39,8 +39,10 @@ _SUMMARIES = {
     "predict": "Predict; the callback PredictionWriter writes the predictions.",
 }
 
+_ON_SOURCES = {"chat": chat, "evaluate": evaluate}  # commands with a stored model and no configuration
+
 # Other words go to the lightning command of another package, if there is one.
-COMMANDS = (*_SUMMARIES, "inspect", "edit", *export.NAMES, "chat")
+COMMANDS = (*_SUMMARIES, "inspect", "edit", *export.NAMES, *_ON_SOURCES)
 
 # The disk is full, or a file may not be written or read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -91,7 +93,8 @@ class SparseCLI(LightningCLI):
             action.help = _SUMMARIES.get(action.dest, action.help)
         for name in export.NAMES:  # for --help; main runs them without a configuration
             subcommands.add_subcommand(name, export.parser(name), help=export.summary(name))
-        subcommands.add_subcommand("chat", chat.parser(), help=chat.SUMMARY)
+        for name, command in _ON_SOURCES.items():
+            subcommands.add_subcommand(name, command.parser(), help=command.SUMMARY)
 
     def before_instantiate_classes(self) -> None:
         """Adjust the Trainer to the command; refuse an unreadable checkpoint, and a second optimizer."""
@@ -209,8 +212,8 @@ def _run(args: Sequence[str] | None) -> None:
     name, *others = [word for word in words if word != "--quiet"] or [""]
     if name in export.NAMES:
         export.run(others, _program(), name)
-    elif name == "chat":
-        chat.run(others, _program())
+    elif name in _ON_SOURCES:
+        _ON_SOURCES[name].run(others, _program())
     elif name == "inspect" and inspect.names_a_source(others):
         inspect.run(others, _program())
     elif name == "edit" and others[:1] and others[0] in edit.NAMES:
