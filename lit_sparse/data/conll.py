@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
+from lit_sparse.data.files import open_bytes
 from lit_sparse.errors import UsageError
 
 ENDINGS = (".conll", ".bio", ".txt")
@@ -26,9 +27,15 @@ def read_conll(files: Sequence[Path], split: str, words: str, tags: str) -> Data
     return concatenate_datasets([_read(file, split, words, tags) for file in files])
 
 
+def count_sentences(file: Path) -> int:
+    """The number of sentences of a file."""
+    return len(_read(file, "predict", "words", "tags"))
+
+
 def _read(file: Path, split: str, words: str, tags: str) -> Dataset:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split within words
+        with open_bytes(file) as stream:
+            lines = stream.read().decode("utf-8-sig").split("\n")  # splitlines would also split within words
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The file {str(file)!r} of the split {split!r} cannot be read: {error}.") from error
     sentences: list[list[tuple[str, str]]] = [[]]

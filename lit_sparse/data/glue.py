@@ -44,8 +44,7 @@ class GLUE(TextClassificationData):
         task: Name of the task. WNLI's validation set contradicts its training set: do not compare methods
             on it.
         path: Hub id of GLUE, or a local copy: a folder with one sub-folder per task, or the folder of the task. It
-            holds files named train, validation, test (MNLI: validation_matched, …) that end in .csv, .json, .jsonl or
-            .parquet.
+            holds files named train, validation, test (MNLI: validation_matched, …), of any kind that data modules read.
         max_length: Longest row in tokens; longer ones are cut, in a pair the longer text first. With BERT's
             vocabulary 128 cuts 12 % of the training rows of RTE, 0.4 % of QNLI and none of the smaller tasks
             and SST-2; MNLI and QQP were not measured.

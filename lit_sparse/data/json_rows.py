@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 from datasets import Features
 
+from lit_sparse.data.files import not_utf8, open_bytes
 from lit_sparse.errors import parse_json
 
 _CHUNK_ROWS = 1_000  # rows that become a table at a time
@@ -23,9 +24,17 @@ class JsonRows:
 
     def learn(self, file: Path) -> None:
         """Widen the types by those of the values in ``file``."""
-        for rows in _parts(file):
+        for part, rows in enumerate(_parts(file)):
             for name in dict.fromkeys(name for row in rows for name in row):
-                for kind in _types_of([row.get(name) for row in rows]):
+                values = [row.get(name) for row in rows]
+                try:
+                    kinds = _types_of(values)
+                except UnicodeEncodeError as error:
+                    number = part * _CHUNK_ROWS + next(i for i, value in enumerate(values) if not _is_text(value))
+                    raise ValueError(
+                        f"row {number}, counted from 0, has half of a surrogate pair in the column {name!r}"
+                    ) from error
+                for kind in kinds:
                     self._widen(name, kind)
 
     def _widen(self, name: str, new: pa.DataType | None) -> None:
@@ -55,30 +64,41 @@ class JsonRows:
         for rows in _parts(file):
             yield pa.table({name: _column([row.get(name) for row in rows], kind) for name, kind in self._types.items()})
 
+    def count(self, file: Path) -> int:
+        """The number of rows of ``file``."""
+        return sum(map(len, _parts(file)))
+
 
 def _parts(file: Path) -> Iterator[list[dict[str, Any]]]:
     """The objects of a file."""
-    with file.open(encoding="utf-8-sig", newline="\n") as stream:
-        first = next(filter(str.strip, stream), "{}")
+    with open_bytes(file) as stream:
+        first = next(filter(bytes.strip, stream), b"{}")
     rows = _lines(file) if _is_object(first) else _document(file)
     while part := list(islice(rows, _CHUNK_ROWS)):
         yield part
 
 
-def _is_object(line: str) -> bool:
+def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(parse_json(line), dict)
+        return isinstance(parse_json(line.decode()), dict)
+    except UnicodeDecodeError:
+        return True  # reading lines will name this one
     except ValueError:  # an object or a list over several lines
         return False
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="\n") as stream:
-        for number, line in enumerate(stream, start=1):
+    with open_bytes(file) as stream:
+        for number, content in enumerate(stream, start=1):
             try:
+                line = content.decode()
                 row = parse_json(line.rstrip("\n")) if line.strip() else None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} {not_utf8(error)}") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
             if isinstance(row, dict):
                 yield row
             elif line.strip():
@@ -86,7 +106,12 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _document(file: Path) -> Iterator[dict[str, Any]]:
-    content = parse_json(file.read_text(encoding="utf-8-sig"))
+    with open_bytes(file) as stream:
+        text = stream.read()
+    try:
+        content = parse_json(text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {text.count(bytes([10]), 0, error.start) + 1} {not_utf8(error)}") from error
     rows = [content] if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise ValueError(f"it holds {str(rows)[:50]!r}, and no objects with columns")
@@ -134,3 +159,11 @@ def _column(values: list[Any], kind: pa.DataType | None) -> pa.Array:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether UTF-8 can hold a value: JSON can spell half of a surrogate pair."""
+    try:
+        return bool(_json(value).encode())
+    except UnicodeEncodeError:
+        return False

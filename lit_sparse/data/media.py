@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -107,16 +107,18 @@ class MediaData(RowData, ABC):
             return super()._readers()
         refuse_hub_arguments(self._source, self.name, self.revision)
         return {
-            split: partial(read_folder, folder, split, kind.kind, kind.endings) for split, folder in folders.items()
+            split: Reader(partial(read_folder, folder, split, kind.kind, kind.endings))
+            for split, folder in folders.items()
         }
 
-    def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
+    def _encoded(self, reader: Reader, split: str, role: str) -> Dataset:
         """Rows of a file, its ``origin`` in words and, if ``role`` needs it, the number of its class."""
-        require_columns(rows, split, [self._column])
+        rows = reader()
+        require_columns(rows, split, [self._column], reader.files)
         rows = self._as_files(rows.select_columns([c for c in self._columns(True) if c in rows.column_names]), split)
         feature = rows.features.get(self.label)
         self._names_of_split = feature.names if isinstance(feature, ClassLabel) else None
-        checked = super()._encoded(rows, split, role)
+        checked = super()._encoded(replace(reader, read=lambda: rows), split, role)
         return concatenate_datasets([rows.select_columns([self._column]), checked], axis=1)
 
     def _as_files(self, rows: Dataset, split: str) -> Dataset:

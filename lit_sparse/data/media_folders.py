@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_sparse.data.files import split_name
 from lit_sparse.data.tables import ENDINGS
 from lit_sparse.errors import UsageError
 
@@ -52,8 +53,8 @@ def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
 
 def _has_tables(root: Path) -> bool:
     """Whether tables describe the files: one for each split, or the metadata.csv that `datasets` reads."""
-    tables = [file for file in (*root.glob("*.*"), *root.glob("*/metadata.*")) if file.suffix in ENDINGS]
-    return any(file.stem.split("-")[0] in (*_FOLDERS.values(), "metadata") for file in tables)
+    names = [split_name(file) for file in (*root.glob("*.*"), *root.glob("*/metadata.*"))]
+    return any(end in ENDINGS and stem.split("-")[0] in (*_FOLDERS.values(), "metadata") for stem, end in names)
 
 
 def _has_files(folder: Path, endings: tuple[str, ...]) -> bool:

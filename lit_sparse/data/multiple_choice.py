@@ -77,8 +77,9 @@ class MultipleChoiceData(TextData):
         if isinstance(self.choices, str):
             split = "train" if "train" in readers else next(iter(readers))
             rows = readers[split]()
-            require_columns(rows, split, [self.choices])
-            texts, _ = _texts_and_names(rows[0][self.choices], self.choices, Place(split, 0))
+            require_columns(rows, split, [self.choices], readers[split].files)
+            first = Place(split, 0, len(rows), readers[split])
+            texts, _ = _texts_and_names(rows[0][self.choices], self.choices, first)
             self.num_labels = len(texts)
         else:
             self.num_labels = len(self.choices)

@@ -1,7 +1,7 @@
 """Questions whose answer is a span of a text, in the formats of SQuAD."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,8 @@ class QuestionAnsweringData(TextData):
         return [*super()._recipe(), *self._columns(labelled=True), self.unanswerable, self.stride]
 
     def _readers(self) -> dict[str, Reader]:
-        return {split: partial(_flat, reader) for split, reader in super()._readers().items()}
+        readers = super()._readers()
+        return {split: replace(reader, read=partial(_flat, reader.read)) for split, reader in readers.items()}
 
     def _hold_out(self, rows: Dataset, role: str) -> Dataset:
         # Questions are divided before they become windows, so that the windows of a question stay on one side.
@@ -178,9 +179,9 @@ class QuestionAnsweringData(TextData):
         return list(zip(texts, starts, strict=True))
 
 
-def _flat(reader: Reader) -> Dataset:
+def _flat(read: Callable[[], Dataset]) -> Dataset:
     """The rows of a source, one for each question even where SQuAD's own files nest them."""
-    rows = reader()
+    rows = read()
     if set(rows.column_names) not in ({"data"}, {"data", "version"}):
         return rows
     return rows.map(_questions_of, batched=True, remove_columns=rows.column_names)

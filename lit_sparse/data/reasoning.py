@@ -32,7 +32,7 @@ class ReasoningData(InstructionData):
 
     Args:
         path: Folder with a folder for each set, named as in LLM-Adapters. These hold ``test.json`` and, for training,
-            ``train.json``. The ending may also be .jsonl, .csv or .parquet.
+            ``train.json``, or files of another kind that data modules read.
         sets: Sets to test on: ``boolq``, ``piqa``, ``social_i_qa``, ``hellaswag``, ``winogrande``, ``ARC-Easy``,
             ``ARC-Challenge``, ``openbookqa``, ``AQuA``, ``gsm8k``, ``mawps``, ``SVAMP``, ``AddSub``, ``MultiArith``,
             ``SingleEq``. None is all sets in ``path``.
@@ -103,14 +103,14 @@ class ReasoningData(InstructionData):
         files = {name: files_named_by_split(self._folder / name, ("train", "test")) for name in self._test_splits}
         for name, found in files.items():
             if "test" not in found:
-                raise UsageError(f"The set {name!r} has no test.json (or .jsonl, .csv, .parquet) in {self.path}.")
+                raise UsageError(f"The set {name!r} has no test.json, or file of another kind, in {self.path}.")
         training = [file for found in files.values() for file in found.get("train", [])]
         if self.train_file is not None:
             training = [Path(self.train_file).expanduser()]
             if not training[0].is_file():
                 raise UsageError(f"train_file names a file that does not exist: {self.train_file}.")
-        readers: dict[str, Reader] = {name: partial(read_files, found["test"], name) for name, found in files.items()}
-        return {**readers, "train": partial(read_files, training, "train")} if training else readers
+        parts = {name: found["test"] for name, found in files.items()} | ({"train": training} if training else {})
+        return {split: Reader(partial(read_files, found, split), found) for split, found in parts.items()}
 
     def _is_labelled(self, rows: Dataset, role: str) -> bool:  # noqa: ARG002 - the base looks at rows
         return not self._is_asked(role) and role != "predict"

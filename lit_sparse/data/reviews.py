@@ -48,7 +48,7 @@ class QuickstartReviews(TextClassificationData):
 
     def _readers(self) -> dict[str, Reader]:
         file = quickstart.reviews_csv()
-        return {split: partial(_read_part, file, split) for split in _PARTS}
+        return {split: Reader(partial(_read_part, file, split)) for split in _PARTS}
 
 
 def _read_part(file: Path, split: str) -> Dataset:

@@ -30,18 +30,20 @@ class RowData(LightningDataModule):
     the stages of that name. Only the splits that a stage needs are read. Prediction takes the split "predict", or the
     test split where there is none, and its batches hold no labels.
 
-    Encoded rows are kept in the cache of ``datasets`` under a name that says how they were made, so later runs and the
-    other processes of a run only map them into memory.
+    Rows, and what they are encoded to, are kept in the cache of ``datasets`` under names that say how they were made,
+    so later runs and the other processes of a run only map them into memory. Files are read and encoded a thousand rows
+    at a time. Only the order of the rows and their lengths are in memory as a whole, and a .json file while it is read.
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .json, .jsonl or .parquet); a folder laid out like
-            a data set of the hub; a single file, which is then the training split. Give either ``path`` or
-            ``data_files``.
+            split (train, validation, test, predict; ending in .csv, .tsv, .json, .jsonl, .ndjson or .parquet, and in
+            .gz or .zst if they are compressed); a folder laid out like a data set of the hub; a single file, which is
+            then the training split. Give either ``path`` or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
-        data_files: Split → file, or list of files that are read one after another, for files that are not named by
-            split.
+        data_files: Split → file, for files that are not named by split. Also a pattern such as ``parts/*.csv``, whose
+            files are read in the order of their names, or a list of files and patterns, read one after another. The
+            files of a split are of one kind.
         validation_fraction: Share of the training split, in (0, 1), to hold out as validation split where the source
             has none. Every run holds out the same rows.
         batch_size: Training rows per batch and device.
@@ -167,7 +169,7 @@ class RowData(LightningDataModule):
         self._load_processor()
         self._learn_labels(readers)
         return {
-            role: [self._hold_out(self._encoded(readers[split](), split, role), role) for split in splits]
+            role: [self._hold_out(self._encoded(readers[split], split, role), role) for split in splits]
             for role, splits in wanted.items()
         }
 
@@ -214,14 +216,15 @@ class RowData(LightningDataModule):
                 f"one has {', '.join(map(repr, present))}: leave out one of the two."
             )
 
-    def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
+    def _encoded(self, reader: Reader, split: str, role: str) -> Dataset:
+        rows = reader()
         if len(rows) == 0:
             raise UsageError(f"The split {split!r} of {self._source} is empty: give it some rows.")
         labelled = self._is_labelled(rows, role)
-        require_columns(rows, split, self._columns(labelled))
+        require_columns(rows, split, self._columns(labelled), reader.files)
         made_of = [rows._fingerprint, split, labelled, type(self).__qualname__, self._recipe(), __version__]
         return rows.map(
-            partial(self._encode_part, split=split, labelled=labelled),
+            partial(self._encode_part, labelled=labelled, place=partial(Place, split, total=len(rows), reader=reader)),
             batched=True,
             batch_size=self._rows_at_once,
             with_indices=True,
@@ -231,8 +234,8 @@ class RowData(LightningDataModule):
             desc=f"Encoding {split}",
         )
 
-    def _encode_part(self, rows: Rows, numbers: list[int], split: str, labelled: bool) -> Rows:
-        return self._encode(rows, [Place(split, number) for number in numbers], labelled)
+    def _encode_part(self, rows: Rows, numbers: list[int], labelled: bool, place: Callable[[int], Place]) -> Rows:
+        return self._encode(rows, list(map(place, numbers)), labelled)
 
     def _hold_out(self, rows: Dataset, role: str) -> Dataset:
         """The part of ``rows`` that plays ``role`` when the validation split is held out of 'train'."""

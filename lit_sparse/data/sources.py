@@ -1,36 +1,31 @@
 """Where rows come from: local files, folders and the hub, with errors that name what is wrong."""
 
+import glob
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
-from lit_sparse.data.tables import ENDINGS, read_files
+from lit_sparse.data.files import ending, local_path, matching, split_name
+from lit_sparse.data.readers import Kind, Kinds
+from lit_sparse.data.readers import Place as Place
+from lit_sparse.data.readers import Reader as Reader
+from lit_sparse.data.tables import ENDINGS, count_rows, read_files
 from lit_sparse.errors import UsageError
 
-Reader = Callable[[], Dataset]  # reads one split
-DataFiles = dict[str, str | list[str]]  # split → file, or files of one kind that are read one after another
-Kinds = Mapping[str, Callable[[Sequence[Path], str], Dataset]]  # ending of a file → reads the files of a split
+DataFiles = dict[str, str | list[str]]  # split → file or pattern, or a list: files of one kind, read one after another
 
-TABLES: Kinds = dict.fromkeys(ENDINGS, read_files)
+
+TABLES: Kinds = dict.fromkeys(ENDINGS, Kind(read_files, count_rows))
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")  # how the hub names the parts of a split
-
-
-class Place(NamedTuple):
-    """A row of a source, which errors name."""
-
-    split: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"Row {self.number} (counted from 0) of the split {self.split!r}"
+_FAMILIES = {".tsv": ".csv", ".jsonl": ".json", ".ndjson": ".json"}  # endings of which a split may have both
 
 
 def open_source(
@@ -47,7 +42,7 @@ def open_source(
         path: Hub id, folder or file; see ``RowData``.
         name: Configuration on the hub.
         revision: Branch, tag or commit on the hub.
-        data_files: Split → file, or list of files.
+        data_files: Split → file or pattern, or list of files and patterns.
         known_splits: Names of splits to look for in a folder and to accept in ``data_files``.
         kinds: The kinds of files that can be read.
 
@@ -67,9 +62,13 @@ def open_source(
         files = _listed_files(data_files or {}, known_splits, kinds)
     if not files:
         loaded = _load_dataset_of_hub_form(str(path), name, revision)
-        return {split: partial(loaded.__getitem__, split) for split in loaded}
+        return {split: Reader(partial(loaded.__getitem__, split)) for split in loaded}
     refuse_hub_arguments(path or "data_files", name, revision)
-    return {split: partial(kinds[parts[0].suffix], parts, split) for split, parts in files.items()}
+    readers = {}
+    for split, parts in files.items():
+        kind = kinds[ending(parts[0])]
+        readers[split] = Reader(partial(kind.read, parts, split), parts, kind.count)
+    return readers
 
 
 def refuse_hub_arguments(source: str, name: str | None, revision: str | None) -> None:
@@ -81,8 +80,14 @@ def refuse_hub_arguments(source: str, name: str | None, revision: str | None) ->
         )
 
 
-def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
+def require_columns(rows: Dataset, split: str, columns: Sequence[str], files: Sequence[Path] = ()) -> None:
     """Require that rows have certain columns.
+
+    Args:
+        rows: Rows of a split.
+        split: Its name.
+        columns: Names of the columns.
+        files: The files of the split, if it is in files.
 
     Raises:
         UsageError: If a column is missing, or holds conversations.
@@ -96,7 +101,8 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
         )
     if missing:
         raise UsageError(
-            f"The split {split!r} has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}."
+            f"The split {split!r} has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}"
+            f"{', in ' if files else ''}{', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}."
         )
 
 
@@ -148,7 +154,9 @@ def _files_at(path: str, known_splits: Sequence[str], kinds: Kinds) -> dict[str,
         return {"train": [_of_known_kind(place, kinds)]}
     if place.is_dir():
         return files_named_by_split(place, known_splits, kinds)
-    if place.suffix in kinds or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if glob.has_magic(path) and ending(place) in kinds:
+        raise UsageError(f"The path {path!r} does not exist: give a pattern of files to a split in data_files.")
+    if ending(place) in kinds or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UsageError(f"The path {path!r} does not exist: give an existing file or folder, or a hub id.")
     return {}
 
@@ -161,8 +169,9 @@ def files_named_by_split(folder: Path, known_splits: Sequence[str], kinds: Kinds
     """
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        split = _SHARD.sub("", file.stem)
-        if file.suffix in kinds and split in known_splits:
+        stem, end = split_name(file)
+        split = _SHARD.sub("", stem)
+        if end in kinds and split in known_splits:
             files.setdefault(split, []).append(file)
     for split, parts in files.items():
         if len(parts) > 1 and not all(_SHARD.search(part.stem) for part in parts):
@@ -181,10 +190,14 @@ def _listed_files(data_files: DataFiles, known_splits: Sequence[str], kinds: Kin
     if missing:
         raise UsageError(f"data_files names files that do not exist: {', '.join(missing)}.")
     for split, parts in files.items():
-        if len({_of_known_kind(part, kinds).suffix.replace(".jsonl", ".json") for part in parts}) > 1:
+        ends = [ending(_of_known_kind(part, kinds)) for part in parts]
+        if len({_FAMILIES.get(end, end) for end in ends}) > 1:
             raise UsageError(
                 f"The files of the split {split!r} must be of one kind; data_files has {list(map(str, parts))}."
             )
+        twice = [str(part) for number, part in enumerate(parts) if part in parts[:number]]
+        if twice:
+            raise UsageError(f"data_files gives the split {split!r} the file {twice[0]} more than once.")
     return files
 
 
@@ -192,20 +205,18 @@ def _paths_of(given: str | list[str], split: str) -> list[Path]:
     names = given if isinstance(given, (list, tuple)) else [given]
     if not names or not all(isinstance(name, (str, os.PathLike)) for name in names):
         raise UsageError(f"data_files gives each split a file or a list of files; the split {split!r} has {given!r}.")
-    return [local_path(name) for name in names]
-
-
-def local_path(name: str | os.PathLike[str]) -> Path:
-    """The path, from a user's home folder where it begins with ``~`` or ``~user``."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # there is no such user: the file itself has this name
-        return Path(name)
+    found = {name: matching(name) for name in names}
+    for name, files in found.items():
+        if not files:
+            raise UsageError(f"data_files gives the split {split!r} the pattern {str(name)!r}, which no file matches.")
+    return [file for name in names for file in found[name]]
 
 
 def _of_known_kind(file: Path, kinds: Kinds) -> Path:
-    if file.suffix not in kinds:
-        raise UsageError(f"{file} cannot be read: files of rows end in {', '.join(kinds)}.")
+    if ending(file) not in kinds:
+        raise UsageError(
+            f"{file} cannot be read: files of rows end in {', '.join(kinds)}, and .gz or .zst if they are compressed."
+        )
     return file
 
 

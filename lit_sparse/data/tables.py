@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,10 +18,12 @@ from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 
 from lit_sparse._version import __version__
+from lit_sparse.data.csv_rows import texts_of
+from lit_sparse.data.files import ending
 from lit_sparse.data.json_rows import JsonRows
 from lit_sparse.errors import UsageError
 
-_CHUNK_ROWS = 10_000  # rows of CSV that are parsed at a time
+_CHUNK_ROWS = 1_000  # rows of parquet that are read at a time
 
 # Numbers as a program writes them. Other text, such as 007, +5 or an id of 19 digits, would not come back as it was.
 _NUMBERS = {
@@ -47,7 +48,7 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
     of its values, wherever they stand: numbers are fractions if one of them is, and text if one value is text.
 
     Args:
-        files: Files that end in .csv, .json, .jsonl or .parquet.
+        files: Files that end in one of ``ENDINGS``, and in .gz or .zst if they are compressed.
         split: Name of the split, for errors.
 
     Raises:
@@ -75,8 +76,13 @@ def read_files(files: Sequence[Path], split: str) -> Dataset:
     return rows
 
 
+def count_rows(file: Path) -> int:
+    """The number of rows of a file that :func:`read_files` can read."""
+    return _KINDS[ending(file)]().count(file)
+
+
 def _learn(files: Sequence[Path], split: str) -> _Kind:
-    kind = _KINDS[files[0].suffix]()
+    kind = _KINDS[ending(files[0])]()
     for file in files:
         with _named(file, split):
             kind.learn(file)
@@ -102,7 +108,7 @@ def _named(file: Path, split: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        kind = file.suffix[1:].removesuffix("l")
+        kind = "json" if "json" in ending(file) else ending(file)[1:]
         raise UsageError(
             f"The split {split!r} is empty or cannot be read as {kind} from {file} ({reason}): mend the file."
         ) from error
@@ -114,6 +120,7 @@ class _Kind(Protocol):
     def learn(self, file: Path) -> None: ...
     def features(self) -> Features: ...
     def tables(self, file: Path) -> Iterator[pa.Table]: ...
+    def count(self, file: Path) -> int: ...
 
 
 class _Csv:
@@ -122,7 +129,7 @@ class _Csv:
         self._rows = 0
 
     def learn(self, file: Path) -> None:
-        for texts in _texts(file):
+        for texts in texts_of(file):
             self._rows += len(texts)
             for name, column in zip(texts.column_names, texts.columns, strict=True):
                 possible = self._possible.setdefault(name, list(_NUMBERS))
@@ -139,19 +146,14 @@ class _Csv:
         return pa.schema({name: [*possible, pa.string()][0] for name, possible in self._possible.items()})
 
     def tables(self, file: Path) -> Iterator[pa.Table]:
-        for texts in _texts(file):
+        for texts in texts_of(file):
+            missing = [name for name in self._possible if name not in texts.column_names]
+            if missing:
+                raise ValueError(f"it lacks the column {missing[0]!r}, which another file of the split has")
             yield texts.select(list(self._possible)).cast(self._schema())
 
-
-def _texts(file: Path) -> Iterator[pa.Table]:
-    """The cells of a CSV as they are written; only empty ones are missing: "None", "NA" and "null" are words too."""
-    options = {"dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
-    with pd.read_csv(file, chunksize=_CHUNK_ROWS, **options) as frames:
-        for frame in frames:
-            if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first columns for names of rows
-                raise ValueError("its rows have more fields than its first line")
-            schema = pa.schema([(name, pa.string()) for name in frame.columns])
-            yield pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+    def count(self, file: Path) -> int:
+        return sum(map(len, texts_of(file)))
 
 
 class _Parquet:
@@ -169,6 +171,13 @@ class _Parquet:
             for batch in opened.iter_batches(_CHUNK_ROWS):
                 yield pa.Table.from_batches([batch])
 
+    def count(self, file: Path) -> int:
+        return int(pq.read_metadata(file).num_rows)
 
-_KINDS: dict[str, Callable[[], _Kind]] = {".csv": _Csv, ".json": JsonRows, ".jsonl": JsonRows, ".parquet": _Parquet}
+
+_KINDS: dict[str, Callable[[], _Kind]] = {
+    **dict.fromkeys((".csv", ".tsv"), _Csv),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), JsonRows),
+    ".parquet": _Parquet,
+}
 ENDINGS = tuple(_KINDS)

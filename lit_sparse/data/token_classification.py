@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lit_sparse.data.conll import ENDINGS, read_conll
+from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
 from lit_sparse.data.labels import learn_classes
 from lit_sparse.data.padding import IGNORED, PadRows
+from lit_sparse.data.readers import Kind, Kinds
 from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import TABLES, Kinds, Place, Reader, open_source
+from lit_sparse.data.sources import TABLES, Place, Reader, open_source
 from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError
 
@@ -35,9 +36,9 @@ class TokenClassificationData(TextData):
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .json, .jsonl, .parquet, or as above); a folder
-            laid out like a data set of the hub; a single file, which is then the training split. Give either ``path``
-            or ``data_files``.
+            split (train, validation, test, predict; ending as above or in .csv, .tsv, .json, .jsonl, .ndjson or
+            .parquet, and in .gz or .zst if they are compressed); a folder laid out like a data set of the hub; a single
+            file, which is then the training split. Give either ``path`` or ``data_files``.
         words: Column of the lists of words.
         tags: Column of the lists of tags, which are names or class ids.
         labels: Names of the tags in the order of their ids. None takes the names that the source gives, or else the
@@ -60,8 +61,8 @@ class TokenClassificationData(TextData):
         return [*super()._recipe(), self.words, self.tags, self._classes.recipe()]
 
     def _readers(self) -> dict[str, Reader]:
-        read = partial(read_conll, words=self.words, tags=self.tags)
-        kinds: Kinds = {**TABLES, **dict.fromkeys(ENDINGS, read)}
+        conll = Kind(partial(read_conll, words=self.words, tags=self.tags), count_sentences)
+        kinds: Kinds = {**TABLES, **dict.fromkeys(ENDINGS, conll)}
         return open_source(self.path, self.name, self.revision, self.data_files, self._split_names(), kinds)
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:

@@ -1,5 +1,6 @@
-"""lit_sparse.data.tables and json_rows: that very file, and one type for each column over all of its rows."""
+"""lit_sparse.data.tables, csv_rows and json_rows: that very file, and one type for each column over all of its rows."""
 
+import gzip
 import json
 
 import pandas
@@ -7,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lit_sparse import UsageError
-from lit_sparse.data import json_rows, tables
+from lit_sparse.data import csv_rows, json_rows, tables
 from lit_sparse.data.sources import open_source
 from lit_sparse.data.tables import ENDINGS, read_files
 
@@ -15,8 +16,8 @@ from lit_sparse.data.tables import ENDINGS, read_files
 @pytest.fixture(autouse=True)
 def _small_parts(tmp_path, monkeypatch):
     """Parts of two rows or so, so that small files have several."""
-    monkeypatch.setattr(tables, "_CHUNK_ROWS", 2)
-    monkeypatch.setattr(json_rows, "_CHUNK_ROWS", 2)
+    for module in (tables, csv_rows, json_rows):
+        monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
     monkeypatch.chdir(tmp_path)
 
 
@@ -144,7 +145,29 @@ def test_an_object_over_several_lines_is_one_row(tmp_path):
         ("a.json", '"x"', "it holds 'x', and no objects"),
         ("a.json", "[]", "it has no rows"),
         ("a.csv", "a,b\n", "it has no rows"),
-        ("a.csv", "a,b\n1,2,3\n4,5,6\n", "its rows have more fields than its first line"),
+        ("a.csv", "a,b\n1,2,3\n4,5,6\n", "row 0, counted from 0, has 3 instead of 2 cells"),
+        ("a.csv", "a,b\n1,2\n3,4\n5,6\n7\n", "row 3, counted from 0, has 1 instead of 2 cells"),
+        ("a.tsv", "a\tb\n1\t2\n\n3\t4\t\n", "row 1, counted from 0, has 3 instead of 2 cells"),
+        ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "row 1, counted from 0: unexpected end of data"),
+        ("a.tsv", 'a\tb\n1\t2\n"A film" he saw\t4\n', "row 1, counted from 0: .* double each quote in it"),
+        (
+            "a.csv",
+            b"a,b\n1,2\n3,4\n5,caf\xe9\n",
+            r"row 2, counted from 0, in the column 'b' is not UTF-8 \(byte 0xe9\)",
+        ),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "its header is not UTF-8"),
+        ("a.csv", "a,b,a\n1,2,3\n", "its header names the column 'a' twice"),
+        ("a.csv", "", "it is empty"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', r"line 2 is not UTF-8 \(byte 0xe9\): save the file as UTF-8"),
+        ("a.json", b'[{"a": 1},\n{"a": "caf\xe9"}]\n', "line 2 is not UTF-8"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n' * 3 + '{"a": ["\\ud83d"]}\n',
+            "row 3, counted from 0, .* surrogate .* in the column 'a'",
+        ),
+        ("a.csv.gz", "a,b\n1,2\n", "as csv from .*incorrect header check"),
+        ("a.jsonl.zst", b'{"a": 1}\n', "as json from .*Unknown frame"),
+        ("a.csv.gz", gzip.compress(b"a,b\n1,2\n" * 99)[:-8], "Truncated compressed stream"),
     ],
 )
 def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
@@ -166,12 +189,12 @@ def test_a_name_is_that_very_file(name, ending, tmp_path):
     for stem, frame in frames.items():
         file = tmp_path / f"{stem}{ending}"
         file.parent.mkdir(exist_ok=True)
-        if ending == ".csv":
-            frame.to_csv(file, index=False)
+        if ending in (".csv", ".tsv"):
+            frame.to_csv(file, index=False, sep="\t" if ending == ".tsv" else ",")
         elif ending == ".parquet":
             frame.to_parquet(file)
         else:
-            frame.to_json(file, orient="records", lines=ending == ".jsonl")
+            frame.to_json(file, orient="records", lines=ending != ".json")
     for given in (f"{tmp_path}/{name}{ending}", f"./{name}{ending}"):
         readers = open_source(None, None, None, {"train": given}, ["train"])
         assert readers["train"]()["text"] == ["mine"]
@@ -227,7 +250,26 @@ def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
 
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
     first = read(tmp_path, "a.csv", "text\na\n")
-    monkeypatch.setattr(tables, "_texts", None)  # the file is not opened
+    monkeypatch.setattr(tables, "texts_of", None)  # the file is not opened
     assert read_files([tmp_path / "a.csv"], "train")._fingerprint == first._fingerprint
     monkeypatch.undo()
     assert read(tmp_path, "a.csv", "text\nbb\n")["text"] == ["bb"]
+
+
+def test_the_column_that_one_of_several_files_lacks_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,b\n")
+    (tmp_path / "b.csv").write_text("text\na\n")
+    with pytest.raises(UsageError, match=r"b\.csv \(it lacks the column 'label', which another file of the split has"):
+        read_files([tmp_path / "a.csv", tmp_path / "b.csv"], "train")
+
+
+def test_a_cell_may_be_longer_than_pythons_limit(tmp_path):
+    assert read(tmp_path, "a.csv", f"text\n{'x' * 200_000}\n")["text"] == ["x" * 200_000]
+
+
+def test_columns_without_a_name_and_blank_lines_are_no_mistake(tmp_path):
+    rows = read(tmp_path, "a.csv", ",text,\n0,a film,\n\n   \n1,a dog,\n")
+    assert rows.to_list() == [
+        {"Unnamed: 0": 0, "text": "a film", "Unnamed: 2": None},
+        {"Unnamed: 0": 1, "text": "a dog", "Unnamed: 2": None},
+    ]

@@ -354,7 +354,8 @@ def test_data_files_need_known_splits(folder):
 def test_files_must_be_of_a_kind_that_can_be_read(tmp_path):
     file = tmp_path / "rows.txt"
     file.write_text("a film")
-    assert_refused(r"rows\.txt cannot be read: files of rows end in \.csv, \.json, \.jsonl, \.parquet", path=str(file))
+    endings = r"\.csv, \.tsv, \.json, \.jsonl, \.ndjson, \.parquet, and \.gz or \.zst if they are compressed"
+    assert_refused(rf"rows\.txt cannot be read: files of rows end in {endings}", path=str(file))
 
 
 def test_a_broken_file_is_named(tmp_path, tokenizer):

@@ -318,7 +318,8 @@ def test_a_mistake_in_the_data_is_one_line(tiny_bert, tmp_path, as_from_a_termin
         main(["fit", "--config", write_config(tmp_path, tiny_bert)])
     error = capsys.readouterr().err.splitlines()[-1]
     number = next(n for n, row in enumerate(questions(320, 0, unanswerable=True)) if not row["answers"]["text"])
-    assert error.startswith(f"error: Row {number} (counted from 0) of the split 'train' has no answer in the column")
+    row = f"error: Row {number} (counted from 0 in {tmp_path}/train.jsonl) of the split 'train'"
+    assert error.startswith(f"{row} has no answer in the column 'answers'")
 
 
 DDP = """
