@@ -6,7 +6,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from lit_sparse.data.sources import Place, Reader, distinct, require_columns
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, parse_json
 
 _HIDDEN = -1  # stands where a benchmark keeps the labels of its test split to itself
 _SHOWN = 20  # labels in a message
@@ -56,6 +56,7 @@ def learn_classes(
     source: str,
     *,
     of_lists: bool = False,
+    numbers_need_names: bool = False,
     hint: str = "",
 ) -> Classes:
     """Find out which classes there are.
@@ -66,7 +67,8 @@ def learn_classes(
         names: Names of the classes in the order of their numbers; None takes those that the column itself names,
             otherwise the sorted distinct values of the training split.
         source: Where the rows are, for errors.
-        of_lists: Whether a row has a list of labels instead of one; then only names can be learned, no numbers.
+        of_lists: Whether a row has a list of labels instead of one.
+        numbers_need_names: Whether numbers in the column are refused without ``names``.
         hint: A sentence for errors: what the column may hold instead of classes.
 
     Raises:
@@ -75,8 +77,9 @@ def learn_classes(
     names = names or _names_in_features(readers, column)
     if names is None:
         values = _training_labels(readers, column, source, of_lists)
-        _require_classes(values, column, of_lists, hint)
-        values = sorted(int(value) if isinstance(value, float) else value for value in values)
+        _require_classes(values, column, readers["train"], numbers_need_names, hint)
+        values = [int(value) if isinstance(value, float) else value for value in values]
+        values = sorted(values, key=lambda value: (isinstance(value, str), value))  # lists may hold both kinds
         names, numbers = [str(value) for value in values], {value: i for i, value in enumerate(values)}
     else:
         numbers = {**{i: i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
@@ -103,25 +106,49 @@ def _training_labels(readers: dict[str, Reader], column: str, source: str, of_li
             f"that the model was trained with."
         )
     rows = readers["train"]()
-    require_columns(rows, "train", [column])
-    if of_lists:
-        lists = [labels if isinstance(labels, list) else [labels] for labels in rows[column]]
-        values = list({label for labels in lists for label in labels})
-    else:
-        values = distinct(rows, column)
+    require_columns(rows, "train", [column], readers["train"].files)
+    values = _distinct_in_lists(rows, column) if of_lists else distinct(rows, column)
     return [value for value in values if value is not None and value == value]
 
 
-def _require_classes(values: list[Any], column: str, of_lists: bool, hint: str) -> None:
+def _distinct_in_lists(rows: Dataset, column: str) -> list[Any]:
+    """The different labels in a column of lists. The lookup will name the rows of all other values."""
+    found: dict[Any, None] = {}
+    for part in rows.select_columns([column]).iter(1000):
+        for value in part[column]:
+            labels = list_in(value)
+            found.update(dict.fromkeys(label for label in labels or [] if isinstance(label, (str, int, float))))
+    return list(found)
+
+
+def list_in(value: Any) -> list[Any] | None:
+    """The list that is the value of a cell, or the list that is its text in JSON, as in a CSV; None for others."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _require_classes(values: list[Any], column: str, reader: Reader, numbers_need_names: bool, hint: str) -> None:
     numbers = [value for value in values if not isinstance(value, str)]
-    if of_lists and numbers:
+    if numbers_need_names and numbers:
         raise UsageError(
-            f"The column {column!r} of the split 'train' holds {numbers[0]!r} and nothing says what it stands for: "
-            "give the names in labels, in the order of their ids."
+            f"{_place_of(numbers[0], column, reader)} holds {numbers[0]!r} in the column {column!r} and nothing says "
+            "what it stands for: give the names in labels, in the order of their ids."
         )
     fractions = [value for value in numbers if isinstance(value, float) and not value.is_integer()]
     if fractions:
         raise UsageError(
-            f"The column {column!r} of the split 'train' holds numbers such as {fractions[0]}, which are no classes: "
-            f"name the column of the classes in label.{hint}"
+            f"{_place_of(fractions[0], column, reader)} holds {fractions[0]} in the column {column!r}: such numbers "
+            f"are no classes. Name the column of the classes in label.{hint}"
         )
+
+
+def _place_of(label: Any, column: str, reader: Reader) -> Place:
+    """The first training row with this label."""
+    rows = reader()
+    values = (value for part in rows.select_columns([column]).iter(1000) for value in part[column])
+    number = next(number for number, value in enumerate(values) if label == value or label in (list_in(value) or []))
+    return Place("train", number, len(rows), reader)

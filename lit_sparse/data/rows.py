@@ -32,7 +32,7 @@ class RowData(LightningDataModule):
 
     Rows, and what they are encoded to, are kept in the cache of ``datasets`` under names that say how they were made,
     so later runs and the other processes of a run only map them into memory. Files are read and encoded a thousand rows
-    at a time. Only the order of the rows and their lengths are in memory as a whole, and a .json file while it is read.
+    at a time. Only the order of the rows and their lengths are in memory as a whole, and .json files while they are read.
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by

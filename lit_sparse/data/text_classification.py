@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from lit_sparse.data.label_lists import holds_lists, vectors_of_columns, vectors_of_lists
 from lit_sparse.data.labels import Classes, learn_classes
 from lit_sparse.data.rows import Rows
 from lit_sparse.data.sources import Place, Reader, require_texts
@@ -23,15 +24,20 @@ class TextClassificationData(TextData):
     ``labels``: class ids (long) or, for regression, numbers (float). Test splits whose labels are all
     hidden (-1), as in many benchmarks, give batches without labels; so does prediction.
 
+    Rows may have any number of labels each (multi-label classification). Then ``labels`` has a column for each label
+    that holds 1 where it applies and 0 elsewhere (float). ``multi_label`` says so after setup.
+
     Args:
         text: Column of the text.
         text_pair: Column of the second text of a pair; None where rows have one text.
-        label: Column of the label.
+        label: Column of the label. If it holds lists of names or ids, each row has any number of labels; an empty list
+            says that none applies. In a CSV these are lists in JSON: ``["toxic", "insult"]``. Or several columns, one
+            for each label, that hold 0 or 1.
         labels: Names of the classes in the order of their ids; the column may hold names or ids. None takes the names
             that the source gives, or else the sorted distinct values of the training split.
         regression: Whether labels are numbers to predict instead of classes.
-        metrics: Names of the metrics to report: accuracy, f1 and matthews; for regression pearson and spearman. None
-            leaves the choice to the model.
+        metrics: Names of the metrics to report: accuracy, f1 and matthews; for regression pearson and spearman; for
+            several labels accuracy, f1_macro, f1_micro and auroc. None leaves the choice to the model.
         max_length: Longest row in tokens; longer ones are cut, in a pair the longer text first. The tokenizer's own
             limit holds if it is lower. 128 holds most sentence pairs; attention costs time with the square of the
             length.
@@ -39,7 +45,7 @@ class TextClassificationData(TextData):
 
     text: str = "text"
     text_pair: str | None = None
-    label: str = "label"
+    label: str | list[str] = "label"
     labels: list[str] | None = None
     regression: bool = False
     metrics: list[str] | None = None
@@ -47,9 +53,23 @@ class TextClassificationData(TextData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._classes = Classes([], {})
+        self.multi_label: bool | None = None if isinstance(self.label, str) else True
+        if not isinstance(self.label, str):
+            self._require_several(self.label)
+
+    def _require_several(self, columns: list[str]) -> None:
+        if len(set(columns)) < 2 or len(set(columns)) < len(columns):
+            raise UsageError(f"label is one column, or several different columns of zeros and ones; got {columns}.")
+        if self.labels is not None or self.regression:
+            raise UsageError(
+                f"The columns {columns} in label are the labels: leave out {'labels' if self.labels else 'regression'}."
+            )
 
     def _columns(self, labelled: bool) -> list[str]:
-        return [*self._texts(), self.label] if labelled else self._texts()
+        return [*self._texts(), *self._label_columns()] if labelled else self._texts()
+
+    def _label_columns(self) -> list[str]:
+        return [self.label] if isinstance(self.label, str) else self.label
 
     def _texts(self) -> list[str]:
         return [self.text] if self.text_pair is None else [self.text, self.text_pair]
@@ -58,14 +78,21 @@ class TextClassificationData(TextData):
         return [*super()._recipe(), self._texts(), self.label, self.regression, self._classes.recipe()]
 
     def _is_labelled(self, rows: Dataset, role: str) -> bool:
+        if self.multi_label or not isinstance(self.label, str):
+            return role != "predict"
         return self._classes.is_labelled(rows, role, self.label)
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:
         if self.regression:
-            self.num_labels = 1
+            self.num_labels, self.multi_label = 1, False
             return
-        hint = " For numbers to predict set regression to true."
-        self._classes = learn_classes(readers, self.label, self.labels, self._source, hint=hint)
+        if isinstance(self.label, str):
+            self.multi_label = holds_lists(readers, self.label)
+            lists = bool(self.multi_label)
+            hint = " For numbers to predict set regression to true."
+            self._classes = learn_classes(readers, self.label, self.labels, self._source, of_lists=lists, hint=hint)
+        else:
+            self._classes = Classes(self.label, {})
         self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
@@ -73,11 +100,19 @@ class TextClassificationData(TextData):
         encoded = dict(self._tokenizer(*texts, truncation=True, max_length=self._token_limit))
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         if labelled:
-            encoded["labels"] = [
-                self._number(value, place) if self.regression else self._classes.number_of(value, self.label, place)
-                for value, place in zip(rows[self.label], places, strict=True)
-            ]
+            encoded["labels"] = self._encoded_labels(rows, places)
         return encoded
+
+    def _encoded_labels(self, rows: Rows, places: Sequence[Place]) -> list[Any]:
+        column = self.label
+        if not isinstance(column, str):
+            return vectors_of_columns(rows, column, places)
+        if self.multi_label:
+            return vectors_of_lists(rows[column], column, self._classes, places)
+        return [
+            self._number(value, place) if self.regression else self._classes.number_of(value, column, place)
+            for value, place in zip(rows[column], places, strict=True)
+        ]
 
     def _number(self, value: object, place: Place) -> float:
         # Texts too: in a CSV one value that is no number makes the whole column texts.

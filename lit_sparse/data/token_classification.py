@@ -66,7 +66,9 @@ class TokenClassificationData(TextData):
         return open_source(self.path, self.name, self.revision, self.data_files, self._split_names(), kinds)
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:
-        self._classes = learn_classes(readers, self.tags, self.labels, self._source, of_lists=True)
+        self._classes = learn_classes(
+            readers, self.tags, self.labels, self._source, of_lists=True, numbers_need_names=True
+        )
         self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
 
     def _collator(self, role: str) -> Collator:

@@ -104,10 +104,16 @@ def _base(model: nn.Module, base: str | None) -> list[str]:
         arguments += ["id2label=dict(enumerate(labels))", "label2id={name: i for i, name in enumerate(labels)}"]
     elif count != 2:  # what transformers assumes
         arguments.append(f"num_labels={count}")
+    if _has_several_labels(model):
+        arguments.append('problem_type="multi_label_classification"')
     if len(arguments) > 2:
         arguments.append("ignore_mismatched_sizes=True")  # the base may have a head for another task
     inside = "".join(f"    {argument},\n" for argument in arguments)
     return [*lines, f"model = {kind}.from_pretrained(\n{inside})"]
+
+
+def _has_several_labels(model: Any) -> bool:
+    return getattr(model.config, "problem_type", None) == "multi_label_classification"
 
 
 def _use(model: Any) -> list[str]:
@@ -120,6 +126,8 @@ def _use(model: Any) -> list[str]:
     kind, count = type(model).__name__, getattr(model.config, "num_labels", 2)
     if kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         shown = "logits.item()" if count == 1 else "model.config.id2label[logits.argmax(-1).item()]"
+        if _has_several_labels(model):
+            shown = "[model.config.id2label[i] for i, p in enumerate(logits[0].sigmoid().tolist()) if p > 0.5]"
         return [*inputs, "logits = model(**inputs).logits", f"print({shown})"]
     if kind in modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
         tags = "[model.config.id2label[i] for i in model(**inputs).logits.argmax(-1)[0].tolist()]"

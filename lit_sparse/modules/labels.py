@@ -49,7 +49,7 @@ class LabelledModule(SparseModule):
         """Load the backbone with a new head of ``num_labels`` outputs, unless it has one of that size."""
         self.backbone_args = {**self._head_arguments(), **self.backbone_args}
         model = super().load_model()
-        self._name_classes(model)
+        self._prepare_head(model)
         return model
 
     def configure_model(self) -> None:
@@ -58,12 +58,13 @@ class LabelledModule(SparseModule):
             return
         self._ask_data()
         for model in self._built:
-            self._name_classes(model)
+            self._prepare_head(model)
         super().configure_model()
         # In the checkpoint, so that it loads without a data module.
         self.hparams.update(num_labels=self._known_num_labels(), label_names=self.label_names)
 
-    def _name_classes(self, model: nn.Module) -> None:
+    def _prepare_head(self, model: nn.Module) -> None:
+        """Give the head of a model that was loaded or built the labels of the data."""
         if self.label_names is not None:
             name_classes(model, self.label_names, self.method.train_head)
 

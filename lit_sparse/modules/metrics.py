@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -11,36 +13,50 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
     MulticlassMatthewsCorrCoef,
+    MultilabelAccuracy,
+    MultilabelAUROC,
+    MultilabelF1Score,
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.utilities.data import dim_zero_cat
 
 from lit_sparse.errors import UsageError
 
 REGRESSION = ("pearson", "spearman")
 CLASSIFICATION = ("accuracy", "f1", "matthews")
+MULTI_LABEL = ("accuracy", "f1_macro", "f1_micro", "auroc")
+THRESHOLD = 0.5
+"""Of several labels, those whose probability is above this are predicted."""
 
 
-def build_metrics(names: Sequence[str], num_labels: int) -> dict[str, Metric]:
+def build_metrics(names: Sequence[str], num_labels: int, multi_label: bool = False) -> dict[str, Metric]:
     """Make metrics by their names.
 
     Args:
         names: ``accuracy``, ``f1`` (of class 1 with two classes, macro average with more), ``matthews`` (0 where only
-            one class is predicted or true); ``pearson``, ``spearman`` for regression.
+            one class is predicted or true); ``pearson``, ``spearman`` for regression. With several labels per row:
+            ``accuracy`` (share of right decisions, over all rows and labels), ``f1_macro`` (mean over the labels; 0
+            for one that is neither predicted nor true), ``f1_micro`` (over all decisions), ``auroc`` (mean over the
+            labels that some rows have and others have not; it keeps the probabilities of all rows).
         num_labels: Number of classes; 1 for regression.
+        multi_label: Whether a row has any number of labels.
 
     Raises:
         UsageError: If a name is unknown, or is not for this kind of task.
     """
-    known = REGRESSION if num_labels == 1 else CLASSIFICATION
+    known = MULTI_LABEL if multi_label else REGRESSION if num_labels == 1 else CLASSIFICATION
     unfit = [name for name in names if name not in known]
     if unfit:
         kind = "regression (one label)" if num_labels == 1 else f"classification with {num_labels} labels"
+        kind += ", any number of them per row" if multi_label else ""
         raise UsageError(f"metrics {unfit} do not exist for {kind}; there are {list(known)}.")
-    return {name: _metric(name, num_labels) for name in names}
+    return {name: _of_several(name, num_labels) if multi_label else _metric(name, num_labels) for name in names}
 
 
-def predictions(logits: Tensor, num_labels: int) -> Tensor:
-    """The class numbers that metrics compare with labels; for regression the values."""
+def predictions(logits: Tensor, num_labels: int, multi_label: bool = False) -> Tensor:
+    """What metrics compare with labels: class numbers; the values for regression; probabilities of several labels."""
+    if multi_label:
+        return logits.float().sigmoid()
     return logits.float().squeeze(-1) if num_labels == 1 else logits.argmax(-1)
 
 
@@ -54,6 +70,26 @@ def _metric(name: str, num_labels: int) -> Metric:
     if name == "pearson":
         return PearsonCorrCoef()
     return SpearmanCorrCoef()
+
+
+def _of_several(name: str, num_labels: int) -> Metric:
+    if name == "accuracy":
+        return MultilabelAccuracy(num_labels, threshold=THRESHOLD, average="micro")
+    if name == "auroc":
+        return _Auroc(num_labels, average="none")
+    average: Any = name.removeprefix("f1_")
+    return MultilabelF1Score(num_labels, threshold=THRESHOLD, average=average)
+
+
+class _Auroc(MultilabelAUROC):
+    """The mean over the labels for which there is such an area; torchmetrics counts the others as 0."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        share = dim_zero_cat(self.target).float().mean(0)
+        defined = (share > 0) & (share < 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No (positive|negative) samples")
+            return super().compute()[defined].mean()
 
 
 class _Matthews(MulticlassMatthewsCorrCoef):

@@ -480,7 +480,7 @@ def test_one_class_is_not_enough(write, tokenizer):
 
 def test_fractions_are_no_classes(write, tokenizer):
     file = write("rows.jsonl", [{"text": "film", "label": 1.5}, {"text": "film", "label": 2.0}])
-    match = "numbers such as 1.5, which are no classes: .* set regression to true"
+    match = r"Row 0 \(.*rows.jsonl\) of the split 'train' holds 1.5 in the column 'label': .* set regression to true"
     assert_refused(match, data_files={"train": file, "validation": file}, tokenizer=tokenizer)
 
 

@@ -159,7 +159,7 @@ def test_names_of_ids_come_from_the_features_or_the_argument(write, bert, tmp_pa
     by_name = only_batch(ROWS, write, bert, labels=NAMES)
     assert torch.equal(by_id["labels"], batch["labels"])
     assert torch.equal(by_name["labels"], batch["labels"])
-    with pytest.raises(UsageError, match=r"'ner_tags' of the split 'train' holds \d and .*: give the names"):
+    with pytest.raises(UsageError, match=r"Row 0 .* holds \d in the column 'ner_tags' and .*: give the names"):
         prepared(rows, write, bert)
 
 

@@ -66,6 +66,24 @@ def test_the_code_of_a_classifiers_card_runs_and_prints_our_label(form, tmp_path
 
 
 @pytest.mark.parametrize("form", WRITERS)
+def test_the_code_of_a_card_prints_several_labels(form, tmp_path, capsys):
+    base = save_tiny_bert(tmp_path / "model", initializer_range=0.6)
+    model = classifier(base)
+    model.config.problem_type = "multi_label_classification"
+    text = dict(AutoTokenizer.from_pretrained(base)("An example of a text.", return_tensors="pt"))
+    found = logits(model, text)[0]
+    with torch.no_grad():
+        model.classifier.bias += torch.tensor([1.0, 1.0, -1.0]) - found  # the first two labels apply
+    WRITERS[form](model, tmp_path / form, tolerance=1e-3)
+    names = {}
+    capsys.readouterr()
+    exec(compile(code_of(tmp_path / form), form, "exec"), names)  # noqa: S102
+    assert capsys.readouterr().out == f"{NAMES[:2]}\n"
+    assert names["model"].config.problem_type == "multi_label_classification"
+    assert list(names["model"].config.id2label.values()) == NAMES
+
+
+@pytest.mark.parametrize("form", WRITERS)
 def test_the_code_of_a_language_models_card_runs(form, tmp_path, monkeypatch, capsys):
     save_tiny_llama(tmp_path / "base")
     monkeypatch.chdir(tmp_path)

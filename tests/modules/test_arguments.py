@@ -8,7 +8,7 @@ import lit_sparse as ls
 from lit_sparse.modules.rebuilding import rebuild
 
 OWN = {
-    "SequenceClassification": {"num_labels", "label_names", "metrics"},
+    "SequenceClassification": {"num_labels", "label_names", "metrics", "multi_label"},
     "TokenClassification": {"num_labels", "label_names"},
     "MultipleChoice": {"num_labels", "label_names", "metrics"},
     "QuestionAnswering": {"max_answer_length", "null_threshold"},
