@@ -107,7 +107,7 @@ def _training_labels(readers: dict[str, Reader], column: str, source: str, of_li
         )
     rows = readers["train"]()
     require_columns(rows, "train", [column], readers["train"].files)
-    values = _distinct_in_lists(rows, column) if of_lists else distinct(rows, column)
+    values = _distinct_in_lists(rows, column) if of_lists else distinct(rows, column, readers["train"].files)
     return [value for value in values if value is not None and value == value]
 
 

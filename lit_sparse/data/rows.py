@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_sparse._version import __version__
 from lit_sparse.data.sampling import ResumableLoader, RowSampler
-from lit_sparse.data.sources import DataFiles, Place, Reader, open_source, require_columns
+from lit_sparse.data.sources import DataFiles, Place, Reader, named, open_source, require_columns
 from lit_sparse.data.tables import fingerprint
 from lit_sparse.errors import UsageError, require_range
 
@@ -32,7 +32,7 @@ class RowData(LightningDataModule):
 
     Rows, and what they are encoded to, are kept in the cache of ``datasets`` under names that say how they were made,
     so later runs and the other processes of a run only map them into memory. Files are read and encoded a thousand rows
-    at a time. Only the order of the rows and their lengths are in memory as a whole, and .json files while they are read.
+    at a time. Memory holds all of a .json file while it is read, and the lengths and the order of the training rows.
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
@@ -166,6 +166,7 @@ class RowData(LightningDataModule):
         """Role → its encoded rows."""
         readers = self._readers()
         wanted = self._wanted(stage, readers)
+        self._stage_splits = list(dict.fromkeys(split for splits in wanted.values() for split in splits))
         self._load_processor()
         self._learn_labels(readers)
         return {
@@ -219,7 +220,8 @@ class RowData(LightningDataModule):
     def _encoded(self, reader: Reader, split: str, role: str) -> Dataset:
         rows = reader()
         if len(rows) == 0:
-            raise UsageError(f"The split {split!r} of {self._source} is empty: give it some rows.")
+            where = named(reader.files) or f" of {self._source}"
+            raise UsageError(f"The split {split!r}{where} is empty: give it some rows.")
         labelled = self._is_labelled(rows, role)
         require_columns(rows, split, self._columns(labelled), reader.files)
         made_of = [rows._fingerprint, split, labelled, type(self).__qualname__, self._recipe(), __version__]

@@ -102,8 +102,13 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str], files: Se
     if missing:
         raise UsageError(
             f"The split {split!r} has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}"
-            f"{', in ' if files else ''}{', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}."
+            f"{named(files)}."
         )
+
+
+def named(files: Sequence[Path]) -> str:
+    """The files of a split in parentheses, for errors; empty if it is in no files."""
+    return f" ({', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''})" if files else ""
 
 
 def _chat_columns(rows: Dataset) -> list[str]:
@@ -120,8 +125,13 @@ def _is_turn(value: object) -> bool:
     return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
-def distinct(rows: Dataset, column: str) -> list[Any]:
+def distinct(rows: Dataset, column: str, files: Sequence[Path] = ()) -> list[Any]:
     """The different values of a column.
+
+    Args:
+        rows: Rows of a split.
+        column: Name of the column.
+        files: The files of the split, if it is in files.
 
     Raises:
         UsageError: If they are lists, dictionaries, or of several kinds, which cannot be compared.
@@ -131,7 +141,7 @@ def distinct(rows: Dataset, column: str) -> list[Any]:
     except pyarrow.ArrowNotImplementedError as error:
         raise UsageError(
             f"The column {column!r} has values that are no single words or numbers, or some of each "
-            f"({rows.features[column]}): mend the file, or name another column."
+            f"({rows.features[column]}): mend the file{named(files)}, or name another column."
         ) from error
 
 

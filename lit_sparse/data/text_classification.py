@@ -87,7 +87,9 @@ class TextClassificationData(TextData):
             self.num_labels, self.multi_label = 1, False
             return
         if isinstance(self.label, str):
-            self.multi_label = holds_lists(readers, self.label)
+            # Names that are given spare a stage that does not train the reading of the training split.
+            among = readers if self.labels is None else {split: readers[split] for split in self._stage_splits}
+            self.multi_label = holds_lists(among, self.label)
             lists = bool(self.multi_label)
             hint = " For numbers to predict set regression to true."
             self._classes = learn_classes(readers, self.label, self.labels, self._source, of_lists=lists, hint=hint)

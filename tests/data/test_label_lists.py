@@ -101,6 +101,15 @@ def test_prediction_needs_no_labels_and_does_not_know_of_them(write, bert):
     assert "labels" not in next(iter(data.predict_dataloader()))
 
 
+def test_with_given_names_only_the_splits_of_the_stage_are_read(write, bert, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{")
+    files = {"train": str(tmp_path / "broken.jsonl"), "test": write("rows.jsonl", ROWS)}
+    data = TextClassificationData(data_files=files, tokenizer=bert, labels=NAMES)
+    data.setup("test")
+    assert data.multi_label
+    assert next(iter(data.test_dataloader()))["labels"].tolist() == VECTORS
+
+
 # Errors.
 
 
@@ -154,7 +163,7 @@ def test_a_cell_that_is_neither_zero_nor_one_names_file_row_and_column(value, wr
 
 def test_a_column_that_is_not_there_is_named(write, bert):
     file = write("rows.jsonl", [{"text": "a", "x": 1}])
-    refused(r"'train' has no column 'y'; .*, in .*rows\.jsonl", file, bert, label=["x", "y"])
+    refused(r"'train' has no column 'y'; .* \(.*rows\.jsonl\)", file, bert, label=["x", "y"])
 
 
 @pytest.mark.parametrize(

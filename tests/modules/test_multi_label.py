@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbones import build_tiny, save_tiny_bert
 from peft import PeftModel
+from programs import launch
 from projects import last_figures, read_lines, write_config
 from sklearn import metrics as sk
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
@@ -186,3 +187,40 @@ def test_arguments_that_contradict_the_data(tiny_bert, data, trainer):
         module_of(tiny_bert, multi_label=True, num_labels=1).configure_model()
     with pytest.raises(ls.UsageError, match=r"metrics \['f1'\] do not exist"):
         trainer().validate(module_of(tiny_bert, metrics=["f1"]), data, verbose=False)
+
+
+DDP = """
+import json, sys
+import lightning as L
+import torch
+import lit_sparse as ls
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    backbone, processes = sys.argv[1], int(sys.argv[2])
+    L.seed_everything(0)
+    metrics = ["accuracy", "f1_macro", "f1_micro", "auroc"]
+    data = ls.TextClassificationData(data_files={"validation": "rows/*.jsonl"}, labels=["animal", "good", "bad"],
+                                     metrics=metrics, eval_batch_size=4)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False,
+        enable_progress_bar=False, enable_checkpointing=False,
+    )
+    (found,) = trainer.validate(ls.SequenceClassification(backbone, ls.LoRA(rank=2)), data, verbose=False)
+    with open(f"{processes}_{trainer.global_rank}.json", "w") as stream:
+        json.dump(found, stream)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(wide_bert, tmp_path):
+    (tmp_path / "validate.py").write_text(DDP)
+    for part in (8, 14):  # two files, read by their pattern
+        write_rows(tmp_path / "rows", f"part{part}", part)
+    for processes in (1, 2):
+        done = launch(processes, ["validate.py", wide_bert, str(processes)], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    alone, first, second = (json.loads((tmp_path / f"{run}.json").read_text()) for run in ("1_0", "2_0", "2_1"))
+    assert first == second
+    assert first == pytest.approx(alone, rel=1e-5)
+    assert len(alone) == 5
