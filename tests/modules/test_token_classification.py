@@ -336,7 +336,8 @@ def test_a_mistake_in_the_data_is_one_line(tiny_bert, tmp_path, as_from_a_termin
     with pytest.raises(SystemExit):
         main(["fit", "--config", config, "--data.init_args.tags", "pos"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "error: The split 'train' has no column 'pos'; its columns are ['tokens', 'ner_tags']."
+    found = f"['tokens', 'ner_tags'] ({tmp_path}/train.jsonl)"
+    assert error == f"error: The split 'train' has no column 'pos'; its columns are {found}."
 
 
 DDP = """
