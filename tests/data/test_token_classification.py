@@ -1,5 +1,6 @@
 """lit_sparse.data.token_classification: which token a word gets, what is cut, and what the user is told."""
 
+import gzip
 import json
 
 import pytest
@@ -124,6 +125,19 @@ def test_files_of_conll_are_the_same_rows(write, bert, tmp_path):
         assert batch.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(batch[name], value)
+
+
+def test_conll_files_of_a_pattern_may_be_compressed_and_name_their_sentences(bert, tmp_path):
+    for part, sentences in (("a", "John B-PER\n\nruns O\n"), ("b", "Zoe B-PER\n\nsits O-\n")):
+        (tmp_path / f"{part}.CONLL.gz").write_bytes(gzip.compress(sentences.encode()))
+    files = {"train": str(tmp_path / "*.CONLL.gz")}
+    data = TokenClassificationData(data_files=files, tokenizer=bert, validation_fraction=0.25)
+    data.setup("fit")
+    assert data.label_names == ["B-PER", "O", "O-"]
+    data = TokenClassificationData(data_files=files, tokenizer=bert, validation_fraction=0.25, labels=["O", "B-PER"])
+    place = r"Row 1 \(counted from 0 in .*b\.CONLL\.gz\) of the split 'train'"
+    with pytest.raises(UsageError, match=f"{place} has the label 'O-' in the column 'ner_tags'"):
+        data.setup("fit")
 
 
 def test_conll_files_beside_others_and_on_their_own(write, bert, tmp_path):
