@@ -86,8 +86,9 @@ def _learn(files: Sequence[Path], split: str) -> _Kind:
     for file in files:
         with _named(file, split):
             kind.learn(file)
-            if any("\0" in name for name in kind.features()):
-                raise ValueError("the name of a column holds a NUL byte")
+    with _named(files[0], split):  # some of several files may have no rows
+        if any("\0" in name for name in kind.features()):
+            raise ValueError("the name of a column holds a NUL byte")
     return kind
 
 
@@ -159,11 +160,15 @@ class _Csv:
 class _Parquet:
     def __init__(self) -> None:
         self._schemas: list[pa.Schema] = []
+        self._rows = 0
 
     def learn(self, file: Path) -> None:
+        self._rows += self.count(file)
         self._schemas.append(pq.read_schema(file))
 
     def features(self) -> Features:
+        if not self._rows:
+            raise ValueError("it has no rows")
         return Features.from_arrow_schema(pa.unify_schemas(self._schemas, promote_options="permissive"))
 
     def tables(self, file: Path) -> Iterator[pa.Table]:

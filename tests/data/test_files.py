@@ -158,7 +158,16 @@ def test_a_row_is_named_by_its_file_and_its_number_in_it(parts):
     assert str(Place("train", 1, 6, reader)) == "Row 1 (counted from 0) of the split 'train'"
 
 
-def test_a_file_without_rows_has_no_row(parts):
-    (parts / "part-b.csv").write_text("text\n")
-    reader = opened("parts/part-*.csv")
-    assert str(Place("train", 2, 4, reader)).startswith("Row 0 (counted from 0 in parts/part-c.csv)")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_of_several_files_some_may_have_no_rows(ending, tmp_path):
+    for name, rows in (("a", []), ("b", [["x"], ["y"]]), ("c", []), ("d", [["z"]])):
+        file = tmp_path / f"{name}{ending}"
+        if ending == ".parquet":
+            pandas.DataFrame({"text": [row[0] for row in rows]}, dtype="string").to_parquet(file)
+        else:
+            file.write_bytes(written(ending, ["text"], rows))
+    reader = opened(f"*{ending}")
+    assert reader()["text"] == ["x", "y", "z"]
+    assert str(Place("train", 2, 3, reader)) == f"Row 0 (counted from 0 in d{ending}) of the split 'train'"
+    with pytest.raises(UsageError, match=rf"'train' is empty .* from a\{ending} \(it has no rows\)"):
+        opened([f"a{ending}", f"c{ending}"])()
