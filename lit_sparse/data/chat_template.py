@@ -10,7 +10,8 @@ from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.sources import Place, local_path
+from lit_sparse.data.files import local_path
+from lit_sparse.data.sources import Place
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.processors import ChatFormat
 

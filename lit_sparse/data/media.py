@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -111,14 +111,13 @@ class MediaData(RowData, ABC):
             for split, folder in folders.items()
         }
 
-    def _encoded(self, reader: Reader, split: str, role: str) -> Dataset:
+    def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         """Rows of a file, its ``origin`` in words and, if ``role`` needs it, the number of its class."""
-        rows = reader()
-        require_columns(rows, split, [self._column], reader.files)
+        require_columns(rows, split, [self._column], self._split_readers[split].files)
         rows = self._as_files(rows.select_columns([c for c in self._columns(True) if c in rows.column_names]), split)
         feature = rows.features.get(self.label)
         self._names_of_split = feature.names if isinstance(feature, ClassLabel) else None
-        checked = super()._encoded(replace(reader, read=lambda: rows), split, role)
+        checked = super()._encoded(rows, split, role)
         return concatenate_datasets([rows.select_columns([self._column]), checked], axis=1)
 
     def _as_files(self, rows: Dataset, split: str) -> Dataset:

@@ -68,16 +68,16 @@ class Place(NamedTuple):
         split: The row's split.
         number: The row's number in the split, from 0.
         total: The number of rows of the split.
-        reader: What reads the split.
+        reader: What reads the split; None: rows that are in no files.
     """
 
     split: str
     number: int
-    total: int
-    reader: Reader
+    total: int = 0
+    reader: Reader | None = None
 
     def __str__(self) -> str:
         # Files are counted here and not before, because few rows are ever named.
-        file, number = self.reader.locate(self.number, self.total)
+        file, number = self.reader.locate(self.number, self.total) if self.reader else (None, self.number)
         where = f" in {file}" if file else ""
         return f"Row {number} (counted from 0{where}) of the split {self.split!r}"

@@ -166,11 +166,12 @@ class RowData(LightningDataModule):
         """Role → its encoded rows."""
         readers = self._readers()
         wanted = self._wanted(stage, readers)
+        self._split_readers = readers
         self._stage_splits = list(dict.fromkeys(split for splits in wanted.values() for split in splits))
         self._load_processor()
         self._learn_labels(readers)
         return {
-            role: [self._hold_out(self._encoded(readers[split], split, role), role) for split in splits]
+            role: [self._hold_out(self._encoded(readers[split](), split, role), role) for split in splits]
             for role, splits in wanted.items()
         }
 
@@ -217,8 +218,8 @@ class RowData(LightningDataModule):
                 f"one has {', '.join(map(repr, present))}: leave out one of the two."
             )
 
-    def _encoded(self, reader: Reader, split: str, role: str) -> Dataset:
-        rows = reader()
+    def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
+        reader = self._split_readers[split]
         if len(rows) == 0:
             where = named(reader.files) or f" of {self._source}"
             raise UsageError(f"The split {split!r}{where} is empty: give it some rows.")
