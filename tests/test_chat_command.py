@@ -12,13 +12,15 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from backbones import save_tiny_bert, save_tiny_t5
+from backbones import save_tiny_bert, save_tiny_llama, save_tiny_t5
+from chat_templates import BY_HAND, save_chat_tokenizer
 from language_models import save_language_model
 from trained import save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
+from lit_sparse.interchange.processors import keep_chat_format
 from lit_sparse.serving.language_models import open_language_model
 
 FORMS = ("checkpoint", "merged", "peft", "sparse", "delta")
@@ -119,6 +121,24 @@ def test_tokens_that_were_added_in_training(plain, told, tmp_path):
     assert len(ids) == 1
     expected = by_transformers("merged", "<s><person> is", 8)
     assert told(checkpoint, "--prompt", "<person> is", "--max_new_tokens", "8") == expected + "\n"
+
+
+def test_the_chat_format_of_the_training_is_used(tmp_path):
+    """Its template, not that of the backbone's tokenizer, and its end of a turn, which the backbone does not know."""
+    base = save_tiny_llama(tmp_path / "base", vocab_size=448)
+    save_chat_tokenizer(base, BY_HAND["Phi"][0])
+    module = ls.CausalLM(base, ls.LoRA(rank=2))
+    module.configure_model()
+    end = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<|im_end|>")
+    template = BY_HAND["ChatML"][0]
+    keep_chat_format(module.model, {"template": template, "end": "<|im_end|>", "end_id": end})
+    checkpoint = save_checkpoint(module, tmp_path / "run.ckpt", std=1.0)
+    for form in ("peft", "sparse", "merged"):
+        ls.export_checkpoint(checkpoint, form, format=form)
+    for source in (checkpoint, "peft", "sparse", "merged"):
+        opened = open_language_model(source)
+        assert opened.tokenizer.chat_template == template, source
+        assert end in opened.model.generation_config.eos_token_id, source
 
 
 @pytest.mark.filterwarnings("ignore:.*was trained on")

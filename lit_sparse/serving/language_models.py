@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.token_rows import token_record
+from lit_sparse.data.chat_template import ChatTemplate
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.metadata import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.peft_import import install
-from lit_sparse.interchange.processors import has_processor
+from lit_sparse.interchange.processors import chat_format_of, has_processor, keep_chat_format
 from lit_sparse.interchange.sparse_folder import load_adapter
 from lit_sparse.interchange.stored_folder import read_folder
 from lit_sparse.modules import checkpoint as checkpoints
@@ -95,6 +96,9 @@ def open_language_model(
     else:
         found = _load(source, trust_remote_code), load_tokenizer(source)
     model, tokenizer = found
+    if tokenizer.chat_template:
+        # A backbone that was only pretrained does not know the token that ends a turn.
+        keep_chat_format(model, ChatTemplate(tokenizer).format)
     model.eval().requires_grad_(False)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and model.device.type != accelerator.type:
@@ -113,7 +117,10 @@ def _from_checkpoint(path: Path, backbone: str | None, trust_remote_code: bool) 
         raise UsageError(f"{str(path)!r} is one file of a folder: give the folder, {str(path.parent)!r}.")
     module = restore(checkpoints.read(path), path, backbone, trust_remote_code)
     model = _require_causal(module.model, str(path))
-    return model, load_tokenizer(module.backbone, _added_texts(model))
+    tokenizer, chat = load_tokenizer(module.backbone, _added_texts(model)), chat_format_of(model)
+    if chat is not None:
+        tokenizer.chat_template = chat["template"]
+    return model, tokenizer
 
 
 def _from_adapter(path: Path, backbone: str | None, trust_remote_code: bool) -> tuple[Any, PreTrainedTokenizerBase]:
