@@ -5,8 +5,10 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import programs
@@ -259,8 +261,18 @@ def test_turns_are_remembered_until_reset(chatty, terminal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leave", ["\x04", "\x03"], ids=["Ctrl-D", "Ctrl-C"])
-def test_leaving(leave, terminal):
-    terminal.type(leave) if leave == "\x04" else terminal.program.send_signal(signal.SIGINT)
+def test_ctrl_d_leaves(terminal):
+    terminal.type("\x04")
     assert terminal.program.wait(60) == 0
+    assert "Traceback" not in terminal.text
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves(terminal):
+    for _ in range(4):  # Python misses a signal between its prompt and its wait for a key
+        terminal.program.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            assert terminal.program.wait(15) == 0
+            break
+    assert terminal.program.poll() == 0
     assert "Traceback" not in terminal.text
