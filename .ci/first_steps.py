@@ -1,6 +1,7 @@
-"""Do what docs/index.md says, in order and word by word, with nothing but a copy of the repository: files and commands.
+"""Do what a tutorial says, in order and word by word, with nothing but a copy of the repository: files and commands.
 
-The run must prune, and what it prints at its end must be what the exported folder holds.
+docs/index.md: the run must prune, and what it prints at its end must be what the exported folder holds.
+docs/language-model.md: the model must learn to answer, and all its forms must answer alike.
 
 Run:  python .ci/first_steps.py FOLDER, which must not exist: the copy.
 """
@@ -31,6 +32,16 @@ def script(page: str) -> str:
     return "\n".join(lines)
 
 
+def take(page: str, clone: Path, env: dict[str, str]) -> str:
+    """Type what a page says, and return what is printed."""
+    done = subprocess.run(
+        ["bash", "-c", script((clone / page).read_text(encoding="utf-8"))],
+        cwd=clone, env=env, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    print(done.stdout[-2000:])
+    return done.stdout
+
+
 def main() -> None:
     clone = Path(sys.argv[1])
     made = shutil.ignore_patterns(
@@ -40,13 +51,13 @@ def main() -> None:
     own = Path(sys.prefix, "bin").resolve()  # of this environment nothing is to be found
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p).resolve() != own)
-    done = subprocess.run(
-        ["bash", "-c", script((clone / "docs" / "index.md").read_text(encoding="utf-8"))],
-        cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    print(done.stdout[-2000:])
+    check_index(take("docs/index.md", clone, kept), clone, kept)
+    check_language_model(take("docs/language-model.md", clone, kept), clone)
+
+
+def check_index(printed: str, clone: Path, kept: dict[str, str]) -> None:
     assert (clone / "my-lora" / "adapter_config.json").is_file()
-    told = list(STATE.finditer(" ".join(done.stdout.split())))
+    told = list(STATE.finditer(" ".join(printed.split())))
     own, exported = told[-2], told[-1]  # of own.yaml's run and of its export; the quickstart's is before them
     assert own[0] == exported[0], (own[0], exported[0])
     assert own[1] == own[2], own[0]
@@ -55,9 +66,24 @@ def main() -> None:
     shown = subprocess.run(command, cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert own[3] in " ".join(shown.split()), (own[3], shown)
     number = r"(\d\.\d+(?:e[+-]\d+)?)"
-    rows = re.findall(rf"\[{number}, {number}\]", done.stdout[done.stdout.rindex("tensor(") :])
+    rows = re.findall(rf"\[{number}, {number}\]", printed[printed.rindex("tensor(") :])
     assert len(rows) == 2, "predict.py scores two texts"
     assert all(abs(float(a) + float(b) - 1) < 1e-3 for a, b in rows)
+
+
+def check_language_model(printed: str, clone: Path) -> None:
+    told = STATE.search(" ".join(printed.split()))
+    assert told is not None
+    assert int(told[4]) < int(told[5]), f"nothing was pruned: {told[0]}"
+    exact = re.search(r"(\d+) of 20 answers are exact", printed)
+    assert exact is not None
+    assert int(exact[1]) >= 18, exact[0]
+    answers = printed[exact.end() :]
+    assert answers.count("Comma") == 2, (
+        "the checkpoint and the merged model answer alike, and the backbone does not know"
+    )
+    assert any((clone / "library-gguf").glob("*.gguf"))
+    assert (clone / "library-lora" / "adapter_config.json").is_file()
 
 
 if __name__ == "__main__":

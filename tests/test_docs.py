@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def test_links_lead_somewhere(page):
         assert target.exists(), link
         if anchor:
             assert anchor in heading_ids(target), link
+
+
+def test_the_notebook_of_the_language_model_is_made_of_its_page():
+    """Whose commands the checks take step by step."""
+    notebook = runpy.run_path(str(ROOT / ".ci" / "tutorial_notebook.py"))["notebook"]
+    made = notebook((ROOT / "docs" / "language-model.md").read_text(encoding="utf-8"))
+    assert (ROOT / "examples" / "language_model.ipynb").read_text(encoding="utf-8") == made
+    assert "%%writefile library.yaml" in made
+    assert ".venv" not in made
 
 
 def test_the_reference_has_every_public_name():

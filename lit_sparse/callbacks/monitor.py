@@ -1,4 +1,4 @@
-"""Log how sparse the adapters are, and print a table of the layers at the end."""
+"""Log how sparse the adapters are, and print a table of the kinds of layers at the end."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class SparsityMonitor(StepCallback):
     - After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of RoseLoRA,
       ``sparsity/density_BA_bound``, averaged over layers, and the mean live rank of each kind of layer, such as
       ``sparsity/rank/attention.self.query``.
-    - After fit, a table of the layers on the terminal and as ``sparsity.csv`` in the logger's folder. With matplotlib,
-      also figures of the ranks and gates, ``sparsity/ranks`` and ``sparsity/gates``, for loggers with a ``log_image``
-      (Weights & Biases) or an ``experiment.add_figure`` (TensorBoard).
+    - After fit, a table on the terminal with a row for each kind of layer, and ``sparsity.csv`` with all layers in the
+      logger's folder. With matplotlib, also figures of the ranks and gates, ``sparsity/ranks`` and ``sparsity/gates``,
+      for loggers with a ``log_image`` (Weights & Biases) or an ``experiment.add_figure`` (TensorBoard).
 
     Args:
         every_n_steps: Optimizer steps between two logs; None: the Trainer's ``log_every_n_steps``.
@@ -96,7 +96,7 @@ class SparsityMonitor(StepCallback):
         pl_module.log_dict(values, batch_size=1, sync_dist=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table of layers, write it beside the logs, and log the figures."""
+        """Print the kinds of layers, write all layers beside the logs, and log the figures."""
         # In every process: log_dir is broadcast, so a process that reads it alone waits for ever.
         folder = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
@@ -105,7 +105,7 @@ class SparsityMonitor(StepCallback):
         if folder is not None:
             write_table(layers, Path(folder) / "sparsity.csv")
         if not is_quiet():
-            _print_table(layers, progress_of(trainer))
+            _print_table(layers, progress_of(trainer), _last_saved(trainer))
         if _MATPLOTLIB and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _log_figures(trainer, layers, self._adapters)
 
@@ -148,28 +148,49 @@ def read_table(path: Path) -> list[LayerSparsity]:
         return [LayerSparsity(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
 
 
-def _print_table(layers: list[LayerSparsity], progress: Progress | None) -> None:
+def _print_table(layers: list[LayerSparsity], progress: Progress | None, saved: str) -> None:
+    """Print a row for each kind of layer, a sentence on the result, and what to type next."""
     common = common_start([layer.name for layer in layers])
     ending = f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."
-    # Narrow enough for one line per layer on 80 columns.
+    kinds: dict[str, list[LayerSparsity]] = {}
+    for layer, (kind, _) in zip(layers, places([layer.name for layer in layers]).values(), strict=True):
+        kinds.setdefault(kind, []).append(layer)
+    # Narrow enough for one line per kind on 80 columns.
     table = Table(
-        title=f"Adapters in {common.rstrip('.') or 'the model'}: ranks, densities of A, B, BA, bound on BA's",
+        title=f"Adapters in {common.rstrip('.') or 'the model'}, by kind of layer: live ranks, densities of A, B, BA",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
     )
-    for column in ("layer", "rank", "A", "B", "BA", "bound", "left"):
-        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
-    for layer in layers:
-        densities = (layer.density_A, layer.density_B, layer.density_BA, layer.density_BA_bound)
+    for column in ("kind", "layers", "ranks", "each", "A", "B", "BA", "left"):
+        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
+    for kind, members in kinds.items():
+        ranks = sorted(layer.rank for layer in members)
+        densities = ([getattr(layer, key) for layer in members] for key in ("density_A", "density_B", "density_BA"))
         table.add_row(
-            layer.name[len(common) :],
-            f"{layer.rank}/{layer.max_rank}",
-            *(f"{density:.3f}" for density in densities),
-            f"{layer.remaining_parameters:,}",
+            kind,
+            str(len(members)),
+            f"{sum(ranks)}/{sum(layer.max_rank for layer in members)}",
+            str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}",
+            *(f"{sum(values) / len(values):.3f}" for values in densities),
+            f"{sum(layer.remaining_parameters for layer in members):,}",
         )
     console = get_console()  # Lightning's progress bar draws on it too, and makes room for the table
     console.print(table)
     console.print(ending, highlight=False)
+    if saved:
+        console.print(f"Saved in {saved}. To see each layer, and to write files for PEFT:", highlight=False)
+        commands = (
+            f"  lit-sparse inspect {saved}\n  lit-sparse export --ckpt_path {saved} --format peft --output FOLDER"
+        )
+        console.print(commands, highlight=False, soft_wrap=True)
+
+
+def _last_saved(trainer: Trainer) -> str:
+    """The path of the last checkpoint; empty without one."""
+    paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
+    paths += [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
+    path = next(filter(None, paths), "")
+    return str(Path(path).relative_to(Path.cwd())) if path and Path(path).is_relative_to(Path.cwd()) else path

@@ -1,6 +1,7 @@
 """What SparsityMonitor logs, shows and writes."""
 
 import csv
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,18 +161,31 @@ def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_table_of_layers_is_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kinds_of_layers_are_shown_and_all_layers_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     module, trainer = fit(tmp_path, ls.RoseLoRA(rank=4, density=0.1, begin=0, end=4, target_modules=["query"]))
     written = read_table(Path(trainer.log_dir) / "sparsity.csv")
     assert written == layer_sparsity(module)
     shown = capsys.readouterr().out
     assert "Adapters in model.bert.encoder.layer" in shown
-    for number in (0, 1):
-        assert f"{number}.attention.self.query" in shown
+    (row,) = [line.split() for line in shown.splitlines() if line.startswith("attention.self.query")]
+    assert row[1:4] == ["2", "8/8", "4"]  # two layers, all ranks of both, four in each
     kept = 3  # of 32 in each row of A and column of B
     changed = 100 * sum(layer.density_BA for layer in written) / 2
     ending = f"{2 * 4 * 2 * kept} parameters in 8 of 8 ranks, {changed:.2f} % of the adapted weights changed"
     assert f"The run ended at step 16 of 16, sparsity final, {ending}." in " ".join(shown.split())
+    assert row[-1] == str(2 * 4 * 2 * kept)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_last_line_names_the_file_and_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, ls.LoRA(rank=2), ls.SparseCheckpoint(tmp_path / "kept"), enable_checkpointing=True)
+    shown = capsys.readouterr().out
+    command = re.search(r"lit-sparse inspect (\S+)\n", shown)
+    assert command is not None
+    assert (tmp_path / command[1]).samefile(tmp_path / "kept" / "last.ckpt")
+    assert f"lit-sparse export --ckpt_path {command[1]} --format peft --output" in shown
 
 
 @pytest.mark.filterwarnings("ignore")
