@@ -185,8 +185,8 @@ def test_an_error_is_one_line_in_a_process_of_its_own(config):
     done = start([*ENTRIES["lit-sparse"], "fit", "--config", config, "--data.init_args.text", "txt"])
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    expected = "error: The split 'train' has no column 'txt'; its columns are ['text', 'label']."
-    assert done.stderr.splitlines()[-1] == expected
+    expected = "error: The split 'train' has no column 'txt'; its columns are ['text', 'label'] "
+    assert done.stderr.splitlines()[-1] == f"{expected}({Path(config).parent / 'train.csv'})."
 
 
 OWN_CODE = """

@@ -48,7 +48,8 @@ def test_quiet_shows_nothing_but_warnings_and_writes_the_same(project):
     fit = ["fit", "--config", "config.yaml", "--trainer.callbacks.dirpath"]
     quiet = typed(project, "--quiet", *fit, "kept")
     assert not quiet.stdout.strip()
-    imports = told(typed(project, "--version").stderr)  # what other packages say when they are imported
+    # What other packages say when they are imported; bitsandbytes does on some processors.
+    imports = told(typed(project, "--version").stderr) | told(programs.run(["-c", "import bitsandbytes"]).stderr)
     assert not [line for line in told(quiet.stderr) - imports if not re.search("[Ww]arn|site-packages", line)]
     export = ["export", "--ckpt_path", "kept/last.ckpt", "--output"]
     silent = typed(project, *export, "my-lora", "--quiet")
