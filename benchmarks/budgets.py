@@ -53,7 +53,7 @@ import lit_sparse as ls
 
 SEARCHED = 0.25
 BUDGETS = (0.25, 0.125, 0.5)
-PULLS = {0.5: 0.75, 0.25: 0.9, 0.125: 1.05}  # λ of the methods with the paper's pull
+PULLS = {0.5: 0.65, 0.25: 1.15, 0.125: 1.6}  # λ of the methods with the paper's pull
 PROBED_BATCHES = 32
 
 

@@ -21,6 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from variants import provenance, ratio, write_json
 
@@ -101,13 +102,15 @@ def main() -> None:
                 speeds[name].append(tokens / (time.process_time() - start))
                 padding[name].append(1 - tokens / batch["input_ids"].numel())
     found = {}
-    print("| | tokens per CPU-second | padding | / padded, shuffled (quartiles) |\n|---|---|---|---|")
-    for name in KINDS:
-        middle, low, high = ratio(speeds[name][1:], speeds["padded, shuffled"][1:])  # the first batch is a warm-up
-        found[name] = {"speed": statistics.median(speeds[name][1:]), "padding": statistics.mean(padding[name])}
-        print(f"| {name} | {found[name]['speed']:.0f} | {found[name]['padding']:.0%} | "
-              f"{middle:.2f} ({low:.2f} to {high:.2f}) |")  # fmt: skip
-    write_json(options.json, {**provenance(), **vars(options), "kinds": found})
+    for name in KINDS:  # the first batch is a warm-up
+        found[name] = {
+            "speed": statistics.median(speeds[name][1:]),
+            "padding": statistics.mean(padding[name]),
+            "ratio": ratio(speeds[name][1:], speeds["padded, shuffled"][1:]),
+        }
+    content = {**provenance(), **vars(options), "kinds": found}
+    print(tables.of_packing(content))
+    write_json(options.json, content)
 
 
 if __name__ == "__main__":

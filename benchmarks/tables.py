@@ -476,6 +476,15 @@ def _share(value: float | None, pairs: int = 60) -> str:
     return "" if value is None else f"{value:.2f} ± {math.sqrt(value * (1 - value) / pairs):.2f}"
 
 
+def of_packing(content: dict[str, Any]) -> str:
+    """How many tokens of rows a second are trained, packed and padded."""
+    lines = ["| | tokens per CPU-second | padding | / padded, shuffled (quartiles) |", "|---|---|---|---|"]
+    for name, row in content["kinds"].items():
+        half, low, high = row["ratio"]
+        lines.append(f"| {name} | {row['speed']:.0f} | {row['padding']:.0%} | {half:.2f} ({low:.2f} to {high:.2f}) |")
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -484,6 +493,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": of_quality,
     "budgets": of_budgets,
     "forgetting": of_forgetting,
+    "packing": of_packing,
     "preferences": of_preferences,
     "editing": of_editing,
     "method_comparison": of_method_comparison,
