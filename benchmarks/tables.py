@@ -241,12 +241,14 @@ def of_budgets(cells: Cells) -> str:
             f"{statistics.mean(run['changed'] for run in runs):.1%} | {gap} |"
         )
     return "\n\n".join(
-        [
-            f"{len(seeds)} seeds. The last column is the mean over the tasks of SoRA's score minus the row's, of the "
+        part
+        for part in (
+            f"Seeds: {len(seeds)}. The last column is the mean over the tasks of SoRA's score minus the row's, of the "
             "same seed, with its standard error; SoRA's own rows have their difference from the whole LoRA.",
             "\n".join(lines),
             _meaning(by, tasks, sorted(seeds)),
-        ]
+        )
+        if part
     )
 
 
