@@ -14,6 +14,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+EXPORTS = ("merged", "peft", "sparse", "delta")
+FORMS = ("checkpoint", *EXPORTS)
 SEED = 4  # of adapters that change some answers
 
 
@@ -27,10 +29,6 @@ def save_language_model(folder: Path, chat: bool) -> dict[str, str]:
     with torch.random.fork_rng(devices=[]):  # the same in every test
         torch.manual_seed(SEED)
         checkpoint = save_checkpoint(ls.CausalLM(base, ls.SoRA(rank=4, threshold=0.01)), folder / "run.ckpt", std=1.0)
-    for form in ("merged", "peft", "sparse", "delta"):
+    for form in EXPORTS:
         ls.export_checkpoint(checkpoint, str(folder / form), format=form)
-    return {
-        "base": base,
-        "checkpoint": checkpoint,
-        **{form: str(folder / form) for form in ("merged", "peft", "sparse", "delta")},
-    }
+    return {"base": base, "checkpoint": checkpoint, **{form: str(folder / form) for form in EXPORTS}}

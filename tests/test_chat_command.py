@@ -16,7 +16,7 @@ import pytest
 import torch
 from backbones import save_tiny_bert, save_tiny_llama, save_tiny_t5
 from chat_templates import BY_HAND, save_chat_tokenizer
-from language_models import save_language_model
+from language_models import FORMS, save_language_model
 from trained import save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,8 +24,6 @@ import lit_sparse as ls
 from lit_sparse.cli.main import main
 from lit_sparse.interchange.processors import keep_chat_format
 from lit_sparse.serving.language_models import open_language_model
-
-FORMS = ("checkpoint", "merged", "peft", "sparse", "delta")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import programs
 import pytest
 import torch
 from backbones import save_tiny_llama
-from language_models import save_language_model
+from language_models import FORMS, save_language_model
 from trained import save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +29,6 @@ def needs_lm_eval(test):
     return pytest.mark.slow(_skip(test))
 
 
-FORMS = ("checkpoint", "merged", "peft", "sparse", "delta")
 CHOICES = [" dog", " warm house", " river"]
 QUESTIONS = [f"the {a} {b} a" for a in ("man", "woman", "tree", "city") for b in ("saw", "has", "likes")]
 ROWS = [{"question": text, "choices": CHOICES, "answer": i % 3} for i, text in enumerate(QUESTIONS)]

@@ -31,6 +31,7 @@ class CausalData(TextData):
         return PadPromptAndResponse(self.pad_token_id, left=role == "predict")
 
     def _hold_out(self, rows: Dataset, role: str) -> Dataset:
+        """The part of ``rows`` that plays ``role``, packed if it is trained on."""
         rows = super()._hold_out(rows, role)
         if not self.packing or role != "train":
             return rows

@@ -18,6 +18,10 @@ from lit_sparse.modules.packing import as_model_inputs, is_packed, require_rows_
 IGNORED = -100
 """The label of tokens without loss: prompts, tokens that are not masked, and padding."""
 
+# Sampling switched off must take its settings along, or transformers warns of each of them.
+WITHOUT_SAMPLING: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+"""Arguments of ``generate``."""
+
 
 class LanguageModel(SparseModule):
     """Measures a model by the tokens whose label is not -100; the base of the language models.
@@ -187,11 +191,7 @@ def most_likely_continuation(model: Any, prompts: dict[str, Tensor], max_new_tok
     Returns:
         The new tokens alone, of shape ``(rows, longest continuation)``.
     """
-    # Sampling switched off must take its settings along, or transformers warns of each of them.
-    by_chance = dict.fromkeys(("temperature", "top_p", "top_k"))
-    tokens: Tensor = model.generate(
-        **prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, **by_chance
-    )
+    tokens: Tensor = model.generate(**prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, **WITHOUT_SAMPLING)
     return tokens[:, prompts["input_ids"].shape[1] :]
 
 

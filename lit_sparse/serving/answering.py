@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from lit_sparse.data.tokenizers import Prompt, prompt_tokens
 from lit_sparse.errors import UsageError, require_range
+from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
 from lit_sparse.serving.language_models import LanguageModel
 
 
@@ -43,8 +44,7 @@ class Decoding:
         if self.temperature:
             # top_k 0: transformers would otherwise sample from the 50 most likely tokens.
             return {**common, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        # Sampling switched off must take its settings along, or transformers warns of each of them.
-        return {**common, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {**common, **WITHOUT_SAMPLING}
 
 
 @torch.no_grad()

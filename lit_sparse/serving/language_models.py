@@ -87,9 +87,7 @@ def open_language_model(
         found = _from_adapter(path, backbone, trust_remote_code)
     elif path.is_dir() and not is_whole:
         raise UsageError(f"{source!r} holds neither adapters nor a model. {_WANTED}.")
-    elif not path.exists() and (
-        path.suffix == ".ckpt" or source.startswith(("/", ".", "~")) or (source.count("/") > 1 and "://" not in source)
-    ):
+    elif not path.exists() and _is_path(source):
         raise UsageError(f"{source!r} does not exist. {_WANTED}.")
     elif backbone is not None:
         raise UsageError(f"backbone is for a checkpoint or an adapter, and {source!r} is a whole model: leave it out.")

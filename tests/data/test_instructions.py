@@ -1,7 +1,5 @@
 """lit_sparse.data.instructions: what the loss sees, what is cut, and what the user is told."""
 
-import json
-
 import pytest
 import torch
 from backbones import save_tiny_causal_tokenizer, save_tiny_tokenizer
@@ -35,16 +33,6 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     return save_tiny_causal_tokenizer(tmp_path_factory.mktemp("gpt2"), add_bos=False, pad_token=None)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_rows(rows, name="rows.jsonl"):
-        file = tmp_path / name
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(file)
-
-    return write_rows
 
 
 def batch_of(rows, write, stage="validate", **arguments):

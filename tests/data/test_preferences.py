@@ -1,6 +1,5 @@
 """lit_sparse.data.preferences: the tokens of pairs in every form, what the loss sees, what is cut and said."""
 
-import json
 import logging
 
 import chat_templates
@@ -42,16 +41,6 @@ def chat(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_rows(rows, name="rows.jsonl"):
-        file = tmp_path / name
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(file)
-
-    return write_rows
 
 
 def batch_of(rows, write, stage="validate", **arguments):
