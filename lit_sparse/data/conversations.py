@@ -105,7 +105,8 @@ def turns_of(value: object, column: str, place: Place, role: str | None = None) 
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": require_text(value, column, place)}]
     if not isinstance(value, list) or not value:
-        raise UsageError(f"{place} has no turns in the column {column!r} but {value!r}: fill it in or remove the row.")
+        found = f"{place} has {value!r} in the column {column!r}, not a list of turns"
+        raise UsageError(f"{found}: fill it in or remove the row.")
     return [_turn(turn, number, column, place) for number, turn in enumerate(value)]
 
 
@@ -122,14 +123,14 @@ def tools_of(value: object, place: Place) -> list[Any] | None:
     except ValueError as error:
         raise UsageError(f"{place} has no JSON in the column 'tools' ({error}): write a list of schemas.") from error
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise UsageError(f"{place} has no list of JSON schemas in the column 'tools' but {value!r}.")
+        raise UsageError(f"{place} has {value!r} in the column 'tools', not a list of JSON schemas.")
     return found or None
 
 
 def _turn(value: object, number: int, column: str, place: Place) -> Message:
     where = f"{place}, column {column!r}, turn {number} (counted from 0)"
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}, and no object with role and content.")
+        raise UsageError(f"{where} is {value!r}, not an object with role and content.")
     turn = _without_nulls(value)
     if "from" in turn and "role" not in turn:
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
@@ -146,13 +147,13 @@ def _turn(value: object, number: int, column: str, place: Place) -> Message:
 
 
 def _text_of(content: object, where: str) -> str | None:
-    """The text of a turn, of which parts are joined; None if it has none."""
+    """The text of a turn, its parts joined; None if it has none."""
     if content is None or isinstance(content, str):
         return content
     parts: list[Any] = content if isinstance(content, list) else [content]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise UsageError(f"{where} has content that is no text but {part!r}: write a text, or parts of type text.")
+            raise UsageError(f"{where} has content that is not text: {part!r}. Write a text, or parts of type text.")
     return "".join(part["text"] for part in parts)
 
 
