@@ -1,6 +1,6 @@
 """Do what a tutorial says, in order and word by word, with nothing but a copy of the repository: files and commands.
 
-docs/index.md: the run must prune, and what it prints at its end must be what the exported folder holds.
+docs/index.md: the run must end with what the page shows, and the exported folder must hold it.
 docs/language-model.md: the model must learn to answer, and all its forms must answer alike.
 
 Run:  python .ci/first_steps.py FOLDER, which must not exist: the copy.
@@ -62,13 +62,22 @@ def number(written: str) -> int:
 def check_index(printed: str, clone: Path, kept: dict[str, str]) -> None:
     assert (clone / "my-lora" / "adapter_config.json").is_file()
     told = list(STATE.finditer(" ".join(printed.split())))
-    own, exported = told[-2], told[-1]  # of own.yaml's run and of its export; the quickstart's is before them
+    own, exported = told[0], told[1]  # of own.yaml's run and of its export; the quickstart's comes after them
     assert own[0] == exported[0], (own[0], exported[0])
     assert own[1] == own[2], own[0]
     assert number(own[4]) < number(own[5]), f"nothing was pruned: {own[0]}"
     command = [clone / ".venv" / "bin" / "lit-sparse", "inspect", "my-lora"]
     shown = subprocess.run(command, cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert own[3] in " ".join(shown.split()), (own[3], shown)
+    page = (clone / "docs" / "index.md").read_text(encoding="utf-8")
+    assert own[3].partition(" parameters")[0] in page, (own[3], "the page says how many parameters are left")
+    card = (clone / "my-lora" / "README.md").read_text(encoding="utf-8")
+    accuracy = re.search(r"^\| val_accuracy \| ([\d.]+) \|", card, re.MULTILINE)
+    shown = re.search(r"`val_accuracy` is ([\d.]+)", page)
+    assert accuracy is not None
+    assert shown is not None
+    assert abs(float(accuracy[1]) - float(shown[1])) <= 0.1, "the page's accuracy, but for four reviews"
+    assert "['good', 'bad']" in printed
     score = r"(\d\.\d+(?:e[+-]\d+)?)"
     rows = re.findall(rf"\[{score}, {score}\]", printed[printed.rindex("tensor(") :])
     assert len(rows) == 2, "predict.py scores two texts"

@@ -41,7 +41,7 @@ def heading_ids(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
+@pytest.mark.parametrize("page", [*PAGES, "README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         if link.startswith("https://"):
@@ -71,6 +71,7 @@ def test_the_reference_has_every_public_name():
 @pytest.fixture
 def project():
     """What the pages' code names: models, tables, requests."""
+    Path("examples").symlink_to(ROOT / "examples")
     save_tiny_deberta("microsoft/deberta-v3-base")
     save_tiny_llama("meta-llama/Llama-2-7b-chat-hf")
     rows = "review,stars\n" + "".join(f"a {word} film,{word}\n" for word in ["good", "bad"] * 20)
