@@ -102,11 +102,11 @@ class LowRankAdapter(KeepsPrecision):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform (a = √5), B zero, so that training starts at the frozen model; gate ~ N(0, 1)."""
+        """A Kaiming-uniform (a = √5), B zero, so that training starts at the frozen model; gates 1."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B_t)
         if self.gate is not None:
-            nn.init.normal_(self.gate)
+            nn.init.ones_(self.gate)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -146,8 +146,8 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         adapter.overrides = overrides
         if type(self).effective_gate is not SparseMethod.effective_gate:
             adapter.gate_function = self.effective_gate
-        if adapter.gate is not None and self.gates_start_at_one:
-            nn.init.ones_(adapter.gate)
+        if adapter.gate is not None and not self.gates_start_at_one:
+            nn.init.normal_(adapter.gate)
         if self.init_weights == "pissa":
             adapter.start_from_principal()
         return adapter

@@ -57,10 +57,11 @@ class Budgets(SparseMethod):
             exports for engines (``layout: padded``).
         score: What decides which ranks live. ``singular``: the ranks of a layer are turned into the singular directions
             of its update, without a change of the function, and the smallest σ / √c of all layers are cut, where c is
-            what a rank costs. A closed rank does not come back. ``norm``: scale · |g| ‖A_k‖ ‖B_k‖, the Frobenius norm
-            of what a rank adds to the weight, after every step. ``sensitivity``: the moving average of |g ∂L/∂g|, so
-            that the step raises the loss least, to first order. With the last two, a rank at zero may come back until
-            ``end``, but seldom does.
+            what a rank costs. A closed rank does not come back. Gates are not trained, unless they have a ``gate_lr``:
+            they are 1 or 0, and until the first cut the run is that of a LoRA. ``norm``: scale · |g| ‖A_k‖ ‖B_k‖, the
+            Frobenius norm of what a rank adds to the weight, after every step. ``sensitivity``: the moving average of
+            |g ∂L/∂g|, so that the step raises the loss least, to first order. With the last two, a rank at zero may
+            come back until ``end``, but seldom does.
         begin: Until when all ranks are kept: a number of optimizer steps, or with a decimal point a share of the run.
             The first choice is made at the third step at the earliest, since all scores are zero while B is. The
             default is that of ``end``: all is cut at once. Give 0.1 with ``norm`` and ``sensitivity``.
@@ -126,6 +127,9 @@ class Budgets(SparseMethod):
         """Note which gates are open once ranks stay, and |g · ∂L/∂g| where it is the score."""
         others = super().before_step(adapters, step)
         gates = gates_of(adapters)
+        if not self._gates_learn:
+            for gate in gates:
+                gate.grad = None  # no optimizer steps it, and no clipping counts it
         opened = _values(gates) != 0 if self._holds(step) else None
         seen: list[Tensor] = []
         if self._averages:
@@ -219,6 +223,11 @@ class Budgets(SparseMethod):
             f"The adapters hold {held:,} {account.unit}, more than the budget of {account.limit:,}: the run ended "
             f"before the budget held (begin={self.begin}, end={self.end}). Train longer, or lower end."
         )
+
+    @property
+    def _gates_learn(self) -> bool:
+        """Whether the loss moves gates."""
+        return True
 
     @property
     def _averages(self) -> bool:

@@ -46,8 +46,9 @@ class Gates(Budgets):
             shrinking by t zeroes everything below t again, so that |g| < 2t vanishes.
         metric: ``euclidean``: one threshold for all gates, the paper's rule. ``optimizer``: the exact
             proximal map in Adam's own metric, with the threshold lr · λ / (√v̂ + ε) for each entry that Adam stepped.
-        gate_lr: Learning rate of the gates; None: that of the other parameters. A short run needs a larger one: a gate
-            of size 1 takes 1 / (lr · λ) steps to zero.
+        gate_lr: Learning rate of the gates; None: that of the other parameters, or with a budget and the score
+            ``singular`` no training of gates. A threshold needs a larger one in a short run: a gate of size 1 takes
+            1 / (lr · λ) steps to zero.
         freeze_zero_after: Number of consecutive steps at zero after which a gate stays there for good;
             None: never.
         refit: The last part of the run, in which gates at zero stay there and nothing pulls at the others: a number of
@@ -149,7 +150,7 @@ class Gates(Budgets):
                 "max_epochs or max_steps."
             )
         others = super().check(adapters, run)
-        if run.done:
+        if run.done or not self._gates_learn:
             return others
         pull = "threshold" if self.budget is None else "loss"
         warnings = compare_groups(gates, run.optimizer, self.gate_lr, pull)
@@ -216,6 +217,10 @@ class Gates(Budgets):
             f"No gate became zero: all {sum(g.numel() for g in gates)} ranks remain, the smallest |gate| is "
             f"{smallest:.2g}. Raise {self._knob}, or train longer."
         )
+
+    @property
+    def _gates_learn(self) -> bool:
+        return self.budget is None or self.score != "singular" or self.gate_lr is not None
 
     @property
     def _knob(self) -> str:

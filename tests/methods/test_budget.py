@@ -160,7 +160,29 @@ def test_from_the_end_on_the_choice_stays_and_the_rest_trains_on(kind: str, scor
     chosen = seen[14] != 0
     for values in seen[15:]:
         assert torch.equal(values != 0, chosen)
-    assert not torch.equal(seen[15], seen[29])
+    # Gates are 1 or 0 where singular values are cut.
+    assert torch.equal(seen[15], seen[29]) == (score == "singular")
+
+
+def test_until_the_cut_it_is_a_lora_bit_for_bit() -> None:
+    weights = {}
+    for name, method in {
+        "LoRA": ls.LoRA(TARGETS, rank=4),
+        "SoRA": ls.SoRA(TARGETS, rank=4, alpha=4, budget=0.3),
+    }.items():
+        torch.manual_seed(0)
+        model = Net()
+        ls.inject(model, method)
+        seen: list[list[Tensor]] = []
+        torch.manual_seed(1)
+        train(method, model, of_net, 12, 3e-2, after=lambda _, model=model, seen=seen: seen.append(matrices(model)))
+        weights[name] = seen
+    for number, (dense, sparse) in enumerate(zip(weights["LoRA"], weights["SoRA"], strict=True), 1):
+        assert all(map(torch.equal, dense, sparse)) == (number < 6)
+
+
+def matrices(model: nn.Module) -> list[Tensor]:
+    return [w.detach().clone() for _, a in ls.adapters_in(model) for w in (a.lora_A, a.lora_B_t)]
 
 
 @by_case
@@ -286,7 +308,7 @@ def test_frozen_gates_at_zero_cost_nothing_and_no_choice_is_made_before_b_has_mo
 
 def test_gates_that_stay_closed_have_no_part_in_clipping() -> None:
     norms: list[tuple[float, float]] = []
-    method, model = ls.SoRA(TARGETS, rank=4, budget=0.3, begin=0, end=4, train_head=False), Net()
+    method, model = ls.SoRA(TARGETS, rank=4, budget=0.3, begin=0, end=4, gate_lr=1e-2, train_head=False), Net()
     adapters = list(ls.inject(model, method).values())
     optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=1e-2)
     sparse = ls.SparseSteps(method, model, optimizer, 8)
