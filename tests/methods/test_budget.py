@@ -167,8 +167,8 @@ def test_from_the_end_on_the_choice_stays_and_the_rest_trains_on(kind: str, scor
 def test_until_the_cut_it_is_a_lora_bit_for_bit() -> None:
     weights = {}
     for name, method in {
-        "LoRA": ls.LoRA(TARGETS, rank=4),
-        "SoRA": ls.SoRA(TARGETS, rank=4, alpha=4, budget=0.3),
+        "LoRA": ls.LoRA(TARGETS, rank=4, alpha=8),
+        "SoRA": ls.SoRA(TARGETS, rank=4, alpha=8, budget=0.3),
     }.items():
         torch.manual_seed(0)
         model = Net()
