@@ -9,7 +9,7 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT = 16
 
 
-def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Sequence[str]) -> list[str]:
+def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Sequence[str], experts: bool) -> list[str]:
     """Notes for card and terminal.
 
     Args:
@@ -18,6 +18,7 @@ def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Seq
         size: Bytes of A and B as written.
         ragged_size: Bytes of A and B in the layout ragged.
         saved: The modules that are saved whole.
+        experts: Whether weights of experts are adapted.
     """
     if layout == "ragged":
         notes = [
@@ -37,6 +38,13 @@ def engine_notes(layout: str, rank: int, size: int, ragged_size: int, saved: Seq
             if needed
             else f"vLLM loads ranks up to {_VLLM_RANKS[-1]}, and this is {rank}."
         )
+    if experts:
+        notes.append(
+            "The weights of experts are in target_parameters, for PEFT (0.19 or later) and transformers: serve the "
+            "format merged in other engines."
+        )
+        if layout == "ragged":
+            notes[-1] += " PEFT 0.21 warns that it ignores their ranks in rank_pattern, but it uses them."
     if saved:
         notes.append(
             f"Trained whole and in modules_to_save: {', '.join(saved)}. PEFT and transformers load them. vLLM refuses "

@@ -10,6 +10,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.head import input_embeddings, output_embeddings, task_head
 from lit_sparse.adapters.linear import FrozenLinear
+from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.adapters.survey import survey
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.peft_folder import CONFIG, WEIGHTS, PeftLoRA, differs_in_peft
@@ -29,6 +30,14 @@ def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Lo
         UsageError: If tensors are missing, belong to no layer, or belong to another kind of layer.
     """
     layers = _layers(model, adapters)
+    weights = [name for name, layer in layers.items() if isinstance(layer, ExpertWeight)]
+    named = lora.config.get("target_parameters") or []
+    foreign = [target for target in named if not any(matches_tail(name, target) for name in weights)]
+    if foreign:
+        raise UsageError(
+            f"{lora.folder} adapts the target_parameters {listed(foreign)}, which are no three-dimensional weights of "
+            f"experts in {type(model).__name__}. Other parameters cannot be loaded."
+        )
     absent = [name for name in lora.layers if name not in layers]
     if absent:
         raise UsageError(
@@ -52,14 +61,20 @@ def require_complete(model: nn.Module, lora: PeftLoRA, adapters: Mapping[str, Lo
     _require_whole(model, lora)
 
 
-def _layers(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> dict[str, nn.Module | ExpertWeight]:
     """Full name to frozen layer, for all layers that PEFT could adapt."""
     plain = {name: candidate.layer for name, candidate in survey(model).items()}
-    adapted = {name: a.layer for name, a in adapters.items() if not isinstance(a, LowRankExperts)}
-    return {**{name: layer for name, layer in plain.items() if not isinstance(layer, ExpertWeight)}, **adapted}
+    return {**plain, **{name: _layer_of(name, adapter) for name, adapter in adapters.items()}}
 
 
-def _targets(model: nn.Module, lora: PeftLoRA, name: str, layer: nn.Module) -> bool:
+def _layer_of(name: str, adapter: LowRankAdapter) -> nn.Module | ExpertWeight:
+    layer = adapter.layer
+    return ExpertWeight(layer, name.rpartition(".")[2]) if isinstance(adapter, LowRankExperts) else layer
+
+
+def _targets(model: nn.Module, lora: PeftLoRA, name: str, layer: nn.Module | ExpertWeight) -> bool:
+    if isinstance(layer, ExpertWeight):
+        return any(matches_tail(name, target) for target in lora.config.get("target_parameters") or [])
     if lora.config["target_modules"] != "all-linear":
         return lora.targets(name)
     if not isinstance(layer, FrozenLinear):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,14 +16,17 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
 from lit_sparse.adapters.embedding import LowRankEmbedding
+from lit_sparse.adapters.experts import LowRankExperts
+from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.linear import LowRankLinear
-from lit_sparse.adapters.token_rows import embedding_count, text_model, vocabulary_layers
+from lit_sparse.adapters.token_rows import vocabulary_layers
 from lit_sparse.errors import UsageError, listed, require_choice
 from lit_sparse.interchange.card import ExportReport
 from lit_sparse.interchange.engines import engine_notes
 from lit_sparse.interchange.export import ExportOptions, exporting, save_tensors
 from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, ROWS, WEIGHTS, differs_in_peft
-from lit_sparse.interchange.peft_import import load_peft
+from lit_sparse.interchange.peft_parameters import stored_names, to_peft
+from lit_sparse.interchange.peft_readback import ELSE, has_peft, read_back
 from lit_sparse.interchange.remains import (
     folded,
     padded,
@@ -34,6 +35,7 @@ from lit_sparse.interchange.remains import (
     require_trained,
     trained_whole,
     whole_modules,
+    with_rank,
     without_empty,
 )
 from lit_sparse.interchange.vocabulary import rows_of
@@ -51,7 +53,6 @@ _TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ()),
     ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ()),
 )
-_ELSE = "Use save_adapter (format sparse), export_delta (delta) or export_merged (merged)."
 
 
 def export_peft(
@@ -67,7 +68,8 @@ def export_peft(
     transformers divide ``alpha_pattern`` by ``rank_pattern``, vLLM and TGI ``lora_alpha`` by ``r`` for all layers,
     llama.cpp ``lora_alpha`` by the rank of the tensor. The layout ``padded`` is right in all of them: every adapted
     layer is written with the same rank, padded with zeros, even if it lost all of its ranks. The layout ``ragged`` is
-    smaller, leaves out layers without a rank, and is for PEFT and transformers only.
+    smaller, leaves out layers without a rank, and is for PEFT and transformers only. So are weights of experts, which
+    are written as ``target_parameters``, with the same rank for all experts of a weight.
 
     PEFT reads the folder back into a copy of the model, or :func:`~lit_sparse.load_peft` where PEFT is not installed.
     The folder is kept only if the outputs agree.
@@ -92,35 +94,11 @@ def export_peft(
     _require_expressible_rows(model)
     with exporting("peft", model, folder, options) as draft:
         notes = _write(model, adapters, layout, with_head, draft.folder)
-        has_peft = importlib.util.find_spec("peft") is not None
-        if not has_peft:
+        if not has_peft():
             notes.append("PEFT was not installed when this folder was written: lit_sparse's own reader checked it.")
         draft.record({"layout": layout, "with_head": with_head, "notes": notes})
-        copied = plain_copy(model, forget_head=with_head)
-        draft.compare(_load_with_peft(model, copied, draft.folder) if has_peft else _load(copied, draft.folder))
+        draft.compare(read_back(model, plain_copy(model, forget_head=with_head), draft.folder))
     return draft.report
-
-
-def _load(plain: nn.Module, folder: Path) -> nn.Module:
-    load_peft(plain, folder)
-    return plain
-
-
-def _load_with_peft(model: nn.Module, plain: nn.Module, folder: Path) -> nn.Module:
-    """The plain copy of ``model`` with PEFT's layers in it."""
-    from peft import PeftModel
-
-    if rows_of(model):
-        text_model(plain).resize_token_embeddings(embedding_count(model), mean_resizing=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice for training
-        try:
-            loaded: nn.Module = PeftModel.from_pretrained(plain, str(folder)).get_base_model()
-        except Exception as error:  # anything that PEFT raises
-            raise UsageError(
-                f"PEFT cannot load the LoRA that was written: {' '.join(str(error).split())}. {_ELSE}"
-            ) from error
-    return loaded
 
 
 def _write(
@@ -128,12 +106,13 @@ def _write(
 ) -> list[str]:
     """Write weights and configuration; notes on the engines that can read them."""
     layers = {name: folded(name, adapter) for name, adapter in adapters.items()}
-    ragged = without_empty(layers)
+    ragged = {name: with_rank(layer, max(layer.ranks)) for name, layer in without_empty(layers).items()}
     written = ragged if layout == "ragged" else padded(layers)
     ranks = {name: layer.ranks[0] for name, layer in written.items()}
+    places = stored_names(name for name in written if isinstance(adapters[name], LowRankExperts))
     tensors: dict[str, Tensor] = {}
     for name, layer in written.items():
-        tensors |= _tensors(f"{PREFIX}{name}", adapters[name], layer.lora_A, layer.lora_B_t.t())
+        tensors |= _tensors(f"{PREFIX}{places.get(name, name)}", adapters[name], layer)
     saved = _saved_modules(model) if with_head else []
     for module in saved:
         state = model.get_submodule(module).state_dict()
@@ -141,15 +120,16 @@ def _write(
     rows = rows_of(model)
     tensors |= {f"{PREFIX}{name}{ROWS}": stored.rows for name, stored in rows.items()}
     save_tensors(tensors, draft / WEIGHTS)
-    config = _config(model, ranks, saved)
+    config = _config(model, ranks, saved, set(places))
     config["trainable_token_indices"] = {name: stored.ids for name, stored in rows.items()} or None
     (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size, ragged_size = (sum(layer.nbytes for layer in found.values()) for found in (written, ragged))
-    return engine_notes(layout, max(ranks.values()), size, ragged_size, saved)
+    return engine_notes(layout, max(ranks.values()), size, ragged_size, saved, experts=bool(places))
 
 
-def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+def _tensors(name: str, adapter: LowRankAdapter, layer: LayerFactors) -> dict[str, Tensor]:
     """The tensors of one layer, as PEFT shapes and names them."""
+    lora_A, lora_B = layer.lora_A, to_peft(layer.lora_B_t, adapter.copies)
     if isinstance(adapter, LowRankEmbedding):
         return {f"{name}.lora_embedding_A": lora_A, f"{name}.lora_embedding_B": lora_B}
     if isinstance(adapter, LowRankConv2d):
@@ -158,7 +138,9 @@ def _tensors(name: str, adapter: LowRankAdapter, lora_A: Tensor, lora_B: Tensor)
     return {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
 
 
-def _config(model: nn.Module, ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
+def _config(
+    model: nn.Module, ranks: Mapping[str, int], saved: list[str], parameters: Collection[str]
+) -> dict[str, Any]:
     largest = max(ranks.values())
     names = list(dict.fromkeys(plain_name(model, name) for name, _ in model.named_modules() if name))
     task, unasked = _task(model)
@@ -179,7 +161,8 @@ def _config(model: nn.Module, ranks: Mapping[str, int], saved: list[str]) -> dic
         "use_rslora": False,
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in frozen),
         "init_lora_weights": True,
-        "target_modules": _targets(names, ranks),
+        "target_modules": _targets(names, [name for name in ranks if name not in parameters]),
+        "target_parameters": sorted(parameters) or None,
         "modules_to_save": saved or None,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
@@ -206,11 +189,11 @@ def _pattern_key(name: str, names: Collection[str]) -> str:
     return f"^{re.escape(name)}" if others else name
 
 
-def _targets(names: Collection[str], ranks: Collection[str]) -> list[str] | str:
+def _targets(names: Collection[str], layers: list[str]) -> list[str] | str:
     """The full names; if another layer's name ends with one of them, one pattern for all."""
-    meant = set(ranks)
+    meant = set(layers)
     found = {name for name in names if name in meant or any(name.endswith(f".{target}") for target in meant)}
-    return list(ranks) if found == meant else "|".join(re.escape(name) for name in ranks)
+    return layers if found == meant else "|".join(re.escape(name) for name in layers)
 
 
 def _excluded(name: str, saved: Collection[str]) -> bool:
@@ -225,7 +208,7 @@ def _require_saved_exactly(saved: Collection[str], names: Collection[str], ranks
     if mistaken:
         raise UsageError(
             f"The head {listed(saved)} cannot be written for PEFT, which would take {listed(mistaken)} for it. Export "
-            f"with_head=False, or: {_ELSE}"
+            f"with_head=False, or: {ELSE}"
         )
 
 
@@ -242,7 +225,7 @@ def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter
             reasons.setdefault(reason, []).append(name)
     if reasons:
         told = "; ".join(f"{listed(found)} {reason}" for reason, found in reasons.items())
-        raise UsageError(f"PEFT cannot express these adapters: {told}. {_ELSE}")
+        raise UsageError(f"PEFT cannot express these adapters: {told}. {ELSE}")
 
 
 def _require_expressible_rows(model: nn.Module) -> None:
@@ -259,7 +242,7 @@ def _require_expressible_rows(model: nn.Module) -> None:
         elif any(other.endswith(name) and other not in tied for other, _ in model.named_modules()):
             reason = "has a name with which another name ends, so PEFT would confuse them"
         if reason is not None:
-            raise UsageError(f"PEFT cannot express the rows of new tokens: {name!r} {reason}. {_ELSE}")
+            raise UsageError(f"PEFT cannot express the rows of new tokens: {name!r} {reason}. {ELSE}")
 
 
 def _inexpressible(adapter: LowRankAdapter) -> str | None:
@@ -268,9 +251,9 @@ def _inexpressible(adapter: LowRankAdapter) -> str | None:
             return "is a convolution with groups"
         unusual = "is a convolution with dilation or other padding than zeros"
         return unusual if differs_in_peft(adapter.base) else None
-    if isinstance(adapter, LowRankLinear | LowRankEmbedding):
+    if isinstance(adapter, LowRankLinear | LowRankEmbedding | LowRankExperts):
         return None
-    return "adapts the weights of experts" if adapter.copies > 1 else "is of a kind that PEFT does not know"
+    return "is of a kind that PEFT does not know"
 
 
 def _saved_modules(model: nn.Module) -> list[str]:
@@ -283,7 +266,7 @@ def _saved_modules(model: nn.Module) -> list[str]:
         if not owner or any(isinstance(m, LowRankAdapter) for m in model.get_submodule(owner).modules()):
             raise UsageError(
                 f"{name!r} is trained beside adapters in one module, and PEFT saves whole modules only. Export "
-                f"with_head=False, or: {_ELSE}"
+                f"with_head=False, or: {ELSE}"
             )
         saved.append(owner)
     return saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.errors import UsageError, listed, parse_json
 from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
+from lit_sparse.interchange.peft_parameters import from_peft, parameter_names
 from lit_sparse.interchange.vocabulary import StoredRows
 
 CONFIG = "adapter_config.json"
@@ -32,6 +33,7 @@ _UNDERSTOOD = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    "target_parameters",
     "trainable_token_indices",
     *("fan_in_fan_out", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
 }
@@ -46,7 +48,7 @@ class PeftLoRA:
     Args:
         folder: Its folder.
         config: The content of ``adapter_config.json``.
-        layers: Full layer name, within the model that PEFT adapted, to its factors.
+        layers: Full name of a layer or of a weight of experts, within the model that PEFT adapted, to its factors.
         embeddings: Names of the layers that are stored as embeddings.
         whole: Full name to tensor of everything else, usually the task head.
         tokens: Full name of an embedding or output layer to its rows of tokens.
@@ -86,6 +88,11 @@ class PeftLoRA:
         found = (number for stack in stacks for start, number in numbers if self.tails.matches(stack, start))
         return self._is_named(targets, name) and next(found, None) in ([blocks] if isinstance(blocks, int) else blocks)
 
+    def parameters_of(self, stored: Iterable[str]) -> dict[str, str]:
+        """Names of tensors, without ``lora_A`` and ``lora_B``, to full names of the parameters that they adapt."""
+        targets = self.config.get("target_parameters") or []
+        return parameter_names((name for name in stored if not self.targets(name)), targets)
+
     def _is_named(self, patterns: str | list[str], name: str) -> bool:
         if isinstance(patterns, str):
             return self.patterns.matches(patterns, name)
@@ -120,9 +127,13 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
     if not factors:
         raise UsageError(f"{path / WEIGHTS} holds no lora_A and lora_B; its tensors are {listed(named)}.")
     patterns, tails = (NamePatterns(f"{path / CONFIG}: the pattern", tails=tails) for tails in (False, True))
-    layers = {name: _layer(path, config, name, own, tails) for name, own in factors.items()}
     embeddings = {name for name, own in factors.items() if "embedding_A" in own}
-    return PeftLoRA(path, config, layers, embeddings, whole, _tokens(path, config, rows), patterns, tails)
+    lora = PeftLoRA(path, config, {}, embeddings, whole, _tokens(path, config, rows), patterns, tails)
+    parameters = lora.parameters_of(factors)
+    for stored, own in factors.items():
+        name = parameters.get(stored, stored)
+        lora.layers[name] = _layer(path, config, name, own, tails, stored in parameters)
+    return lora
 
 
 def _tokens(path: Path, config: Mapping[str, Any], rows: Mapping[str, Tensor]) -> dict[str, StoredRows]:
@@ -175,12 +186,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} describes {config.get('peft_type')!r}; only LORA can be loaded.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{file} trains biases (bias: {config['bias']!r}), which stay frozen here.")
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
         named = config.get(key)
-        pattern = isinstance(named, str) and key != "modules_to_save"
+        pattern = isinstance(named, str) and key not in ("modules_to_save", "target_parameters")
         if not (named is None or pattern or (isinstance(named, list) and all(isinstance(n, str) for n in named))):
             raise UsageError(f"{file} holds {named!r} as {key}, not names of modules.")
-    if not config.get("target_modules"):
+    config["target_modules"] = config.get("target_modules") or []
+    if not config["target_modules"] and not config.get("target_parameters"):
         raise UsageError(f"{file} names no target_modules, so that it is not known which layers it adapts.")
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
@@ -210,7 +222,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _layer(
-    path: Path, config: Mapping[str, Any], name: str, factors: Mapping[str, Tensor], tails: NamePatterns
+    path: Path,
+    config: Mapping[str, Any],
+    name: str,
+    factors: Mapping[str, Tensor],
+    tails: NamePatterns,
+    is_parameter: bool,
 ) -> LayerFactors:
     embedding = any(part.startswith("embedding") for part in factors)
     if set(factors) != set(_PARTS[embedding]):
@@ -219,17 +236,25 @@ def _layer(
             "one layer are wanted."
         )
     lora_A, lora_B = (factors[part] for part in _PARTS[embedding])
-    rank = lora_A.shape[0]
     stated = of_layer(config.get("rank_pattern"), name, config["r"], tails)
-    if not rank == lora_B.shape[1] == stated:
+    rows = lora_A.shape[0]
+    experts = rows // stated if is_parameter and stated in range(1, rows) and rows % stated == 0 else 1
+    rank = rows // experts
+    if not (rows == lora_B.shape[1] and rank == stated):
         raise UsageError(
-            f"In {path} the rank of {name!r} is {rank} by lora_A, {lora_B.shape[1]} by lora_B, and {stated} by "
+            f"In {path} the rank of {name!r} is {rows} by lora_A, {lora_B.shape[1]} by lora_B, and {stated} by "
             f"{CONFIG}: it is no plain LoRA of one rank. (In a convolution with groups, PEFT's is another function.)"
         )
     alpha = of_layer(config.get("alpha_pattern"), name, config["lora_alpha"], tails)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LayerFactors(
-        name=name, lora_A=lora_A, lora_B_t=lora_B.t(), ranks=(rank,), max_rank=rank, scale=scale, alpha=alpha
+        name=name,
+        lora_A=lora_A,
+        lora_B_t=from_peft(lora_B, experts),
+        ranks=(rank,) * experts,
+        max_rank=rank,
+        scale=scale,
+        alpha=alpha,
     )
 
 

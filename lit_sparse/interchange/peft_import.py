@@ -54,9 +54,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Low
         Full layer name to adapter.
 
     Raises:
-        UsageError: If the folder cannot be read, is no plain LoRA on linear layers, convolutions and embeddings, or
-            does not fit the model (layers, shapes, ranks, a frozen head, tensors without a place), or if the adapters
-            were trained already.
+        UsageError: If the folder cannot be read, is no plain LoRA on linear layers, convolutions, embeddings and
+            weights of experts, or does not fit the model (layers, shapes, ranks, a frozen head, tensors without a
+            place), or if the adapters were trained already.
     """
     return install(model, read_peft(folder))
 

@@ -45,21 +45,18 @@ def folded(name: str, adapter: LowRankAdapter) -> LayerFactors:
 
 
 def padded(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
-    """All layers with the same rank, the largest of any of them and at least 1, padded with zeros.
-
-    Args:
-        layers: By full layer name; no experts.
-    """
+    """All layers with the same rank, the largest of any of them and at least 1, padded with zeros."""
     rank = max(1, *(max(layer.ranks) for layer in layers.values()))
-    return {
-        name: replace(
-            layer,
-            lora_A=F.pad(layer.lora_A, (0, 0, 0, rank - len(layer.lora_A))),
-            lora_B_t=F.pad(layer.lora_B_t, (0, 0, 0, rank - len(layer.lora_A))),
-            ranks=(rank,),
-        )
-        for name, layer in layers.items()
-    }
+    return {name: with_rank(layer, rank) for name, layer in layers.items()}
+
+
+def with_rank(layer: LayerFactors, rank: int) -> LayerFactors:
+    """The same layer with ``rank`` ranks in each of its matrices, padded with zeros."""
+    lora_A, lora_B_t = (
+        torch.cat([F.pad(part, (0, 0, 0, rank - len(part))) for part in matrix.split(layer.ranks)])
+        for matrix in (layer.lora_A, layer.lora_B_t)
+    )
+    return replace(layer, lora_A=lora_A, lora_B_t=lora_B_t, ranks=(rank,) * len(layer.ranks))
 
 
 def without_empty(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:

@@ -28,7 +28,10 @@ from lit_sparse.reporting.run_logs import METRICS, find_metrics, read_metrics
 from lit_sparse.reporting.stored import StoredAdapters
 
 TABLE = "sparsity.csv"
-_SHOWN = ("r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "modules_to_save", "task_type")
+_SHOWN = (
+    *("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "lora_dropout"),
+    *("modules_to_save", "task_type"),
+)
 
 
 @dataclass(frozen=True)

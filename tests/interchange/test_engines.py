@@ -65,7 +65,7 @@ def test_the_report_and_the_card_give_the_bytes_of_both_layouts(tmp_path):
     ],
 )
 def test_ranks_that_vllm_must_be_told_of_are_said(rank, note):
-    assert engine_notes("padded", rank, 1, 1, [])[1:] == ([] if note is None else [note])
+    assert engine_notes("padded", rank, 1, 1, [], experts=False)[1:] == ([] if note is None else [note])
 
 
 def test_a_head_that_engines_refuse_is_said(tmp_path):

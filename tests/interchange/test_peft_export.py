@@ -21,7 +21,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
-    MixtralForCausalLM,
     RobertaForSequenceClassification,
     T5ForConditionalGeneration,
     ViTForImageClassification,
@@ -320,13 +319,6 @@ def test_convolutions_that_peft_has_not_are_refused(settings, message, tmp_path)
     model = as_trained(Grouped(**settings), ls.LoRA(["first", "second"], rank=2))
     with pytest.raises(ls.UsageError, match=rf"PEFT cannot express.*{message}.*Use save_adapter"):
         ls.export_peft(model, tmp_path / "lora", batch={"x": torch.ones(1, 4, 5, 5)})
-
-
-def test_experts_are_refused_by_name(tmp_path):
-    model = as_trained(build_tiny(MixtralForCausalLM), ls.LoRA(["gate_up_proj", "q_proj"], rank=2))
-    message = "layers.0.mlp.experts.gate_up_proj'.* adapts the weights of experts. Use save_adapter"
-    with pytest.raises(ls.UsageError, match=message):
-        ls.export_peft(model, tmp_path / "lora")
 
 
 def test_a_layer_under_two_names_is_refused(tmp_path):

@@ -188,7 +188,11 @@ def bert_folder(folder, **settings):
         ({"bias": "lora_only"}, r"trains biases \(bias: 'lora_only'\)"),
         ({"use_dora": True}, r"is no plain LoRA: it sets \{'use_dora': True\}"),
         ({"layer_replication": [[0, 2], [1, 2]]}, r"sets \{'layer_replication'"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, r"sets \{'target_parameters'"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "which are no three-dimensional weights of experts in Bert"),
+        (
+            {"target_parameters": "mlp.experts.down_proj"},
+            "holds 'mlp.experts.down_proj' as target_parameters",
+        ),
         ({"trainable_token_indices": [3]}, "lacks the rows of tokens that adapter_config.json names"),
         ({"a_setting_of_tomorrow": 1}, r"sets \{'a_setting_of_tomorrow': 1\}"),
         ({"init_lora_weights": "pissa"}, "started from 'pissa', which changes the frozen weights"),
