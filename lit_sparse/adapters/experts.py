@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.grouped import ALIGNED, RowGroups
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +73,13 @@ class LowRankExperts(LowRankAdapter):
         """The frozen weight."""
         return self._base.weight
 
-    def forward(self, rows: Tensor, expert: int) -> Tensor:
-        """Map ``(rows, in_features)`` to what ``expert`` adds to its frozen output."""
-        ranks = slice(expert * self.rank, (expert + 1) * self.rank)
-        gate = None if self.gate is None else self.gate[ranks]
-        if gate is not None and self.gate_function is not None:
-            gate = self.gate_function(gate, self.training)
-        scale = self.scale if gate is None else (gate * self.scale).unsqueeze(1)
-        lora_A, lora_B_t = self.lora_A[ranks], self.lora_B_t[ranks] * scale
-        return F.linear(self.dropout(rows), lora_A.to(rows.dtype)) @ lora_B_t.to(rows.dtype)
+    def forward(self, rows: Tensor, groups: RowGroups) -> Tensor:
+        """Map ``(rows, in_features)``, in groups by expert, to what the experts add to their frozen outputs."""
+        shape, short = (self.copies, self.rank), -self.rank % ALIGNED
+        lora_A = F.pad(self.lora_A.view(*shape, self.in_features), (0, 0, 0, short))
+        lora_B_t = F.pad(self.scaled_lora_B_t(self.training).view(*shape, self.out_features), (0, 0, 0, short))
+        hidden = groups.product(self.dropout(rows), lora_A.to(rows.dtype).mT)
+        return groups.product(hidden, lora_B_t.to(hidden.dtype))
 
     def _delta_matrix(self) -> Tensor:
         shape = (self.copies, self.rank)  # the rank may be 0, which allows no -1
@@ -97,7 +96,8 @@ class LowRankExperts(LowRankAdapter):
 class AdaptedExperts(nn.Module):
     """A module of experts with adapters on one or both of its weights.
 
-    Tokens are sorted by expert and each expert multiplies its own, as in transformers' eager implementation.
+    Tokens are sorted by expert, and the experts multiply their own all at once where torch can
+    (:class:`~lit_sparse.adapters.grouped.RowGroups`).
 
     Args:
         base: The module of the experts, frozen.
@@ -114,33 +114,31 @@ class AdaptedExperts(nn.Module):
         """Pass each token ``(tokens, hidden)`` through its experts ``(tokens, k)``, and add their weighted outputs."""
         if not any(adapter.enabled for adapter in self.children() if isinstance(adapter, LowRankExperts)):
             return self.base(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-        experts = self.base.get_parameter("down_proj").shape[0]
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
         token = order // top_k_index.shape[1]
-        sizes = chosen.bincount(minlength=experts).tolist()  # the one host sync
-        parts = hidden_states[token].split(sizes)
-        outputs = [self._expert(i, part) for i, part in enumerate(parts) if part.shape[0]]
-        rows = torch.cat(outputs or [self._expert(0, parts[0])])  # torch.cat needs at least one tensor
+        groups = RowGroups(chosen[order], self.base.get_parameter("down_proj").shape[0])
+        rows = self._experts(hidden_states[token], groups)
         weighted = rows * top_k_weights.flatten()[order].unsqueeze(1)
         return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
 
-    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+    def _experts(self, rows: Tensor, groups: RowGroups) -> Tensor:
         base = self.base
         if base.has_gate:
-            hidden = base._apply_gate(self._project("gate_up_proj", rows, expert))  # type: ignore[operator]
+            hidden = base._apply_gate(self._project("gate_up_proj", rows, groups))  # type: ignore[operator]
         else:
-            hidden = base.act_fn(self._project("up_proj", rows, expert))  # type: ignore[operator]
-        output = self._project("down_proj", hidden, expert)
+            hidden = base.act_fn(self._project("up_proj", rows, groups))  # type: ignore[operator]
+        output = self._project("down_proj", hidden, groups)
         if getattr(base, "has_post_expert_norm", False):
             output = base.post_expert_norm(output)  # type: ignore[operator]
         return output
 
-    def _project(self, name: str, rows: Tensor, expert: int) -> Tensor:
-        weight = self.base.get_parameter(name)[expert]
-        bias = self.base.get_parameter(f"{name}_bias")[expert] if self.base.has_bias else None
-        output = F.linear(rows, weight.t() if self.base.is_transposed else weight, bias)
+    def _project(self, name: str, rows: Tensor, groups: RowGroups) -> Tensor:
+        weight = self.base.get_parameter(name)
+        output = groups.product(rows, weight if self.base.is_transposed else weight.mT)
+        if self.base.has_bias:
+            output = output + self.base.get_parameter(f"{name}_bias")[groups.group].to(output.dtype)
         adapter = self._modules.get(name)
         if isinstance(adapter, LowRankExperts) and adapter.enabled and adapter.rank:
-            output = output + adapter(rows, expert).to(output.dtype)
+            output = output + adapter(rows, groups).to(output.dtype)
         return output

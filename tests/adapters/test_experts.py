@@ -1,6 +1,7 @@
 """lit_sparse.adapters.experts against a loop over tokens and their experts, each with a weight of W0 + BA."""
 
 import copy
+from dataclasses import replace
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 import lit_sparse as ls
 from lit_sparse.adapters.experts import AdaptedExperts, ExpertWeight, LowRankExperts, expert_weights
+from lit_sparse.adapters.grouped import RowGroups
 from lit_sparse.adapters.statistics import layer_sparsity, sparsity_of
 from lit_sparse.adapters.survey import left_out
 
@@ -298,6 +300,133 @@ def test_a_bfloat16_model_and_autocast_compute_in_bfloat16(family):
         assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.05
     cast.sum().backward()
     assert single.down_proj.lora_A.grad.dtype == torch.float32
+
+
+# All experts in one product, where torch has it: not in float64, as above
+
+
+needs_grouped = pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="torch has no grouped_mm")
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """Fails where the number of rows of each expert is read, as the product of one expert after the other must."""
+
+    def fail(groups):
+        raise AssertionError("waited for the sizes of the groups")
+
+    monkeypatch.setattr(RowGroups, "sizes", property(fail))
+
+
+def wide_experts_of(family: str) -> nn.Module:
+    """As :func:`experts_of`, with an inner size that fills 16 bytes in every dtype."""
+    if family == "ungated":
+        module = experts_of(family)
+        module.up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * HIDDEN, HIDDEN))
+        module.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * HIDDEN))
+    else:
+        architecture = next(a for a in ARCHITECTURES if a.name == family)
+        sizes = dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2 * HIDDEN)
+        model = replace(architecture, config={**architecture.config, **sizes}).build()
+        module = model.model.layers[0].mlp.experts
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+def gradients_of(layer, y: Tensor, x: Tensor, weights: Tensor, loss_weight: Tensor) -> list[Tensor]:
+    wanted = [x, weights, *(p for p in layer.parameters() if p.requires_grad)]
+    return list(torch.autograd.grad((y * loss_weight.to(y.dtype)).sum(), wanted))
+
+
+@needs_grouped
+@every_family
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1), (torch.float16, 0.01)])
+@pytest.mark.parametrize("experts", [EXPERTS, EXPERTS - 2], ids=["all used", "two idle"])
+def test_one_product_is_the_loop_in_values_and_gradients(family, dtype, close, experts, no_wait):
+    module = wide_experts_of(family)
+    layer = adapted(module, [weight.name for weight in expert_weights(module)], gated=True)
+    x, index, weights = routed(tokens=9)
+    index = index % experts
+    x.requires_grad_()
+    weights.requires_grad_()
+    loss_weight = torch.randn_like(x)
+    expected = slow_output(module, slow_deltas(layer), x, index, weights)
+    wanted = gradients_of(layer, expected, x, weights, loss_weight)
+
+    narrow = copy.deepcopy(layer).float().to(dtype)  # the adapters stay in float32
+    own_x, own_weights = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weights))
+    y = narrow(own_x, index, own_weights)
+    assert y.dtype == dtype
+    found = gradients_of(narrow, y, own_x, own_weights, loss_weight)
+    for a, b in zip([y, *found], [expected, *wanted], strict=True):
+        assert (a.double() - b).abs().max() / b.abs().max() < close
+    idle = torch.stack([gradient.view(EXPERTS, -1).any(1) for gradient in found[2:]]).logical_not()
+    assert idle.tolist() == [[expert >= experts for expert in range(EXPERTS)]] * (3 * 2)
+
+
+@needs_grouped
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-OSS"])
+def test_autocast_casts_what_one_product_takes(family, no_wait):
+    layer = adapted(wide_experts_of(family), BOTH, gated=True)
+    x, index, weights = routed()
+    expected = slow_output(layer.base, slow_deltas(layer), x, index, weights)
+    single = layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = single(x.float(), index, weights.float())
+    assert y.dtype == torch.float32
+    assert 1e-4 < (y - expected).abs().max() / expected.abs().max() < 0.05
+    y.sum().backward()
+    assert single.down_proj.lora_A.grad.dtype == torch.float32
+
+
+@needs_grouped
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-OSS"])
+def test_any_number_of_ranks_is_one_product(family, no_wait):
+    layer = adapted(wide_experts_of(family), BOTH, gated=True)
+    with torch.no_grad():
+        layer.gate_up_proj.gate.zero_()
+        layer.down_proj.gate.view(EXPERTS, RANK)[:, 1:] = 0
+    x, index, weights = routed()
+    expected = slow_output(layer.base, slow_deltas(layer), x, index, weights)
+    assert list(ls.compact(layer).values()) == [0, 1]
+    found = layer.float()(x.float(), index, weights.float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_grouped
+def test_dropout_is_off_in_evaluation_and_on_in_training(no_wait):
+    layer = adapted(wide_experts_of("Mixtral"), BOTH, dropout=0.5).float()
+    x, index, weights = routed()
+    x, weights = x.float(), weights.float()
+    expected = layer.eval()(x, index, weights)
+    assert torch.equal(layer(x, index, weights), expected)
+    assert (layer.train()(x, index, weights) - expected).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@needs_grouped
+def test_a_bfloat16_layer_compiles_in_one_graph():
+    layer = adapted(wide_experts_of("Mixtral"), BOTH, gated=True).bfloat16()
+    x, index, weights = routed()
+    x, weights = x.bfloat16(), weights.bfloat16()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, index, weights), layer(x, index, weights), rtol=0.05, atol=0.05)
+
+
+@needs_grouped
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_waits_for_a_gpu():
+    layer = adapted(wide_experts_of("Mixtral"), BOTH, gated=True).bfloat16().cuda()
+    x, index, weights = (tensor.cuda() for tensor in routed())
+    x, weights = x.bfloat16().requires_grad_(), weights.bfloat16()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, index, weights).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # In a model
