@@ -83,6 +83,23 @@ def dequantized(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {layer: _plain(name, layer, dtype) for name, layer in quantized_layers(model)}
 
 
+def is_four_bit(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear layer that bitsandbytes packed to 4 bits."""
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit)
+
+
+def make_shardable(layer: Any, device: torch.device) -> None:
+    """Make the weight of a 4-bit layer a plain tensor of bytes, which FSDP2 can shard.
+
+    The layer keeps what is needed to unpack it, whole and on ``device``; bitsandbytes finds it there once the bytes are
+    gathered.
+    """
+    layer.quant_state = layer.weight.quant_state
+    layer.quant_state.to(device)
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Tensor), requires_grad=False)
+
+
 def forget_quantization(model: nn.Module) -> None:
     """Clear the quantization config of every Hugging Face model in ``model``, after its weights were dequantized."""
     for module in list(model.modules()):

@@ -14,6 +14,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lit_sparse.adapters.quantized import make_shardable, quantized_layers
 from lit_sparse.strategies.blocks import transformer_blocks
 from lit_sparse.strategies.sharded import ReplicatedAdapters, trained_parameters
 
@@ -38,9 +39,11 @@ class SparseFSDP2Strategy(ReplicatedAdapters, ModelParallelStrategy):
         timeout: How long a process waits for the others in a collective.
 
     Raises:
-        UsageError: At set-up, if the module has no adapters, its backbone is quantized or the blocks are not found, or
-            the processes hold different frozen weights.
+        UsageError: At set-up, if the module has no adapters, its backbone is quantized otherwise than by bitsandbytes
+            to 4 bits, the blocks are not found, or the processes hold different frozen weights.
     """
+
+    shards_four_bits = True
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class SparseFSDP2Strategy(ReplicatedAdapters, ModelParallelStrategy):
         policy, device = OffloadPolicy(), self.root_device
         if self.cpu_offload:
             policy, device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), torch.device("cpu")
+        for _, layer in quantized_layers(module):
+            make_shardable(layer, self.root_device)
         mesh = self.device_mesh["data_parallel"]
         options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(trained), "offload_policy": policy}
         for unit in [*transformer_blocks(module, self.auto_wrap), *_roots(module)]:

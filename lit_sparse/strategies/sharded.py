@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lit_sparse.adapters.frozen import frozen_sample, require_match
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.naming import clean_name
-from lit_sparse.adapters.quantized import quantized_layers
+from lit_sparse.adapters.quantized import is_four_bit, quantized_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first, is_distributed
 
@@ -30,6 +30,9 @@ class ReplicatedAdapters(ParallelStrategy):
     each optimizer step, before they are observed and clipped. Checkpoints are ordinary files of the trained parameters,
     written once. Any strategy with any number of processes can resume from them.
     """
+
+    shards_four_bits = False
+    """Whether weights that bitsandbytes packed to 4 bits can be sharded."""
 
     # Weights and optimizer are restored as in a single process, before anything is sharded.
     restore_checkpoint_after_setup = False
@@ -86,11 +89,11 @@ class ReplicatedAdapters(ParallelStrategy):
     def _require_shardable(self, module: nn.Module) -> None:
         """Check that the module can be sharded, and that the processes hold the same frozen weights."""
         name = type(self).__name__
-        packed = next((layer for layer, _ in quantized_layers(module)), None)
-        if packed is not None:
+        packed = [n for n, layer in quantized_layers(module) if not (self.shards_four_bits and is_four_bit(layer))]
+        if packed:
             raise UsageError(
-                f"{name} cannot shard quantized weights, such as those of {packed!r}. Use strategy ddp, or a bfloat16 "
-                "backbone."
+                f"{name} cannot shard quantized weights such as those of {packed[0]!r}. Use bitsandbytes' 4 bits "
+                "(load_in_4bit) and strategy fsdp2, strategy ddp, or a bfloat16 backbone."
             )
         if not any(True for _ in adapters_in(module)):
             raise UsageError(

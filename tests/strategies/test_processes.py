@@ -8,6 +8,8 @@ from typing import Any
 import programs
 import pytest
 import torch
+from backbones import build_tiny
+from transformers import LlamaForCausalLM
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
@@ -56,6 +58,51 @@ def test_every_strategy_equals_one_process(arch: str) -> None:
         assert zeros_differ(first, alone) == [], (strategy, case)
         pruned = [name for name, value in alone.items() if name.endswith(("gate", "lora_A")) and (value == 0).any()]
         assert pruned, case
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def save_llama() -> str:
+    """Of a width that bitsandbytes can pack: it takes blocks of 64 weights."""
+    build_tiny(LlamaForCausalLM, hidden_size=64, intermediate_size=128).save_pretrained("llama")
+    return "llama"
+
+
+def test_weights_of_four_bits_are_sharded_by_fsdp2() -> None:
+    pytest.importorskip("bitsandbytes")
+    common = {"arch": save_llama(), "steps": 20}
+    cases = [
+        {**common, "quantization": NF4, "method": "sora", "recompute": True, "tag": "sora"},
+        {**common, "quantization": NF4, "method": "roselora", "recompute": False, "tag": "roselora"},
+        {
+            **common,
+            "quantization": {**NF4, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "float32"},
+            "method": "gated",
+            "recompute": False,
+            "tag": "gated",
+        },
+    ]
+    strategies = ("ddp", "fsdp2", "fsdp2_offload")
+    start(1, [{**case, "strategy": "auto", "tag": f"alone_{case['tag']}"} for case in cases])
+    runs = [{**c, "strategy": s, "tag": f"{s}_{c['tag']}"} for c in cases for s in strategies]
+    start(2, [{**run, "traffic": f"{run['tag']}.json"} for run in runs])
+    gathered = json.loads(Path("fsdp2_roselora.json").read_text())["steps"][-1]["_allgather_base_"]
+    block = (4096 + 2 * 2048 + 4096 + 3 * 8192) // 2 + 2 * 64 * 4  # bytes: 4 bits a weight, and two norms
+    assert gathered.count(block + block // 2) == 4  # two blocks, forward and backward: the whole from the halves
+    for case, strategy in itertools.product(cases, strategies):
+        alone, ended = (final(f"{name}_{case['tag']}") for name in ("alone", strategy))
+        assert difference(ended, alone) <= 1e-6, (strategy, case)
+        assert zeros_differ(ended, alone) == [], (strategy, case)
+
+
+@pytest.mark.parametrize(("strategy", "quantization"), [("fsdp", NF4), ("fsdp2", {"load_in_8bit": True})])
+def test_other_quantized_weights_are_refused_with_what_to_use(strategy: str, quantization: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    case = {"arch": save_llama(), "quantization": quantization, "method": "sora", "recompute": False}
+    with pytest.raises(AssertionError, match=r"cannot shard quantized weights such as those of 'model\.model") as found:
+        start(2, [{**case, "strategy": strategy, "tag": "refused"}])
+    assert "Use bitsandbytes' 4 bits (load_in_4bit) and strategy fsdp2, strategy ddp, or a bfloat16" in str(found.value)
 
 
 def test_four_processes_under_ddp() -> None:

@@ -12,12 +12,20 @@ from datasets import Dataset
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import lit_sparse as ls
 from lit_sparse.adapters.naming import clean_name
 from lit_sparse.data.rows import RowData
 from lit_sparse.data.sampling import RowSampler
+from lit_sparse.modules.backbone import load_backbone
 
 GLOBAL_BATCH = 8
 METHODS: dict[str, Any] = {
@@ -172,11 +180,20 @@ def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.Spa
     return ls.SparseModule(BertForSequenceClassification(bert_config(dropout)), METHODS[method](dropout=dropout))
 
 
+def packed_module(folder: str, quantization: dict[str, Any], method: str, recompute: bool) -> ls.SparseModule:
+    """The model of a folder, loaded with a ``quantization_config``."""
+    model = load_backbone(folder, AutoModelForCausalLM, quantization_config=quantization)
+    return ForCausalLM(model, METHODS[method](), gradient_checkpointing=recompute)
+
+
 def main(run: dict[str, Any]) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps, accumulate = run.get("steps", 50), run.get("accumulate", 1)
     L.seed_everything(0)
-    module = module_of(run["arch"], run["method"], run.get("dropout", 0.0), run.get("recompute", False))
+    if "quantization" in run:
+        module: Any = packed_module(run["arch"], run["quantization"], run["method"], run["recompute"])
+    else:
+        module = module_of(run["arch"], run["method"], run.get("dropout", 0.0), run.get("recompute", False))
     if isinstance(module, ls.SparseModule) and run["method"] != "gora":  # which starts in the run
         module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
     callbacks: list[Any] = []
