@@ -238,7 +238,7 @@ def _layer(
     lora_A, lora_B = (factors[part] for part in _PARTS[embedding])
     stated = of_layer(config.get("rank_pattern"), name, config["r"], tails)
     rows = lora_A.shape[0]
-    experts = rows // stated if is_parameter and stated in range(1, rows) and rows % stated == 0 else 1
+    experts = int(rows // stated) if is_parameter and stated in range(1, rows) and rows % stated == 0 else 1
     rank = rows // experts
     if not (rows == lora_B.shape[1] and rank == stated):
         raise UsageError(

@@ -157,7 +157,8 @@ def test_rows_added_by_hand_are_not_counted_as_trained(base, tmp_path):
 
 def test_reading_back_starts_from_the_pretrained_model(base, tmp_path, monkeypatch):
     model = resized(base, 3)
-    monkeypatch.setattr("lit_sparse.interchange.peft_export.rows_of", lambda _: {})  # an export that forgets them
+    for part in ("peft_export", "peft_readback"):
+        monkeypatch.setattr(f"lit_sparse.interchange.{part}.rows_of", lambda _: {})  # an export that forgets them
     with pytest.raises(ls.UsageError, match=r"does not run on .*index out of range"):
         ls.export_peft(model, tmp_path / "lora")
 
