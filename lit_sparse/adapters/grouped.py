@@ -20,8 +20,8 @@ ALIGNED = 8
 class RowGroups:
     """Rows that are sorted by group, each group with a matrix of its own.
 
-    Torch multiplies all groups in one call where it can (``grouped_mm``), without waiting for the device to know how
-    many rows there are in each. Otherwise, groups are multiplied one by one.
+    Torch multiplies all groups in one call where it can (``grouped_mm``), so that nothing here waits for a GPU to tell
+    how many rows there are in each. Otherwise, groups are multiplied one by one.
 
     Args:
         group: Group of each row, ascending, shape ``(rows,)``.
