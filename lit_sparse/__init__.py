@@ -190,4 +190,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "functional"})
+    return sorted({"__version__", *_HOME, "functional"})

@@ -12,10 +12,12 @@ from torch import distributed
 
 _LOST_CONNECTION = re.compile(r"gloo.*(read|write) error|connection (reset|closed)", re.IGNORECASE | re.DOTALL)
 _UNKNOWN_KEY = re.compile(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)")
+_UNKNOWN_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'|dot import path string: (\w+)")
 _REQUIRED_MODEL = re.compile(r"arguments are required: \w+\.model\b")
 _NOISE = re.compile(
     r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: (NestedArg|Namespace)\(.*"
+    r"|- Expected a path but .* either not accessible or invalid|Given value type: .*"
+    r"|Given value: (NestedArg|Namespace)\(.*"
 )
 
 
@@ -50,6 +52,12 @@ def unknown_key(message: str) -> str | None:
     """The option or key that jsonargparse does not know, if that is its error."""
     found = _UNKNOWN_KEY.search(message)
     return found[1] if found else None
+
+
+def unknown_class(message: str) -> tuple[str, str] | None:
+    """The module and the name of a class that jsonargparse did not find, if that is its error; "" for a bare name."""
+    found = _UNKNOWN_CLASS.search(message)
+    return (found[1] or "", found[2] or found[3]) if found else None
 
 
 def lacks_model(message: str) -> bool:

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import logging
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import pytest
 import torch
 import yaml
 from backbones import save_tiny_bert
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lit_sparse as ls
-from lit_sparse.cli.main import lightning_main, main
+from lit_sparse.cli.main import COMMANDS, lightning_main, main
 
 SCRIPTS = Path(sys.executable).parent
 ENTRIES = {
@@ -287,8 +289,86 @@ def test_without_another_program_an_unknown_word_is_refused(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["lightning", "login"])
     with pytest.raises(SystemExit, match="2"):
         lightning_main()
-    choices = "'fit', 'validate', 'test', 'predict', 'inspect', 'edit', 'export', 'merge', 'chat', 'evaluate'"
-    assert f"invalid choice: 'login' (choose from {choices})" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("error: There is no command 'login'. The commands are init, fit, ")
+
+
+# Help.
+
+
+def test_help_and_version_need_neither_torch_nor_lightning():
+    code = "import sys, lit_sparse.cli.main as cli; sys.argv[0] = 'lit-sparse'\ntry: cli.main([{!r}])\n"
+    for word, expected in (("--help", "usage: lit-sparse ["), ("--version", f"lit-sparse {ls.__version__}")):
+        script = code.format(word) + "except SystemExit as end: print('torch' in sys.modules, end.code)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(expected)
+        assert done.stdout.endswith("False 0\n"), done.stdout
+
+
+def helped(capsys, *words):
+    with pytest.raises(SystemExit, match="0"):
+        main(list(words))
+    return capsys.readouterr().out
+
+
+def test_without_words_the_help_is_shown(capsys):
+    shown = helped(capsys)
+    assert shown == helped(capsys, "--help")
+    assert all(re.search(rf"^  {command} ", shown, re.MULTILINE) for command in COMMANDS)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_help_of_fit_lists_every_public_class_on_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = helped(capsys, "fit", "--help")
+    kinds = (LightningModule, LightningDataModule, ls.SparseMethod, Callback)
+    public = {name: getattr(ls, name) for name in dir(ls)}
+    wanted = [n for n, kind in public.items() if isinstance(kind, type) and issubclass(kind, kinds)]
+    assert {"SequenceClassification", "TextClassificationData", "RoseLoRA", "SparsityMonitor"} <= set(wanted)
+    for name in wanted:
+        assert len(re.findall(rf"^  {name} +\S.*$", shown, re.MULTILINE)) == (name != "SparseMethod"), name
+    assert not re.search(r"known\s+subclasses|standardizes|Base class for all|:class:|``", shown)
+    assert max(map(len, shown.partition("options:")[0].splitlines())) <= 100
+
+
+def test_the_help_of_a_class_takes_its_bare_name_and_shows_its_arguments(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = helped(capsys, "fit", "--model.help", "SequenceClassification")
+    assert shown == helped(capsys, "fit", "--model.help", "lit_sparse.SequenceClassification")
+    assert re.findall(r"^  --model\.(\w+) ", shown, re.MULTILINE)[:3] == ["backbone", "method", "multi_label"]
+    assert "torch.nn" not in shown
+    assert len(shown.splitlines()) < 100
+    assert "--data.text " in helped(capsys, "fit", "--data.help", "TextClassificationData")
+    method = helped(capsys, "fit", "--model", "SequenceClassification", "--model.method.help", "SoRA")
+    assert "--model.method.budget " in method
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fti", "--config", "x.yaml"], "There is no command 'fti'. Did you mean 'fit'?"),
+        (["--config", "x.yaml"], "A command is missing before or after '--config x.yaml': init, fit, "),
+        (["fit", "--model", "SequenceClasification"], ". Did you mean 'SequenceClassification' or "),
+        (["fit", "--model", "lit_sparse.CasualLM"], ". Did you mean 'CausalLM'"),
+        (["fit", "--model", "CausalLM", "--data", "TextClasificationData"], ". Did you mean 'TextClassificationData' "),
+        (["fit", "--model", "CausalLM", "--model.method", "SORA"], ". Did you mean 'SoRA' or "),
+        (["fit", "--model", "CausalLM", "--model.bakbone", "x"], ". Did you mean 'backbone' or "),
+        (["fit", "--model", "CausalLM", "--trainer.callbacks+", "EarlyStoping"], ". Did you mean 'EarlyStopping'?"),
+        (["fit", "--model", "CausalLM", "--model.optimizer", "torch.optim.AdmW"], ". Did you mean 'AdamW' or "),
+    ],
+)
+def test_a_misspelt_command_class_or_key_suggests_the_near_one(refuse, words, expected):
+    status, error = refuse(*words)
+    assert status == 2
+    assert expected in error
+
+
+def test_what_other_packages_advertise_is_hidden_and_nothing_else(config, caplog):
+    with caplog.at_level("INFO"):
+        main(["fit", "--config", config])
+        logging.getLogger("torchao").warning("Something else")
+    assert "litlogger" not in caplog.text
+    assert "`Trainer.fit` stopped" in caplog.text
+    assert "Something else" in caplog.text
 
 
 # Configurations.

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, callbacks
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import optim
 
 import lit_sparse
 from lit_sparse.cli.arguments import ConfigFile
-from lit_sparse.foreign_errors import lacks_model, unknown_key, without_noise
+from lit_sparse.cli.words import closest, fail
+from lit_sparse.foreign_errors import lacks_model, unknown_class, unknown_key, without_noise
+
+# In the help of jsonargparse: every subclass that any package defines, hundreds of torch.nn.Module.
+_SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*(?=\))")
+_MARKS = re.compile(r":\w+:`~?(?:lit_sparse\.)?([^`]+)`|``([^`]+)``")
 
 
 class SparseParser(LightningArgumentParser):
@@ -24,6 +30,9 @@ class SparseParser(LightningArgumentParser):
 
     options: Sequence[str] = ()
     """Options of a command that takes no configuration."""
+
+    listing: Callable[[], str] | None = None
+    """Makes what the help shows above the options."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
@@ -40,6 +49,13 @@ class SparseParser(LightningArgumentParser):
             args = [f"{word.removesuffix('None')}null" if word.endswith("=None") else word for word in args]
         return super().parse_args(args, *others, **options)
 
+    def format_help(self, formatter: Any = None) -> str:
+        """The help, without the classes of other packages and the marks of docstrings."""
+        text = _SUBCLASSES.sub("", super().format_help(formatter))
+        if self.listing:
+            text = text.replace("\noptions:\n", f"\n{self.listing()}\n\noptions:\n", 1)
+        return plain(text)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         with contextlib.suppress(OSError):  # a closed pipe; argparse of Python 3.10 does not suppress it itself
             super()._print_message(message, file)
@@ -49,7 +65,7 @@ class SparseParser(LightningArgumentParser):
         if not self.exit_on_error:  # a nested parser: its caller may try another type
             super().error(message, ex)
         unknown = unknown_key(message)
-        hint = _suggestion(unknown, self.options) if unknown else ""
+        hint = _suggestion(unknown, self.options) if unknown else _other_class(message)
         if lacks_model(message):
             hint = ": name a model in the configuration or on the command line (model: {class_path: …})."
         fail(without_noise(message) + hint, status=2)
@@ -66,10 +82,9 @@ def refused_by_lightning(error: Exception) -> bool:
     return isinstance(error, RuntimeError | ValueError) and raised_in.startswith("lightning.")
 
 
-def fail(message: str, status: int) -> NoReturn:
-    """Print an error in one line, and exit."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    raise SystemExit(status)
+def plain(text: str) -> str:
+    """A text of a docstring without the marks of code and of links."""
+    return _MARKS.sub(r"\1\2", text)
 
 
 def _suggestion(key: str, options: Sequence[str]) -> str:
@@ -78,7 +93,16 @@ def _suggestion(key: str, options: Sequence[str]) -> str:
     classes = (kind for kind in public if isinstance(kind, type) and kind.__module__.startswith("lit_sparse."))
     kinds: list[Any] = [kind for kind in classes if not issubclass(kind, (Exception, dict))]
     known = options or {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
-    close = difflib.get_close_matches(key.rpartition(".")[2], known)
-    if close:
-        return f". Did you mean {' or '.join(map(repr, close))}?"
-    return f". --{'help' if options else 'print_config'} lists the known ones."
+    close = closest(key.rpartition(".")[2], known)
+    return f".{close}" if close else f". --{'help' if options else 'print_config'} lists the known ones."
+
+
+def _other_class(message: str) -> str:
+    """Suggest classes that are spelt like one that jsonargparse did not find."""
+    found = unknown_class(message)
+    if found is None:
+        return ""
+    module, name = found
+    known = dir(sys.modules[module]) if module in sys.modules else [*dir(lit_sparse), *dir(callbacks), *dir(optim)]
+    close = closest(name, (word for word in known if word[:1].isupper()))
+    return f".{close}" if close else ""
