@@ -29,7 +29,7 @@ class ConfigFile(ActionConfigFile):
             UsageError: If the package has no such file, or it holds no configuration.
         """
         if values.startswith(CONFIGS):
-            values = str(_packaged(values))
+            values = str(packaged(values))
         file = Path(values)
         if file.is_file():  # jsonargparse takes a text of YAML too
             _require_mapping(file)
@@ -46,7 +46,7 @@ def spelled_out(words: Sequence[str], command: Callable[..., object]) -> list[st
     """
     options = inspect.signature(command).parameters
     changed = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not word.startswith("--") or name not in options:
@@ -58,7 +58,8 @@ def spelled_out(words: Sequence[str], command: Callable[..., object]) -> list[st
     return changed
 
 
-def _packaged(name: str) -> Path:
+def packaged(name: str) -> Path:
+    """The file of a configuration of the package, such as ``lit_sparse://quickstart.yaml``."""
     folder = Path(str(files("lit_sparse"))) / "configs"
     known = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
     if name.removeprefix(CONFIGS) not in known:

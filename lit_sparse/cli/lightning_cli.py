@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_sparse
 from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoint, usable
-from lit_sparse.cli import chat, edit, evaluate, export, inspect
+from lit_sparse.cli import chat, edit, evaluate, export, init, inspect
 from lit_sparse.cli.listing import listing
 from lit_sparse.cli.main import COMMANDS
 from lit_sparse.cli.parser import SparseParser, refused_by_lightning
@@ -30,7 +30,7 @@ from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.verbosity import be_quiet, quiet_within
 
-_ON_SOURCES = {"chat": chat, "evaluate": evaluate}  # commands with a stored model and no configuration
+_ON_THEIR_OWN = {"init": init, "chat": chat, "evaluate": evaluate}  # commands that take no configuration
 
 # The disk is full, or a file may not be written or read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -210,8 +210,8 @@ def _run(command: str, words: Sequence[str], program: str) -> None:
     others.remove(command)
     if command in export.NAMES:
         export.run(others, program, command)
-    elif command in _ON_SOURCES:
-        _ON_SOURCES[command].run(others, program)
+    elif command in _ON_THEIR_OWN:
+        _ON_THEIR_OWN[command].run(others, program)
     elif command == "inspect" and inspect.names_a_source(others):
         inspect.run(others, program)
     elif command == "edit" and others[:1] and others[0] in edit.NAMES:

@@ -1,0 +1,200 @@
+"""``lit-sparse init``: write a configuration that ``fit`` runs as it is, for rows whose columns it looks at."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from lit_sparse.cli.arguments import CONFIGS, packaged, spelled_out
+from lit_sparse.cli.parser import SparseParser
+from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
+from lit_sparse.data.conversations import recognised
+from lit_sparse.data.readers import Kind, Kinds
+from lit_sparse.data.sources import TABLES, distinct, open_source
+from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.errors import UsageError, require_choice
+from lit_sparse.methods.account import parse_budget
+from lit_sparse.verbosity import show
+
+
+class _Kind(NamedTuple):
+    """Module, data module, the metric that chooses the best checkpoint, and the columns by their default names."""
+
+    module: str
+    data: str
+    metric: str
+    columns: tuple[str, ...] = ()
+
+
+# In the order in which columns are recognised: those that say most come first.
+_KINDS: Mapping[str, _Kind] = {
+    "preferences": _Kind("PreferenceLM", "PreferenceData", "reward_accuracy", ("chosen", "rejected")),
+    "chat": _Kind("CausalLM", "ChatData", "loss"),
+    "instructions": _Kind("CausalLM", "InstructionData", "loss", ("instruction", "output")),
+    "question-answering": _Kind(
+        "QuestionAnswering", "QuestionAnsweringData", "f1", ("id", "question", "context", "answers")
+    ),
+    "multiple-choice": _Kind("MultipleChoice", "MultipleChoiceData", "accuracy", ("question", "choices", "label")),
+    "token-classification": _Kind("TokenClassification", "TokenClassificationData", "f1", ("tokens", "ner_tags")),
+    "seq2seq": _Kind("Seq2SeqLM", "Seq2SeqData", "loss", ("source", "target")),
+    "classification": _Kind("SequenceClassification", "TextClassificationData", "accuracy"),
+    "regression": _Kind("SequenceClassification", "TextClassificationData", "pearson"),
+    "masked-lm": _Kind("MaskedLM", "MaskedLMData", "loss", ("text",)),
+}
+_LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "stars", "rating", "score")
+_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"))
+_MOST_CLASSES = 200  # a column of more different texts is no label
+_TEMPLATE = "quickstart_budget.yaml"
+
+
+def run(words: Sequence[str], program: str) -> None:
+    """Run the command.
+
+    Args:
+        words: The words after ``init``.
+        program: Name of the program, for the help.
+    """
+    parser = SparseParser(prog=f"{program} init")
+    parser.options = parser.add_function_arguments(write_configuration)
+    write_configuration(**parser.parse_args(spelled_out(words, write_configuration)).as_dict())
+
+
+def write_configuration(
+    data: str | None = None,
+    backbone: str | None = None,
+    task: str | None = None,
+    budget: float | str = 0.25,
+    output: str = "config.yaml",
+) -> None:
+    """Write a configuration, and say what to type next.
+
+    Args:
+        data: File of rows, folder with a file for each split, or hub id; null: asked on a terminal.
+        backbone: Hub id or folder of the pretrained model; null: asked on a terminal.
+        task: classification, regression, token-classification, question-answering, multiple-choice, chat, instructions,
+            preferences, seq2seq or masked-lm; null: what the columns say.
+        budget: What is to be left of the adapters at the end: a share such as 0.25, parameters such as 500k, or bytes
+            such as 2MB.
+        output: File to write; it must not exist.
+
+    Raises:
+        UsageError: If the rows or the backbone's tokenizer cannot be read, or the file exists.
+    """
+    parse_budget(budget)
+    file = Path(output)
+    if file.exists():
+        raise UsageError(f"{output!r} exists: give another file as output.")
+    if task is not None:
+        require_choice("task", task, tuple(_KINDS))
+    data = data or _asked("data", "File of rows, folder of splits, or id of a data set: ")
+    backbone = backbone or _asked("backbone", "Pretrained model, a hub id or a folder: ")
+    has_template = bool(load_tokenizer(backbone).chat_template)  # and refuse a backbone that is not there
+    conll = Kind(partial(read_conll, words="tokens", tags="ner_tags"), count_sentences)
+    kinds: Kinds = {**TABLES, **dict.fromkeys(ENDINGS, conll)}
+    readers = open_source(data, None, None, None, ("train", "validation", "test", "predict"), kinds)
+    if "train" not in readers:
+        raise UsageError(f"{data!r} has no split 'train' to learn from; it has {list(readers)}.")
+    rows = readers["train"]()
+    task = task or _recognised(rows, has_template)
+    if task == "chat" and not has_template:
+        raise UsageError(f"The rows are conversations, but {backbone!r} has no chat template: name a chat model.")
+    arguments = {"path": data, **_arguments(rows, task)}
+    if "validation" not in readers:
+        arguments["validation_fraction"] = 0.1
+    if _KINDS[task].module in ("CausalLM", "Seq2SeqLM"):
+        arguments["batch_size"] = 8  # 32 long rows, the default, need much memory for the scores of a vocabulary
+    text = _filled_in(task, backbone, budget, file, arguments)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{output!r} cannot be written: {error.strerror}.") from error
+    shown = ", ".join(f"{key} {value!r}" for key, value in arguments.items())
+    show(f"Wrote {output}: {task}, {shown}.\nTo train:  lit-sparse fit --config {output}")
+
+
+def _filled_in(task: str, backbone: str, budget: float | str, file: Path, arguments: Mapping[str, Any]) -> str:
+    """A configuration of the package with another module, other data and so on."""
+    kind, quoted = _KINDS[task], partial(json.dumps, ensure_ascii=False)  # YAML reads JSON, whatever characters it has
+    values = "".join(f"\n    {key}: {quoted(value)}" for key, value in arguments.items())
+    changes = {
+        "SoRA with a budget on movie reviews": f"{task.capitalize()} with a budget",
+        "and a quarter of A and B is left": "and the budget is left",
+        "SequenceClassification": kind.module,
+        "budget: 0.25": f"budget: {budget}",
+        "quickstart://all-MiniLM-L6-v2": quoted(backbone),
+        "lr: 1.5e-3": "lr: 2.0e-5" if task == "preferences" else "lr: 1.0e-3",
+        "QuickstartReviews": f"{kind.data}\n  init_args:{values}",
+        "max_epochs: 2": "max_epochs: 3",
+        f"configs/{_TEMPLATE}": str(file),
+        "name: quickstart_budget": f"name: {quoted(file.stem)}",
+        "monitor: val_accuracy": f"monitor: val_{kind.metric}",
+        "mode: max": "mode: min" if kind.metric == "loss" else "mode: max",
+    }
+    text = packaged(f"{CONFIGS}{_TEMPLATE}").read_text(encoding="utf-8")
+    return re.sub("|".join(map(re.escape, changes)), lambda found: changes[found[0]], text)
+
+
+def _asked(name: str, question: str) -> str:
+    answer = input(question).strip() if sys.stdin.isatty() else ""
+    if not answer:
+        raise UsageError(f"{name} is missing: give --{name}.")
+    return answer
+
+
+def _recognised(rows: Dataset, has_template: bool) -> str:
+    """The task that the columns are for."""
+    names = set(rows.column_names)
+    for task, kind in _KINDS.items():
+        if kind.columns and names >= set(kind.columns):
+            return task
+        if task == "chat" and (has_template or not names >= {"instruction", "output"}):
+            with suppress(UsageError):
+                recognised(rows.column_names, "train", labelled=True)
+                return task
+        if task == "classification" and (label := _label(rows)) is not None:
+            kind_of_label = str(getattr(rows.features[label], "dtype", ""))
+            fractions = kind_of_label.startswith("float") and any(
+                v is not None and v % 1 for v in distinct(rows, label)
+            )
+            return "regression" if fractions else task
+    needed = "; ".join(f"{task} ({', '.join(kind.columns)})" for task, kind in _KINDS.items() if kind.columns)
+    raise UsageError(
+        f"The columns {rows.column_names} are those of no task that is known: classification (a text and label), chat "
+        f"(messages), {needed}. Rename them, or copy a configuration of the package and name them there."
+    )
+
+
+def _arguments(rows: Dataset, task: str) -> dict[str, Any]:
+    """Arguments of the data module: the columns that have no name of their own."""
+    missing = set(_KINDS[task].columns) - set(rows.column_names)
+    if missing:
+        raise UsageError(f"{task} needs the columns {sorted(missing)}, and the rows have {rows.column_names}.")
+    if task not in ("classification", "regression"):
+        return {}
+    label = _label(rows)
+    texts = [name for name, kind in rows.features.items() if name != label and getattr(kind, "dtype", "") == "string"]
+    if label is None or not texts:
+        raise UsageError(f"{task} needs a column of texts and one of labels, and the rows have {rows.column_names}.")
+    pair = next((pair for pair in _PAIRS if set(pair) <= set(texts)), None)
+    few = rows.select(range(min(len(rows), 100)))
+    longest = max(texts, key=lambda name: sum(len(text or "") for text in few[name]))
+    found: dict[str, Any] = {"text": longest} if pair is None else dict(zip(("text", "text_pair"), pair, strict=True))
+    return {**found, "label": label, **({"regression": True} if task == "regression" else {})}
+
+
+def _label(rows: Dataset) -> str | None:
+    """The column of labels: one of the usual names, or the one column beside a text that has few values."""
+    named = next((name for name in _LABELS if name in rows.column_names), None)
+    if named is not None or len(rows.column_names) != 2:
+        return named
+    counts = {name: len(distinct(rows, name)) for name, kind in rows.features.items() if hasattr(kind, "dtype")}
+    few = min(counts, key=lambda name: counts[name], default=None)
+    return few if few is not None and counts[few] <= min(_MOST_CLASSES, len(rows) / 2) else None

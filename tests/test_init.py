@@ -1,0 +1,197 @@
+"""``lit-sparse init``: rows in, a configuration out that trains as it is."""
+
+import csv
+import json
+import os
+import pty
+import sys
+from pathlib import Path
+
+import programs
+import pytest
+import yaml
+from backbones import save_tiny_bert, save_tiny_llama, save_tiny_t5
+from chat_templates import CHATML
+from transformers import AutoTokenizer
+
+from lit_sparse.cli.main import main
+
+CLASSES = [{"review": f"a {('good', 'bad')[i % 2]} film {i}", "stars": i % 2} for i in range(40)]
+TURNS = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a dog"}]
+ANSWER = {"text": ["dog"], "answer_start": [2]}
+# Backbone, rows, and what is expected: module, task-specific arguments of the data, monitored metric.
+CASES = {
+    "classes": ("bert", CLASSES, "SequenceClassification", {"text": "review", "label": "stars"}, "val_accuracy"),
+    "names": (
+        "bert",
+        [{"id": f"row {i}", "premise": "it is", "hypothesis": "it was", "label": "ab"[i % 2]} for i in range(40)],
+        "SequenceClassification",
+        {"text": "premise", "text_pair": "hypothesis", "label": "label"},
+        "val_accuracy",
+    ),
+    "numbers": (
+        "bert",
+        [{"text": f"film {i}", "score": i / 8} for i in range(40)],
+        "SequenceClassification",
+        {"text": "text", "label": "score", "regression": True},
+        "val_pearson",
+    ),
+    "tags": (
+        "bert",
+        [{"tokens": ["a", "dog"], "ner_tags": ["O", "B-DOG"]}] * 40,
+        "TokenClassification",
+        {},
+        "val_f1",
+    ),
+    "spans": (
+        "bert",
+        [{"id": str(i), "question": "what", "context": "a dog", "answers": ANSWER} for i in range(40)],
+        "QuestionAnswering",
+        {},
+        "val_f1",
+    ),
+    "choices": (
+        "bert",
+        [{"question": "what", "choices": ["a dog", "a cat"], "label": i % 2} for i in range(40)],
+        "MultipleChoice",
+        {},
+        "val_accuracy",
+    ),
+    "texts": ("bert", [{"text": f"a film {i}"} for i in range(40)], "MaskedLM", {}, "val_loss"),
+    "chats": ("chat", [{"messages": TURNS}] * 40, "CausalLM", {"batch_size": 8}, "val_loss"),
+    "alpaca of a chat model": (
+        "chat",
+        [{"instruction": "what is it", "input": "", "output": "a dog"}] * 40,
+        "CausalLM",
+        {"batch_size": 8},
+        "val_loss",
+    ),
+    "alpaca": (
+        "llama",
+        [{"instruction": "what is it", "input": "", "output": "a dog"}] * 40,
+        "CausalLM",
+        {"batch_size": 8},
+        "val_loss",
+    ),
+    "pairs": (
+        "llama",
+        [{"prompt": "what", "chosen": "a dog", "rejected": "a cat"}] * 40,
+        "PreferenceLM",
+        {},
+        "val_reward_accuracy",
+    ),
+    "seq2seq": ("t5", [{"source": "a dog", "target": "a cat"}] * 40, "Seq2SeqLM", {"batch_size": 8}, "val_loss"),
+}
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    for name, save in {
+        "bert": save_tiny_bert,
+        "llama": save_tiny_llama,
+        "chat": save_tiny_llama,
+        "t5": save_tiny_t5,
+    }.items():
+        save(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder / "chat")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-sparse"])
+
+
+def write(name, rows):
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_columns_say_what_the_task_is(case, backbones, capsys):
+    backbone, rows, module, arguments, monitored = CASES[case]
+    write("my rows.jsonl", rows)
+    main(["init", "--data", "my rows.jsonl", "--backbone", str(backbones / backbone), "--budget", "0.5"])
+    assert capsys.readouterr().out.endswith("To train:  lit-sparse fit --config config.yaml\n")
+    written = yaml.safe_load(Path("config.yaml").read_text())
+    assert written["model"]["class_path"] == f"lit_sparse.{module}"
+    assert next(iter(written["model"]["init_args"])) == "method"
+    assert written["model"]["init_args"]["method"]["init_args"]["budget"] == 0.5
+    assert written["model"]["init_args"]["backbone"] == str(backbones / backbone)
+    expected = {"path": "my rows.jsonl", **arguments, "validation_fraction": 0.1}
+    assert written["data"]["init_args"] == expected
+    assert written["trainer"]["callbacks"][0]["init_args"]["monitor"] == monitored
+    assert "quickstart" not in Path("config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_fit_runs_the_configuration_as_it_is(case, backbones):
+    backbone, rows, *_ = CASES[case]
+    if case == "tags":
+        pytest.importorskip("nervaluate")
+    write("rows.jsonl", rows)
+    main(["init", "--data", "rows.jsonl", "--backbone", str(backbones / backbone), "--output", "mine.yaml"])
+    # The tiny encoder has 64 positions, fewer than the stride of windows.
+    shorter = ["--data.init_args.stride", "8"] if case == "spans" else []
+    main(["fit", "--config", "mine.yaml", "--trainer.accelerator", "cpu", *shorter])
+    assert Path("runs/mine/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_a_folder_with_a_validation_split_holds_no_rows_out(backbones):
+    for split in ("train", "validation"):
+        with Path(f"{split}.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([["text", "label"], *[[f"a film {i}", "ab"[i % 2]] for i in range(8)]])
+    main(["init", "--data", ".", "--backbone", str(backbones / "bert"), "--task", "masked-lm"])
+    written = yaml.safe_load(Path("config.yaml").read_text())
+    assert written["data"] == {"class_path": "lit_sparse.MaskedLMData", "init_args": {"path": "."}}
+
+
+def test_sentences_of_conll_are_recognised_by_their_file(backbones):
+    Path("train.conll").write_text("a O\ndog B-DOG\n\na O\ncat B-CAT\n")
+    main(["init", "--data", "train.conll", "--backbone", str(backbones / "bert")])
+    assert yaml.safe_load(Path("config.yaml").read_text())["data"]["class_path"] == "lit_sparse.TokenClassificationData"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        ([{"a": "x", "b": "y", "c": "z"}], [], "The columns ['a', 'b', 'c'] are those of no task that is known: "),
+        (CLASSES, ["--task", "seq2seq"], "seq2seq needs the columns ['source', 'target'], and the rows have "),
+        (CLASSES, ["--task", "sequel"], "task must be 'preferences', "),
+        (CLASSES, ["--budget", "much"], "budget must be a share"),
+        (CLASSES, ["--data", "absent.csv"], "The path 'absent.csv' does not exist"),
+        (CLASSES, ["--backbone", "absent/model"], "The tokenizer 'absent/model' could not be loaded"),
+        (CLASSES, ["--output", "rows.jsonl"], "'rows.jsonl' exists: give another file as output."),
+        (CLASSES, ["--output", "no/folder.yaml"], "'no/folder.yaml' cannot be written: No such file or directory."),
+        ([{"messages": TURNS}], [], "has no chat template: name a chat model."),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(rows, options, expected, backbones, capsys):
+    write("rows.jsonl", rows)
+    with pytest.raises(SystemExit, match="1"):
+        main(["init", "--data", "rows.jsonl", "--backbone", str(backbones / "bert"), *options])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert expected in error
+    assert not Path("config.yaml").exists()
+
+
+def test_what_is_missing_is_asked_on_a_terminal_only(backbones, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["init"])
+    assert capsys.readouterr().err == "error: data is missing: give --data.\n"
+    write("rows.jsonl", CLASSES)
+    ours, theirs = pty.openpty()
+    process = programs.Program(["-m", "lit_sparse", "init"], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, f"rows.jsonl\n{backbones / 'bert'}\n".encode())
+    assert process.wait(60) == 0
+    assert "Pretrained model, a hub id or a folder: " in os.read(ours, 65536).decode()
+    os.close(ours)
+    assert yaml.safe_load(Path("config.yaml").read_text())["data"]["init_args"]["path"] == "rows.jsonl"
