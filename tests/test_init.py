@@ -130,8 +130,8 @@ def test_the_columns_say_what_the_task_is(case, backbones, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
-def test_fit_runs_the_configuration_as_it_is(case, backbones):
-    backbone, rows, *_ = CASES[case]
+def test_fit_runs_the_configuration_as_it_is(case, backbones, capsys):
+    backbone, rows, module, *_ = CASES[case]
     if case == "tags":
         pytest.importorskip("nervaluate")
     write("rows.jsonl", rows)
@@ -139,7 +139,10 @@ def test_fit_runs_the_configuration_as_it_is(case, backbones):
     # The tiny encoder has 64 positions, fewer than the stride of windows.
     shorter = ["--data.init_args.stride", "8"] if case == "spans" else []
     main(["fit", "--config", "mine.yaml", "--trainer.accelerator", "cpu", *shorter])
-    assert Path("runs/mine/version_0/checkpoints/last.ckpt").is_file()
+    last = "runs/mine/version_0/checkpoints/last.ckpt"
+    assert Path(last).is_file()
+    # Only a model that continues texts can be talked with.
+    assert (f"  lit-sparse chat {last}\n" in capsys.readouterr().out) == (module in ("CausalLM", "PreferenceLM"))
 
 
 def test_a_folder_with_a_validation_split_holds_no_rows_out(backbones):

@@ -85,6 +85,9 @@ def test_nothing_of_a_run_is_wider_than_a_terminal_of_80_columns(project):
     bars = [line for line in re.split(r"[\r\n]", text) if "Epoch" in line]
     assert bars
     assert max(map(len, bars)) <= 80, bars
+    whole = [bar for bar in bars if "val_loss" in bar and "val_accuracy" in bar]
+    assert whole, "all metrics are on the line of the bar"
+    assert "Epoch" not in table, "the bar is not drawn again below the table"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Log how sparse the adapters are, and print a table of the kinds of layers at the end."""
+"""Log how sparse the adapters are, while they train and at the end."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.imports import RequirementCache
-from rich import box, get_console
-from rich.table import Table
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.naming import common_start, places
+from lit_sparse.adapters.naming import places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
-from lit_sparse.callbacks.sparsify import progress_of
+from lit_sparse.callbacks.ending import print_ending
 from lit_sparse.callbacks.support import StepCallback
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import pixels
 from lit_sparse.figures.gates import gate_figure
 from lit_sparse.figures.grid import rank_figure
-from lit_sparse.methods.progress import Progress, left, sentence
 from lit_sparse.verbosity import is_quiet
 
 if TYPE_CHECKING:
@@ -39,14 +36,14 @@ class SparsityMonitor(StepCallback):
     """Log rank, gates, densities and remaining parameters to every logger of the Trainer.
 
     - During training and after each epoch: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
-      ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``rank`` and ``density`` (of A and
-      B together).
+      ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``density`` (of A and B together).
     - After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of RoseLoRA,
       ``sparsity/density_BA_bound``, averaged over layers, and the mean live rank of each kind of layer, such as
       ``sparsity/rank/attention.self.query``.
-    - After fit, a table on the terminal with a row for each kind of layer, and ``sparsity.csv`` with all layers in the
-      logger's folder. With matplotlib, also figures of the ranks and gates, ``sparsity/ranks`` and ``sparsity/gates``,
-      for loggers with a ``log_image`` (Weights & Biases) or an ``experiment.add_figure`` (TensorBoard).
+    - After fit, on the terminal a row for each kind of layer, the last validation's metrics, and what to type next;
+      and ``sparsity.csv`` with all layers in the logger's folder. With matplotlib, also figures of the ranks and gates,
+      ``sparsity/ranks`` and ``sparsity/gates``, for loggers with a ``log_image`` (Weights & Biases) or an
+      ``experiment.add_figure`` (TensorBoard).
 
     Args:
         every_n_steps: Optimizer steps between two logs; None: the Trainer's ``log_every_n_steps``.
@@ -80,8 +77,7 @@ class SparsityMonitor(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics({f"{_PREFIX}{k}": float(v) for k, v in metrics.items()}, step=trainer.global_step - 1)
         entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
-        short = {"rank": metrics["mean_rank"], "density": metrics["remaining_parameters"] / entries}
-        pl_module.log_dict(short, prog_bar=True, logger=False, batch_size=1)
+        pl_module.log("density", metrics["remaining_parameters"] / entries, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Log all metrics through the module, so that other callbacks can monitor them."""
@@ -105,7 +101,7 @@ class SparsityMonitor(StepCallback):
         if folder is not None:
             write_table(layers, Path(folder) / "sparsity.csv")
         if not is_quiet():
-            _print_table(layers, progress_of(trainer), _last_saved(trainer))
+            print_ending(trainer, pl_module, layers, self._adapters)
         if _MATPLOTLIB and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _log_figures(trainer, layers, self._adapters)
 
@@ -146,51 +142,3 @@ def read_table(path: Path) -> list[LayerSparsity]:
     kinds = {"name": str, **dict.fromkeys(("rank", "max_rank", "remaining_parameters", "adapted_parameters"), int)}
     with path.open(newline="", encoding="utf-8") as file:
         return [LayerSparsity(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def _print_table(layers: list[LayerSparsity], progress: Progress | None, saved: str) -> None:
-    """Print a row for each kind of layer, a sentence on the result, and what to type next."""
-    common = common_start([layer.name for layer in layers])
-    ending = f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."
-    kinds: dict[str, list[LayerSparsity]] = {}
-    for layer, (kind, _) in zip(layers, places([layer.name for layer in layers]).values(), strict=True):
-        kinds.setdefault(kind, []).append(layer)
-    # Narrow enough for one line per kind on 80 columns.
-    table = Table(
-        title=f"Adapters in {common.rstrip('.') or 'the model'}, by kind of layer: live ranks, densities of A, B, BA",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for column in ("kind", "layers", "ranks", "each", "A", "B", "BA", "left"):
-        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
-    for kind, members in kinds.items():
-        ranks = sorted(layer.rank for layer in members)
-        densities = ([getattr(layer, key) for layer in members] for key in ("density_A", "density_B", "density_BA"))
-        table.add_row(
-            kind,
-            str(len(members)),
-            f"{sum(ranks)}/{sum(layer.max_rank for layer in members)}",
-            str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}",
-            *(f"{sum(values) / len(values):.3f}" for values in densities),
-            f"{sum(layer.remaining_parameters for layer in members):,}",
-        )
-    console = get_console()  # Lightning's progress bar draws on it too, and makes room for the table
-    console.print(table)
-    console.print(ending, highlight=False)
-    if saved:
-        console.print(f"Saved in {saved}. To see each layer, and to write files for PEFT:", highlight=False)
-        commands = (
-            f"  lit-sparse inspect {saved}\n  lit-sparse export --ckpt_path {saved} --format peft --output FOLDER"
-        )
-        console.print(commands, highlight=False, soft_wrap=True)
-
-
-def _last_saved(trainer: Trainer) -> str:
-    """The path of the last checkpoint; empty without one."""
-    paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
-    paths += [getattr(callback, "best_model_path", "") for callback in trainer.checkpoint_callbacks]
-    path = next(filter(None, paths), "")
-    return str(Path(path).relative_to(Path.cwd())) if path and Path(path).is_relative_to(Path.cwd()) else path

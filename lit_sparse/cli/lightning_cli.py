@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -22,8 +23,9 @@ from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoin
 from lit_sparse.cli import chat, edit, evaluate, export, init, inspect
 from lit_sparse.cli.listing import listing
 from lit_sparse.cli.main import COMMANDS
+from lit_sparse.cli.noise import lead_around_bars
 from lit_sparse.cli.parser import SparseParser, refused_by_lightning
-from lit_sparse.cli.trainer import SaveRunConfig, SparseTrainer
+from lit_sparse.cli.trainer import OneLineBar, SaveRunConfig, SparseTrainer
 from lit_sparse.cli.words import fail
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
@@ -121,12 +123,16 @@ class SparseCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; its errors are about the user's arguments."""
+        given = list(self._get(self.config_init, "trainer.callbacks") or [])
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException:
             raise
         except (TypeError, ValueError) as error:
             raise UsageError(f"The Trainer cannot be made: {error}") from error
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [OneLineBar() if type(c) is RichProgressBar and c not in given else c for c in callbacks]
+        return trainer
 
     def before_fit(self) -> None:
         """Find the checkpoint for ``last``: Lightning would take a damaged one."""
@@ -183,6 +189,7 @@ def run(command: str, words: Sequence[str], program: str) -> None:
         sys.path.insert(0, folder)  # as python -m does, so that the user's own modules are found
     for name in dir(lit_sparse):
         getattr(lit_sparse, name)  # jsonargparse finds imported classes by their bare names
+    lead_around_bars()
     # Transformers reports every weight it loads; the head it names as missing is the one we train.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:

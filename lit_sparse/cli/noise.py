@@ -1,8 +1,9 @@
-"""What other packages say on the terminal that no user of this one can act on, by their names and words."""
+"""What other packages say on the terminal: hide what no user of this one can act on, by their names and words."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 
 # Logger → the words in its message.
@@ -23,6 +24,24 @@ _WARNINGS = (
 class _Without(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(words in record.getMessage() for words in _MESSAGES[record.name])
+
+
+class _Stderr:
+    """Standard error as it is when a line is written: on a terminal, a progress bar takes its lines and makes room."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def lead_around_bars() -> None:
+    """Let Lightning's messages appear above a progress bar, not in the middle of it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(_Stderr())
 
 
 def hide_noise() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from rich.progress import BarColumn, TimeRemainingColumn
+from rich.table import Column
 
 from lit_sparse.adapters.injection import inject
 from lit_sparse.callbacks.checkpoint_files import is_remote
@@ -75,6 +79,26 @@ class SparseTrainer(Trainer):
         if self.is_global_zero:
             sys.stdout.write(f"{text_table(model.summary)}\n")
             show(f"Wrote {model.output}.")
+
+
+class OneLineBar(RichProgressBar):
+    """Lightning's progress bar without the speed and the number of the run, so that the metrics stay on its line."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Description, bar, batches and the time that remains; the metrics come after them."""
+        description, _, batches, *_ = super().configure_columns(trainer)
+        return [description, BarColumn(bar_width=12), batches, TimeRemainingColumn()]
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """All but the number of the run."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def _init_progress(self, trainer: Trainer) -> None:
+        super()._init_progress(trainer)
+        if self.progress is not None:  # Lightning adds the column of the metrics itself, and lets it wrap
+            self.progress.columns[-1]._table_column = Column(no_wrap=True, overflow="ellipsis")  # type: ignore[union-attr]
 
 
 class SaveRunConfig(SaveConfigCallback):
