@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lit_sparse.callbacks.checkpoint import SparseCheckpoint as SparseCheckpoint
     from lit_sparse.callbacks.checkpoint_files import last_checkpoint as last_checkpoint
     from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
+    from lit_sparse.callbacks.ending import summary as summary
     from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
     from lit_sparse.callbacks.forgetting import ForgettingProbe as ForgettingProbe
     from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
@@ -90,6 +91,8 @@ if TYPE_CHECKING:
     from lit_sparse.reporting.report import write_report as write_report
     from lit_sparse.serving.bank import AdapterBank as AdapterBank
     from lit_sparse.serving.from_checkpoint import export_checkpoint as export_checkpoint
+    from lit_sparse.serving.pretrained import Pretrained as Pretrained
+    from lit_sparse.serving.pretrained import from_pretrained as from_pretrained
     from lit_sparse.strategies.fsdp import SparseFSDPStrategy as SparseFSDPStrategy
     from lit_sparse.strategies.fsdp2 import SparseFSDP2Strategy as SparseFSDP2Strategy
 
@@ -106,6 +109,7 @@ _HOME = {
     "add_tokens": "adapters.token_rows",
     "AdapterBank": "serving.bank",
     "CompactRanks": "callbacks.compaction",
+    "summary": "callbacks.ending",
     "FiniteLoss": "callbacks.finite_loss",
     "ForgettingProbe": "callbacks.forgetting",
     "SparsityMonitor": "callbacks.monitor",
@@ -138,6 +142,8 @@ _HOME = {
     "TrainingError": "errors",
     "UsageError": "errors",
     "export_checkpoint": "serving.from_checkpoint",
+    "Pretrained": "serving.pretrained",
+    "from_pretrained": "serving.pretrained",
     "Provenance": "interchange.card",
     "ExportReport": "interchange.card",
     "ExportOptions": "interchange.export",

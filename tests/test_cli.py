@@ -15,9 +15,11 @@ import torch
 import yaml
 from backbones import save_tiny_bert
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 import lit_sparse as ls
 from lit_sparse.cli.main import COMMANDS, lightning_main, main
+from lit_sparse.cli.trainer import OneLineBar, SparseTrainer
 
 SCRIPTS = Path(sys.executable).parent
 ENTRIES = {
@@ -371,6 +373,26 @@ def test_what_other_packages_advertise_is_hidden_and_nothing_else(config, caplog
     assert "Something else" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("callbacks", "bar"),
+    [
+        (None, OneLineBar),
+        ({"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}, OneLineBar),
+        ([{"class_path": "lightning.pytorch.callbacks.RichProgressBar"}], RichProgressBar),
+        ([{"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"}], TQDMProgressBar),
+    ],
+)
+def test_the_bar_of_one_line_stands_in_for_lightnings_own_only(config, callbacks, bar, monkeypatch):
+    changed = yaml.safe_load(Path(config).read_text())
+    changed["trainer"] |= {"callbacks": callbacks, "enable_progress_bar": True}
+    Path("bars.yaml").write_text(yaml.safe_dump(changed))
+    trainers = []
+    monkeypatch.setattr(SparseTrainer, "fit", lambda self, *_, **__: trainers.append(self))
+    main(["fit", "--config", "bars.yaml"])
+    (trainer,) = trainers
+    assert [type(c) for c in trainer.callbacks if isinstance(c, ProgressBar)] == [bar]
+
+
 # Configurations.
 
 
@@ -420,7 +442,7 @@ def test_the_loraplus_ratio_of_a_configuration_reaches_the_optimizer(config, pro
         (["--config", "nowhere.yaml"], 2, "File does not exist"),
         ([f"{METHOD}.target_modules", "[quer]"], 1, "'quer' matches no linear layer of BertForSequenceClassification"),
         ([f"{METHOD}.threshold", "0.1"], 1, "Give exactly one of budget"),
-        ([f"{METHOD}.sparsity_weight", "null"], 1, "got none."),
+        ([f"{METHOD}.budget", "0.5"], 1, "got budget and sparsity_weight."),
         (["--model.init_args.warmup", "1.5"], 1, "warmup is a share of the run, in [0, 1); got 1.5."),
         (["--data.init_args.path", "nowhere.csv"], 1, "'nowhere.csv' does not exist"),
         (["--data.init_args.label", "lable"], 1, "no column 'lable'; its columns are ['text', 'label']"),

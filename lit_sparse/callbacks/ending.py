@@ -9,12 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import box, get_console
 from rich.table import Table
+from torch import nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.naming import common_start, places
-from lit_sparse.adapters.statistics import LayerSparsity
+from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity
 from lit_sparse.callbacks.sparsify import Sparsify, progress_of
 from lit_sparse.callbacks.support import callbacks_of
+from lit_sparse.errors import UsageError
 from lit_sparse.methods.progress import left, sentence
 
 _MOST_METRICS = 8
@@ -35,9 +37,7 @@ def print_ending(
     if isinstance(bar, RichProgressBar):
         bar.teardown(trainer, pl_module, "fit")  # or it draws itself anew below every line
     console, progress = get_console(), progress_of(trainer)
-    title, table = _kinds(layers)
-    console.print(title, style="italic", highlight=False)
-    console.print(table)
+    _print_kinds(layers)
     lines = [f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."]
     goals = (callback.method.goal(adapters) for callback in callbacks_of(trainer, Sparsify))
     lines += [goal for goal in goals if goal is not None]
@@ -56,6 +56,28 @@ def print_ending(
         commands += [f"chat {saved}"] if _continues_texts(pl_module) else []
         for command in commands:
             console.print(f"  lit-sparse {command}", highlight=False, soft_wrap=True)
+
+
+def summary(model: nn.Module) -> None:
+    """Print what is left of the adapters in a model at this moment: a row for each kind of layer, and their sum.
+
+    Args:
+        model: A model or module with adapters, in training or after it.
+
+    Raises:
+        UsageError: If it has no adapters.
+    """
+    layers = layer_sparsity(model)
+    if not layers:
+        raise UsageError(f"{type(model).__name__} holds no adapter to list. Inject a method first.")
+    _print_kinds(layers)
+    get_console().print(f"{left(layers)}.", highlight=False)
+
+
+def _print_kinds(layers: Sequence[LayerSparsity]) -> None:
+    title, table = _kinds(layers)
+    get_console().print(title, style="italic", highlight=False)
+    get_console().print(table)
 
 
 def _kinds(layers: Sequence[LayerSparsity]) -> tuple[str, Table]:

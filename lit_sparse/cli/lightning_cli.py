@@ -123,7 +123,8 @@ class SparseCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; its errors are about the user's arguments."""
-        given = list(self._get(self.config_init, "trainer.callbacks") or [])
+        given = self._get(self.config_init, "trainer.callbacks") or []
+        given = list(given) if isinstance(given, list) else [given]  # a copy: Lightning adds its bar to a list
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.progress import BarColumn, TimeRemainingColumn
 from rich.table import Column
@@ -23,6 +24,8 @@ from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.reporting.dry_run import describe
 from lit_sparse.verbosity import show
+
+_BESIDE_METRICS = 33  # columns of a terminal for the epoch, the bar, batches and time
 
 
 class SparseTrainer(Trainer):
@@ -84,10 +87,13 @@ class SparseTrainer(Trainer):
 class OneLineBar(RichProgressBar):
     """Lightning's progress bar without the speed and the number of the run, so that the metrics stay on its line."""
 
+    def __init__(self) -> None:
+        super().__init__(theme=RichProgressBarTheme(metrics_format=".3g"))
+
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Description, bar, batches and the time that remains; the metrics come after them."""
         description, _, batches, *_ = super().configure_columns(trainer)
-        return [description, BarColumn(bar_width=12), batches, TimeRemainingColumn()]
+        return [description, BarColumn(bar_width=8), batches, TimeRemainingColumn(compact=True)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """All but the number of the run."""
@@ -98,7 +104,9 @@ class OneLineBar(RichProgressBar):
     def _init_progress(self, trainer: Trainer) -> None:
         super()._init_progress(trainer)
         if self.progress is not None:  # Lightning adds the column of the metrics itself, and lets it wrap
-            self.progress.columns[-1]._table_column = Column(no_wrap=True, overflow="ellipsis")  # type: ignore[union-attr]
+            room = max(20, self.progress.console.width - _BESIDE_METRICS)
+            column = Column(no_wrap=True, overflow="ellipsis", max_width=room)
+            self.progress.columns[-1]._table_column = column  # type: ignore[union-attr]
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -155,6 +155,7 @@ def exporting(
         "model_class": type(model).__name__,
         "base_model_name_or_path": name,
         "labels": labels_of(model),
+        **{key: getattr(getattr(model, "config", None), key, None) for key in ("num_labels", "problem_type")},
         **asdict(provenance),
         "trained": asdict(Trained.of(layers)),
         **({"new_tokens": texts} if rows else {}),

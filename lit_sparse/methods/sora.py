@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from lit_sparse.methods.gates import Gates
 from lit_sparse.methods.start import Start
 
+DEFAULT_BUDGET = 0.25
+"""Share of A and B that is left if neither a budget nor a threshold is given."""
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class SoRA(Gates, Start):
     """Sparse low-rank adaptation: ``y = W0 x + b + alpha/rank · B (g ∘ (A x))``, the gate g learned to be sparse.
 
     With a ``budget``, the gates of the ranks that it does not pay for are set to zero after every optimizer step, and
-    those of the others are left to the loss (:class:`~lit_sparse.methods.budget.Budgets`).
+    those of the others are left to the loss (:class:`~lit_sparse.methods.budget.Budgets`). It is 0.25 if neither a
+    budget nor a threshold is given.
 
     Otherwise each gate entry is moved towards zero by a threshold t after every optimizer step, and stays at zero when
     |g| ≤ t. Either ``threshold`` or ``sparsity_weight`` sets t, and they differ when the learning
@@ -29,7 +33,7 @@ class SoRA(Gates, Start):
         alpha: Numerator of the scale alpha / rank, 16 as in the released runs; None: equal to rank, scale 1.
 
     Raises:
-        UsageError: If an argument is outside its range, not exactly one of ``budget``, ``threshold`` and
+        UsageError: If an argument is outside its range, more than one of ``budget``, ``threshold`` and
             ``sparsity_weight`` is given, or ``metric="optimizer"`` meets an optimizer other than Adam(W).
 
     Source:
@@ -38,3 +42,9 @@ class SoRA(Gates, Start):
     """
 
     alpha: float | None = 16
+
+    def __post_init__(self) -> None:
+        """Take the default budget, and check the arguments."""
+        if self.budget is None and self.threshold is None and self.sparsity_weight is None:
+            self.budget = DEFAULT_BUDGET
+        super().__post_init__()

@@ -208,6 +208,25 @@ def test_the_columns_are_those_that_the_method_changes(
     assert "lit-sparse chat" not in shown
 
 
+def test_summary_prints_the_table_of_a_model_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(save_tiny_bert(tmp_path / "bert"))
+    with pytest.raises(ls.UsageError, match="BertForSequenceClassification holds no adapter to list"):
+        ls.summary(model)
+    adapters = ls.inject(model, ls.LoRA(["query"], rank=4))
+    for adapter in adapters.values():
+        adapter.lora_B_t.data[:3] = 1.0  # three of four ranks are live
+    capsys.readouterr()
+    ls.summary(model)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "Adapters in bert.encoder.layer: live ranks, parameters left"
+    (row,) = [line.split() for line in shown if line.startswith("attention.self.query")]
+    parameters = sum(3 * (a.in_features + a.out_features) for a in adapters.values())
+    assert row[1:] == ["2", "6/8", "3", f"{parameters:,}"]
+    assert " ".join(shown).endswith(
+        f"{parameters:,} parameters in 6 of 8 ranks, 100.00 % of the adapted weights changed."
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_last_line_names_the_file_and_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, ls.LoRA(rank=2), ls.SparseCheckpoint(tmp_path / "kept"), enable_checkpointing=True)

@@ -126,7 +126,6 @@ def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of budget .*, threshold .* and sparsity_weight .*; got none"),
         ({"threshold": 0.1, "sparsity_weight": 0.1}, "exactly one of .*; got threshold and sparsity_weight"),
         ({"threshold": -1.0}, "threshold must be at least 0; got -1"),
         ({"threshold": float("inf")}, "threshold must be at least 0; got inf"),
@@ -142,6 +141,14 @@ def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: 
 def test_arguments_of_gates(kind: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.UsageError, match=message):
         kind(**arguments)
+
+
+def test_without_an_amount_sora_has_a_budget_and_the_gated_mask_asks_for_one() -> None:
+    assert (ls.SoRA().budget, ls.SoRA().target_modules) == (0.25, "all-linear")
+    assert ls.SoRA().init_args()["budget"] == 0.25  # as checkpoints and cards record it
+    assert (ls.SoRA(threshold=0.1).budget, ls.SoRA(sparsity_weight=0.1).budget) == (None, None)
+    with pytest.raises(ls.UsageError, match=r"exactly one of budget .*, threshold .* and sparsity_weight .*; got none"):
+        ls.GatedRoseLoRA()
 
 
 @pytest.mark.parametrize("kind", [ls.RoseLoRA, ls.GatedRoseLoRA])
