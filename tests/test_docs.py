@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import yaml
 from backbones import save_tiny_deberta, save_tiny_llama
@@ -108,6 +109,22 @@ def test_the_configurations_are_read(page, project, capsys):
 def titled(page: str) -> dict[str, str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     return dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', text, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_the_search_tries_budgets_and_rates_and_goes_on(project, tmp_path):
+    pytest.importorskip("optuna", reason="the extra search is not installed")
+    Path("search.py").write_text(titled("docs/how-to/search.md")["search.py"])
+    main(["init", "--data", "train.csv", "--backbone", "microsoft/deberta-v3-base", "--budget", "0.5"])
+    for trials in ("1", "2"):
+        done = programs.run(["search.py", "config.yaml", "val_accuracy", trials])
+        assert done.returncode == 0, done.stderr
+    found = re.findall(r"^trial (\d): val_accuracy [\d.]+, ([\d,]+) parameters, ", done.stdout, re.MULTILINE)
+    assert {number for number, _ in found} <= {"0", "1"}
+    budgets = {yaml.safe_load(file.read_text())["model"]["init_args"]["method"]["init_args"]["budget"]
+               for file in Path("runs/search").glob("trial*/version_0/config.yaml")}  # fmt: skip
+    assert len(budgets) == 2
+    assert all(0.02 <= budget <= 1 for budget in budgets)
 
 
 @pytest.mark.filterwarnings("ignore")
