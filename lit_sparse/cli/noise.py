@@ -40,7 +40,7 @@ def lead_around_bars() -> None:
     """Let Lightning's messages appear above a progress bar, not in the middle of it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:  # not a user's file
                 handler.setStream(_Stderr())
 
 
