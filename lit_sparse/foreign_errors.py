@@ -17,7 +17,8 @@ _REQUIRED_MODEL = re.compile(r"arguments are required: \w+\.model\b")
 _NOISE = re.compile(
     r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
     r"|- Expected a path but .* either not accessible or invalid|Given value type: .*"
-    r"|Given value: (NestedArg|Namespace)\(.*"
+    r"|Given value: \[?(NestedArg|Namespace)\(.*|- Not a valid subclass of .*|Subclass types expect one of:"
+    r"|- a (class path|dict) (\(str\)|with|without) ?.*"
 )
 
 

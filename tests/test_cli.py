@@ -360,6 +360,12 @@ def test_a_misspelt_command_class_or_key_suggests_the_near_one(refuse, words, ex
     assert expected in error
 
 
+def test_a_callback_without_its_argument_is_refused_without_the_forms_of_a_class(config, refuse):
+    status, error = refuse("fit", "--config", config, "--trainer.callbacks+=EarlyStopping")
+    assert status == 2
+    assert error.endswith("'lightning.pytorch.callbacks.EarlyStopping': the following arguments are required: monitor")
+
+
 def test_what_other_packages_advertise_is_hidden_and_nothing_else(config, caplog):
     with caplog.at_level("INFO"):
         main(["fit", "--config", config])

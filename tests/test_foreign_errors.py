@@ -17,6 +17,7 @@ from lit_sparse.foreign_errors import (
     is_size_mismatch,
     lacks_model,
     refused_global,
+    unknown_class,
     unknown_key,
     without_noise,
 )
@@ -106,6 +107,12 @@ def test_jsonargparse_on_a_missing_model_and_unknown_keys():
     model = ("--model", "torch.nn.ReLU")
     assert unknown_key(refusal(*model, "--limits", "3")) == "limits"
     assert not lacks_model(refusal(*model, "--limits", "3"))
+
+
+def test_a_class_that_jsonargparse_does_not_find():
+    assert unknown_class(refusal("--model", "torch.nn.RLU")) == ("torch.nn", "RLU")
+    assert unknown_class(refusal("--model", "RLU")) == ("", "RLU")
+    assert unknown_class(refusal("--model", "torch.nn.ReLU", "--limit", "many")) is None
 
 
 def test_the_noise_of_jsonargparse_is_left_out():
