@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lit_sparse.data.chat_template import Message
+from lit_sparse.data.csv_rows import other_delimiter
 from lit_sparse.data.sources import Place, require_text
 from lit_sparse.errors import UsageError, parse_json
 
@@ -52,7 +53,7 @@ def recognised(columns: Sequence[str], split: str, labelled: bool, wanted: Forma
     elif found:
         reason = f"has the columns of several formats ({', '.join(found)}), so name one as format"
     else:
-        reason = "has the columns of no format"
+        reason = f"has the columns of no format{other_delimiter(columns)}"
     raise UsageError(f"The split {split!r} {reason}. Its columns are {list(columns)}; the formats are {known}.")
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 
@@ -31,13 +31,23 @@ def texts_of(file: Path) -> Iterator[pa.Table]:
             names = _names(next(filter(None, rows), []))
         except csv.Error as error:
             raise ValueError(f"its header: {error}") from error
-        checked = _checked(rows, len(names))
+        checked = _checked(rows, names)
         for first in count(0, _CHUNK_ROWS):
             part = list(islice(checked, _CHUNK_ROWS))
             if not part:
                 return
             columns = [[cell or None for cell in column] for column in zip(*part, strict=True)]
             yield _table(names, columns, first)
+
+
+def other_delimiter(names: Sequence[str]) -> str:
+    """A clause for errors if the names of all columns stand in one cell, such as ``text;label``; else empty."""
+    (header, *others) = names or [""]
+    found = next((mark for mark in ";,\t|" if mark in header), None)
+    if others or found is None:
+        return ""
+    advice = "separate cells by ',' in .csv files and by tabs in .tsv files"
+    return f"; the header {header!r} seems to be separated by {found!r}: {advice}"
 
 
 def _names(header: list[str]) -> list[str]:
@@ -51,8 +61,8 @@ def _names(header: list[str]) -> list[str]:
     return names
 
 
-def _checked(rows: Iterator[list[str]], width: int) -> Iterator[list[str]]:
-    number = 0
+def _checked(rows: Iterator[list[str]], names: list[str]) -> Iterator[list[str]]:
+    number, width = 0, len(names)
     while True:
         try:
             row = next(rows, None)
@@ -65,7 +75,8 @@ def _checked(rows: Iterator[list[str]], width: int) -> Iterator[list[str]]:
         if not row or (width > 1 and len(row) == 1 and not row[0].strip()):
             continue
         if len(row) != width:
-            raise ValueError(f"row {number}, counted from 0, has {len(row)} instead of {width} cells")
+            found = f"row {number}, counted from 0, has {len(row)} instead of {width} cells"
+            raise ValueError(f"{found}{other_delimiter(names)}")
         yield row
         number += 1
 

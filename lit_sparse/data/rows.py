@@ -27,8 +27,9 @@ class RowData(LightningDataModule):
     """Reads the splits that a stage needs, encodes their rows and serves them in batches; the base of data modules.
 
     A split plays up to four roles: "train" and "validation" in the stage fit, "validation", "test" and "predict" in
-    the stages of that name. Only the splits that a stage needs are read. Prediction takes the split "predict", or the
-    test split where there is none, and its batches hold no labels.
+    the stages of that name. Only the splits that a stage needs are read: with ``limit_val_batches=0`` of the Trainer,
+    fit needs none for validation. Prediction takes the split "predict", or the test split where there is none, and its
+    batches hold no labels.
 
     Rows, and what they are encoded to, are kept in the cache of ``datasets`` under names that say how they were made,
     so later runs and the other processes of a run only map them into memory. Files are read and encoded a thousand rows
@@ -197,17 +198,22 @@ class RowData(LightningDataModule):
             "test": self._test_splits,
             "predict": self._test_splits if tests_only else ("predict",),
         }
-        roles = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+        fit = ("train",) if self._never_validates() else ("train", "validation")
+        roles = {"fit": fit, "validate": ("validation",)}.get(stage, (stage,))
         for role in roles:
             missing = [split for split in splits[role] if split not in readers]
             if missing:
-                can_hold_out = role == "validation" and "train" in readers
+                held_out = ", or validation_fraction to hold rows out of the training split"
+                instead = held_out if role == "validation" and "train" in readers else ""
+                unless = ", or limit_val_batches=0 to train without it" if stage == "fit" and instead else ""
                 raise UsageError(
                     f"The stage {stage!r} needs the split {', '.join(map(repr, missing))}, but {self._source} only has "
-                    f"{', '.join(map(repr, readers))}: give files for it"
-                    f"{', or validation_fraction to hold rows out of the training split' if can_hold_out else ''}."
+                    f"{', '.join(map(repr, readers))}: give files for it{instead}{unless}."
                 )
         return {role: splits[role] for role in roles}
+
+    def _never_validates(self) -> bool:
+        return self.trainer is not None and self.trainer.limit_val_batches == 0
 
     def _check_fraction(self, readers: dict[str, Reader]) -> None:
         require_range("validation_fraction", self.validation_fraction, above=0, below=1)

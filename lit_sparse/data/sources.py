@@ -12,6 +12,7 @@ import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
+from lit_sparse.data.csv_rows import other_delimiter
 from lit_sparse.data.files import ending, local_path, matching, split_name
 from lit_sparse.data.readers import Kind, Kinds
 from lit_sparse.data.readers import Place as Place
@@ -102,7 +103,7 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str], files: Se
     if missing:
         raise UsageError(
             f"The split {split!r} has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}"
-            f"{named(files)}."
+            f"{named(files)}{other_delimiter(rows.column_names)}."
         )
 
 

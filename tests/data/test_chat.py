@@ -304,6 +304,7 @@ FIRST = turns_of(CHATS[0])[0]
             r"'validation' has the columns of no format\. Its columns are \['text'\]; the formats are messages \(mes",
         ),
         ({"prompt": "a"}, {}, "has the columns of no format"),
+        ({"instruction;output": "a"}, {}, "'instruction;output' seems to be separated by ';': separate cells by ','"),
         (BOTH, {}, "several formats .messages, alpaca., so name one as format. Its columns are"),
         ({"text": "a"}, {"format": "alpaca"}, "does not have the columns of the format 'alpaca'"),
         ({"messages": []}, {}, "^Row 1 .* has .* in the column 'messages', not a list of turns.*remove the row"),

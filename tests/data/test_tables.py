@@ -148,6 +148,12 @@ def test_an_object_over_several_lines_is_one_row(tmp_path):
         ("a.csv", "a,b\n1,2,3\n4,5,6\n", "row 0, counted from 0, has 3 instead of 2 cells"),
         ("a.csv", "a,b\n1,2\n3,4\n5,6\n7\n", "row 3, counted from 0, has 1 instead of 2 cells"),
         ("a.tsv", "a\tb\n1\t2\n\n3\t4\t\n", "row 1, counted from 0, has 3 instead of 2 cells"),
+        (
+            "a.csv",
+            "a;b\n1;2\n3;4,5\n",
+            "has 2 instead of 1 cells; the header 'a;b' seems to be separated by ';'",
+        ),
+        ("a.tsv", "a,b\n1,2\n3\t4\n", "the header 'a,b' seems to be separated by ',': .* by tabs in .tsv files"),
         ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "row 1, counted from 0: unexpected end of data"),
         ("a.tsv", 'a\tb\n1\t2\n"A film" he saw\t4\n', "row 1, counted from 0: .* double each quote in it"),
         (

@@ -316,6 +316,16 @@ def test_a_trainer_gets_the_backbones_tokenizer_and_a_new_order_each_epoch(lengt
     assert fit() == [first, second]
 
 
+def test_a_trainer_that_never_validates_needs_no_validation_split(write, tokenizer, tmp_path):
+    module, file = Recorder(tokenizer), write("a.jsonl", TRAIN)
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    data = TextClassificationData(data_files={"train": file}, batch_size=1)
+    Trainer(default_root_dir=tmp_path, limit_val_batches=0, **options).fit(module, datamodule=data)
+    assert len(module.seen) == len(TRAIN)
+    with pytest.raises(UsageError, match="or limit_val_batches=0 to train without it"):
+        Trainer(default_root_dir=tmp_path, **options).fit(module, datamodule=data)
+
+
 def test_a_tokenizer_without_pad_pads_with_eos(folder, tmp_path):
     tokenizer = save_tiny_causal_tokenizer(tmp_path / "gpt", add_bos=False, pad_token=None)
     batch = next(iter(set_up(path=folder, tokenizer=tokenizer).val_dataloader()))

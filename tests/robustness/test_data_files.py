@@ -82,7 +82,7 @@ REFUSED = [
     Case("no header", [], "its columns are ['a good film', 'yes']", train("a good film,yes\na bad film,no\n" * 8)),
     Case("a header with a space", [], "'label'", train(GOOD.replace("text,label", "text, label"))),
     Case("two columns of one name", [], "'text' twice", train("text,text\n" + "a,b\n" * 8)),
-    Case("semicolons", [], "its columns are ['text;label']", train(GOOD.replace(",", ";"))),
+    Case("semicolons", [], "'text;label' seems to be separated by ';'", train(GOOD.replace(",", ";"))),
     Case("empty labels", [], "label", rows([("a film", "")] * 4 + ROWS * 4)),
     Case("texts that are numbers", [], "has no text in the column", rows([(1, "yes"), (2, "no")] * 4, [(3, "yes")])),
     Case("empty texts", [], "text", rows([("", "yes")] * 4 + ROWS * 4)),
