@@ -95,6 +95,10 @@ def check_language_model(printed: str, clone: Path) -> None:
     assert answers.count("Comma") == 2, (
         "the checkpoint and the merged model answer alike, and the backbone does not know"
     )
+    judged = re.search(r"library +exact_match +0 +([\d.]+) +[\d.]+ +([\d.]+)", answers)
+    assert judged is not None
+    assert round(20 * float(judged[1])) == int(exact[1]), "lm-eval and judge.py compare the same answers"
+    assert float(judged[2]) == 0, "the backbone does not know"
     assert any((clone / "library-gguf").glob("*.gguf"))
     assert (clone / "library-lora" / "adapter_config.json").is_file()
 

@@ -131,6 +131,7 @@ def test_the_search_tries_budgets_and_rates_and_goes_on(project, tmp_path):
 @pytest.mark.parametrize("page", [*pages_with("bash"), pytest.param("README.md", marks=pytest.mark.slow)])
 def test_the_commands_are_read(page, tmp_path, capsys):
     for name, content in titled(page).items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
     for name in ("benchmarks", "configs", "examples", "tests"):  # and none of the runs that a developer has there
         (tmp_path / name).symlink_to(ROOT / name)

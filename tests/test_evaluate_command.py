@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import programs
 import pytest
 import torch
 from backbones import save_tiny_llama
-from language_models import FORMS, save_language_model
+from language_models import FORMS, TEMPLATE, save_language_model
+from lightning.pytorch import Trainer
 from trained import save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,6 +56,21 @@ doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list: [{metric: word_perplexity}]
 """
+
+ASKED = list(enumerate(f"is the {a} {b}" for a in ("film", "story", "plot", "acting") for b in ("good", "bad", "dull")))
+ASKED_TASK = """
+task: asked
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{completion}}"
+generation_kwargs: {until: [], max_gen_toks: 16, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +167,66 @@ def test_tied_embeddings_with_new_tokens(tasks, tmp_path):
     assert found == pytest.approx(perplexity("merged"), rel=1e-5)
 
 
+def save_answering_llama(folder, template=None):
+    """A tiny Llama that likes to say "true" and "false"."""
+    save_tiny_llama(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["Ġtrue", "Ġfalse"])] *= 5
+    model.save_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@needs_lm_eval
+def test_answers_of_reasoning_data_are_judged_alike(tmp_path):
+    """By the task of docs/how-to/answers.md, for another set."""
+    rows = [{"instruction": text, "input": "", "output": "", "answer": ["true", "false"][i % 2]} for i, text in ASKED]
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "answers.md").read_text(encoding="utf-8")
+    (task,) = re.findall(r'title="my_tasks/arc_easy_answers.yaml"\n(.*?)^```', page, re.DOTALL | re.MULTILINE)
+    for found, instead in (("LLM-Adapters/dataset/ARC-Easy", f"{tmp_path}/boolq"), ("answer[1-5]", "true|false")):
+        assert found in task
+        task = task.replace(found, instead)
+    (tmp_path / "boolq_answers.yaml").write_text(task)
+
+    module = ls.CausalLM(save_answering_llama(tmp_path / "base"), ls.LoRA(rank=2), max_new_tokens=16)
+    checkpoint = save_checkpoint(module, tmp_path / "run.ckpt", std=1.0)
+    ours = Trainer(**QUIET).test(module, ls.ReasoningData(str(tmp_path), max_length=512, batch_size=8))[0][
+        "test_boolq_accuracy"
+    ]
+    theirs = evaluate(open_language_model(checkpoint), Settings(["arc_easy_answers"], str(tmp_path), batch_size=8))
+    assert theirs["results"]["arc_easy_answers"]["exact_match,first"] == pytest.approx(ours, abs=1e-6)
+    assert 0.2 < ours < 0.8
+
+
+@needs_lm_eval
+def test_questions_in_the_chat_format(tmp_path):
+    """The prompts, and so the answers, are those of ChatData."""
+    rows = [{"prompt": text, "completion": "true"} for _, text in ASKED]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    module = ls.CausalLM(save_answering_llama(tmp_path / "base", TEMPLATE), ls.LoRA(rank=2), max_new_tokens=16)
+    checkpoint = save_checkpoint(module, tmp_path / "run.ckpt", std=1.0)
+    data = ls.ChatData(data_files={"predict": str(tmp_path / "rows.jsonl")}, batch_size=8)
+    answers = [text for batch in Trainer(**QUIET).predict(module, data) for text in batch["text"]]
+    rows = [{**row, "completion": answers[i if i % 2 else i - 1]} for i, row in enumerate(rows)]
+    expected = sum(row["completion"] == answer for row, answer in zip(rows, answers, strict=True)) / len(rows)
+    (tmp_path / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "asked.yaml").write_text(ASKED_TASK.replace("FILE", str(tmp_path / "asked.jsonl")))
+    settings = {"include_path": str(tmp_path), "batch_size": 8}
+    model = open_language_model(checkpoint)
+    in_format, plain = (
+        evaluate(model, Settings(["asked"], **settings, apply_chat_template=apply))["results"]["asked"][
+            "exact_match,none"
+        ]
+        for apply in (True, False)
+    )
+    assert in_format == pytest.approx(expected)
+    assert plain < expected < 1
+
+
 @needs_lm_eval
 def test_what_the_user_is_told(stored, tasks, capsys, tmp_path):
     (tmp_path / "absent.yaml").write_text(ANIMALS.replace("FILE", "absent.jsonl").replace("animals", "absent"))
@@ -168,6 +245,7 @@ def test_what_the_user_is_told(stored, tasks, capsys, tmp_path):
         ([source, *known, "--num_fewshot", "-1"], "num_fewshot must be at least 0"),
         ([source, *known, "--output", "nowhere/out.json"], "folder of output='nowhere/out.json' does not exist"),
         ([source, *known, "--compare"], "compare switches adapters off"),
+        ([source, *known, "--apply_chat_template"], "apply_chat_template needs a chat template, and the tokenizer of"),
         (["nowhere.ckpt", *known], "'nowhere.ckpt' does not exist"),
     ]
     for words, message in cases:

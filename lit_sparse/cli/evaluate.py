@@ -48,6 +48,7 @@ def evaluate_source(
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int | Literal["auto"] = 1,
+    apply_chat_template: bool = False,
     output: str | None = None,
     backbone: str | None = None,
     import_modules: list[str] | None = None,
@@ -63,6 +64,7 @@ def evaluate_source(
         num_fewshot: Examples before each question; null: what the task says.
         limit: Rows of each task: a number, or a share below 1; null: all.
         batch_size: Rows at a time; auto: as many as fit into memory.
+        apply_chat_template: Ask each question as a turn of the user, in the model's chat format.
         output: JSON file to write: the metrics and how they were measured.
         backbone: Name or folder of the adapter's backbone, if it has moved since the run.
         import_modules: Your Python modules to import first, with the classes that the checkpoint names.
@@ -70,10 +72,11 @@ def evaluate_source(
 
     Raises:
         UsageError: If the source is no causal language model, a task is not known or its data cannot be loaded, an
-            option is outside its range, or lm-eval is not installed.
+            option is outside its range, a chat template is asked for that the tokenizer lacks, or lm-eval is not
+            installed.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    settings = Settings(names, include_path, num_fewshot, limit, batch_size)
+    settings = Settings(names, include_path, num_fewshot, limit, batch_size, apply_chat_template)
     if output is not None and not Path(output).parent.is_dir():
         raise UsageError(f"The folder of output={output!r} does not exist. Create it first.")
     model = open_language_model(source, backbone, import_modules or (), trust_remote_code)

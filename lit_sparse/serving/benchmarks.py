@@ -29,6 +29,7 @@ class Settings:
         num_fewshot: Examples before each question.
         limit: Rows of each task: a number, or a share below 1; None: all.
         batch_size: Rows at a time; ``auto``: as many as fit into memory.
+        apply_chat_template: Whether a question is a turn of the user, in the model's chat format.
 
     Raises:
         UsageError: If a number is outside its range, the folder does not exist, a task is not known, or lm-eval is not
@@ -40,6 +41,7 @@ class Settings:
     num_fewshot: int | None = None
     limit: float | None = None
     batch_size: int | Literal["auto"] = 1
+    apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
         require_range("num_fewshot", self.num_fewshot, at_least=0)
@@ -80,11 +82,13 @@ def evaluate(source: LanguageModel, settings: Settings, adapters: bool = True) -
         What lm-eval reports: ``results`` (task → ``metric,filter`` → value), ``n-shot``, ``versions`` and more.
 
     Raises:
-        UsageError: If the data of a task cannot be loaded.
+        UsageError: If the data of a task cannot be loaded, or the tokenizer lacks the chat template that is asked for.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    if settings.apply_chat_template and not source.tokenizer.chat_template:
+        raise UsageError(f"apply_chat_template needs a chat template, and the tokenizer of {source.name!r} has none.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is given as such
     with _tied(source.model):
         model = HFLM(pretrained=source.model, tokenizer=source.tokenizer, batch_size=settings.batch_size)
@@ -96,6 +100,7 @@ def evaluate(source: LanguageModel, settings: Settings, adapters: bool = True) -
                 task_manager=_manager(settings.include_path),
                 num_fewshot=settings.num_fewshot,
                 limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
                 log_samples=False,
             )
         except _LOADING_ERRORS as error:
