@@ -8,7 +8,7 @@ from typing import Any
 import programs
 import pytest
 import torch
-from backbones import build_tiny
+from backbones import WORDS, build_tiny, save_tiny_causal_tokenizer
 from transformers import LlamaForCausalLM
 
 WORKER = str(Path(__file__).with_name("worker.py"))
@@ -150,6 +150,24 @@ def test_pairs_are_compared_with_the_reference_in_every_process(method: str) -> 
     assert difference(final("resumed"), final("ddp")) == 0
     for tag in ("ddp", "dropped"):
         assert difference(final(tag, 0), final(tag, 1)) == 0
+
+
+@pytest.mark.parametrize("method", ["sora", "roselora"])
+def test_packed_sequences_are_divided_among_processes(method: str, tmp_path: Path) -> None:
+    """A batch is one sequence, because its loss is the mean over its tokens, and sequences have unequal numbers."""
+    tokenizer = save_tiny_causal_tokenizer(tmp_path / "tokenizer", add_bos=True, pad_token="<pad>")  # noqa: S106
+    rows = [{"question": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]), "output": WORDS[i % 40]} for i in range(500)]
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    case = {"arch": "packed", "method": method, "rows": "rows.jsonl", "tokenizer": tokenizer, "steps": 16}
+    start(1, [{**case, "strategy": "auto", "accumulate": 8, "tag": "alone"}])
+    divided = [{**case, "strategy": s, "accumulate": 4, "tag": s} for s in STRATEGIES]
+    straight = {**case, "strategy": "ddp", "tag": "straight", "save_at": 8, "save": "packed.ckpt"}
+    start(2, [*divided, straight, {**case, "strategy": "ddp", "tag": "resumed", "resume": "packed.ckpt"}])
+    for tag in STRATEGIES:
+        assert difference(final(tag, 0), final(tag, 1)) == 0, tag
+        assert difference(final(tag), final("alone")) <= 1e-6, tag
+        assert zeros_differ(final(tag), final("alone")) == [], tag
+    assert difference(final("resumed"), final("straight")) == 0
 
 
 def test_checkpoints_are_resumed_by_any_strategy_and_number_of_processes() -> None:

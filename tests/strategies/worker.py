@@ -161,9 +161,9 @@ def bert_config(dropout: float) -> BertConfig:
 
 
 def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.SparseModule | OwnModule:
-    if arch in ("llama", "pairs"):
+    if arch in ("llama", "pairs", "packed"):
         config: Any = LlamaConfig(
-            vocab_size=64,
+            vocab_size=512 if arch == "packed" else 64,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -173,7 +173,7 @@ def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.Spa
             attention_dropout=dropout,
         )
         made = METHODS[method](dropout=dropout, train_head=["lm_head"] if arch == "pairs" else True)
-        kind = ForCausalLM if arch == "llama" else ForPairs
+        kind: Any = {"llama": ForCausalLM, "pairs": ForPairs, "packed": ls.CausalLM}[arch]
         return kind(LlamaForCausalLM(config), made, gradient_checkpointing=recompute)
     if arch == "own":
         return OwnModule(METHODS[method](dropout=dropout), dropout)
@@ -184,6 +184,19 @@ def packed_module(folder: str, quantization: dict[str, Any], method: str, recomp
     """The model of a folder, loaded with a ``quantization_config``."""
     model = load_backbone(folder, AutoModelForCausalLM, quantization_config=quantization)
     return ForCausalLM(model, METHODS[method](), gradient_checkpointing=recompute)
+
+
+def packed_rows(rows: str, tokenizer: str, batch: int) -> ls.InstructionData:
+    """Rows of a file, in sequences that processes deal out as one process takes them."""
+    return ls.InstructionData(
+        data_files={"train": rows},
+        tokenizer=tokenizer,
+        template="{question}",
+        max_length=32,
+        packing=True,
+        length_grouped=False,
+        batch_size=batch,
+    )
 
 
 def main(run: dict[str, Any]) -> None:
@@ -208,6 +221,7 @@ def main(run: dict[str, Any]) -> None:
         devices=processes,
         strategy=STRATEGIES[run["strategy"]]() if processes > 1 else "auto",
         max_epochs=1,
+        max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         precision=run.get("precision", "32-true"),
@@ -218,7 +232,8 @@ def main(run: dict[str, Any]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = InOrder(GLOBAL_BATCH * steps, GLOBAL_BATCH // accumulate // processes)
+    batch = GLOBAL_BATCH // accumulate // processes
+    data = packed_rows(run["rows"], run["tokenizer"], batch) if "rows" in run else InOrder(GLOBAL_BATCH * steps, batch)
     trainer.fit(module, datamodule=data, ckpt_path=run.get("resume"))
     assert trainer.global_step == steps
     state = {clean_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
