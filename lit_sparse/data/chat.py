@@ -34,7 +34,8 @@ class ChatData(CausalData):
     - ``alpaca``: columns ``instruction``, ``output`` and, optionally, ``input``, which follows the instruction on a
       new line.
 
-    A column ``tools`` of JSON schemas, or of their JSON text, is handed to the template.
+    A column ``system`` of texts holds system prompts, which come before the turns. A column ``tools`` of JSON schemas,
+    or of their JSON text, is handed to the template.
 
     The tokenizer's chat template renders a conversation. ``labels`` repeat what the assistant has to write, its text
     and the token that ends its turn, and are -100 elsewhere. White space that the template writes after that token, and

@@ -63,7 +63,7 @@ def read_row(
     place: Place,
     labelled: bool,
 ) -> tuple[list[Message], int]:
-    """The turns of a row, and the number of the first that is not its prompt.
+    """The turns of a row, with the text of its column ``system`` first, and the number of the first not in its prompt.
 
     Args:
         row: Values by column.
@@ -72,8 +72,22 @@ def read_row(
         labelled: Whether the answer of a row with a prompt is read too.
 
     Raises:
-        UsageError: If a turn has an unknown role, or no text where it needs one.
+        UsageError: If a turn has an unknown role, or no text where it needs one, or there are two system prompts.
     """
+    turns, first = _own_turns(row, form, place, labelled)
+    if row.get("system") in (None, ""):
+        return turns, first
+    system = {"role": "system", "content": require_text(row["system"], "system", place, blank=True)}
+    if turns[0]["role"] not in ("system", "developer"):
+        return [system, *turns], first + 1
+    if turns[0]["content"] != system["content"]:
+        raise UsageError(
+            f"{place} has one system prompt in the column 'system' and another as its first turn: keep one."
+        )
+    return turns, first
+
+
+def _own_turns(row: Mapping[str, Any], form: Format, place: Place, labelled: bool) -> tuple[list[Message], int]:
     if form == "messages":
         return turns_of(row["messages"], "messages", place), 0
     if form == "sharegpt":

@@ -108,6 +108,18 @@ def test_an_input_follows_the_instruction(chatml):
     assert [labelled(row) for row in found] == [tokens_of(tokenizer, BY_HAND["ChatML"][1](turns_of(c))) for c in chats]
 
 
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt_completion", "texts", "alpaca"])
+def test_a_system_prompt_may_have_its_own_column(form, chatml):
+    system = [SYSTEM["content"], "", None, SYSTEM["content"]]
+    chats = [CHATS[1], CHATS[1], CHATS[1], [("go", "a")]]
+    rows = [{**in_format(form, chat), "system": text} for chat, text in zip(chats, system, strict=True)]
+    found, tokenizer = encoded(rows, chatml)
+    turns = [turns_of(chat, *[SYSTEM] * bool(text)) for chat, text in zip(chats, system, strict=True)]
+    assert [labelled(row) for row in found] == [tokens_of(tokenizer, BY_HAND["ChatML"][1](t)) for t in turns]
+    (prompt, *_), _ = encoded(rows, chatml, "predict")
+    assert tokenizer.decode(prompt["input_ids"]).startswith("<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user")
+
+
 def test_only_the_completion_has_a_loss(chatml):
     turns = turns_of(CHATS[0])
     (row,), tokenizer = encoded([{"prompt": turns[:3], "completion": turns[3:]}], chatml)
@@ -337,6 +349,11 @@ FIRST = turns_of(CHATS[0])[0]
             {"messages": [FIRST], "tools": ["find"]},
             {},
             r"^Row 1 .* has \['find'\] in the column 'tools', not a list",
+        ),
+        (
+            {"messages": turns_of(CHATS[0], SYSTEM), "system": "be bad"},
+            {},
+            "^Row 1 .* has one system prompt in the column 'system' and another as its first turn: keep one",
         ),
         ({"messages": turns_of(CHATS[0], SYSTEM)}, {"chat_template": BY_HAND["Gemma"][0]}, "System role not supported"),
         (
