@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
+from lit_sparse.serving.language_models import open_language_model
 
 QUESTIONS = ["who was it", "is it true", "where"]
 ANSWER = "the cat"
@@ -69,6 +70,19 @@ def test_the_chat_format_goes_from_the_data_to_model_checkpoint_and_export(confi
         "--lora gguf/adapter.gguf --jinja --chat-template-file gguf/chat_template.jinja\n"
         in Path("gguf/README.md").read_text()
     )
+
+
+def test_the_tokenizer_of_the_run_goes_with_it(config):
+    tokenizer = AutoTokenizer.from_pretrained("llama")
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained("own")
+    module = refine(ls.ChatData("train.jsonl", validation_fraction=0.1, tokenizer="own"), 8)
+    ls.save_adapter(module.model, "live")
+    ls.export_checkpoint("run.ckpt", "peft")
+    ls.export_checkpoint("run.ckpt", "merged", format="merged")
+    found = [AutoTokenizer.from_pretrained(folder) for folder in ("live", "peft", "merged")]
+    assert [t.model_max_length for t in [*found, open_language_model("run.ckpt").tokenizer]] == [77] * 4
+    assert AutoTokenizer.from_pretrained("llama").model_max_length != 77
 
 
 def test_other_texts_leave_the_template_of_the_backbone_and_the_card_alone(config):

@@ -72,6 +72,11 @@ class MediaData(RowData, ABC):
     _medium_class: ClassVar[type[Medium]]
     _rows_at_once = 1  # their files are in memory together
 
+    @property
+    def named_processor(self) -> str | None:
+        """The processor in place of the backbone's, which exports write beside the model."""
+        return self.processor
+
     @abstractmethod
     def _load_medium(self, name: str) -> Medium:
         """Load the processor called ``name``."""

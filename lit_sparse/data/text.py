@@ -41,6 +41,11 @@ class TextData(RowData):
         require_range("max_length", self.max_length, at_least=1)
 
     @property
+    def named_processor(self) -> str | None:
+        """The tokenizer in place of the backbone's, which exports write beside the model."""
+        return self.tokenizer
+
+    @property
     def pad_token_id(self) -> int:
         """The token that pads short rows; a model that looks for the last real token must know it. After setup."""
         return int(self._tokenizer.pad_token_id)

@@ -25,7 +25,7 @@ from lit_sparse.foreign_errors import is_disk_full
 from lit_sparse.interchange.card import ExportReport, Provenance, model_card
 from lit_sparse.interchange.metadata import write_metadata
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
-from lit_sparse.interchange.processors import chat_format_of, save_processor
+from lit_sparse.interchange.processors import chat_format_of, processor_of, save_processor
 from lit_sparse.interchange.remains import trained_whole
 from lit_sparse.interchange.snippet import labels_of
 from lit_sparse.interchange.vocabulary import rows_of, texts_of, token_notes, whole_sentence
@@ -127,7 +127,7 @@ def exporting(
         folder: Must not exist, or be empty.
         options: Options of the export.
         dtypes: Those that weights pass through on the way, beside the model's own.
-        processor: Name or folder of the tokenizer or processor to write too; None: the backbone's.
+        processor: Name or folder of the tokenizer or processor to write too; None: that of the run, or the backbone's.
 
     Yields:
         The draft, for :meth:`Draft.record` and :meth:`Draft.compare`.
@@ -163,7 +163,7 @@ def exporting(
     with new_folder(folder) as path:
         draft = Draft(path, entries, model, list(texts), options, dtypes)
         yield draft
-        prompt = save_processor(processor or name, path, texts, chat_format_of(model))
+        prompt = save_processor(processor or processor_of(model) or name, path, texts, chat_format_of(model))
         draft.report = ExportReport(
             folder=Path(folder),
             format=form,

@@ -36,8 +36,8 @@ def export_merged(
             merged, in float32 or better, and its parameters cast to ``dtype``.
         folder: To write; must not exist, or be empty.
         dtype: Dtype of the written weights; None: that of the frozen weights.
-        processor: Name or folder of the tokenizer or processor to write beside the model; None: the one in the folder
-            that the model was loaded from, if there is one.
+        processor: Name or folder of the tokenizer or processor to write beside the model; None: the one of the
+            run, or in the folder that the model was loaded from, if there is one.
         **options: See :class:`~lit_sparse.ExportOptions`.
 
     Returns:

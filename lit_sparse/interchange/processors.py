@@ -58,6 +58,22 @@ def keep_chat_format(model: Any, chat: ChatFormat | None) -> None:
         config.eos_token_id = [*several, end]
 
 
+def processor_of(model: Any) -> str | None:
+    """Name or folder of the tokenizer or processor that :func:`keep_processor` gave to a model."""
+    return getattr(model, "processor_name", None)
+
+
+def keep_processor(model: Any, name: str | None) -> None:
+    """Let exports of a model write a tokenizer or processor that is not its backbone's.
+
+    Args:
+        model: The model. One that has a name already keeps it.
+        name: Name or folder of the tokenizer or processor; None changes nothing.
+    """
+    if name is not None and processor_of(model) is None:
+        model.processor_name = name
+
+
 def has_processor(folder: Path) -> bool:
     """Whether a folder holds a tokenizer, image processor or feature extractor."""
     return any((folder / name).is_file() for name in _PROCESSOR_FILES)

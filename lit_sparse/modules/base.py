@@ -36,7 +36,7 @@ from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
-from lit_sparse.interchange.processors import chat_format_of, keep_chat_format
+from lit_sparse.interchange.processors import chat_format_of, keep_chat_format, keep_processor, processor_of
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
@@ -175,6 +175,7 @@ class SparseModule(EvaluationLoop):
             # Before a strategy shards the model.
             self._frozen_sample = frozen_sample(self)
         keep_chat_format(self.model, getattr(self._data, "chat_format", None))
+        keep_processor(self.model, getattr(self._data, "named_processor", None))
 
     def _adapted(self) -> nn.Module:
         if self.start_from is not None and self.method.init_weights == "gora":
@@ -233,6 +234,7 @@ class SparseModule(EvaluationLoop):
             **gate_record(self, checkpoint.get("state_dict", {})),
             "pad_token_id": getattr(getattr(self.model, "config", None), "pad_token_id", None),
             "chat_format": chat_format_of(self.model),
+            "processor": processor_of(self.model),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -245,6 +247,7 @@ class SparseModule(EvaluationLoop):
         complete_average(self, checkpoint)
         if chat_format_of(self.model) is None:  # data of this run has its own
             keep_chat_format(self.model, checkpoint[checkpoints.KEY].get("chat_format"))
+        keep_processor(self.model, checkpoint[checkpoints.KEY].get("processor"))
         if checkpoint[checkpoints.KEY].get("token_rows"):
             self._frozen_sample = frozen_sample(self)  # embeddings may have grown
 

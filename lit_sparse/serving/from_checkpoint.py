@@ -21,6 +21,7 @@ from lit_sparse.interchange.export import ExportOptions, require_free
 from lit_sparse.interchange.gguf_export import export_gguf
 from lit_sparse.interchange.merged_folder import Dtype, export_merged
 from lit_sparse.interchange.peft_export import Layout, export_peft
+from lit_sparse.interchange.processors import processor_of
 from lit_sparse.interchange.sparse_folder import export_delta, save_adapter
 from lit_sparse.methods.account import parse_budget
 from lit_sparse.methods.progress import Progress
@@ -105,7 +106,7 @@ def export_checkpoint(
     if format == "peft":
         return export_peft(model, output, layout, with_head, **options)
     if format == "merged":
-        return export_merged(model, output, dtype, resolve(module.backbone), **options)
+        return export_merged(model, output, dtype, processor_of(model) or resolve(module.backbone), **options)
     write = {"gguf": export_gguf, "sparse": save_adapter, "delta": export_delta}[format]
     return write(model, output, **options)
 
@@ -159,7 +160,10 @@ def restore(
         raise UsageError(f"{error} ({hint})") from error
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"])
-    config: Any = getattr(module.model, "config", None)
+    model: Any = module.model
+    if processor_of(model) is not None:
+        model.processor_name = resolve(model.processor_name)
+    config: Any = getattr(model, "config", None)
     if config is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = saved["pad_token_id"]  # learned from the data
     return module

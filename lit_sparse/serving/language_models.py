@@ -19,7 +19,7 @@ from lit_sparse.errors import UsageError
 from lit_sparse.interchange.metadata import METADATA
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.peft_import import install
-from lit_sparse.interchange.processors import chat_format_of, has_processor, keep_chat_format
+from lit_sparse.interchange.processors import chat_format_of, has_processor, keep_chat_format, processor_of
 from lit_sparse.interchange.sparse_folder import load_adapter
 from lit_sparse.interchange.stored_folder import read_folder
 from lit_sparse.modules import checkpoint as checkpoints
@@ -115,7 +115,7 @@ def _from_checkpoint(path: Path, backbone: str | None, trust_remote_code: bool) 
         raise UsageError(f"{str(path)!r} is one file of a folder: give the folder, {str(path.parent)!r}.")
     module = restore(checkpoints.read(path), path, backbone, trust_remote_code)
     model = _require_causal(module.model, str(path))
-    tokenizer, chat = load_tokenizer(module.backbone, _added_texts(model)), chat_format_of(model)
+    tokenizer, chat = load_tokenizer(processor_of(model) or module.backbone, _added_texts(model)), chat_format_of(model)
     if chat is not None:
         tokenizer.chat_template = chat["template"]
     return model, tokenizer
