@@ -26,8 +26,8 @@ class GenerationSamples(StepCallback):
     """Let the model answer a few prompts before the first step, every so many steps and after the last step.
 
     The answers are added to ``samples.jsonl`` in the run's folder, one line per prompt with ``step``, ``prompt`` and
-    ``answer``. A resumed run continues the file; another run with the same folder replaces it. Loggers that take text get them too: Weights & Biases and MLflow as tables, TensorBoard and Comet as
-    texts.
+    ``answer``. A resumed run continues the file; another run with the same folder replaces it. Loggers that take text
+    get the answers too: Weights & Biases and MLflow as tables, TensorBoard and Comet as texts.
 
     The module's own ``predict_step`` answers, by the model's ``generation_config``. Nothing of the run changes:
     training modes and random states are as before. All processes generate the same, as sharded models need.
