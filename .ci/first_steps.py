@@ -1,7 +1,7 @@
 """Do what a tutorial says, in order and word by word, with nothing but a copy of the repository: files and commands.
 
 docs/index.md: the run must end with what the page shows, and the exported folder must hold it.
-docs/language-model.md: the model must learn to answer, and all its forms must answer alike.
+docs/language-model.md: the model must learn to answer, all its forms must answer alike, and lm-eval must count as many.
 
 Run:  python .ci/first_steps.py FOLDER, which must not exist: the copy.
 """
