@@ -158,7 +158,7 @@ def test_packed_sequences_are_divided_among_processes(method: str, tmp_path: Pat
     tokenizer = save_tiny_causal_tokenizer(tmp_path / "tokenizer", add_bos=True, pad_token="<pad>")  # noqa: S106
     rows = [{"question": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 5]), "output": WORDS[i % 40]} for i in range(500)]
     Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    case = {"arch": "packed", "method": method, "rows": "rows.jsonl", "tokenizer": tokenizer, "steps": 16}
+    case = {"arch": "rows", "method": method, "rows": "rows.jsonl", "tokenizer": tokenizer, "steps": 16}
     start(1, [{**case, "strategy": "auto", "accumulate": 8, "tag": "alone"}])
     divided = [{**case, "strategy": s, "accumulate": 4, "tag": s} for s in STRATEGIES]
     straight = {**case, "strategy": "ddp", "tag": "straight", "save_at": 8, "save": "packed.ckpt"}

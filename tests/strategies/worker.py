@@ -161,9 +161,9 @@ def bert_config(dropout: float) -> BertConfig:
 
 
 def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.SparseModule | OwnModule:
-    if arch in ("llama", "pairs", "packed"):
+    if arch in ("llama", "pairs", "rows"):
         config: Any = LlamaConfig(
-            vocab_size=512 if arch == "packed" else 64,
+            vocab_size=512 if arch == "rows" else 64,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -173,7 +173,7 @@ def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.Spa
             attention_dropout=dropout,
         )
         made = METHODS[method](dropout=dropout, train_head=["lm_head"] if arch == "pairs" else True)
-        kind: Any = {"llama": ForCausalLM, "pairs": ForPairs, "packed": ls.CausalLM}[arch]
+        kind: Any = {"llama": ForCausalLM, "pairs": ForPairs, "rows": ls.CausalLM}[arch]
         return kind(LlamaForCausalLM(config), made, gradient_checkpointing=recompute)
     if arch == "own":
         return OwnModule(METHODS[method](dropout=dropout), dropout)
