@@ -138,6 +138,7 @@ def run(kind: str, sources: Mapping[str, Source], cell: Cell) -> dict[str, Any]:
             folder,
             optimizer=functools.partial(torch.optim.AdamW, lr=cell.lr, weight_decay=0.0),
             fluency_tokens=bench.fluency_tokens if phase == "final" else 0,
+            generated_tokens=0,
         )
         trainer = L.Trainer(accelerator="cpu", inference_mode=False, logger=False, enable_progress_bar=False)
         trainer.test(editor, ls.EditingData(file, first, bench.counts[phase]), verbose=False)

@@ -104,7 +104,7 @@ def _train_and_export() -> None:
     requests = [{"prompt": "the cat is", "target_new": "a dog", "subject": "cat"}]
     Path("requests.json").write_text(json.dumps(requests))
     method = ls.RoseLoRA(["v_proj"], rank=2, density=0.2, begin=0, end=1)
-    editor = ls.Editor("llama", method, "edits-run", steps=2, save_edits=True, fluency_tokens=0)
+    editor = ls.Editor("llama", method, "edits-run", steps=2, save_edits=True, fluency_tokens=0, generated_tokens=0)
     trainer = L.Trainer(accelerator="cpu", inference_mode=False, logger=False, enable_progress_bar=False)
     trainer.test(editor, ls.EditingData("requests.json"), verbose=False)
     shutil.copy("edits-run/edits/000000.safetensors", "an.edit.safetensors")

@@ -31,7 +31,10 @@ from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.modules.optimization import make_optimizer
 
 # Arguments that the results depend on, beside those that need a form of their own.
-_SETTINGS = ("steps", "stop_loss", "sequential", "save_edits", "fluency_tokens", "texts", "seed")
+_SETTINGS = (
+    *("steps", "stop_loss", "sequential", "save_edits", "seed"),
+    *("fluency_tokens", "generated_tokens", "chat_template", "texts"),
+)
 
 
 class Editor(LightningModule):
@@ -64,6 +67,11 @@ class Editor(LightningModule):
         retest_every: In sequence, measure all edits again after so many edits, and at the end. None: only at the end.
         save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
         fluency_tokens: Tokens to generate after the prompt, for fluency; 0: fluency is not measured.
+        generated_tokens: Tokens that the model may write, at most, where it is asked for an answer without being shown
+            one (``generated_success`` and so on); 0: answers are not generated. 16 cover
+            the names, dates and places of the published files, and cost less than 100 tokens for fluency.
+        chat_template: Ask these prompts as turns of a user, in the tokenizer's chat template. Edits are trained on the
+            plain prompts.
         texts: JSON Lines file with a column ``text``. The perplexity of the first 128 tokens of each text is measured
             after each edit. None: it is not.
         eval_batch_size: Prompts per batch while measuring.
@@ -88,6 +96,8 @@ class Editor(LightningModule):
         retest_every: int | None = None,
         save_edits: bool = False,
         fluency_tokens: int = 100,
+        generated_tokens: int = 16,
+        chat_template: bool = False,
         texts: str | None = None,
         eval_batch_size: int = 32,
         seed: int = 0,
@@ -99,9 +109,12 @@ class Editor(LightningModule):
         require_range("stop_loss", stop_loss, above=0)
         require_range("retest_every", retest_every, at_least=1)
         require_range("fluency_tokens", fluency_tokens, at_least=0)
+        require_range("generated_tokens", generated_tokens, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
         if retest_every is not None and not sequential:
             raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
+        if chat_template and not generated_tokens:
+            raise UsageError("chat_template is for generated answers: set generated_tokens.")
         if tokenizer is None and isinstance(backbone, nn.Module):
             raise UsageError("A backbone that is already built does not name its tokenizer: give tokenizer.")
         self._backbone = backbone
@@ -114,6 +127,8 @@ class Editor(LightningModule):
         self.retest_every = retest_every
         self.save_edits = save_edits or sequential
         self.fluency_tokens = fluency_tokens
+        self.generated_tokens = generated_tokens
+        self.chat_template = chat_template
         self.texts = texts
         self.eval_batch_size = eval_batch_size
         self.seed = seed
@@ -145,7 +160,13 @@ class Editor(LightningModule):
         self._require_able()
         self._requests = data.requests
         self._edited = EditedModel(self.model)
-        options = (self.fluency_tokens, self.texts, self.eval_batch_size)
+        options: Any = (
+            self.fluency_tokens,
+            self.texts,
+            self.eval_batch_size,
+            self.generated_tokens,
+            self.chat_template,
+        )
         self._measurer = Measurer(self.model, self.tokenizer, data.requests, *options)
         self._results = Results(self.output, self._settings(data), self.global_rank)
         self._so_far: list[EditRequest] = []

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedTokenizerBase
 
+from lit_sparse.data.chat_template import ChatTemplate
 from lit_sparse.data.padding import IGNORED
-from lit_sparse.data.tokenizers import open_ended
-from lit_sparse.editing.metrics import Answer, EditSuccess, Fluency, Locality, Portability, Rephrase, RequestMean
+from lit_sparse.data.tokenizers import Prompt, open_ended, prompt_tokens
+from lit_sparse.editing.metrics import (
+    Answer,
+    Continuation,
+    EditSuccess,
+    FirstNamePortability,
+    Fluency,
+    Locality,
+    Portability,
+    Rephrase,
+    RequestMean,
+    Scored,
+)
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import batches, encode, predict
 from lit_sparse.errors import UsageError, parse_json
@@ -31,22 +43,35 @@ class Questions:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> None:
         self.requests = list(requests)
-        self._pairs: list[tuple[str, str]] = []
+        self.pairs: list[tuple[str, str]] = []
+        """Prompts with an answer; the attributes below hold indices into this list, and into ``rows``."""
         self.edits = [self._add(r.prompt, [r.target_new])[0] for r in requests]
         self.rephrases = [[self._add(prompt, [r.target_new])[0] for prompt in r.rephrases] for r in requests]
         self.portability = [self._add_kinds(r.portability, None) for r in requests]
         # Whether the model says the same as before is asked of one name only.
         self.locality = [self._add_kinds(r.locality, 1) for r in requests]
-        self.rows = encode(tokenizer, self._pairs)
-        """Tokens; the other attributes hold indices into this list."""
+        self.rows = encode(tokenizer, self.pairs)
+        """The pairs in tokens."""
 
     def _add(self, prompt: str, answers: Sequence[str]) -> list[int]:
-        first = len(self._pairs)
-        self._pairs += [(prompt, answer) for answer in answers]
-        return list(range(first, len(self._pairs)))
+        first = len(self.pairs)
+        self.pairs += [(prompt, answer) for answer in answers]
+        return list(range(first, len(self.pairs)))
 
     def _add_kinds(self, kinds: Mapping[str, Sequence[Probe]], names: int | None) -> dict[str, list[list[int]]]:
         return {kind: [self._add(p.prompt, p.answers[:names]) for p in probes] for kind, probes in kinds.items()}
+
+
+class Unedited(NamedTuple):
+    """What a model answers before an edit, by the index of an unrelated answer.
+
+    Args:
+        predicted: Its predictions in the places of the answer's tokens.
+        written: What it writes after the prompt; empty if that is not measured.
+    """
+
+    predicted: Mapping[int, list[int]]
+    written: Mapping[int, str]
 
 
 class Measurer:
@@ -59,9 +84,11 @@ class Measurer:
         fluency_tokens: Tokens to generate after a prompt; 0: none.
         texts: File of texts for perplexity, or None.
         batch_size: Prompts per batch.
+        generated_tokens: Tokens to generate, at most, in place of an answer; 0: answers are not generated.
+        chat_template: Whether these prompts are turns of a user.
 
     Raises:
-        UsageError: If the file of texts cannot be read.
+        UsageError: If the file of texts cannot be read, or there is no chat template.
     """
 
     def __init__(
@@ -72,26 +99,39 @@ class Measurer:
         fluency_tokens: int,
         texts: str | None,
         batch_size: int,
+        generated_tokens: int = 0,
+        chat_template: bool = False,
     ) -> None:
+        if chat_template and not tokenizer.chat_template:
+            raise UsageError(
+                f"chat_template is true, and the tokenizer {tokenizer.name_or_path!r} has none: set it to false."
+            )
         self._model, self._tokenizer = model, tokenizer
+        self._generated_tokens, self._chat_template = generated_tokens, chat_template
         self._fluency_tokens, self._batch_size = fluency_tokens, batch_size
         self._texts = [] if texts is None else _read_texts(texts, tokenizer)
         requests = list(requests)
-        portability = Portability(sorted({kind for request in requests for kind in request.portability}))
+        asked = sorted({kind for request in requests for kind in request.portability})
         locality = Locality(sorted({kind for request in requests for kind in request.locality}))
-        self.names = ("edit_success", "rephrase", *portability.names, *locality.names, "fluency", "perplexity")
+        names = ("edit_success", "rephrase", *Portability(asked).names, *locality.names)
+        self.names = (
+            *(*names[: -len(locality.names)], *FirstNamePortability(asked).names, *locality.names),
+            *(_named("generated", name) for name in names),
+            *(_named("contained", name) for name in names[: -len(locality.names)]),
+            *("fluency", "perplexity"),
+        )
         """All metrics that a request may have."""
 
-    def unedited(self, questions: Questions) -> dict[int, list[int]]:
-        """Index of an unrelated answer → the model's prediction; to be called before an edit."""
+    def unedited(self, questions: Questions) -> Unedited:
+        """The model's answers to unrelated prompts; to be called before an edit."""
         kinds = [prompts for request in questions.locality for prompts in request.values()]
         places = [place for prompts in kinds for names in prompts for place in names]
         rows = [questions.rows[place] for place in places]
-        return dict(zip(places, predict(self._model, self._tokenizer, rows, self._batch_size), strict=True))
+        predicted = predict(self._model, self._tokenizer, rows, self._batch_size)
+        written = self._written(questions, places)
+        return Unedited(dict(zip(places, predicted, strict=True)), written)
 
-    def measure(
-        self, questions: Questions, before: Mapping[int, list[int]], answers_only: bool = False
-    ) -> list[dict[str, float]]:
+    def measure(self, questions: Questions, before: Unedited, answers_only: bool = False) -> list[dict[str, float]]:
         """The metrics of every request, by name.
 
         Args:
@@ -100,26 +140,29 @@ class Measurer:
             answers_only: Leave fluency and perplexity out.
         """
         predicted = predict(self._model, self._tokenizer, questions.rows, self._batch_size)
+        written = self._written(questions, range(len(questions.rows)))
 
-        def answer(place: int) -> Answer:
-            return Answer(predicted[place], before.get(place, questions.rows[place].answer))
+        def forced(place: int) -> Answer:
+            return Answer(predicted[place], before.predicted.get(place, questions.rows[place].answer))
 
-        def answers(kinds: dict[str, list[list[int]]]) -> dict[str, list[list[Answer]]]:
-            return {k: [[answer(place) for place in names] for names in prompts] for k, prompts in kinds.items()}
+        def exact(place: int) -> Continuation:
+            return Continuation(written[place], before.written.get(place, questions.pairs[place][1]))
 
-        texts = [] if answers_only or not self._fluency_tokens else self._continuations(questions)
+        def contained(place: int) -> Continuation:
+            return exact(place)._replace(contained=True)
+
+        texts = [] if answers_only or not self._fluency_tokens else self._fluent(questions)
         perplexity = {} if answers_only or not self._texts else {"perplexity": self.perplexity()}
-        return [
-            {
-                **EditSuccess.scores(answer(questions.edits[i])),
-                **Rephrase.scores([answer(place) for place in questions.rephrases[i]]),
-                **Portability.scores(answers(questions.portability[i])),
-                **Locality.scores(answers(questions.locality[i])),
-                **(Fluency.scores(texts[i]) if texts else {}),
-                **perplexity,
-            }
-            for i in range(len(questions.requests))
-        ]
+        measured = []
+        for i in range(len(questions.requests)):
+            row = _scores(questions, i, forced)
+            row |= FirstNamePortability.scores(_answers(questions.portability[i], forced))
+            if written:
+                row |= {_named("generated", name): value for name, value in _scores(questions, i, exact).items()}
+                found = _scores(questions, i, contained)
+                row |= {_named("contained", name): found[name] for name in found if not name.startswith(Locality.name)}
+            measured.append({**row, **(Fluency.scores(texts[i]) if texts else {}), **perplexity})
+        return measured
 
     @torch.no_grad()
     def perplexity(self) -> float:
@@ -132,15 +175,63 @@ class Measurer:
             metric.update(self._model(**batch, use_cache=False).logits[:, :-1].float(), labels[:, 1:])
         return float(metric.compute())
 
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """What the model writes after each prompt: greedily, to the end of the first line that is not blank.
+
+        It also ends with the text or turn, and after ``generated_tokens``.
+        """
+        asked: list[Prompt] = [[{"role": "user", "content": p}] if self._chat_template else p for p in prompts]
+        rows = [prompt_tokens(self._tokenizer, prompt) for prompt in asked]
+        ends = {self._tokenizer.eos_token_id}
+        if self._chat_template:
+            ends.add(ChatTemplate(self._tokenizer).end_id)
+        return [
+            text.lstrip().partition("\n")[0].rstrip() for text in self._continued(rows, self._generated_tokens, ends)
+        ]
+
+    def _written(self, questions: Questions, places: Iterable[int]) -> dict[int, str]:
+        if not self._generated_tokens:
+            return {}
+        prompts = {place: questions.pairs[place][0] for place in places}
+        distinct = list(dict.fromkeys(prompts.values()))
+        text = dict(zip(distinct, self.answers(distinct), strict=True))
+        return {place: text[prompt] for place, prompt in prompts.items()}
+
+    def _fluent(self, questions: Questions) -> list[str]:
+        """The model's continuation of each request's prompt."""
+        rows = open_ended(self._tokenizer, [request.prompt for request in questions.requests])
+        return self._continued(rows, self._fluency_tokens, set())
+
     @torch.no_grad()
-    def _continuations(self, questions: Questions) -> list[str]:
-        """The model's greedy continuation of each request's prompt."""
-        prompts = open_ended(self._tokenizer, [request.prompt for request in questions.requests])
-        texts: list[str] = []
-        for batch in batches(self._model, self._tokenizer, prompts, self._batch_size, left=True):
-            new = most_likely_continuation(self._model, batch, self._fluency_tokens)
-            texts += self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts
+    def _continued(self, rows: list[list[int]], max_new_tokens: int, ends: set[int | None]) -> list[str]:
+        """Greedy continuations of rows of tokens, each up to the first of the tokens in ``ends``."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        new: list[list[int]] = []
+        for batch in batches(self._model, self._tokenizer, [rows[i] for i in order], self._batch_size, left=True):
+            new += most_likely_continuation(self._model, batch, max_new_tokens).tolist()
+        kept = [ids[: next((i for i, token in enumerate(ids) if token in ends), None)] for ids in new]
+        texts: list[str] = self._tokenizer.batch_decode(kept, skip_special_tokens=True)
+        by_row = dict(zip(order, texts, strict=True))
+        return [by_row[i] for i in range(len(rows))]
+
+
+def _named(how: str, metric: str) -> str:
+    """``generated_success`` for ``edit_success``, ``generated_rephrase`` for ``rephrase``, and so on."""
+    return f"{how}_{metric.removeprefix('edit_')}"
+
+
+def _answers(kinds: Mapping[str, list[list[int]]], answer: Callable[[int], Scored]) -> dict[str, list[list[Scored]]]:
+    return {kind: [[answer(place) for place in names] for names in prompts] for kind, prompts in kinds.items()}
+
+
+def _scores(questions: Questions, i: int, answer: Callable[[int], Scored]) -> dict[str, float]:
+    """The metrics of request ``i`` by one kind of answer."""
+    return {
+        **EditSuccess.scores(answer(questions.edits[i])),
+        **Rephrase.scores([answer(place) for place in questions.rephrases[i]]),
+        **Portability.scores(_answers(questions.portability[i], answer)),
+        **Locality.scores(_answers(questions.locality[i], answer)),
+    }
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float | None]]:

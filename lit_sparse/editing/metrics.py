@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ from torchmetrics import Metric
 from lit_sparse.errors import UsageError
 
 _WORDS = re.compile(r"\w+|[^\w\s]")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+class Scored(Protocol):
+    """An answer with its share of what is right."""
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]."""
 
 
 class Answer(NamedTuple):
@@ -35,11 +46,40 @@ class Answer(NamedTuple):
         return fmean(float(a == b) for a, b in zip(self.predicted, self.expected, strict=True))
 
 
+class Continuation(NamedTuple):
+    """What a model writes after a prompt on its own, and the text that it is compared with.
+
+    Args:
+        text: The model's continuation.
+        expected: The answer, or what another model writes.
+        contained: Whether it is enough that ``expected`` occurs in ``text``, as whole words.
+    """
+
+    text: str
+    expected: str
+    contained: bool = False
+
+    @property
+    def share(self) -> float:
+        """1 if the texts match after :func:`normalized`, else 0."""
+        text, expected = normalized(self.text), normalized(self.expected)
+        return float(f" {expected} " in f" {text} " if self.contained else expected == text)
+
+
+def normalized(text: str) -> str:
+    """A text in lower case, without punctuation, articles and surplus spaces.
+
+    Source:
+        Rajpurkar et al. 2016 (arXiv:1606.05250): the script evaluate-v1.1.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
 def ngram_entropy(words: Sequence[str], n: int) -> float:
     """Entropy of the n-grams of a text, in bits; 0 for fewer than n words."""
     counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     total = sum(counts.values())
-    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
+    return 0.0 - sum(c / total * math.log2(c / total) for c in counts.values())  # not -0.0 for one n-gram
 
 
 def fluency(text: str) -> float:
@@ -121,7 +161,7 @@ class EditSuccess(RequestMean):
     names = ("edit_success",)
 
     @classmethod
-    def scores(cls, request: Answer) -> Mapping[str, float]:
+    def scores(cls, request: Scored) -> Mapping[str, float]:
         """From the answer to the request's prompt."""
         return {"edit_success": request.share}
 
@@ -132,7 +172,7 @@ class Rephrase(RequestMean):
     names = ("rephrase",)
 
     @classmethod
-    def scores(cls, request: Sequence[Answer]) -> Mapping[str, float]:
+    def scores(cls, request: Sequence[Scored]) -> Mapping[str, float]:
         """From one answer per wording; empty without other wordings."""
         return {"rephrase": fmean(answer.share for answer in request)} if request else {}
 
@@ -143,8 +183,7 @@ class Portability(RequestMean):
     It is averaged over the prompts of a kind (``portability/<kind>``), then over the kinds of a request
     (``portability``).
 
-    EasyEdit's scripts for KnowEdit ask for the first name only. Where an answer has several names, this metric is as
-    high as theirs or higher, so the two cannot be compared; see the page on editing.
+    EasyEdit's runner for KnowEdit asks for the first name only, as :class:`FirstNamePortability` does.
 
     Args:
         kinds: Kinds that requests may have.
@@ -156,7 +195,7 @@ class Portability(RequestMean):
         super().__init__((self.name, *(f"{self.name}/{kind}" for kind in kinds)), **options)
 
     @classmethod
-    def scores(cls, request: Mapping[str, Sequence[Sequence[Answer]]]) -> Mapping[str, float]:
+    def scores(cls, request: Mapping[str, Sequence[Sequence[Scored]]]) -> Mapping[str, float]:
         """From kind → prompts → one answer for each accepted name; kinds without prompts do not count."""
         means = {
             f"{cls.name}/{kind}": fmean(max(answer.share for answer in names) for names in prompts)
@@ -164,6 +203,21 @@ class Portability(RequestMean):
             if prompts
         }
         return {cls.name: fmean(means.values()), **means} if means else {}
+
+
+class FirstNamePortability(Portability):
+    """:class:`Portability` by the first name of each answer, as EasyEdit's runner for KnowEdit computes it.
+
+    Args:
+        kinds: Kinds that requests may have.
+    """
+
+    name = "portability_first_name"
+
+    @classmethod
+    def scores(cls, request: Mapping[str, Sequence[Sequence[Scored]]]) -> Mapping[str, float]:
+        """As :meth:`Portability.scores`."""
+        return super().scores({kind: [names[:1] for names in prompts] for kind, prompts in request.items()})
 
 
 class Locality(Portability):

@@ -120,7 +120,7 @@ def train(
             made.step()
             made.zero_grad()
             taken += 1
-        last = loss.item()  # before reading the clock, which does not wait for the device
+        last = loss.item() + 0.0  # not -0.0; before reading the clock, which does not wait for the device
         seconds = time.perf_counter() - start
         if sparse is not None:
             sparse.finish()

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
+from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import EditedModel, load_edit
+from lit_sparse.editing.measuring import Measurer
 from lit_sparse.errors import UsageError
 
 METHOD = ls.RoseLoRA(["v_proj", "down_proj"], rank=4, alpha=16, density=0.2, begin=1, end=4)
@@ -57,7 +59,14 @@ def folder(tmp_path_factory):
 
 
 def edit(folder, output="out", method=METHOD, data=None, trainer=None, **arguments) -> ls.Editor:
-    settings = {"steps": 6, "optimizer": adam, "stop_loss": None, "fluency_tokens": 4, **arguments}
+    settings = {
+        "steps": 6,
+        "optimizer": adam,
+        "stop_loss": None,
+        "fluency_tokens": 4,
+        "generated_tokens": 0,
+        **arguments,
+    }
     editor = ls.Editor(str(folder / "llama"), method, output, **settings)
     L.Trainer(
         inference_mode=False,
@@ -83,14 +92,18 @@ def plain(folder):
 
 
 def test_what_a_run_leaves(folder):
-    editor = edit(folder, texts=str(folder / "texts.jsonl"), save_edits=True)
+    editor = edit(folder, texts=str(folder / "texts.jsonl"), save_edits=True, generated_tokens=4)
     assert same(bits(editor.model), bits(plain(folder)))
     rows = read_lines("out/results.jsonl")
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
     assert rows[0]["prompt"] == "the cat 0 is"
     names = {
         "index", "prompt", "target_new", "steps", "loss", "changed", "changed_share", "edit_success", "rephrase",
-        "portability", "portability/Reasoning", "locality", "locality/Forgetfulness", "fluency", "perplexity",
+        "portability", "portability/Reasoning", "portability_first_name", "portability_first_name/Reasoning",
+        "locality", "locality/Forgetfulness", "fluency", "perplexity", "generated_success", "generated_rephrase",
+        "generated_portability", "generated_portability/Reasoning", "generated_locality",
+        "generated_locality/Forgetfulness", "contained_success", "contained_rephrase", "contained_portability",
+        "contained_portability/Reasoning",
     }  # fmt: skip
     assert set(rows[0]) == names
     assert all(row["steps"] == 6 and 0 < row["changed"] < 0.16 * 2 * (16 + 64) * 32 for row in rows)
@@ -107,7 +120,11 @@ def test_what_a_run_leaves(folder):
     assert saved.metrics[0]["edit_success"] == rows[2]["edit_success"]
     model = plain(folder)
     EditedModel(model).add(saved)
-    again = edit(folder, "again", data={"first": 2, "limit": 1}, texts=str(folder / "texts.jsonl"))
+    tokenizer = load_tokenizer(str(folder / "llama"))
+    (text,) = Measurer(model, tokenizer, [], 0, None, 1, generated_tokens=4).answers([rows[2]["prompt"]])
+    assert rows[2]["generated_success"] == float(text == rows[2]["target_new"])
+    same_options = {"texts": str(folder / "texts.jsonl"), "generated_tokens": 4}
+    again = edit(folder, "again", data={"first": 2, "limit": 1}, **same_options)
     assert read_lines("again/results.jsonl") == [rows[2]], "an edit does not depend on those before it"
     assert same(bits(again.model), bits(plain(folder)))
 
@@ -183,6 +200,8 @@ def test_wrong_arguments(folder):
         ({"fluency_tokens": -1}, "fluency_tokens must be at least 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
         ({"stop_loss": 0.0}, "stop_loss must be above 0; got 0.0"),
+        ({"generated_tokens": -1}, "generated_tokens must be at least 0"),
+        ({"generated_tokens": 0, "chat_template": True}, "chat_template is for generated answers: set generated"),
         ({"retest_every": 2}, "retest_every .* set sequential to true"),
         ({"sequential": True, "retest_every": 0}, "retest_every must be at least 1; got 0"),
     ):
@@ -245,6 +264,7 @@ def config(folder, file="edit.yaml", **changes) -> str:
         "output": "runs/cli",
         "steps": 6,
         "fluency_tokens": 4,
+        "generated_tokens": 0,
         **changes,
     }
     data = {"path": str(folder / "edits.json"), "limit": 12}

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import launch
+from torchmetrics.functional.text import squad
 
 from lit_sparse.editing.metrics import (
     Answer,
+    Continuation,
     EditSuccess,
+    FirstNamePortability,
     Fluency,
     Locality,
     Portability,
@@ -69,6 +72,40 @@ def test_portability_takes_the_best_name_and_averages_prompts_then_kinds_then_re
     assert math.isnan(float(metric.standard_errors()["portability/Reasoning"]))  # of one request nothing is known
 
 
+def test_portability_by_the_first_name():
+    metric = FirstNamePortability(["Reasoning"])
+    metric.update([{"Reasoning": [[WRONG, RIGHT], [HALF, RIGHT]]}])
+    assert values(metric) == {"portability_first_name": 0.25, "portability_first_name/Reasoning": 0.25}
+
+
+TEXTS = st.text(st.sampled_from("aAnthe .,'-é1 \t"), max_size=12)
+
+
+@given(TEXTS, TEXTS)
+def test_continuations_match_exactly_where_squad_s_do(text, expected):
+    answers = {"id": "0", "answers": {"text": [expected], "answer_start": [0]}}
+    score = squad({"id": "0", "prediction_text": text}, answers)["exact_match"]
+    assert Continuation(text, expected).share == float(score) / 100
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "exact", "contained"),
+    [
+        ("Lyon.", "the Lyon", 1, 1),
+        ("Lyon, a city of France", "Lyon", 0, 1),
+        ("Lyonnais", "Lyon", 0, 0),
+        ("The New  York Times", "new york", 0, 1),
+        ("New, and York", "New York", 0, 0),
+        ("", "Lyon", 0, 0),
+        ("Lyon", "The", 0, 0),
+        ("", "The", 1, 1),
+    ],
+)
+def test_continuations_by_hand(text, expected, exact, contained):
+    assert Continuation(text, expected).share == exact
+    assert Continuation(text, expected, contained=True).share == contained
+
+
 def test_locality_has_its_own_names():
     metric = Locality(["F"])
     metric.update([{"F": [[RIGHT], [WRONG]]}])
@@ -96,7 +133,7 @@ def test_ngram_entropy_against_a_slow_one(words, n):
 def test_fluency_by_hand():
     # a b c d e: 4 bigrams, 3 trigrams, all different.
     assert fluency("a b c d e") == pytest.approx((math.log2(4) * 2 / 3 + math.log2(3) * 4 / 3) / 2)
-    assert fluency("no no no no no no") == 0
+    assert str(fluency("no no no no no no")) == "0.0"  # not -0.0
     assert fluency("") == fluency("one") == 0
     assert fluency("a, b. C d") == fluency("1 2 3 4 5 6".replace(" ", "\n"))  # signs are words of their own
     metric = Fluency()

@@ -7,7 +7,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.measuring import Measurer, Questions
+from lit_sparse.editing.measuring import Measurer, Questions, Unedited
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import collate, encode, predict
 from lit_sparse.errors import UsageError
@@ -136,6 +136,8 @@ def test_all_figures_against_one_token_after_another(model, tokenizer, folder):
         "rephrase": (share("a dog: it is", "a cat") + share("dogs are", "a cat")) / 2,
         "portability": reasoning,
         "portability/Reasoning": reasoning,
+        "portability_first_name": (share("the cat has", "a house") + share("it saw", "a tree")) / 2,
+        "portability_first_name/Reasoning": (share("the cat has", "a house") + share("it saw", "a tree")) / 2,
         "locality": (local("the man", "likes a film") + local("who", "has it")) / 2,
         "locality/F": local("the man", "likes a film"),
         "locality/R": local("who", "has it"),
@@ -178,6 +180,81 @@ def test_continuations_are_greedy_and_do_not_depend_on_the_batch(model, tokenize
     together = Measurer(model, tokenizer, requests, 8, None, 5)
     alone = Measurer(model, tokenizer, requests, 8, None, 1)
     questions = Questions(tokenizer, requests)
-    assert together._continuations(questions) == alone._continuations(questions)
-    assert "fluency" in together.measure(questions, {})[0]
-    assert "fluency" not in together.measure(questions, {}, answers_only=True)[0]
+    assert together._fluent(questions) == alone._fluent(questions)
+    assert "fluency" in together.measure(questions, Unedited({}, {}))[0]
+    assert "fluency" not in together.measure(questions, Unedited({}, {}), answers_only=True)[0]
+
+
+# Answers that the model writes itself.
+
+
+def taught(folder, tokenizer, pairs):
+    """A model that learnt to answer these prompts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    batch = collate(tokenizer, encode(tokenizer, pairs))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_answers_end_where_the_text_the_line_or_the_turn_ends(folder, tokenizer):
+    pairs = [("the dog is", " a cat</s> and"), ("one two", " \n three\nfour"), ("who", " no man at all")]
+    model = taught(folder, tokenizer, pairs)
+    prompts = [prompt for prompt, _ in pairs]
+    found = Measurer(model, tokenizer, [], 0, None, 2, generated_tokens=3).answers([*prompts, "the dog is"])
+    assert found[0] == found[3] == "a cat"
+    assert Measurer(model, tokenizer, [], 0, None, 2, generated_tokens=8).answers(["one two"]) == ["three"]
+    assert "no man at all".startswith(found[2])
+    assert found[2] != "no man at all", "three tokens are not enough for it"
+
+    with pytest.raises(UsageError, match=r"chat_template is true, and the tokenizer .* has none"):
+        Measurer(model, tokenizer, [], 0, None, 2, 8, chat_template=True)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    chatting = taught(folder, tokenizer, [("user: who\nassistant:", "a dog\n")])
+    assert Measurer(chatting, tokenizer, [], 0, None, 2, 8, chat_template=True).answers(["who"]) == ["a dog"]
+    assert Measurer(chatting, tokenizer, [], 0, None, 2, 8).answers(["who"]) != ["a dog"]
+
+
+@pytest.mark.slow
+def test_figures_of_answers_that_the_model_writes(folder, tokenizer):
+    before = taught(folder, tokenizer, [("the man", " is sad\n"), ("who", " a woman\n"), ("the dog is", " a dog\n")])
+    after = taught(
+        folder,
+        tokenizer,
+        [
+            ("the dog is", " A cat.\n"),
+            ("a dog: it is", " the cat\n"),
+            ("dogs are", " a cat and so\n"),
+            ("the cat has", " the river\n"),
+            ("it saw", " a river\n"),
+            ("the man", " is sad!\n"),
+            ("who", " a cat\n"),
+        ],
+    )
+    questions = Questions(tokenizer, REQUESTS[:1])
+    was = Measurer(before, tokenizer, REQUESTS[:1], 0, None, 3, 8).unedited(questions)
+    measurer = Measurer(after, tokenizer, REQUESTS[:1], 0, None, 3, 8)
+    (found,) = measurer.measure(questions, was)
+    expected = {
+        "generated_success": 1.0,
+        "generated_rephrase": 0.5,
+        "generated_portability": 0.5,
+        "generated_portability/Reasoning": 0.5,
+        "generated_locality": 0.5,
+        "generated_locality/F": 1.0,
+        "generated_locality/R": 0.0,
+        "contained_success": 1.0,
+        "contained_rephrase": 1.0,
+        "contained_portability": 0.5,
+        "contained_portability/Reasoning": 0.5,
+    }
+    assert {name: value for name, value in found.items() if name.startswith(("generated", "contained"))} == expected
+    assert set(found) < set(measurer.names)
+    assert {name for name in measurer.names if name.startswith(("generated", "contained"))} == set(expected)
