@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lit_sparse.data.token_classification import TokenClassificationData as TokenClassificationData
     from lit_sparse.editing.data import EditingData as EditingData
     from lit_sparse.editing.editor import Editor as Editor
+    from lit_sparse.editing.one_fact import edit_fact as edit_fact
     from lit_sparse.editing.training import FineTuning as FineTuning
     from lit_sparse.errors import TrainingError as TrainingError
     from lit_sparse.errors import UsageError as UsageError
@@ -138,6 +139,7 @@ _HOME = {
     "TokenClassificationData": "data.token_classification",
     "EditingData": "editing.data",
     "Editor": "editing.editor",
+    "edit_fact": "editing.one_fact",
     "FineTuning": "editing.training",
     "TrainingError": "errors",
     "UsageError": "errors",

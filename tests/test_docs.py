@@ -74,7 +74,8 @@ def project():
     """What the pages' code names: models, tables, requests."""
     Path("examples").symlink_to(ROOT / "examples")
     save_tiny_deberta("microsoft/deberta-v3-base")
-    save_tiny_llama("meta-llama/Llama-2-7b-chat-hf")
+    for name in ("meta-llama/Llama-2-7b-chat-hf", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        save_tiny_llama(name)
     rows = "review,stars\n" + "".join(f"a {word} film,{word}\n" for word in ["good", "bad"] * 20)
     for name in ("train.csv", "dev.csv"):
         Path(name).write_text(rows)

@@ -1,34 +1,35 @@
-"""``lit-sparse edit apply``, ``list`` and ``remove``: saved edits in and out of a model's folder."""
+"""``lit-sparse edit fact`` and so on: one fact, and saved edits in and out of a model's folder."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import functools
+import re
 import sys
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+import torch
 
-from lit_sparse.data.quickstart import resolve
-from lit_sparse.editing.edits import SUFFIX, EditedModel, load_edit
-from lit_sparse.errors import UsageError
-from lit_sparse.interchange.export import new_folder, require_free, save_tensors
-from lit_sparse.interchange.patches import patch_from, require_fit, tensors_of
-from lit_sparse.interchange.processors import save_processor
-from lit_sparse.modules.backbone import load_backbone
+from lit_sparse.cli.edited_folder import edits_in, files_of, open_edited, require_names, write_edited
+from lit_sparse.cli.words import closest
+from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.bases import require_editable
+from lit_sparse.editing.edits import SUFFIX, combine, load_edit
+from lit_sparse.editing.measuring import Measurer
+from lit_sparse.editing.one_fact import edit_fact
+from lit_sparse.errors import UsageError, require_range
+from lit_sparse.interchange.export import require_free
 from lit_sparse.verbosity import show
 
-_EDITS = "edits"  # within the folder of an edited model
-_ORIGINALS = "originals.safetensors"  # in there: the changed entries before any edit
-_ORDER = "order.txt"  # names of the edits' files, one per line, in the order in which they were added
 _WIDTH = 60  # characters of a prompt in a table
+_ANSWER = 16  # tokens of an answer that is printed
 _HELP = {
+    "fact": "teach a model another answer to one prompt, and show its answers before and after",
     "apply": "add edits to a model",
+    "combine": "add edits up to one",
     "list": "show what edits are for, and their metrics",
     "remove": "take edits out of an edited model",
 }
@@ -47,21 +48,92 @@ def run(words: Sequence[str], program: str) -> None:
     """
     parser = _Parser(prog=f"{program} edit", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    apply, list_, remove = (commands.add_parser(name, help=_HELP[name], allow_abbrev=False) for name in NAMES)
+    made = {name: commands.add_parser(name, help=_HELP[name], allow_abbrev=False) for name in NAMES}
+    fact, apply = made["fact"], made["apply"]
+    fact.add_argument("--model", required=True, help="hub id or folder of the model")
+    fact.add_argument("--prompt", required=True, help="text that the model continues")
+    fact.add_argument("--target", required=True, help="the new continuation")
+    fact.add_argument("--rephrase", action="append", default=[], help="another wording of the prompt, to be shown")
+    fact.add_argument("--neighbour", action="append", default=[], help="a prompt whose answer should stay, to be shown")
+    fact.add_argument("--lr", type=float, default=3e-3, help="learning rate (default: %(default)s)")
+    fact.add_argument("--steps", type=int, default=25, help="steps at most (default: %(default)s)")
+    fact.add_argument("--output", help=f"file to write the edit to, such as fact{SUFFIX}")
     apply.add_argument("model", help="hub id or folder of the model; an edited model keeps its edits")
-    apply.add_argument("edits", nargs="+", help="files of edits, or folders of them")
-    list_.add_argument("sources", nargs="+", help="files of edits, folders of them, or folders of edited models")
-    remove.add_argument("model", help="folder of the edited model")
-    remove.add_argument("names", nargs="+", help="names of edits, as list shows them")
-    for command in (apply, remove):
-        command.add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
-    arguments = parser.parse_args(list(words))
-    if arguments.command == "apply":
-        apply_edits(arguments.model, arguments.edits, arguments.output)
-    elif arguments.command == "remove":
-        remove_edits(arguments.model, arguments.names, arguments.output)
-    else:
-        list_edits(arguments.sources)
+    for name in ("apply", "combine"):
+        made[name].add_argument("edits", nargs="+", help="files of edits, or folders of them")
+    made["combine"].add_argument("--output", required=True, help="file to write")
+    made["list"].add_argument("sources", nargs="+", help="files of edits, folders of them, or folders of edited models")
+    made["remove"].add_argument("model", help="folder of the edited model")
+    made["remove"].add_argument("names", nargs="+", help="names of edits, as list shows them")
+    for name in ("apply", "remove"):
+        made[name].add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
+    arguments = vars(parser.parse_args(list(words)))
+    _COMMANDS[arguments.pop("command")](**arguments)
+
+
+def change_fact(
+    model: str,
+    prompt: str,
+    target: str,
+    rephrase: Sequence[str],
+    neighbour: Sequence[str],
+    lr: float,
+    steps: int,
+    output: str | None,
+) -> None:
+    """Edit one fact, print the model's answers before and after, and write the edit.
+
+    Args:
+        model: Hub id or folder of the model.
+        prompt: Text that the model continues.
+        target: The new continuation.
+        rephrase: Other wordings of the prompt, whose answers are printed too.
+        neighbour: Prompts whose answers should stay, which are printed too.
+        lr: Learning rate.
+        steps: Optimizer steps, at most.
+        output: File for the edit; None: it is not written.
+
+    Raises:
+        UsageError: As :func:`~lit_sparse.edit_fact`, or if the file exists.
+    """
+    require_range("lr", lr, above=0)
+    if output is not None:
+        _require_new(output)
+    edited = open_edited(model)
+    require_editable(edited.model)  # before it answers
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        edited.model.to(accelerator)
+    tokenizer = load_tokenizer(model)
+    asked = [("prompt", prompt), *(("rephrase", p) for p in rephrase), *(("neighbour", p) for p in neighbour)]
+    measurer = Measurer(edited.model, tokenizer, [], 0, None, 32, generated_tokens=_ANSWER)
+    before = measurer.answers([text for _, text in asked])
+    optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    _, edit = edit_fact(edited, prompt, target, tokenizer, steps=steps, optimizer=optimizer)
+    after = measurer.answers([text for _, text in asked])
+    for (kind, text), old, new in zip(asked, before, after, strict=True):
+        sys.stdout.write(f"{kind}: {text}\n  before: {old}\n  after:  {new}\n")
+    show(f"{edit.changed:,} of {edit.weights:,} weights changed ({edit.changed / edit.weights:.2%}).")
+    if output is not None:
+        replace(edit, base_model=model).save(output)  # by the name that the user knows
+        show(f"Wrote {output}.")
+
+
+def combine_edits(edits: Sequence[str], output: str) -> None:
+    """Add edits up to one, and write it.
+
+    Args:
+        edits: Files of edits, or folders of them.
+        output: File to write.
+
+    Raises:
+        UsageError: If a file cannot be read, the edits were made for different models, or the file exists.
+    """
+    _require_new(output)
+    found = [load_edit(file) for name in edits for file in files_of(name)]
+    together, conflicts = combine(found)
+    together.save(output)
+    show(f"Wrote {output}: {len(found)} edits, {together.changed:,} entries; {conflicts:,} are changed more than once.")
 
 
 def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
@@ -76,16 +148,16 @@ def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
         UsageError: If a file cannot be read, or an edit was made for another model or is in the model already.
     """
     require_free(output)
-    files = [file for name in edits for file in _files(name)]
-    present = _present(model)
-    _require_names([*present, *(file.name for file in files)])
-    edited = _edited_model(model)
+    files = [file for name in edits for file in files_of(name)]
+    present = edits_in(model)
+    require_names([*present, *(file.name for file in files)])
+    edited = open_edited(model)
     for file in files:
         edit = load_edit(file)
         conflicts = edited.add(edit, str(file))
         clash = f", of which earlier edits changed {conflicts:,} too" if conflicts else ""
         show(f"{file.name}: {edit.changed:,} entries{clash}")
-    _write(edited, model, [*present.values(), *files], output)
+    write_edited(edited, model, [*present.values(), *files], output)
 
 
 def remove_edits(model: str, names: Sequence[str], output: str) -> None:
@@ -100,17 +172,17 @@ def remove_edits(model: str, names: Sequence[str], output: str) -> None:
         UsageError: If the model has no such edit, or cannot be read.
     """
     require_free(output)
-    present = _present(model)
+    present = edits_in(model)
     unknown = [name for name in names if name not in present]
     if unknown:
         raise UsageError(f"{model!r} has no edit {unknown[0]!r} in it; it has {list(present)}.")
     left = [file for name, file in present.items() if name not in names]
-    edited = _edited_model(model)
+    edited = open_edited(model)
     # All out, then the others in again: rounding is then the same as in a model that never had the removed edits.
     edited.restore()
     for file in left:
         edited.add(load_edit(file), str(file))
-    _write(edited, model, left, output)
+    write_edited(edited, model, left, output)
 
 
 def list_edits(sources: Sequence[str]) -> None:
@@ -123,7 +195,7 @@ def list_edits(sources: Sequence[str]) -> None:
         UsageError: If there is no edit, or one cannot be read.
     """
     rows = [["edit", "prompt → new answer", "entries", "edit success", "locality"]]
-    for file in (file for name in sources for file in _files(name)):
+    for file in (file for name in sources for file in files_of(name)):
         edit = load_edit(file)
         unmeasured: tuple[dict[str, float], ...] = ({},) * len(edit.requests)
         for request, found in zip(edit.requests, edit.metrics or unmeasured, strict=False):
@@ -135,73 +207,25 @@ def list_edits(sources: Sequence[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "fact": change_fact,
+    "apply": apply_edits,
+    "combine": combine_edits,
+    "list": list_edits,
+    "remove": remove_edits,
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help).")
+        for unknown in re.findall("invalid choice: '(.*?)'", message):
+            message = f"There is no command {unknown!r} of edit.{closest(unknown, NAMES)}"
+        raise UsageError(f"{message} (See {self.prog} --help.)")
 
 
-def _require_names(names: Sequence[str]) -> None:
-    """Refuse names that one folder cannot hold together on every file system."""
-    taken: set[str] = set()
-    for name in names:
-        key = unicodedata.normalize("NFKC", name).casefold()
-        if key in (_ORIGINALS, _ORDER) or len(name.splitlines()) != 1:
-            raise UsageError(f"An edit cannot be named {name!r} within a model: rename its file.")
-        if key in taken:
-            raise UsageError(
-                f"{name!r} would be in the model twice: leave it out, or rename the file if it is another edit."
-            )
-        taken.add(key)
-
-
-def _files(source: str) -> list[Path]:
-    """The files of a source: an edit, a folder of edits, or an edited model."""
-    place = Path(source)
-    if place.is_file():
-        return [place]
-    inner = place / _EDITS
-    folder = inner if inner.is_dir() else place
-    found = sorted(file for file in folder.glob(f"*{SUFFIX}") if file.name != _ORIGINALS)
-    if not found:
-        raise UsageError(f"{source!r} is neither an edit nor a folder of edits: give what lit-sparse edit wrote.")
-    return found
-
-
-def _present(name: str) -> dict[str, Path]:
-    """Name → file of the edits in a model, in the order in which they were added."""
-    folder = Path(resolve(name)) / _EDITS
-    if not (folder / _ORDER).is_file():
-        return {}
-    try:
-        order = (folder / _ORDER).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The edits in {name!r} cannot be read: {error}.") from error
-    return {edit: folder / Path(edit).name for edit in order}
-
-
-def _edited_model(name: str) -> EditedModel:
-    """Load a model with the original values of its edited entries."""
-    model = load_backbone(name, AutoModelForCausalLM, dtype="auto").eval()
-    if not _present(name):
-        return EditedModel(model)
-    file = Path(resolve(name)) / _EDITS / _ORIGINALS
-    try:
-        originals = patch_from(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"The edits in {name!r} cannot be taken out: {file} cannot be read ({error}).") from error
-    require_fit(model, originals, str(file))
-    return EditedModel(model, originals)
-
-
-def _write(edited: EditedModel, source: str, files: Sequence[Path], output: str) -> None:
-    model: Any = edited.model
-    with new_folder(output) as draft:
-        model.save_pretrained(draft)
-        save_processor(resolve(source), draft)
-        if files:
-            (draft / _EDITS).mkdir()
-            for file in files:
-                shutil.copyfile(file, draft / _EDITS / file.name)
-            save_tensors(tensors_of(edited.originals), draft / _EDITS / _ORIGINALS)
-            (draft / _EDITS / _ORDER).write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
-    show(f"Wrote {output}, with {len(files)} edit{'' if len(files) == 1 else 's'} in it.")
+def _require_new(file: str) -> None:
+    """Refuse a file that exists, or whose name would not be found in a folder of edits."""
+    if Path(file).suffix != SUFFIX:
+        raise UsageError(f"The file of an edit ends in {SUFFIX}; got {file!r}.")
+    if Path(file).exists():
+        raise UsageError(f"{file!r} exists: name another output, or remove it.")

@@ -222,7 +222,7 @@ def _run(command: str, words: Sequence[str], program: str) -> None:
         _ON_THEIR_OWN[command].run(others, program)
     elif command == "inspect" and inspect.names_a_source(others):
         inspect.run(others, program)
-    elif command == "edit" and others[:1] and others[0] in edit.NAMES:
+    elif command == "edit" and others[:1] and not others[0].startswith("-"):
         edit.run(others, program)
     else:
         SparseCLI(

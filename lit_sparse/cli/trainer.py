@@ -72,7 +72,7 @@ class SparseTrainer(Trainer):
         sys.stdout.write(text + "\n")
 
     def edit(self, model: Editor, datamodule: EditingData) -> None:
-        """Edit facts by the requests of a file, and measure each; ``edit apply|list|remove`` work on saved edits.
+        """Edit facts by the requests of a file, and measure each; ``edit fact`` edits one fact.
 
         Args:
             model: The editor.

@@ -1,16 +1,26 @@
-"""Check that an edit is added to the model that it was made for, by some of the model's values, or by its name."""
+"""Check that a model can be edited, and that an edit was made for it, by some of the model's values or its name."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Entries, Patch, require_fit, standing
 
 _SAMPLED = 16  # entries of each weight
 # Half-precision copies of one model differ by rounding, 2⁻⁸ at most for bfloat16; other weights by far more.
 _ROUNDING = 2.0**-6
+
+
+def require_editable(model: nn.Module) -> None:
+    """Raise a UsageError if a layer of the model is quantized."""
+    name = next((name for name, _ in quantized_layers(model)), None)
+    if name is not None:
+        raise UsageError(
+            f"Edits are added to weights, and the weight of {name!r} is quantized: load the model without quantization."
+        )
 
 
 def sample_of(originals: Patch) -> Patch:

@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.bases import require_editable
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
 from lit_sparse.editing.measuring import Measurer, Questions, summarize
@@ -68,8 +68,8 @@ class Editor(LightningModule):
         save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
         fluency_tokens: Tokens to generate after the prompt, for fluency; 0: fluency is not measured.
         generated_tokens: Tokens that the model may write, at most, where it is asked for an answer without being shown
-            one (``generated_success`` and so on); 0: answers are not generated. 16 cover
-            the names, dates and places of the published files, and cost less than 100 tokens for fluency.
+            one (``generated_success`` and so on); 0: answers are not generated. 16 hold
+            the names, dates and places of the published files, and cost about as much as fluency.
         chat_template: Ask these prompts as turns of a user, in the tokenizer's chat template. Edits are trained on the
             plain prompts.
         texts: JSON Lines file with a column ``text``. The perplexity of the first 128 tokens of each text is measured
@@ -145,10 +145,7 @@ class Editor(LightningModule):
         model: Any = self._backbone
         if isinstance(model, str):
             model = load_backbone(model, AutoModelForCausalLM, **self.backbone_args)
-        if any(True for _ in quantized_layers(model)):
-            raise UsageError(
-                "Edits are added to weights, and this backbone is quantized: load it without quantization."
-            )
+        require_editable(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name)
 

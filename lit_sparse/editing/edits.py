@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lit_sparse._version import __version__
-from lit_sparse.adapters.quantized import quantized_layers
-from lit_sparse.editing.bases import require_base, sample_of
+from lit_sparse.editing.bases import require_base, require_editable, sample_of
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.errors import UsageError, parse_json
 from lit_sparse.interchange.patches import Entries, Patch, add, patch_from, put, require_fit, standing, tensors_of
@@ -139,14 +138,10 @@ class EditedModel:
             Number of its entries that earlier edits changed too.
 
         Raises:
-            UsageError: If the model lacks one of the edit's weights, the weight is quantized, or the edit was made for
-                another model.
+            UsageError: If the model lacks one of the edit's weights, is quantized, or the edit was made for another
+                model.
         """
-        packed = [layer for layer, _ in quantized_layers(self.model) if f"{layer}.weight" in edit.patch]
-        if packed:
-            raise UsageError(
-                f"{name} changes {packed[0]!r}, whose weight is quantized. Load the model without quantization."
-            )
+        require_editable(self.model)
         require_fit(self.model, edit.patch, name)
         require_base(self.model, self.originals, edit.base, edit.base_model, name)
         conflicts = 0
@@ -202,10 +197,15 @@ def combine(edits: Sequence[Edit]) -> tuple[Edit, int]:
     return Edit(patch, requests, metrics, edits[0].method, bases[0], edits[0].weights, base), conflicts
 
 
+def _on(device: torch.device, entries: Entries) -> Entries:
+    return Entries(None if entries.indices is None else entries.indices.to(device), entries.values.to(device))
+
+
 def _extended(known: Entries | None, more: Entries) -> tuple[Entries, int]:
     """``known`` with the entries of ``more`` in new places, and the number of shared places."""
     if known is None:
         return more, 0
+    known = _on(more.values.device, known)  # those of a folder were read before the model was moved
     if known.indices is None:
         return known, more.count
     if more.indices is None:

@@ -210,7 +210,7 @@ class Measurer:
         for batch in batches(self._model, self._tokenizer, [rows[i] for i in order], self._batch_size, left=True):
             new += most_likely_continuation(self._model, batch, max_new_tokens).tolist()
         kept = [ids[: next((i for i, token in enumerate(ids) if token in ends), None)] for ids in new]
-        texts: list[str] = self._tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in kept]
         by_row = dict(zip(order, texts, strict=True))
         return [by_row[i] for i in range(len(rows))]
 

@@ -358,7 +358,7 @@ def test_a_quantized_model_is_refused(model):
 
     quantize_(model, Int8WeightOnlyConfig())
     patch = {"model.layers.0.self_attn.v_proj.weight": Entries(torch.tensor([1]), torch.tensor([0.5]))}
-    with pytest.raises(UsageError, match="v_proj', whose weight is quantized"):
+    with pytest.raises(UsageError, match=r"'model\.layers\.0\.self_attn\.q_proj' is quantized: load"):
         EditedModel(model).add(Edit(patch))
 
 

@@ -96,6 +96,18 @@ def test_knowedit(tmp_path, name):
     )
 
 
+def test_the_request_that_the_page_shows(tmp_path, recwarn):
+    page = (Path(__file__).parents[2] / "docs" / "editing.md").read_text(encoding="utf-8")
+    file = tmp_path / "edits.json"
+    file.write_text(page.partition("```json\n")[2].partition("```")[0])
+    (request,) = read_requests(file)
+    assert (request.prompt, request.target_new) == ("The capital of France is", "Lyon")
+    assert request.rephrases
+    assert list(request.portability) == ["Reasoning"]
+    assert request.locality["Neighborhood"][0] == Probe("The capital of Germany is", ("Berlin",))
+    assert not recwarn.list
+
+
 def test_texts_may_have_any_ends_of_lines_in_them(tmp_path):
     prompt = "a\u2028b\x85c\x1dd"
     file = tmp_path / "edits.jsonl"

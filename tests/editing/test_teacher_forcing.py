@@ -188,6 +188,13 @@ def test_continuations_are_greedy_and_do_not_depend_on_the_batch(model, tokenize
 # Answers that the model writes itself.
 
 
+def test_requests_without_unrelated_prompts(model, tokenizer):
+    questions = Questions(tokenizer, REQUESTS[2:])
+    measurer = Measurer(model, tokenizer, REQUESTS[2:], 0, None, 3, 8)
+    (found,) = measurer.measure(questions, measurer.unedited(questions))
+    assert set(found) == {"edit_success", "generated_success", "contained_success"}
+
+
 def taught(folder, tokenizer, pairs):
     """A model that learnt to answer these prompts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
