@@ -17,7 +17,7 @@ class EditingData(LightningDataModule):
     """Edit requests for an :class:`~lit_sparse.Editor`, read from published files as they are.
 
     The files may be KnowEdit's (WikiData recent and counterfact, ZsRE, WikiBio), ZsRE as in MEND and EasyEdit,
-    CounterFact, CKnowEdit, or EasyEdit's flat files, as JSON or JSON Lines; see
+    CounterFact, CKnowEdit, or EasyEdit's flat files, as JSON or JSON Lines, or tables as CSV or TSV; see
     :func:`~lit_sparse.editing.requests.read_requests`. The processes of a run share the requests, and none is edited
     twice.
 

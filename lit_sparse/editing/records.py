@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_sparse.data.csv_rows import texts_of
+from lit_sparse.data.files import ending
 from lit_sparse.errors import UsageError, parse_json
 
 Probes = dict[str, tuple["Probe", ...]]
@@ -28,21 +30,51 @@ class Probe:
 
 
 def read_records(path: Path) -> list[Any]:
-    """The records of a JSON or JSON Lines file.
+    """The records of a file: JSON, JSON Lines, CSV or TSV with a header, or EasyEdit's arguments as one JSON object.
 
     Raises:
-        UsageError: If the file cannot be read, or is not a list.
+        UsageError: If the file cannot be read, or holds no records.
     """
     try:
+        if ending(path) in (".csv", ".tsv"):
+            return [row for table in texts_of(path) for row in table.to_pylist()]
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             # Not splitlines(): texts may contain other line separators.
             return [parse_json(line) for line in text.split("\n") if line.strip()]
         records = parse_json(text)
     except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        raise UsageError(f"The edit requests {str(path)!r} cannot be read as JSON: {error}.") from error
+        kind = ending(path).removeprefix(".").upper() if ending(path) in (".csv", ".tsv") else "JSON"
+        raise UsageError(f"The edit requests {str(path)!r} cannot be read as {kind}: {error}.") from error
+    if isinstance(records, dict) and "prompts" in records:
+        return _of_arguments(path, records)
     if not isinstance(records, list):
         raise UsageError(f"{path} must be a list of records; it is a {type(records).__name__}.")
+    return records
+
+
+def _of_arguments(path: Path, arguments: Mapping[str, Any]) -> list[Any]:
+    """Records of the arguments of EasyEdit's ``edit``, which are lists with an entry for each prompt."""
+    prompts = arguments["prompts"]
+    count = len(prompts) if isinstance(prompts, list) else 0
+
+    def entries(name: str, values: Any) -> list[Any]:
+        if not count or not isinstance(values, list) or len(values) != count:
+            raise UsageError(f"{path}, field {name!r}: must be a list with one entry for each of the {count} prompts.")
+        return values
+
+    records: list[Any] = [{"prompt": prompt} for prompt in entries("prompts", prompts)]
+    for name, value in arguments.items():
+        if name in ("locality_inputs", "portability_inputs") and isinstance(value, dict):
+            for kind, probes in value.items():
+                found = probes if isinstance(probes, dict) else {}
+                pairs = [entries(f"{name}.{kind}.{part}", found.get(part)) for part in ("prompt", "ground_truth")]
+                for record, prompt, answer in zip(records, *pairs, strict=True):
+                    if prompt:  # EasyEdit's own scripts write None or "" where a request has no probe
+                        record.setdefault(name, {})[kind] = {"prompt": prompt, "ground_truth": answer}
+        elif name != "prompts" and value is not None:
+            for record, entry in zip(records, entries(name, value), strict=True):
+                record[name] = entry
     return records
 
 
@@ -112,6 +144,11 @@ class Record:
     def inputs(self, name: str) -> Probes:
         """Probes in the form of EasyEdit's arguments: kind → a list of prompts and a list of as many answers."""
         return self._kinds(name, self.get(name), self._paired)
+
+    def flat(self, name: str, kind: str) -> Probes:
+        """The probe of flat files, a prompt and its answer in fields of their own."""
+        prompt, answers = self.get(f"{name}_prompt"), self.get(f"{name}_ground_truth")
+        return {} if prompt is None and answers is None else {kind: (self.probe(name, prompt, answers),)}
 
     def _kinds(self, name: str, value: Any, read: Callable[[str, Any], Iterator[Probe]]) -> Probes:
         kinds = {} if value is None else self.mapping(name, value, "kinds of probes as its keys")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +44,12 @@ def read_requests(file: str | os.PathLike[str]) -> list[EditRequest]:
     ZsRE as in MEND and EasyEdit (``src``, ``alt``), CounterFact (``requested_rewrite``), CKnowEdit (lists of probes
     with ``answer``), or EasyEdit's flat files (``prompt`` with ``locality_prompt``, or with the names of its arguments:
     ``rephrase_prompts``, ``portability_inputs``, ``locality_inputs``). Rephrased prompts, portability and locality are
-    optional. ``{}`` in a prompt stands for the subject. Other fields are ignored; a warning names those that look like
-    probes.
+    optional. ``{}`` in a prompt stands for the subject. A warning names fields that are not read, but for those which
+    published files have beside the request.
 
     Args:
-        file: A list of records as JSON, or JSON Lines.
+        file: A list of records as JSON; JSON Lines; CSV or TSV, whose columns are flat fields; or the arguments of
+            EasyEdit's ``edit`` as a JSON object, with a list for ``prompts``.
 
     Returns:
         The requests, in the order of the file. As in EasyEdit, ZsRE records without a new answer are left out, with a
@@ -70,13 +70,12 @@ def read_requests(file: str | os.PathLike[str]) -> list[EditRequest]:
             continue
         record = Record(path, index, content)
         requests.append(_reader(record)(record))
-        unread |= {name for name in set(content) - record.read if content[name] and _PROBES.search(name)}
+        unread |= {name for name in set(content) - record.read - _BESIDE if content[name]}
     if unchanged:
         rank_zero_warn(f"{path}: {unchanged} records have an empty new answer (alt) and are left out.")
     if unread:
         rank_zero_warn(
-            f"{path}: the fields {', '.join(sorted(unread))} look like probes, but are not read. docs/editing.md "
-            "describes the fields that are read: rephrase, portability and locality."
+            f"{path}: the fields {', '.join(sorted(unread))} are not read. docs/editing.md describes those that are."
         )
     if not requests:
         raise UsageError(f"{path} holds no edit request.")
@@ -92,10 +91,10 @@ def _reader(record: Record) -> Callable[[Record], EditRequest]:
 
 def _knowedit(record: Record) -> EditRequest:
     subject = "".join(record.texts("subject") or record.texts("concept"))
-    locality = {**record.probes("locality"), **record.inputs("locality_inputs")}
-    if "locality_prompt" in record.content:  # EasyEdit's flat files
-        prompt, answers = record.get("locality_prompt"), record.get("locality_ground_truth")
-        locality["Neighborhood"] = (record.probe("locality", prompt, answers),)
+    probes = {
+        name: {**record.probes(name), **record.inputs(f"{name}_inputs"), **record.flat(name, kind)}
+        for name, kind in (("portability", "Reasoning"), ("locality", "Neighborhood"))
+    }
     return EditRequest(
         index=record.index,
         prompt=_about(subject, record.text("prompt", "text")),
@@ -104,8 +103,7 @@ def _knowedit(record: Record) -> EditRequest:
         rephrases=tuple(
             _about(subject, text) for text in record.texts("rephrase", "rephrase_prompt", "rephrase_prompts")
         ),
-        portability={**record.probes("portability"), **record.inputs("portability_inputs")},
-        locality=locality,
+        **probes,
     )
 
 
@@ -155,7 +153,13 @@ def _about(subject: str, prompt: str) -> str:
     return prompt.replace("{}", subject) if subject else prompt
 
 
-_PROBES = re.compile("local|portab|rephras|paraphras|neighbo", re.IGNORECASE)
+# What published files have beside the request: old answers, numbers, relations, and prompts of other metrics.
+_BESIDE = frozenset(
+    {
+        *("answers", "attribute_prompts", "case_id", "cond", "generation_prompts"),
+        *("ground_truth", "id", "pararel_idx", "pred", "target_old"),
+    }
+)
 
 # A field that marks the format → reader. The first match counts.
 _FORMATS: dict[str, Callable[[Record], EditRequest]] = {

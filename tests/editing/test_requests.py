@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,10 @@ def test_the_request_that_the_page_shows(tmp_path, recwarn):
     assert request.rephrases
     assert list(request.portability) == ["Reasoning"]
     assert request.locality["Neighborhood"][0] == Probe("The capital of Germany is", ("Berlin",))
+    table = tmp_path / "edits.csv"
+    table.write_text(page[page.index("prompt,subject,") :].partition("```")[0])
+    (row,) = read_requests(table)
+    assert row == replace(request, portability={})
     assert not recwarn.list
 
 
@@ -211,15 +216,98 @@ def test_braces_stay_in_the_prompt_of_a_record_without_subject(tmp_path):
 
 
 @pytest.mark.parametrize("record", [KNOWEDIT, MEND, COUNTERFACT, WIKIBIO, FLAT, INPUTS])
-def test_fields_that_look_like_probes_and_are_not_read_are_named_once(tmp_path, record, recwarn):
+def test_fields_that_are_not_read_are_named_once(tmp_path, record, recwarn):
     read_requests(write(tmp_path, [record] * 3))
     assert not recwarn.list
-    unread = {"locality_prompts": ["l"], "Portability_r": [PROBE], "paraphrases": ["p"], "rephrased": "", "id": 7}
+    unread = {"locality_prompts": ["l"], "Portability_r": [PROBE], "note": "p", "rephrased": "", "id": 7}
     read_requests(write(tmp_path, [record, {**record, **unread}, {**record, **unread}]))
     (warning,) = recwarn.list
-    assert "the fields Portability_r, locality_prompts, paraphrases look like probes, but are not read" in str(
-        warning.message
+    assert "the fields Portability_r, locality_prompts, note are not read. docs/editing.md" in str(warning.message)
+
+
+CSV = """prompt,subject,target_new,rephrase,portability_prompt,portability_ground_truth,\
+locality_prompt,locality_ground_truth
+The capital of {} is,France,"Lyon, of course",{} is governed from,The Louvre is in,Lyon,Rome is in,Italy
+"The ""best"" film is",,None,,,,,
+"""
+
+
+@pytest.mark.parametrize("name", ["edits.csv", "edits.TSV"])
+def test_columns_of_a_table(tmp_path, name, recwarn):
+    file = tmp_path / name
+    text = CSV if name.endswith(".csv") else CSV.replace(",", "\t").replace("Lyon\t of", "Lyon, of")
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = read_requests(file)
+    assert first == EditRequest(
+        0,
+        "The capital of France is",
+        "Lyon, of course",
+        "France",
+        ("France is governed from",),
+        {"Reasoning": (Probe("The Louvre is in", ("Lyon",)),)},
+        {"Neighborhood": (Probe("Rome is in", ("Italy",)),)},
     )
+    assert second == EditRequest(1, 'The "best" film is', "None")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,target_new\na,b\nc\n", "cannot be read as CSV: row 1, counted from 0, has 1 instead of 2 cells"),
+        ("prompt,target_new\na,b\nc,\n", "record 1 (counted from 0), field 'target_new': must be a text"),
+        ("question,answer\na,b\n", "no other format has the fields ['answer', 'question']"),
+        ("prompt,target_new\n", "holds no edit request"),
+    ],
+)
+def test_tables_that_are_wrong(tmp_path, text, message):
+    file = tmp_path / "edits.csv"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        read_requests(file)
+    assert message in str(error.value)
+
+
+ARGUMENTS = {
+    "prompts": ["The capital of {} is", "Who wrote Emma?"],
+    "ground_truth": ["Paris", "Austen"],
+    "target_new": ["Lyon", "Swift"],
+    "subject": ["France", "Emma"],
+    "rephrase_prompts": ["{} is governed from", None],
+    "locality_inputs": {
+        "neighborhood": {"prompt": ["Rome is in", ["a", "b"]], "ground_truth": ["Italy", ["c", "d"]]},
+        "distracting": {"prompt": [None, "The cat"], "ground_truth": [None, "sat"]},
+    },
+    "portability_inputs": {"one_hop": {"prompt": ["The Louvre is in", ""], "ground_truth": ["Lyon", ""]}},
+    "train_ds": None,
+}
+
+
+def test_all_arguments_of_easyedit_in_one_object(tmp_path, recwarn):
+    first, second = read_requests(write(tmp_path, ARGUMENTS))
+    assert (first.prompt, first.target_new, first.rephrases) == (
+        "The capital of France is", "Lyon", ("France is governed from",),
+    )  # fmt: skip
+    assert first.locality == {"neighborhood": (Probe("Rome is in", ("Italy",)),)}
+    assert first.portability == {"one_hop": (Probe("The Louvre is in", ("Lyon",)),)}
+    assert (second.index, second.subject, second.rephrases, second.portability) == (1, "Emma", (), {})
+    assert second.locality == {
+        "neighborhood": (Probe("a", ("c",)), Probe("b", ("d",))),
+        "distracting": (Probe("The cat", ("sat",)),),
+    }
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the fields loc_prompts are not read"):
+        read_requests(write(tmp_path, {**ARGUMENTS, "loc_prompts": ["x", "y"]}))
+    for change, field in (
+        ({"target_new": ["Lyon"]}, "target_new"),
+        ({"prompts": "a"}, "prompts"),
+        ({"prompts": []}, "prompts"),
+        ({"keep_original_weight": True}, "keep_original_weight"),
+        ({"locality_inputs": {"n": {"prompt": ["a", "b"]}}}, "locality_inputs.n.ground_truth"),
+        ({"locality_inputs": {"n": 3}}, "locality_inputs.n.prompt"),
+    ):
+        with pytest.raises(UsageError, match=f"field '{field}': must be a list with one entry for each of the"):
+            read_requests(write(tmp_path, {**ARGUMENTS, **change}))
 
 
 @pytest.mark.parametrize("name", ["edits.json", "edits.jsonl"])
