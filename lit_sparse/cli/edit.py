@@ -16,7 +16,6 @@ import torch
 from lit_sparse.cli.edited_folder import edits_in, files_of, open_edited, require_names, write_edited
 from lit_sparse.cli.words import closest
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.bases import require_editable
 from lit_sparse.editing.edits import SUFFIX, combine, load_edit
 from lit_sparse.editing.measuring import Measurer
 from lit_sparse.editing.one_fact import edit_fact
@@ -100,7 +99,6 @@ def change_fact(
     if output is not None:
         _require_new(output)
     edited = open_edited(model)
-    require_editable(edited.model)  # before it answers
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         edited.model.to(accelerator)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_sparse.data.quickstart import resolve
+from lit_sparse.editing.bases import require_editable
 from lit_sparse.editing.edits import SUFFIX, EditedModel
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.export import new_folder, save_tensors
@@ -68,6 +69,7 @@ def edits_in(name: str) -> dict[str, Path]:
 def open_edited(name: str) -> EditedModel:
     """Load a model with the original values of its edited entries."""
     model = load_backbone(name, AutoModelForCausalLM, dtype="auto").eval()
+    require_editable(model)
     if not edits_in(name):
         return EditedModel(model)
     file = Path(resolve(name)) / _EDITS / _ORIGINALS

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lit_sparse.adapters.experts import ExpertWeight
 from lit_sparse.adapters.injection import inject, take_out
@@ -147,27 +148,43 @@ def _adapters(model: nn.Module, method: SparseMethod) -> Iterator[_Trainable]:
 
 @contextmanager
 def _weights(model: nn.Module, method: FineTuning) -> Iterator[_Trainable]:
-    """Make the weights of some layers trainable, and restore them."""
+    """Train copies of the weights of some layers, and put the weights back."""
     chosen = select_layers(model, method.target_modules, method.layers, method.exclude_modules)
     names = {id(p): name for name, p in model.named_parameters()}
     experts = any(isinstance(layer, ExpertWeight) for layer in chosen.values())
     if experts or not all(id(layer.weight) in names for layer in chosen.values()):
         raise UsageError("FineTuning trains the weights of plain layers, not those of experts or quantized layers.")
-    weights: dict[str, Any] = {names[id(layer.weight)]: layer.weight for layer in chosen.values()}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    wide = torch.promote_types(next(iter(before.values())).dtype, torch.float32)
-
-    def patch() -> Patch:
-        return patch_of_deltas({name: w.detach().to(wide) - before[name].to(wide) for name, w in weights.items()})
-
+    layers: dict[str, Any] = {names[id(layer.weight)]: layer for layer in chosen.values()}
     model.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
+    before = {name: layer.weight.detach() for name, layer in layers.items()}
+    with ExitStack() as stack:
+        weights = {name: stack.enter_context(_in_float32(layer)) for name, layer in layers.items()}
+
+        def patch() -> Patch:
+            return patch_of_deltas({name: w.detach() - before[name].to(w.dtype) for name, w in weights.items()})
+
         groups = [{"params": list(weights.values())}]
         yield _Trainable(groups, sum(weight.numel() for weight in weights.values()), patch)
+
+
+@contextmanager
+def _in_float32(layer: Any) -> Iterator[nn.Parameter]:
+    """Give a layer a weight to train in float32 or better, which it rounds to its own type to compute with."""
+    stored = layer.weight
+    wide = stored.detach().to(torch.promote_types(stored.dtype, torch.float32), copy=True)
+    layer.weight = nn.Parameter(wide)
+    parametrize.register_parametrization(layer, "weight", _Rounded(stored.dtype), unsafe=True)
+    try:
+        yield layer.parametrizations.weight.original
     finally:
-        for name, weight in weights.items():
-            weight.requires_grad_(False)
-            weight.grad = None
-            weight.copy_(before[name])
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        layer.weight = stored
+
+
+class _Rounded(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.to(self._dtype)

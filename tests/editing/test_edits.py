@@ -246,6 +246,24 @@ def test_in_bfloat16_sums_are_rounded_once_and_come_out_again(model, batch):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_in_half_precision_changes_are_trained_in_float32(model, batch, dtype, method):
+    model.to(dtype)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    rate = 1e-5  # of Adam; far below the distance of two numbers in half precision
+    trained = train(model, batch, method, 6, functools.partial(torch.optim.Adam, lr=rate), None)
+    assert all(torch.equal(p, before[n]) and p.dtype == dtype for n, p in model.named_parameters())
+    for entries in trained.patch.values():
+        assert entries.values.dtype == torch.float32
+        assert entries.values.isfinite().all()
+    if isinstance(method, FineTuning):
+        change = torch.cat([entries.values for entries in trained.patch.values()]).abs()
+        assert change.max() < 6.5 * rate
+        assert (change > 1.5 * rate).float().mean() > 0.5
+        assert all(type(m).__name__ != "ParametrizedLinear" for m in model.modules())
+
+
 # Files.
 
 REQUEST = EditRequest(
@@ -358,7 +376,7 @@ def test_a_quantized_model_is_refused(model):
 
     quantize_(model, Int8WeightOnlyConfig())
     patch = {"model.layers.0.self_attn.v_proj.weight": Entries(torch.tensor([1]), torch.tensor([0.5]))}
-    with pytest.raises(UsageError, match=r"'model\.layers\.0\.self_attn\.q_proj' is quantized: load"):
+    with pytest.raises(UsageError, match=r"'model\.layers\.0\.self_attn\.q_proj' is quantized: edit"):
         EditedModel(model).add(Edit(patch))
 
 

@@ -3,12 +3,13 @@
 import functools
 import importlib.util
 import json
+import re
 
 import lightning as L
 import pytest
 import torch
 from backbones import save_tiny_gpt2, save_tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
@@ -127,7 +128,7 @@ def test_quantized_models_are_refused_everywhere(folder, capsys):
     model = plain(folder)
     quantize_(model, Int8WeightOnlyConfig())
     editor = ls.Editor(model, ls.RoseLoRA(["down_proj"], rank=2), "out", tokenizer=folder)
-    refused = r"the weight of 'model\.layers\.0\.self_attn\.q_proj' is quantized: load the model without"
+    refused = r"the weight of 'model\.layers\.0\.self_attn\.q_proj' is quantized: edit the model before it is quantized"
     for attempt in (
         lambda: ls.edit_fact(model, *FACT, tokenizer=folder),
         lambda: EditedModel(model).add(edit),
@@ -135,6 +136,14 @@ def test_quantized_models_are_refused_everywhere(folder, capsys):
     ):
         with pytest.raises(UsageError, match=refused):
             attempt()
+    packed = TorchAoConfig(Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=packed).save_pretrained("int8")
+    edit.save("edit.safetensors")
+    for words in (
+        ["apply", "int8", "edit.safetensors", "--output", "edited"],
+        ["fact", "--model", "int8", "--prompt", FACT[0], "--target", FACT[1]],
+    ):
+        assert re.search(refused, command(capsys, *words, code=1))
 
 
 # The command line.
