@@ -29,7 +29,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
     "Language models": {
         "chat": "Talk with a checkpoint, an adapter's folder or a whole model.",
         "evaluate": "Judge one of these by the tasks of lm-eval.",
-        "edit": "Edit one fact, or those of a file; apply, list or remove edits.",
+        "edit": "Edit facts of a file; also edit fact, apply, combine, list, remove.",
     },
 }
 COMMANDS = {name: summary for group in _GROUPS.values() for name, summary in group.items()}
