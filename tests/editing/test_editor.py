@@ -251,6 +251,24 @@ def test_a_built_model_under_bf16_autocast(folder):
     assert trainer.callback_metrics["edit_success"] == pytest.approx(editor.summary["figures"]["edit_success"]["mean"])
 
 
+def test_answers_in_chat_format(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"chat_template is true, and the tokenizer .* has none"):
+        edit(folder, generated_tokens=4, chat_template=True)
+    save_tiny_llama(tmp_path / "llama")
+    tokenizer = load_tokenizer(str(tmp_path / "llama"))
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "edits.json").write_text(json.dumps([{"prompt": "the dog", "target_new": "was"}]))
+    options = {"data": {"path": "edits.json"}, "generated_tokens": 4, "save_edits": True}
+    edit(tmp_path, "plain", **options)
+    edit(tmp_path, "chat", chat_template=True, **options)
+    model = plain(folder)
+    EditedModel(model).add(load_edit("chat/edits/000000.safetensors"))
+    texts = Measurer(model, tokenizer, [], 0, None, 1, 4).answers(["the dog", "user: the dog"])
+    found = [read_lines(f"{name}/results.jsonl")[0]["contained_success"] for name in ("plain", "chat")]
+    assert found == [float("was" in text.split()) for text in texts] == [1, 0]
+
+
 # The command line.
 
 
