@@ -19,7 +19,7 @@ def require_editable(model: nn.Module) -> None:
     name = next((name for name, _ in quantized_layers(model)), None)
     if name is not None:
         raise UsageError(
-            f"Edits are added to weights, and the weight of {name!r} is quantized: edit the model before it is quantized."
+            f"Edits are added to weights, and that of {name!r} is quantized: edit the model before it is quantized."
         )
 
 

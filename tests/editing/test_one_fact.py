@@ -128,7 +128,7 @@ def test_quantized_models_are_refused_everywhere(folder, capsys):
     model = plain(folder)
     quantize_(model, Int8WeightOnlyConfig())
     editor = ls.Editor(model, ls.RoseLoRA(["down_proj"], rank=2), "out", tokenizer=folder)
-    refused = r"the weight of 'model\.layers\.0\.self_attn\.q_proj' is quantized: edit the model before it is quantized"
+    refused = r"that of 'model\.layers\.0\.self_attn\.q_proj' is quantized: edit the model before it is quantized"
     for attempt in (
         lambda: ls.edit_fact(model, *FACT, tokenizer=folder),
         lambda: EditedModel(model).add(edit),
