@@ -5,7 +5,8 @@ Run:  python benchmarks/budgets.py --data FOLDER [--processes 2] [--backbone min
 
 FOLDER, steps, batches, schedule, precision, head and rows are those of quality.py. Every method searches the same three
 learning rates for every task, and up to two more where the best is the lowest or the highest, at a quarter of LoRA's
-parameters, on rows held out of the training rows. The best one is used at all budgets.
+parameters, on rows held out of the training rows. The best one is used at all budgets. SoRA has LoRA's rate: until its
+cut, its run is LoRA's of the same seed.
 - LoRA has rank 8, which is the whole. "uniform" is a LoRA of rank 4, 2 or 1, with the same scale.
 - "truncated" is the LoRA of rank 8 after its training, cut to the budget by the singular values of all layers.
 - SoRA and AdaLoRA (PEFT's, from 1.5 times its final mean rank on) start with all ranks and end on the budget. "SoRA, λ"
@@ -177,10 +178,11 @@ def missing(tasks: list[str], methods: list[str], seeds: int, found: Found) -> d
     cells: list[Cell] = []
     for task in tasks:
         for method in methods:
-            rates = extended(partial(_best, found, task, method))
-            lr = _best(found, task, method, rates)
+            searched = "LoRA" if method == "SoRA" else method
+            rates = extended(partial(_best, found, task, searched))
+            lr = _best(found, task, searched, rates)
             if lr is None:
-                cells += _searches(task, method, rates)
+                cells += _searches(task, searched, rates)
             else:
                 cells += [Cell("final", task, method, b, lr, s) for s in range(seeds) for b in METHODS[method][1]]
     return {cell.key: cell for cell in sorted(cells, key=lambda cell: cell.seed) if cell.key not in found}
