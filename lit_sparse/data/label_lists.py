@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import LargeList, List
 
-from lit_sparse.data.labels import Classes, list_in
+from lit_sparse.data.labels import Classes, labels_in
 from lit_sparse.data.sources import Place, Reader, distinct
 from lit_sparse.errors import UsageError
 
@@ -40,12 +40,7 @@ def vectors_of_lists(
     """
     vectors = []
     for value, place in zip(values, places, strict=True):
-        labels = list_in(value)
-        if labels is None or not all(isinstance(label, (str, int, float)) for label in labels):
-            raise UsageError(
-                f"{place} has {value!r} in the column {column!r}, where other rows have a list of labels: mend the "
-                "row. An empty list says that no label applies."
-            )
+        labels = labels_in(value, column, place)
         numbers = [classes.number_of(label, column, place) for label in labels]
         if len(set(numbers)) < len(numbers):
             raise UsageError(

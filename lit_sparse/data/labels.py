@@ -107,18 +107,36 @@ def _training_labels(readers: dict[str, Reader], column: str, source: str, of_li
         )
     rows = readers["train"]()
     require_columns(rows, "train", [column], readers["train"].files)
-    values = _distinct_in_lists(rows, column) if of_lists else distinct(rows, column, readers["train"].files)
+    values = (
+        _distinct_in_lists(rows, column, readers["train"])
+        if of_lists
+        else distinct(rows, column, readers["train"].files)
+    )
     return [value for value in values if value is not None and value == value]
 
 
-def _distinct_in_lists(rows: Dataset, column: str) -> list[Any]:
-    """The different labels in a column of lists. The lookup will name the rows of all other values."""
+def _distinct_in_lists(rows: Dataset, column: str, reader: Reader) -> list[Any]:
+    """The different labels in a column of lists."""
     found: dict[Any, None] = {}
-    for part in rows.select_columns([column]).iter(1000):
-        for value in part[column]:
-            labels = list_in(value)
-            found.update(dict.fromkeys(label for label in labels or [] if isinstance(label, (str, int, float))))
+    values = (value for part in rows.select_columns([column]).iter(1000) for value in part[column])
+    for number, value in enumerate(values):
+        found.update(dict.fromkeys(labels_in(value, column, Place("train", number, len(rows), reader))))
     return list(found)
+
+
+def labels_in(value: Any, column: str, place: Place) -> list[str | int | float]:
+    """The labels in a cell of a column of lists.
+
+    Raises:
+        UsageError: If it holds no list of labels.
+    """
+    labels = list_in(value)
+    if labels is None or not all(isinstance(x, (str, int, float)) and not isinstance(x, bool) for x in labels):
+        raise UsageError(
+            f"{place} has {value!r} in the column {column!r}, where other rows have a list of labels: mend the row. An "
+            'empty list says that no label applies, and a list in a text is JSON, such as ["a", "b"].'
+        )
+    return labels
 
 
 def list_in(value: Any) -> list[Any] | None:

@@ -125,6 +125,7 @@ def refused(match, *arguments, **options):
         (("b", "rude"), "has 'rude' in the column 'label', where other rows have a list of labels: .* An empty list"),
         (("b", None), "has None in the column 'label', where other rows have a list"),
         (("b", [None]), r"has \[None\] in the column 'label', where"),
+        (("b", [True, False]), r"has \[True, False\] in the column 'label', where"),
         (("b", [["rude"]]), r"has \[\['rude'\]\] in the column 'label', where"),
         (
             ("b", ["odd"]),
@@ -144,6 +145,7 @@ def test_lists_in_a_csv_are_json(write, bert):
         r"Row 0 \(counted from 0 in .*odd\.csv\) of the split 'train' has \"\['cold', 'rude'\]\" in the column 'label'"
     )
     refused(place, write("odd.csv", [("a", "['cold', 'rude']"), ("b", '["cold"]'), ("c", '["rude"]')]), bert)
+    refused(place, write("odd.csv", [("a", "['cold', 'rude']"), ("b", "['cold']")]), bert)  # as pandas writes all lists
 
 
 def test_zeros_and_ones_in_a_list_are_no_labels(write, bert):
