@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_sparse.data.causal import CausalData
 from lit_sparse.data.chat_template import ChatTemplate, Message
-from lit_sparse.data.conversations import Format, read_row, recognised, tools_of
+from lit_sparse.data.conversations import Format, read_row, recognised, suited, tools_of
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.data.rows import Rows
 from lit_sparse.data.sources import Place
@@ -28,14 +28,16 @@ class ChatData(CausalData):
 
     - ``messages``: a column ``messages`` of turns with ``role`` (system, developer, user, assistant or tool) and
       ``content``, a text or a list of parts of type text. ``tool_calls`` and other keys are handed to the template.
-    - ``sharegpt``: a column ``conversations`` of turns with ``from`` (system, human, gpt, tool …) and ``value``.
+    - ``sharegpt``: a column ``conversations`` of turns with ``from`` (system, human, gpt, function_call,
+      observation …) and ``value``. The value of ``function_call`` is the JSON of one call of a tool, or of several.
     - ``prompt_completion``: columns ``prompt`` and ``completion``, each a text or a list of turns. Only the
       completion's turns are trained.
     - ``alpaca``: columns ``instruction``, ``output`` and, optionally, ``input``, which follows the instruction on a
       new line.
 
-    A column ``system`` of texts holds system prompts, which come before the turns. A column ``tools`` of JSON schemas,
-    or of their JSON text, is handed to the template.
+    A text in a column of turns is their JSON, as in a CSV. A column ``system`` of texts holds system prompts, which
+    come before the turns. A column ``tools`` of JSON schemas, or of their JSON text, is handed to the template. A row
+    with ``tool_calls`` is refused if the template does not write them.
 
     The tokenizer's chat template renders a conversation. ``labels`` repeat what the assistant has to write, its text
     and the token that ends its turn, and are -100 elsewhere. White space that the template writes after that token, and
@@ -107,11 +109,8 @@ class ChatData(CausalData):
         for i, place in enumerate(places):
             row = {column: values[i] for column, values in rows.items()}
             tools = tools_of(row.get("tools"), place)
-            if tools and not self._template.knows("tools", tools):
-                rank_zero_warn("The chat template does not mention tools: the column 'tools' has no effect.")
             turns, prompt = read_row(row, self._formats[place.split], place, labelled)
-            if not self._template.knows("developer", tools):
-                turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+            turns = suited(turns, self._template, place, tools)
             if labelled:
                 ids, trained = self._conversation(turns, prompt, tools, place)
             else:

@@ -79,15 +79,15 @@ class ChatTemplate:
         """The template; some tokenizers have several, by name."""
         return self._tokenizer.chat_template  # type: ignore[no-any-return]
 
+    def source(self, tools: list[Any] | None) -> str:
+        """The text of the template that is used with ``tools``."""
+        return str(self._tokenizer.get_chat_template(tools=tools))
+
     @property
     def format(self) -> ChatFormat:
         """The format of the conversations, which exports write beside the model."""
         token = None if self.end_id is None else str(self._tokenizer.convert_ids_to_tokens(self.end_id))
         return {"template": self.text, "end": token, "end_id": self.end_id}
-
-    def knows(self, word: str, tools: list[Any] | None = None) -> bool:
-        """Whether the template that is used with ``tools`` contains a word, such as the name of a role."""
-        return word in self._tokenizer.get_chat_template(tools=tools)
 
     def prompt(self, messages: Sequence[Message], place: Place, tools: list[Any] | None = None) -> list[int]:
         """Tokens of turns, with the generation prompt that asks for the assistant's next one.
@@ -120,7 +120,7 @@ class ChatTemplate:
         Raises:
             UsageError: If the template refuses the turns, or renders earlier turns differently once others follow.
         """
-        if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
+        if _GENERATION.search(self.source(tools)):
             return self._marked(messages, place, tools, first)
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= max(first, 1)]
         text = self._rendered(messages, place, tools)

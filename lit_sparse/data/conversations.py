@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lit_sparse.data.chat_template import Message
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_sparse.data.chat_template import ChatTemplate, Message
 from lit_sparse.data.csv_rows import other_delimiter
+from lit_sparse.data.labels import list_in
 from lit_sparse.data.sources import Place, require_text
 from lit_sparse.errors import UsageError, parse_json
 
@@ -23,6 +26,7 @@ _SHAREGPT = {
     **{name: name for name in ROLES},
     "human": "user",
     "gpt": "assistant",
+    "function_call": "assistant",
     "function_response": "tool",
     "observation": "tool",
 }
@@ -75,16 +79,51 @@ def read_row(
         UsageError: If a turn has an unknown role, or no text where it needs one, or there are two system prompts.
     """
     turns, first = _own_turns(row, form, place, labelled)
+    whole = with_system(turns, row, place)
+    return whole, first + len(whole) - len(turns)
+
+
+def with_system(turns: list[Message], row: Mapping[str, Any], place: Place) -> list[Message]:
+    """The turns of a row, with the text of its column ``system`` first.
+
+    Raises:
+        UsageError: If that is no text, or the turns have another system prompt.
+    """
     if row.get("system") in (None, ""):
-        return turns, first
+        return turns
     system = {"role": "system", "content": require_text(row["system"], "system", place, blank=True)}
     if turns[0]["role"] not in ("system", "developer"):
-        return [system, *turns], first + 1
+        return [system, *turns]
     if turns[0]["content"] != system["content"]:
         raise UsageError(
             f"{place} has one system prompt in the column 'system' and another as its first turn: keep one."
         )
-    return turns, first
+    return turns
+
+
+def suited(turns: list[Message], template: ChatTemplate, place: Place, tools: list[Any] | None) -> list[Message]:
+    """The turns as the template can take them: where it knows no developer, that is the system.
+
+    Args:
+        turns: The turns.
+        template: The chat template.
+        place: The row, for errors.
+        tools: JSON schemas of the tools that the assistant may call.
+
+    Raises:
+        UsageError: If a turn calls tools, and the template writes no calls: the assistant would learn to be silent.
+    """
+    source = template.source(tools)
+    if tools and "tools" not in source:
+        rank_zero_warn("The chat template does not mention tools: the column 'tools' has no effect.")
+    if "tool_calls" not in source and any(turn.get("tool_calls") for turn in turns):
+        raise UsageError(
+            f"{place} has tool_calls, and the chat template does not write them: give a chat_template that does, or "
+            "remove the row."
+        )
+    if "developer" in source:
+        return turns
+    return [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
 
 
 def _own_turns(row: Mapping[str, Any], form: Format, place: Place, labelled: bool) -> tuple[list[Message], int]:
@@ -106,23 +145,24 @@ def _own_turns(row: Mapping[str, Any], form: Format, place: Place, labelled: boo
 
 
 def turns_of(value: object, column: str, place: Place, role: str | None = None) -> list[Message]:
-    """The turns in a cell: of the form of OpenAI (role, content) or ShareGPT (from, value), or a text.
+    """The turns in a cell: of the form of OpenAI (role, content) or ShareGPT (from, value), as JSON too, or a text.
 
     Args:
         value: The cell.
         column: Its column, for errors.
         place: Its row, for errors.
-        role: Role of a cell that is one text; None: it must hold turns.
+        role: Role of a cell that is one text; None: it must hold turns, and a text is their JSON, as in a CSV.
 
     Raises:
         UsageError: If it holds no turns, or one of them has an unknown role or no text where it needs one.
     """
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": require_text(value, column, place)}]
-    if not isinstance(value, list) or not value:
+    turns = list_in(value)
+    if not turns:
         found = f"{place} has {value!r} in the column {column!r}, not a list of turns"
         raise UsageError(f"{found}: fill it in or remove the row.")
-    return [_turn(turn, number, column, place) for number, turn in enumerate(value)]
+    return [_turn(turn, number, column, place) for number, turn in enumerate(turns)]
 
 
 def tools_of(value: object, place: Place) -> list[Any] | None:
@@ -149,6 +189,8 @@ def _turn(value: object, number: int, column: str, place: Place) -> Message:
     turn = _without_nulls(value)
     if "from" in turn and "role" not in turn:
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+        if turn["role"] == "function_call":
+            turn["tool_calls"] = _calls_of(turn.pop("content"), where)
         turn["role"] = _SHAREGPT.get(str(turn["role"]), turn["role"])
     if turn.get("role") not in ROLES:
         raise UsageError(f"{where} has the role {turn.get('role')!r}: the roles are {', '.join(ROLES)}.")
@@ -159,6 +201,18 @@ def _turn(value: object, number: int, column: str, place: Place) -> Message:
     if turn["role"] == "assistant" and not calls and not str(text).strip():
         raise UsageError(f"{where} is an assistant's turn without text: fill it in or remove the row.")
     return {**turn, "content": text or ""}
+
+
+def _calls_of(value: object, where: str) -> list[Any]:
+    """The calls of tools in the value of a ShareGPT turn: the JSON of one, or of several."""
+    try:
+        found = parse_json(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise UsageError(f"{where} calls a tool by {value!r}: write JSON with name and arguments.")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _text_of(content: object, where: str) -> str | None:

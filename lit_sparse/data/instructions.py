@@ -64,7 +64,7 @@ class InstructionData(CausalData):
             )
 
     def _columns(self, labelled: bool) -> list[str]:
-        prompt = _columns_of(_ALPACA if self.template is None else self.template)
+        prompt = columns_of(_ALPACA if self.template is None else self.template)
         return [*prompt, self.response] if labelled else prompt
 
     def _recipe(self) -> list[Any]:
@@ -90,7 +90,7 @@ class InstructionData(CausalData):
         template = self.template
         if template is None:
             template = _ALPACA_WITH_INPUT if str(row.get("input") or "").strip() else _ALPACA
-        texts = {name: require_text(row[name], name, place) for name in _columns_of(template)}
+        texts = {name: require_text(row[name], name, place) for name in columns_of(template)}
         return _WholeNames().vformat(template, (), texts)
 
     def _answers(self, prompts: list[str], heads: list[list[int]], responses: list[str]) -> list[list[int]]:
@@ -125,7 +125,12 @@ class _WholeNames(string.Formatter):
         return kwargs[field_name], field_name
 
 
-def _columns_of(template: str) -> list[str]:
+def columns_of(template: str) -> list[str]:
+    """The columns that a template names, each once.
+
+    Raises:
+        UsageError: If it names none, or has a brace without its partner.
+    """
     try:
         columns = list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name is not None))
     except ValueError as error:

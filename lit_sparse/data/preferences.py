@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_sparse.data.chat_template import ChatTemplate, Message
-from lit_sparse.data.conversations import turns_of
-from lit_sparse.data.instructions import InstructionData
+from lit_sparse.data.conversations import suited, tools_of, turns_of, with_system
+from lit_sparse.data.instructions import InstructionData, columns_of
 from lit_sparse.data.multiple_choice import PadChoices
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.data.rows import Collator, Rows
@@ -30,9 +30,12 @@ class PreferenceData(InstructionData):
     Rows are read in three forms:
 
     - texts: prompt, chosen and rejected answer. They are tokenised as in :class:`~lit_sparse.InstructionData`;
-    - turns: the answers are lists of messages, and so may be the prompt. The tokenizer's chat template writes them;
+    - turns: answers and prompt are lists of messages, or one of them is, and a text is a single message. The
+      tokenizer's chat template writes them;
     - whole conversations: the lists of chosen and rejected messages begin with the prompt, and only their last turns
       differ, as in ``HuggingFaceH4/ultrafeedback_binarized``. A column of prompts is not read then.
+
+    Rows of turns may have the columns ``system`` and ``tools``, as in :class:`~lit_sparse.ChatData`.
 
     Batches hold ``input_ids``, ``attention_mask`` and ``labels`` of shape (rows, 2, tokens), padded on the right: the
     chosen answer first, each after the prompt. Labels are -100 on the prompt and the padding. Prediction batches hold
@@ -94,7 +97,9 @@ class PreferenceData(InstructionData):
 
     def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         first = next((name for name in (self.chosen, self.prompt) if name in rows.column_names), None)
-        turns = first is not None and len(rows) > 0 and isinstance(rows.select_columns(first)[0][first], list)
+        read = {self.chosen, self.rejected, first, *{self.prompt}.intersection(columns_of(self.template))}
+        cells = rows.select_columns([name for name in rows.column_names if name in read])[:1]
+        turns = any(isinstance(cell, list) for column in cells.values() for cell in column)
         self._chat = ChatTemplate(self._tokenizer, self.chat_template) if turns else None
         self._asked = first  # holds the prompt of rows that are turns
         missing = [name for name in (self.chosen, self.rejected) if name not in rows.column_names]
@@ -131,8 +136,11 @@ class PreferenceData(InstructionData):
         if not labelled:
             if self._chat is None:
                 return super()._encode(rows, places, labelled)
-            asked = [self._asked_turns(row, place) for row, place in zip(each, places, strict=True)]
-            heads = [self._chat.prompt(turns, place) for turns, place in zip(asked, places, strict=True)]
+            heads = []
+            for row, place in zip(each, places, strict=True):
+                tools = tools_of(row.get("tools"), place)
+                turns = suited(with_system(self._asked_turns(row, place), row, place), self._chat, place, tools)
+                heads.append(self._chat.prompt(turns, place, tools))
             ids = [self._cut(head, self._token_limit) for head in heads]
             return {"input_ids": ids, "length": [len(row) for row in ids]}
         if self._chat is None:
@@ -172,8 +180,10 @@ class PreferenceData(InstructionData):
                 "may differ, so cut both after the first difference."
             )
         heads, answers = [], []
-        for turns in (chosen, rejected):
-            ids, trained = chat.conversation(turns, place, first=len(turns) - 1)
+        tools = tools_of(row.get("tools"), place)
+        for conversation in (chosen, rejected):
+            turns = suited(with_system(conversation, row, place), chat, place, tools)
+            ids, trained = chat.conversation(turns, place, tools, first=len(turns) - 1)
             if True not in trained:
                 raise UsageError(
                     f"{place} has no answer in what the chat template renders: give another chat_template."
@@ -185,14 +195,19 @@ class PreferenceData(InstructionData):
 
     def _conversation(self, row: dict[str, Any], column: str, place: Place) -> list[Message]:
         """The turns of a prompt and its answer, which is the last of them."""
-        turns = turns_of(row[column], column, place)
+        turns = turns_of(row[column], column, place, role="assistant")
         if turns[-1]["role"] != "assistant":
             raise UsageError(
                 f"{place} ends with a turn of {turns[-1]['role']!r} in the column {column!r}: it needs an "
                 "answer of 'assistant'."
             )
         if turns[0]["role"] == "assistant":
-            turns = turns_of(row.get(self.prompt), self.prompt, place, role="user") + turns
+            if self.prompt not in row:
+                raise UsageError(
+                    f"{place} has an answer without a question in the column {column!r}, and there is no column "
+                    f"{self.prompt!r}: name the one of the prompts in prompt."
+                )
+            turns = turns_of(row[self.prompt], self.prompt, place, role="user") + turns
         return turns
 
     def _asked_turns(self, row: dict[str, Any], place: Place) -> list[Message]:

@@ -214,6 +214,38 @@ def test_a_template_that_ignores_tools_is_told(chatml):
         encoded([{"messages": turns_of(CHATS[0]), "tools": TOOLS}], chatml)
 
 
+def test_a_template_that_does_not_write_calls_is_refused(chatml):
+    turns = [{"role": "user", "content": "who"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    with pytest.raises(UsageError, match=r"^Row 1 .* has tool_calls, and the chat template does not write them"):
+        encoded([{"messages": turns_of(CHATS[0])}, {"messages": turns}], chatml)
+
+
+def test_sharegpt_calls_tools_in_json(chatml):
+    calls = [CALL["function"], OTHER_CALL["function"]]
+    arguments = {"chat_template": BY_HAND["Qwen"][0]}
+    for value, made in ((calls[0], [CALL]), (calls, [CALL, OTHER_CALL])):
+        openai = [
+            {"role": "user", "content": "who"},
+            {"role": "assistant", "content": None, "tool_calls": made},
+            {"role": "tool", "content": "Tim"},
+            {"role": "assistant", "content": "It was Tim"},
+        ]
+        sharegpt = [
+            {"from": "human", "value": "who"},
+            {"from": "function_call", "value": json.dumps(value)},
+            {"from": "observation", "value": "Tim"},
+            {"from": "gpt", "value": "It was Tim"},
+        ]
+        expected, _ = encoded([{"messages": openai}], chatml, **arguments)
+        assert encoded([{"conversations": sharegpt}], chatml, **arguments)[0] == expected
+
+
+def test_turns_in_a_csv_are_json(chatml):
+    Dataset.from_list([{"messages": json.dumps(turns_of(pairs, SYSTEM))} for pairs in CHATS]).to_csv("rows.csv")
+    expected, _ = encoded([{"messages": turns_of(pairs, SYSTEM)} for pairs in CHATS], chatml)
+    assert encoded({"data_files": {"validation": "rows.csv"}}, chatml)[0] == expected
+
+
 def test_a_table_fills_in_keys_and_they_are_taken_out(chatml):
     turns = turns_of(CHATS[0])
     turns[1] = {**turns[1], "tool_calls": [CALL]}
@@ -340,7 +372,8 @@ FIRST = turns_of(CHATS[0])[0]
             {},
             "turn 0 .* content that is not text: {'type': 'image'",
         ),
-        ({"conversations": [{"from": "function_call", "value": "a"}]}, {}, "has the role 'function_call'"),
+        ({"conversations": [{"from": "function_call", "value": "a"}]}, {}, "turn 0 .* calls a tool by 'a': write JSON"),
+        ({"conversations": [{"from": "bing", "value": "a"}]}, {}, "has the role 'bing'"),
         ({"prompt": "", "completion": "a"}, {}, "^Row 1 .* no text in the column 'prompt'"),
         ({"prompt": "a", "completion": {"b": 3}}, {}, "^Row 1 .* has {'b': 3} in the column 'completion', not a list"),
         ({"instruction": "a", "output": None}, {}, "^Row 1 .* no text in the column 'output'"),

@@ -200,7 +200,39 @@ def test_conversations_may_differ_in_the_last_turn_alone(write, chat):
 
 def test_an_answer_needs_a_prompt(write, chat):
     rows = [{side: row[side] for side in ("chosen", "rejected")} for row in ROWS_IN_TURNS]
-    refused(rows, write, "Row 0 .* has .* in the column 'prompt', not a list of turns", tokenizer=chat)
+    refused(rows, write, "Row 0 .* without a question .* there is no column 'prompt'", tokenizer=chat)
+
+
+@pytest.mark.parametrize("columns", [("prompt",), ("chosen",), ("rejected",), ("prompt", "chosen")])
+def test_a_text_among_turns_is_one_of_them(columns, write, chat):
+    rows = [
+        {**turns, **{column: text[column].strip() for column in columns}}
+        for text, turns in zip(ROWS, ROWS_IN_TURNS, strict=True)
+    ]
+    expected, batch = (batch_of(given, write, tokenizer=chat) for given in (ROWS_IN_TURNS, rows))
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["labels"], expected["labels"])
+
+
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+@pytest.mark.parametrize("rows", [ROWS_IN_TURNS, CONVERSATIONS], ids=["turns", "conversations"])
+def test_a_system_prompt_may_have_its_own_column(rows, stage, write, chat):
+    batch = batch_of([{**row, "system": "be good"} for row in rows], write, stage, tokenizer=chat)
+    ids = batch["input_ids"][0, 0] if stage == "validate" else batch["input_ids"][0][batch["attention_mask"][0] == 1]
+    text = AutoTokenizer.from_pretrained(chat).decode(ids)
+    assert text.startswith("<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\nIs the film good?<|im_end|>")
+
+
+def test_a_developer_is_the_system_and_tools_are_given(write, chat):
+    turns = [{"role": "developer", "content": "be good"}]
+    rows = [
+        {side: [*turns, *row[side]] for side in ("chosen", "rejected")} | {"tools": [{"name": "find"}]}
+        for row in CONVERSATIONS
+    ]
+    batch = batch_of(rows, write, tokenizer=chat, chat_template=chat_templates.QWEN)
+    prompt, answer = parts(chat, batch, 0, 0)
+    assert prompt.startswith('<|im_start|>system\nbe good\n\n# Tools\n\n<tools>\n{"name": "find"}')
+    assert answer == "It is great.<|im_end|>"
 
 
 def test_turns_need_a_chat_template(write, llama):
