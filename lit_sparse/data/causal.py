@@ -12,6 +12,7 @@ from lit_sparse.data.padding import IGNORED, PadPromptAndResponse
 from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.tables import fingerprint
 from lit_sparse.data.text import TextData
+from lit_sparse.errors import require_range
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -26,6 +27,10 @@ class CausalData(TextData):
     """
 
     packing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("max_length", self.max_length, at_least=2)  # nothing comes before a first token to predict it
 
     def _collator(self, role: str) -> Collator:
         return PadPromptAndResponse(self.pad_token_id, left=role == "predict")

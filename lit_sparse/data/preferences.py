@@ -17,7 +17,7 @@ from lit_sparse.data.rows import Collator, Rows
 from lit_sparse.data.sampling import RowSampler
 from lit_sparse.data.sources import Place, Reader, open_source, require_texts
 from lit_sparse.data.tokenizers import open_ended
-from lit_sparse.errors import UsageError, require_range
+from lit_sparse.errors import UsageError
 from lit_sparse.interchange.processors import ChatFormat
 
 _Pair = tuple[list[list[int]], list[list[int]]]  # tokens of the prompt and of the answer, chosen and rejected
@@ -73,7 +73,6 @@ class PreferenceData(InstructionData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range("max_length", self.max_length, at_least=2)  # a first token without a prompt is not predicted
         self._chat: ChatTemplate | None = None
 
     @property

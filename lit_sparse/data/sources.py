@@ -149,7 +149,10 @@ def distinct(rows: Dataset, column: str, files: Sequence[Path] = ()) -> list[Any
 def require_text(value: object, column: str, place: Place, *, blank: bool = False) -> str:
     """Return ``value`` if it is a string and, unless ``blank`` is allowed, more than white space."""
     if not isinstance(value, str) or not (blank or value.strip()):
-        raise UsageError(f"{place} has no text in the column {column!r} but {value!r}: fill it in or remove the row.")
+        advice = "fill it in or remove the row"
+        if isinstance(value, (int, float)):
+            advice = f'write numbers as texts, such as "{value}" in JSON Lines; a CSV column of numbers has none'
+        raise UsageError(f"{place} has no text in the column {column!r} but {value!r}: {advice}.")
     return value
 
 

@@ -222,6 +222,15 @@ def test_empty_responses_name_the_row(output, write, llama):
     refused(rows, write, "Row 3 .* 'validation' has no text in the column 'output'", tokenizer=llama)
 
 
+def test_numbers_are_to_be_texts(write, llama):
+    rows = [{"instruction": "one", "input": "", "output": 2}]
+    refused(rows, write, r"""Row 0 .* no text in the column 'output' but 2: write .* "2" in JSON""", tokenizer=llama)
+
+
+def test_a_single_token_is_too_short_to_predict(write, llama):
+    refused(ROWS, write, "max_length must be at least 2; got 1", tokenizer=llama, max_length=1)
+
+
 def test_empty_prompts_name_the_row(write, llama):
     rows = [*ROWS, {"instruction": "", "input": "", "output": "no"}]
     refused(rows, write, "Row 3 .* has no text in the column 'instruction' but ''", tokenizer=llama)
