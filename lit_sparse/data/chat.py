@@ -89,7 +89,8 @@ class ChatData(CausalData):
 
     def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         form = recognised(rows.column_names, split, self._is_labelled(rows, role), self.format)
-        rank_zero_info(f"The split {split!r} of {self._source} is read as conversations of the format {form}.")
+        if self._formats.get(split) != form:  # a Trainer prepares and sets up, which is to be said once
+            rank_zero_info(f"The split {split!r} of {self._source} is read as conversations of the format {form}.")
         self._formats[split] = form
         encoded = super()._encoded(rows, split, role)
         kept = [i for i, length in enumerate(encoded["length"]) if length]

@@ -329,10 +329,14 @@ def test_conversations_are_packed_without_those_that_are_left_out(chatml):
     assert len(found) < 9
 
 
-def test_the_format_is_logged(chatml, caplog):
+def test_the_format_is_logged_once(chatml, caplog):
+    file = write([in_format("sharegpt", CHATS[0])])
+    data = ChatData(data_files={"train": file, "validation": file}, tokenizer=chatml)
     with caplog.at_level(logging.INFO):
-        encoded([in_format("sharegpt", CHATS[0])], chatml)
-    assert "The split 'validation' of data_files is read as conversations of the format sharegpt." in caplog.text
+        data.prepare_data()
+        data.setup("fit")
+    line = "The split 'validation' of data_files is read as conversations of the format sharegpt."
+    assert caplog.text.count(line) == 1
 
 
 BOTH = {**in_format("messages", CHATS[0]), **in_format("alpaca", CHATS[1])}
