@@ -48,6 +48,10 @@ class GenerationSamples(StepCallback):
         require_range("max_new_tokens", max_new_tokens, at_least=1)
         if isinstance(prompts, str) or not prompts:
             raise UsageError(f"prompts must be a list of at least one prompt; got {prompts!r}.")
+        for prompt in prompts:
+            turns = [] if isinstance(prompt, str) else prompt
+            if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+                raise UsageError(f"Each of prompts is a text or a list of messages; one is {prompt!r}.")
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self._file: Path | None = None

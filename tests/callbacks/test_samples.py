@@ -190,6 +190,9 @@ def test_what_the_user_is_told(backbone, data, tmp_path):
         ls.GenerationSamples([], 5)
     with pytest.raises(ls.UsageError, match="at least one prompt; got 'the dog'"):
         ls.GenerationSamples("the dog", 5)
+    for prompt in (5, ["no message"], TURNS[0]):
+        with pytest.raises(ls.UsageError, match=r"^Each of prompts is a text or a list of messages; one is "):
+            ls.GenerationSamples(["the dog", prompt], 5)
     with pytest.raises(ls.UsageError, match="every_n_steps must be at least 1"):
         ls.GenerationSamples(["the dog"], 0)
     with pytest.raises(ls.UsageError, match="max_new_tokens must be at least 1"):
@@ -197,7 +200,7 @@ def test_what_the_user_is_told(backbone, data, tmp_path):
     module = ls.CausalLM(backbone, ls.LoRA(rank=2))
     made = data()
     with pytest.raises(ls.UsageError, match="do not suit the chat template"):
-        fit(module, made, ls.GenerationSamples([["no message"]], 5))
+        fit(module, made, ls.GenerationSamples([[]], 5))
     rows = torch.utils.data.DataLoader([{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 4, batch_size=2)
     with pytest.raises(ls.UsageError, match=r"has encode_prompts\(prompts\) and decode\(tokens\), .* got NoneType"):
         fit(ls.CausalLM(backbone, ls.LoRA(rank=2)), rows, ls.GenerationSamples(["the dog"], 5))
