@@ -11,6 +11,11 @@ from pathlib import Path
 PAGE = Path(__file__).parents[1] / "docs" / "language-model.md"
 BLOCK = re.compile(r'^```(python|bash|yaml)(?: title="([^"]+)")?\n(.*?)^```\n', re.DOTALL | re.MULTILINE)
 # The notebook's kernel is in an environment of its own.
+FOLDER = """# The commands are those of the repository's folder, wherever this notebook is opened.
+import os
+from pathlib import Path
+
+os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "constraints.txt").exists()))"""
 INSTALL = {"python3 -m venv .venv && . .venv/bin/activate\n": "", "pip install": "%pip install"}
 
 
@@ -23,6 +28,8 @@ def cells(page: str) -> list[tuple[str, str]]:
         if title:
             body = f"%%writefile {title}\n{body}"
         elif "pip install" in body:
+            if not any(kind == "code" for kind, _ in found):
+                found.append(("code", FOLDER))
             for before, after in INSTALL.items():
                 body = body.replace(before, after)
         elif language == "bash":

@@ -111,8 +111,9 @@ class ChatTemplate:
             messages: The turns.
             place: The row, for errors.
             tools: JSON schemas of the tools that the assistant may call.
-            first: Number of the first turn whose tokens count; earlier turns are context. A turn that no other
-                precedes answers nothing, and is context as well unless the template marks it.
+            first: Number of the first turn whose tokens count; earlier turns are context, and so are turns with the
+                ``weight`` 0. A turn that no other precedes answers nothing, and is context as well unless the template
+                marks it.
 
         Returns:
             The tokens, and for each whether it belongs to an assistant's turn from ``first`` on.
@@ -122,7 +123,7 @@ class ChatTemplate:
         """
         if _GENERATION.search(self.source(tools)):
             return self._marked(messages, place, tools, first)
-        turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= max(first, 1)]
+        turns = [i for i, turn in enumerate(messages) if _counts(turn) and i >= max(first, 1)]
         text = self._rendered(messages, place, tools)
         prompts = {i: self._rendered(messages[:i], place, tools, ask=True) for i in turns}
         cuts = [len(prompt) for prompt in prompts.values() if text.startswith(prompt)]
@@ -149,13 +150,19 @@ class ChatTemplate:
         encoded: Any = self._applied(messages, place, tools, return_dict=True, return_assistant_tokens_mask=True)
         ids, trained = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
         answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-        counted = [i for i in answers if i >= first]
-        if not counted:
-            return ids, [False] * len(ids)
-        if counted != answers:
-            before = messages[: counted[0]]
-            start = self._start_in(ids, self.prompt(before, place, tools), before, place, tools)
-            trained[:start] = [False] * start
+        counted = [i >= first and _counts(messages[i]) for i in answers]
+
+        def begin(i: int) -> int:
+            return self._start_in(ids, self.prompt(messages[:i], place, tools), messages[:i], place, tools)
+
+        # What the template marks from the beginning of an answer to that of the next one is its own.
+        end = len(ids)
+        for number in [k for k in reversed(range(len(answers))) if not counted[k]]:
+            if number + 1 < len(answers) and counted[number + 1]:
+                end = begin(answers[number + 1])
+            if not number or counted[number - 1]:
+                start = begin(answers[number]) if number else 0
+                trained[start:end] = [False] * (end - start)
         return ids, trained
 
     def _start_in(
@@ -259,6 +266,11 @@ class ChatTemplate:
             texts.append(whole.text[whole.ends[start - 1] if start else 0 : cut])
         many = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return all(whole.ids[place] == ids for place, ids in zip(places, many, strict=True))
+
+
+def _counts(turn: Message) -> bool:
+    """Whether a turn may be trained: the assistant's, unless it is marked not to be."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
 
 
 def _same(a: Sequence[int], b: Sequence[int]) -> int:

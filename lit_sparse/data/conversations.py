@@ -194,6 +194,8 @@ def _turn(value: object, number: int, column: str, place: Place) -> Message:
         turn["role"] = _SHAREGPT.get(str(turn["role"]), turn["role"])
     if turn.get("role") not in ROLES:
         raise UsageError(f"{where} has the role {turn.get('role')!r}: the roles are {', '.join(ROLES)}.")
+    if turn.get("weight", 1) not in (0, 1):
+        raise UsageError(f"{where} has the weight {turn['weight']!r}: a turn is trained (1) or not (0).")
     text = _text_of(turn.get("content"), where)
     calls = turn["role"] == "assistant" and turn.get("tool_calls")
     if text is None and not calls:

@@ -376,6 +376,7 @@ FIRST = turns_of(CHATS[0])[0]
             {},
             "turn 0 .* content that is not text: {'type': 'image'",
         ),
+        ({"messages": [{**FIRST, "weight": 0.5}]}, {}, r"turn 0 .* has the weight 0\.5: a turn is trained .1. or not"),
         ({"conversations": [{"from": "function_call", "value": "a"}]}, {}, "turn 0 .* calls a tool by 'a': write JSON"),
         ({"conversations": [{"from": "bing", "value": "a"}]}, {}, "has the role 'bing'"),
         ({"prompt": "", "completion": "a"}, {}, "^Row 1 .* no text in the column 'prompt'"),

@@ -97,6 +97,18 @@ def test_only_turns_from_the_first_on_count(name, tokenizer):
     assert not any(ChatTemplate(tokenizer, template).conversation(TURNS, PLACE, first=4)[1])
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_turn_of_weight_zero_is_context(name, tokenizer):
+    template, by_hand = BY_HAND[name]
+    parts = by_hand(TURNS)
+    answers = [number for number, (_, own) in enumerate(parts) if own]
+    for out in range(len(answers)):
+        turn = [number for number, turn in enumerate(TURNS) if turn["role"] == "assistant"][out]
+        turns = [{**t, "weight": int(number != turn)} for number, t in enumerate(TURNS)]
+        expected = [(text, own and number != answers[out]) for number, (text, own) in enumerate(parts)]
+        assert ChatTemplate(tokenizer, template).conversation(turns, PLACE) == tokens_of(tokenizer, expected)
+
+
 def test_a_greeting_is_context(tokenizer):
     chat = ChatTemplate(tokenizer, chat_templates.CHATML)
     ids, trained = chat.conversation([{"role": "assistant", "content": "hello"}, *TURNS], PLACE)
