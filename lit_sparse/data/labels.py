@@ -120,7 +120,8 @@ def _distinct_in_lists(rows: Dataset, column: str, reader: Reader) -> list[Any]:
     found: dict[Any, None] = {}
     values = (value for part in rows.select_columns([column]).iter(1000) for value in part[column])
     for number, value in enumerate(values):
-        found.update(dict.fromkeys(labels_in(value, column, Place("train", number, len(rows), reader))))
+        if value is not None:  # it is named when the row is encoded
+            found.update(dict.fromkeys(labels_in(value, column, Place("train", number, len(rows), reader))))
     return list(found)
 
 
