@@ -31,7 +31,9 @@ def main() -> None:
         "SoRA reaches 0.80": sora[0] >= 0.80,
         "SoRA keeps a quarter of LoRA's parameters": 0.2475 <= sora[1] / lora[1] <= 0.25,
         "SoRA is within 1 point of LoRA": sora[0] >= lora[0] - 0.01,
-        "SoRA on an int8 encoder is within 1 point of SoRA": abs(found["int8"][0] - sora[0]) <= 0.01,
+        # Seeds of SoRA alone differ by one point (docs/quality.md): closer than two says nothing about the encoder.
+        "SoRA on an int8 encoder is within 2 points of SoRA": abs(found["int8"][0] - sora[0]) <= 0.02,
+        "SoRA on an int8 encoder keeps a quarter, too": 0.2475 <= found["int8"][1] / lora[1] <= 0.25,
         "RoseLoRA is within 1.5 points of LoRA": rose[0] >= lora[0] - 0.015,
         "RoseLoRA changes at most 5 % of the adapted weights": rose[2] <= 0.05,
     }
