@@ -113,5 +113,9 @@ def test_what_cannot_be_loaded_or_predicted_is_refused(tmp_path):
         ls.from_pretrained(tmp_path / "lora").predict(TEXTS)
     file = tmp_path / "lora" / "lit_sparse.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    named = {**json.loads(file.read_text()), "model_class": "pipeline"}
+    (tmp_path / "empty" / "lit_sparse.json").write_text(json.dumps(named))
+    with pytest.raises(ls.UsageError, match="and the class 'pipeline'"):  # of transformers, but no model
+        ls.from_pretrained(tmp_path / "empty")
     with pytest.raises(ls.UsageError, match="does not name the model that it was trained on: give it as backbone"):
         ls.from_pretrained(tmp_path / "lora")

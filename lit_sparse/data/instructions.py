@@ -34,8 +34,8 @@ class InstructionData(CausalData):
     together, so the response has the tokens of running text. If a token spans the end of the prompt, the response is
     tokenised separately.
 
-    A row that is longer than ``max_length`` loses the beginning of its prompt, but keeps a bos token. If the response
-    alone is too long, it loses its end, and has no eos token.
+    A row that is longer than ``max_length`` loses the beginning of its prompt. A bos token is kept as long as the
+    response leaves room for it. If the response alone is too long, it loses its end, and has no eos token.
 
     Prediction batches hold the prompts alone, padded on the left, for ``generate`` to continue.
 

@@ -42,8 +42,8 @@ class PreferenceData(InstructionData):
     the prompts alone, padded on the left.
 
     If the prompt and the longer of its answers exceed ``max_length``, the prompt loses its beginning, the same of it
-    for both answers, but keeps a bos token. An answer that is too long by itself loses its end. The number of such
-    rows is logged.
+    for both answers. A bos token is kept as long as the answers leave room for it. An answer that is too long by itself
+    loses its end. The number of such rows is logged.
 
     Args:
         template: The prompt of rows that are texts, with names of columns in braces.

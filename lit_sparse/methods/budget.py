@@ -130,7 +130,7 @@ class Budgets(SparseMethod):
         if not self._gates_learn:
             for gate in gates:
                 gate.grad = None  # no optimizer steps it, and no clipping counts it
-        opened = _values(gates) != 0 if self._holds(step) else None
+        opened = _values(gates) != 0 if self._gates_learn and self._holds(step) else None  # others do not move
         seen: list[Tensor] = []
         if self._averages:
             # A layer that the loss did not reach has no gradient, and its gates no influence.

@@ -87,7 +87,10 @@ def from_pretrained(
     entries = read_metadata(path)
     form, labels = entries.get("format"), entries.get("labels")
     kind = getattr(transformers, str(entries.get("model_class")), None)
-    if form not in ("peft", "sparse", "delta", "merged") or kind is None:
+    is_model = isinstance(kind, type) and issubclass(
+        kind, PreTrainedModel
+    )  # a folder cannot choose what else is called
+    if form not in ("peft", "sparse", "delta", "merged") or not is_model:
         raise UsageError(
             f"{str(folder)!r} holds no export of the format peft, sparse, delta or merged of a model of transformers: "
             f"its {METADATA} has the format {form!r} and the class {entries.get('model_class')!r}. Load its parts by "
