@@ -53,11 +53,11 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other parts by Sphinx's roles: make links of these, to where the reference has them."""
+    """Make links of the Sphinx roles of docstrings, and let 1.0 ± 0.1 stay on one line."""
 
     def linked(role: re.Match[str]) -> str:
         short, name = role.groups()
         shown = name.rpartition(".")[2] if short else name
         return f'<autoref identifier="{name}" optional><code>{shown}</code></autoref>'
 
-    return _ROLE.sub(linked, html)
+    return _ROLE.sub(linked, html).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")

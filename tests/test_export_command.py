@@ -22,6 +22,8 @@ from backbones import (
 )
 from lightning.pytorch import Trainer
 from projects import write_config
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from trained import save_checkpoint
 from transformers import (
@@ -34,6 +36,7 @@ from transformers import (
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.cli.main import COMMANDS, main
+from lit_sparse.editing.edits import Edit
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.serving.from_checkpoint import restore
 
@@ -110,6 +113,15 @@ def base(project):
     )
 
 
+TITLES = ("Checkpoint", "Exported folders", "Edits")
+
+
+def keys_in(text):
+    """The names in the first columns of the tables of a page."""
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
 # From a run of the command line to every format.
 
 
@@ -140,6 +152,28 @@ def test_every_format_is_written_and_loads_back(project, checkpoint, expected, c
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     assert loaded["merged"].config.id2label == {0: "maybe", 1: "no", 2: "yes"}
     assert AutoTokenizer.from_pretrained("out/merged")("a good film").input_ids
+
+
+@pytest.mark.slow
+def test_the_page_on_formats_names_what_the_files_hold(checkpoint):
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    stored, described, edit = (page.split(f"\n## {title}\n")[1].split("\n## ")[0] for title in TITLES)
+    assert keys_in(stored) == set(torch.load(checkpoint, weights_only=True)["lit_sparse"])
+    found, forms = set(), ("peft", "sparse", "delta", "merged")
+    for form in forms:
+        main(["export", "--ckpt_path", checkpoint, "--format", form, "--output", f"out/{form}"])
+        found |= set(json.loads(Path(f"out/{form}/lit_sparse.json").read_text()))
+    assert keys_in(described.split("`lit_sparse.json`")[1]) == found
+    for form in forms:
+        (file,) = Path(f"out/{form}").glob("*.safetensors")
+        assert re.search(rf"^\| `{form}` \| `{file.name}`", described, re.MULTILINE)
+    ends = {"sparse": r"\.lora_(A|B_t)(\.indices|\.values)?", "delta": r"\.weight\.(indices|values)"}
+    for form, end in ends.items():
+        names = load_file(f"out/{form}/adapter.safetensors")
+        assert all(re.search(f"^head\\.|{end}$", name) for name in names)
+    Edit(patch={}).save("edit.safetensors")
+    with safe_open("edit.safetensors", "pt") as kept:
+        assert set(json.loads(kept.metadata()["lit_sparse_edit"])) <= set(re.findall(r"`(\w+)`", edit))
 
 
 def test_merge_is_an_export_of_the_whole_model(checkpoint, expected, capsys):
