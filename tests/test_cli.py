@@ -395,6 +395,17 @@ def test_the_bar_of_one_line_stands_in_for_lightnings_own_only(config, callbacks
     assert [type(c) for c in trainer.callbacks if isinstance(c, ProgressBar)] == [bar]
 
 
+@pytest.mark.parametrize(("length", "said"), [({"max_steps": 2}, "Epoch 0"), ({"max_epochs": 3}, "Epoch 0/2")])
+def test_the_bar_of_a_run_of_steps_counts_no_epochs(config, length, said, monkeypatch):
+    changed = yaml.safe_load(Path(config).read_text())
+    changed["trainer"] |= {"max_epochs": None, **length, "enable_progress_bar": True}
+    Path("bars.yaml").write_text(yaml.safe_dump(changed))
+    shown = []
+    monkeypatch.setattr(OneLineBar, "_update", lambda self, *_, **__: shown.append(self.progress.tasks[-1].description))
+    main(["fit", "--config", "bars.yaml"])
+    assert {text.strip() for text in shown if text.startswith("Epoch 0")} == {said}
+
+
 # Configurations.
 
 

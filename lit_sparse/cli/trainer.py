@@ -101,6 +101,10 @@ class OneLineBar(RichProgressBar):
         metrics.pop("v_num", None)
         return metrics
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        text: str = super()._get_train_description(current_epoch)
+        return text.replace("/-2", "")  # Lightning's last epoch, where only max_steps ends the run
+
     def _init_progress(self, trainer: Trainer) -> None:
         super()._init_progress(trainer)
         if self.progress is not None:  # Lightning adds the column of the metrics itself, and lets it wrap

@@ -33,8 +33,19 @@ class LanguageModel(SparseModule):
 
     _label_dimensions: ClassVar[tuple[int, ...]] = (2,)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Refuse the data of another task, which has one label for each row, or pairs of answers."""
+        self._require_labels(batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """As for training."""
+        self._require_labels(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """As for training."""
+        self._require_labels(batch)
+
+    def _require_labels(self, batch: Any) -> None:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None  # a BatchEncoding is no dict
         if labels is not None and labels.ndim not in self._label_dimensions:
             found = "one for every row" if labels.ndim < 2 else "them for pairs of answers"
@@ -43,7 +54,6 @@ class LanguageModel(SparseModule):
                 f"{type(self).__name__} needs a label for every token, and the data has {found}: it is for another "
                 f"task, such as {task}."
             )
-        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def make_metrics(self) -> Metrics:
         """Loss, perplexity and accuracy by token."""

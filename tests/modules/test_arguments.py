@@ -1,8 +1,10 @@
 """Arguments that modules share: on the command line, in checkpoints and in users' sub-classes."""
 
+import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lit_sparse as ls
 from lit_sparse.modules.rebuilding import rebuild
@@ -78,3 +80,10 @@ def test_arguments_that_a_class_does_not_take_are_left_out():
     module = rebuild(ls.TokenClassification, {"hyper_parameters": saved}, {"method": ls.LoRA()}, False)
     assert (module.num_labels, module.warmup) == (3, 0.5)
     assert not hasattr(module, "gone")
+
+
+@pytest.mark.parametrize("name", [*OWN, "PreferenceLM", "Editor"])
+def test_no_hook_is_one_that_lightning_shares_with_data_modules(name):
+    """Lightning would warn at every start of a run with a data module."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    assert not [hook for hook in hooks if is_overridden(hook, getattr(ls, name), parent=L.LightningModule)]
