@@ -13,7 +13,7 @@ from lit_sparse.errors import UsageError, listed
 
 
 class Preflight(Callback):
-    """Refuse a search for the learning rate, and callbacks that monitor a validation metric which is not logged.
+    """Refuse a search for an attribute that is missing, and callbacks that monitor a metric which is not logged.
 
     The sanity check before training logs all validation metrics, so a misspelt name is found before the first epoch.
     Lightning itself checks training metrics, once they exist.
@@ -25,9 +25,17 @@ class Preflight(Callback):
             names = [finder._attr_name] if finder._attr_name else ["lr", "learning_rate"]
             if finder._update_attr and not any(lightning_hasattr(pl_module, name) for name in names):
                 raise UsageError(
-                    f"LearningRateFinder sets an attribute lr, but {type(pl_module).__name__} takes learning rates "
-                    "from its optimizer. Remove the callback, and compare short runs with values of the optimizer's lr."
+                    f"LearningRateFinder sets the attribute {listed(names)}, which {type(pl_module).__name__} lacks. "
+                    "Leave out its attr_name, or set update_attr to false."
                 )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Make the optimizer and its schedule again with the rate that a ``LearningRateFinder`` found.
+
+        Lightning sets that rate in all groups, those of gates too, and the schedule would undo it at the first step.
+        """
+        if any(finder._update_attr for finder in callbacks_of(trainer, LearningRateFinder)):
+            trainer.strategy.setup_optimizers(trainer)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the metrics that EarlyStopping and ModelCheckpoint monitor with those that were logged."""

@@ -110,6 +110,7 @@ class SparseModule(EvaluationLoop):
         # The tuple keeps a built model from being registered twice: it becomes self.model after injection.
         self._built = (backbone,) if isinstance(backbone, nn.Module) else ()
         self.optimizer = optimizer
+        self.lr: float | None = None  # of a LearningRateFinder, in place of the optimizer's
         self.lr_schedule: LrSchedule = lr_schedule
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing
@@ -206,7 +207,7 @@ class SparseModule(EvaluationLoop):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over its parameter groups, with a schedule over the whole run."""
-        optimizer = make_optimizer(self.optimizer, relative_groups(self, self.method))
+        optimizer = make_optimizer(self.optimizer, relative_groups(self, self.method), self.lr)
         total = self.trainer.estimated_stepping_batches
         stages = next((callback.shares() for callback in callbacks_of(self.trainer, ThresholdStages)), [1.0])
         scheduler = lr_scheduler(optimizer, self.lr_schedule, self.warmup, total, stages)

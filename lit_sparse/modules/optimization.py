@@ -73,18 +73,26 @@ def relative_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]], lr: float | None = None) -> Optimizer:
     """Make an optimizer of :func:`relative_groups`.
+
+    Args:
+        make: Makes it of parameter groups.
+        groups: The groups.
+        lr: Learning rate of the groups that have none of their own; None: the one that ``make`` gives.
 
     Raises:
         UsageError: If the optimizer refuses its arguments, such as a negative learning rate, or has no learning rate
             that ``loraplus_lr_ratio`` could multiply.
     """
+    following = ["lr" not in group for group in groups]  # the optimizer adds what is missing to these groups
     try:
         optimizer = make(groups)
     except (TypeError, ValueError) as error:
         raise UsageError(f"The optimizer cannot be made: {error}") from error
-    for group in optimizer.param_groups:
+    for group, follows in zip(optimizer.param_groups, following, strict=True):
+        if lr is not None and follows:
+            group["lr"] = lr
         ratio = group.pop(_RATIO, None)
         if ratio is not None and group.get("lr") is None:
             raise UsageError(

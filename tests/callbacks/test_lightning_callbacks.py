@@ -332,6 +332,35 @@ def test_training_uses_the_learning_rate_that_was_found(kind: str) -> None:
     assert not differing(state_of(tuned), state_of(plain))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (ls.SoRA(["query", "value"], rank=4, threshold=0.03, gate_lr=0.05), {}),
+        (ls.SoRA(["query", "value"], rank=4, budget=0.25), {"lr_schedule": "cosine"}),
+        (ls.RoseLoRA(["query", "value"], rank=4, density=0.1, loraplus_lr_ratio=4), {"warmup": 0.3}),
+    ],
+    ids=["gates", "budget", "loraplus"],
+)
+def test_a_found_learning_rate_is_the_peak_of_the_schedule(method: ls.SparseMethod, options: dict[str, Any]) -> None:
+    def module(**settings: Any) -> ls.SequenceClassification:
+        torch.manual_seed(0)
+        return ls.SequenceClassification(bert(), method, **settings, **options)
+
+    searched = module()
+    fit(searched, LearningRateFinder(min_lr=1e-4, num_training_steps=15))
+    found = searched.lr
+    assert found is not None
+    assert found not in (1e-3, 1e-4)
+    expected = module(optimizer=lambda groups: torch.optim.AdamW(groups, lr=found))
+    trainer = fit(expected)
+    assert not differing(state_of(searched), state_of(expected))
+    rates = {group["initial_lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == {found} | ({0.05} if getattr(method, "gate_lr", None) else set()) | (
+        {4 * found} if method.loraplus_lr_ratio == 4 else set()
+    )
+
+
 def test_a_found_learning_rate_that_overwrites_gate_lr_is_an_error() -> None:
     method = ls.SoRA(["query"], rank=4, threshold=0.03, gate_lr=0.05)
     with pytest.raises(ls.UsageError, match=r"gate_lr is 0\.05, but the optimizer holds gates with lr"):

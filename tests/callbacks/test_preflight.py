@@ -57,9 +57,9 @@ def test_metrics_of_several_validation_sets_are_looked_for(monitor, known, parts
             run.fit(parts[0], data)
 
 
-def test_a_learning_rate_finder_is_told_where_the_rates_are(parts, tmp_path):
-    run = trainer(tmp_path, LearningRateFinder())
-    with pytest.raises(UsageError, match=r"LearningRateFinder sets an attribute lr"):
+def test_a_learning_rate_finder_of_another_attribute_is_refused(parts, tmp_path):
+    run = trainer(tmp_path, LearningRateFinder(attr_name="rate"))
+    with pytest.raises(UsageError, match=r"LearningRateFinder sets the attribute \['rate'\]"):
         run.fit(*parts)
 
 

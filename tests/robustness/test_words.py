@@ -103,7 +103,11 @@ CASES = [
     # Callbacks of Lightning's.
     Case("a validation metric that is not logged", [*STOPPING, "val_acc"], "Did you mean 'val_accuracy'"),
     Case("a training metric that is not logged", [*STOPPING, "train_acc"], "metric `train_acc` which is not available"),
-    Case("a search for a learning rate", ["--trainer.callbacks+=LearningRateFinder"], "optimizer's lr"),
+    Case(
+        "a search for a learning rate",
+        ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.attr_name", "rate"],
+        "attr_name",
+    ),
     # Commands on files.
     Case("an export of nothing", ["export", "--ckpt_path", "no.ckpt", "--format", "peft", "--output", "o"], "no.ckpt"),
     Case(
