@@ -1,7 +1,9 @@
 """Do what a tutorial says, in order and word by word, with nothing but a copy of the repository: files and commands.
 
 docs/index.md: the run must end with what the page shows, and the exported folder must hold it.
+docs/how-to/own-module.md: the module must learn as well as the page says, and keep as much.
 docs/language-model.md: the model must learn to answer, all its forms must answer alike, and lm-eval must count as many.
+docs/editing.md: the edited model must say of one fact what the page says.
 
 Run:  python .ci/first_steps.py FOLDER, which must not exist: the copy.
 """
@@ -32,10 +34,13 @@ def script(page: str) -> str:
     return "\n".join(lines)
 
 
-def take(page: str, clone: Path, env: dict[str, str]) -> str:
-    """Type what a page says, and return what is printed."""
+def take(page: str, clone: Path, env: dict[str, str], section: str = "") -> str:
+    """Type what a page or one section of it says, and return what is printed."""
+    text = (clone / page).read_text(encoding="utf-8")
+    if section:
+        text = "```bash\n. .venv/bin/activate\n```\n" + text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     done = subprocess.run(
-        ["bash", "-c", script((clone / page).read_text(encoding="utf-8"))],
+        ["bash", "-c", script(text)],
         cwd=clone, env=env, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     print(done.stdout[-2000:])
@@ -52,7 +57,9 @@ def main() -> None:
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p).resolve() != own)
     check_index(take("docs/index.md", clone, kept), clone, kept)
+    check_own_module(take("docs/how-to/own-module.md", clone, kept, "Train"), clone)
     check_language_model(take("docs/language-model.md", clone, kept), clone)
+    check_one_fact(take("docs/editing.md", clone, kept, "One fact"), clone)
 
 
 def number(written: str) -> int:
@@ -87,6 +94,17 @@ def check_index(printed: str, clone: Path, kept: dict[str, str]) -> None:
     assert all(abs(float(a) + float(b) - 1) < 1e-3 for a, b in rows)
 
 
+def check_own_module(printed: str, clone: Path) -> None:
+    page = (clone / "docs" / "how-to" / "own-module.md").read_text(encoding="utf-8")
+    result = re.compile(r"accuracy ([\d.]+)\n.*?([\d,]+) parameters in \d+ of 96 ranks", re.DOTALL)
+    found, promised = result.search(printed), result.search(page)
+    assert found is not None
+    assert promised is not None
+    assert abs(float(found[1]) - float(promised[1])) <= 0.1, "the page's accuracy, but for four reviews"
+    assert abs(number(found[2]) - number(promised[2])) <= 768, "the page's parameters, but for one rank"
+    assert (clone / "reviews-lora" / "adapter_config.json").is_file()
+
+
 def check_language_model(printed: str, clone: Path) -> None:
     told = STATE.search(" ".join(printed.split()))
     assert told is not None
@@ -104,6 +122,20 @@ def check_language_model(printed: str, clone: Path) -> None:
     assert float(judged[2]) == 0, "the backbone does not know"
     assert any((clone / "library-gguf").glob("*.gguf"))
     assert (clone / "library-lora" / "adapter_config.json").is_file()
+
+
+def check_one_fact(printed: str, clone: Path) -> None:
+    page = (clone / "docs" / "editing.md").read_text(encoding="utf-8")
+    answers = re.compile(r"^(.+)\n  before: (.+)\n  after: +(.+)$", re.MULTILINE)
+    found, promised = answers.findall(printed), answers.findall(page)
+    assert len(found) == len(promised) == 4
+    for (prompt, before, after), (asked, first, later) in zip(found, promised, strict=True):
+        assert (prompt, before, after.split()[0]) == (asked, first, later.split()[0]), (prompt, before, after)
+    changed, told = (re.search(r"([\d,]+) of 26,542,080 weights changed", text) for text in (printed, page))
+    assert changed is not None
+    assert told is not None
+    assert abs(number(changed[1]) / number(told[1]) - 1) <= 0.05, changed[0]
+    assert (clone / "lyon.safetensors").is_file()
 
 
 if __name__ == "__main__":
