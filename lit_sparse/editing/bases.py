@@ -1,8 +1,10 @@
-"""Check that a model can be edited, and that an edit was made for it, by some of the model's values or its name."""
+"""Check that a model and a Trainer can edit, and that an edit was made for a model, by its values or its name."""
 
 from __future__ import annotations
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
 from lit_sparse.adapters.quantized import quantized_layers
@@ -21,6 +23,21 @@ def require_editable(model: nn.Module) -> None:
         raise UsageError(
             f"Edits are added to weights, and that of {name!r} is quantized: edit the model before it is quantized."
         )
+
+
+def require_able(trainer: Trainer, sequential: bool) -> None:
+    """Refuse a Trainer under which weights cannot be edited."""
+    if torch.is_inference_mode_enabled():
+        raise UsageError("Edits need gradients: set the Trainer's inference_mode to false.")
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise UsageError(
+            f"Every process edits a whole model, and {type(strategy).__name__} shards it: use a single device or ddp."
+        )
+    if trainer.precision_plugin.precision == "16-mixed":
+        raise UsageError("Edits are trained without a gradient scaler: use bf16-mixed or 32-true, not 16-mixed.")
+    if sequential and trainer.world_size > 1:
+        raise UsageError("Edits in sequence build upon each other: use one process, devices=1.")
 
 
 def sample_of(originals: Patch) -> Patch:

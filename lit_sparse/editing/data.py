@@ -26,21 +26,28 @@ class EditingData(LightningDataModule):
         first: Number of the first request to use, from 0.
         limit: Number of requests to use; None: all that follow. Choose settings on requests that you do not report.
         batch_size: Number of requests that one change of the weights edits.
+        side_by_side: Number of changes that are trained at the same time, each as if it were alone, to rounding. Ten
+            cost less than half the time of ten in a row on a CPU, and ten times the memory of activations. Changes in
+            sequence, and methods for which it is impossible, are trained one after another.
 
     Raises:
         UsageError: If an argument is outside its range, the file cannot be read, a record is wrong, or no request is
             left.
     """
 
-    def __init__(self, path: str, first: int = 0, limit: int | None = None, batch_size: int = 1) -> None:
+    def __init__(
+        self, path: str, first: int = 0, limit: int | None = None, batch_size: int = 1, side_by_side: int = 10
+    ) -> None:
         super().__init__()
         require_range("first", first, at_least=0)
         require_range("limit", limit, at_least=1)
         require_range("batch_size", batch_size, at_least=1)
+        require_range("side_by_side", side_by_side, at_least=1)
         self.path = path
         self.first = first
         self.limit = limit
         self.batch_size = batch_size
+        self.side_by_side = side_by_side
         self.requests: list[EditRequest] = []
         """The requests to use; empty before ``setup``."""
 
@@ -56,7 +63,7 @@ class EditingData(LightningDataModule):
         return batch
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of requests, the same for any number of processes."""
+        """Lists of groups of requests: a change for each group, and the changes of a list side by side."""
         size = self.batch_size
         groups: Any = [self.requests[i : i + size] for i in range(0, len(self.requests), size)]
         processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
@@ -65,6 +72,8 @@ class EditingData(LightningDataModule):
                 f"There are {len(groups)} edits to make of {len(self.requests)} requests, and {processes} processes: "
                 "use fewer processes."
             )
+        together = min(self.side_by_side, len(groups) // processes)
+        lists: Any = [groups[i : i + together] for i in range(0, len(groups), together)]
         # It repeats no request, and Lightning keeps it, as it is a DistributedSampler.
-        sampler = UnrepeatedDistributedSampler(groups, processes, rank, shuffle=False)
-        return DataLoader(groups, batch_size=None, sampler=sampler)
+        sampler = UnrepeatedDistributedSampler(lists, processes, rank, shuffle=False)
+        return DataLoader(lists, batch_size=None, sampler=sampler)

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.bases import require_editable
+from lit_sparse.editing.bases import require_able, require_editable
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
 from lit_sparse.editing.measuring import Measurer, Questions, summarize
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
+from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.teacher_forcing import collate
-from lit_sparse.editing.training import FineTuning, train
+from lit_sparse.editing.training import FineTuning, Trained
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.backbone import load_backbone
@@ -154,7 +154,7 @@ class Editor(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, EditingData):
             raise UsageError(f"An Editor needs an EditingData for its requests; got {type(data).__name__}.")
-        self._require_able()
+        require_able(self.trainer, self.sequential)
         self._requests = data.requests
         self._edited = EditedModel(self.model)
         options: Any = (
@@ -167,17 +167,23 @@ class Editor(LightningModule):
         self._measurer = Measurer(self.model, self.tokenizer, data.requests, *options)
         self._results = Results(self.output, self._settings(data), self.global_rank)
         self._so_far: list[EditRequest] = []
+        self._edits_so_far = 0
 
-    def test_step(self, batch: Sequence[EditRequest], batch_idx: int) -> None:
-        """Edit the requests of a batch together, unless an earlier run did."""
-        if not all(request.index in self._results.rows for request in batch):
-            self._results.add(self.edit(batch))
-        elif self.sequential:
-            file = self._edit_file(batch)
-            self._edited.add(load_edit(file), str(file))
-        self._so_far += batch
-        if self.retest_every is not None and (batch_idx + 1) % self.retest_every == 0:
-            self._retest()
+    def test_step(self, batch: Sequence[Sequence[EditRequest]], batch_idx: int) -> None:  # noqa: ARG002
+        """Make an edit for each group of requests, unless an earlier run did."""
+        done = [all(request.index in self._results.rows for request in group) for group in batch]
+        # All again after a kill between them: their number decides about the last bits.
+        ahead = iter([None] * len(batch) if self.sequential or all(done) else self._train(batch))
+        for group, is_done, trained in zip(batch, done, ahead, strict=True):
+            if not is_done:
+                self._results.add(self.edit(group, trained))
+            elif self.sequential:
+                file = self._edit_file(group)
+                self._edited.add(load_edit(file), str(file))
+            self._so_far += group
+            self._edits_so_far += 1
+            if self.retest_every is not None and self._edits_so_far % self.retest_every == 0:
+                self._retest()
 
     def on_test_epoch_end(self) -> None:
         """Collect the rows of all processes, and log the means."""
@@ -198,11 +204,21 @@ class Editor(LightningModule):
         self.summary = self.trainer.strategy.broadcast(summary)
         self.log_dict({name: metric["mean"] for name, metric in self.summary["figures"].items()}, batch_size=1)
 
-    def edit(self, requests: Sequence[EditRequest]) -> list[Row]:
+    def _train(self, groups: Sequence[Sequence[EditRequest]]) -> list[Trained]:
+        batches = []
+        for requests in groups:
+            questions = Questions(self.tokenizer, requests)
+            batch = collate(self.tokenizer, [questions.rows[place] for place in questions.edits])
+            batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+        seeds = [self.seed + requests[0].index for requests in groups]
+        return train_each(self.model, batches, self.method, self.steps, self.optimizer, self.stop_loss, seeds)
+
+    def edit(self, requests: Sequence[EditRequest], trained: Trained | None = None) -> list[Row]:
         """Train one change for some requests, add it and measure it; take it out unless edits are in sequence.
 
         Args:
             requests: At least one.
+            trained: The change, if it was trained already.
 
         Returns:
             A row for each request.
@@ -211,10 +227,10 @@ class Editor(LightningModule):
         with self._edited.as_it_was():
             before = self._measurer.unedited(questions)
         start = time.perf_counter()
-        batch = collate(self.tokenizer, [questions.rows[place] for place in questions.edits])
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        torch.manual_seed(self.seed + requests[0].index)
-        trained = train(self.model, batch, self.method, self.steps, self.optimizer, self.stop_loss)
+        if trained is None:
+            (trained,) = self._train([requests])
+        else:
+            start -= trained.seconds
         self._edited.add(Edit(trained.patch))  # without a base: the edit was made for this model
         seconds = time.perf_counter() - start
         metrics = self._measurer.measure(questions, before)
@@ -263,21 +279,6 @@ class Editor(LightningModule):
     def _backbone_name(self) -> str:
         return self._backbone if isinstance(self._backbone, str) else str(getattr(self.model, "name_or_path", ""))
 
-    def _require_able(self) -> None:
-        """Refuse a Trainer under which weights cannot be edited."""
-        if torch.is_inference_mode_enabled():
-            raise UsageError("Edits need gradients: set the Trainer's inference_mode to false.")
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-            raise UsageError(
-                f"Every process edits a whole model, and {type(strategy).__name__} shards it: use a single device or "
-                "ddp."
-            )
-        if self.trainer.precision_plugin.precision == "16-mixed":
-            raise UsageError("Edits are trained without a gradient scaler: use bf16-mixed or 32-true, not 16-mixed.")
-        if self.sequential and self.trainer.world_size > 1:
-            raise UsageError("Edits in sequence build upon each other: use one process, devices=1.")
-
     def _settings(self, data: EditingData) -> dict[str, Any]:
         """Everything that the results depend on."""
         optimizer = make_optimizer(self.optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}])
@@ -290,6 +291,7 @@ class Editor(LightningModule):
             "path": data.path,
             "requests": hashlib.sha256(Path(data.path).read_bytes()).hexdigest(),
             "batch_size": data.batch_size,
+            "side_by_side": 1 if self.sequential else data.side_by_side,
             "precision": str(self.trainer.precision),
             **{name: getattr(self, name) for name in _SETTINGS},
         }

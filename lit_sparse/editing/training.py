@@ -13,6 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.experts import ExpertWeight
 from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.adapters.modes import in_mode
@@ -133,17 +134,21 @@ def _adapters(model: nn.Module, method: SparseMethod) -> Iterator[_Trainable]:
     """Inject the method's adapters, and take them out again."""
     adapters = inject(model, method)
     try:
-        own = {id(p) for adapter in adapters.values() for p in adapter.parameters(recurse=False)}
-        outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-        if outside:
-            raise UsageError(
-                f"An edit changes only adapted weights, but {method!r} also trains {outside[:3]}: set train_head to "
-                "false."
-            )
+        require_adapters_alone(model, method, adapters)
         weights = sum(adapter.weight.numel() for adapter in adapters.values())
         yield _Trainable(relative_groups(model, method), weights, lambda: patch_of(adapters))
     finally:
         take_out(model)
+
+
+def require_adapters_alone(model: nn.Module, method: SparseMethod, adapters: Mapping[str, LowRankAdapter]) -> None:
+    """Refuse a method that also trains other parameters than those of its adapters."""
+    own = {id(p) for adapter in adapters.values() for p in adapter.parameters(recurse=False)}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if outside:
+        raise UsageError(
+            f"An edit changes only adapted weights, but {method!r} also trains {outside[:3]}: set train_head to false."
+        )
 
 
 @contextmanager

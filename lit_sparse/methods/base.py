@@ -180,6 +180,11 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         return None
 
     @property
+    def acts_by_rank(self) -> bool:
+        """Whether each rank is treated by itself, so that independent changes can be trained side by side."""
+        return False
+
+    @property
     def gates_start_at_one(self) -> bool:
         """Whether gates are one at the start, so that the adapter is LoRA's, or drawn from N(0, 1)."""
         return self.gate_init == "ones"
@@ -238,10 +243,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         raise UsageError(f"ThresholdStages sets the threshold of a method, and {type(self).__name__} has none.")
 
     def settled_after(self, total: int) -> int:  # noqa: ARG002
-        """The optimizer step, of ``total``, after which adapters are as sparse as the schedule makes them.
-
-        A run that may stop early, as edits do, does not stop before it.
-        """
+        """The optimizer step, of ``total``, after which adapters are as sparse as they become; edits last so long."""
         return 0
 
     def ranks_stay_after(self, total: int | None) -> int | None:  # noqa: ARG002

@@ -48,3 +48,8 @@ class GatedRoseLoRA(Gates, Masks):
             raise UsageError(
                 "score 'singular' turns whole ranks, and masks keep entries: set score to 'norm' or 'sensitivity'."
             )
+
+    @property
+    def acts_by_rank(self) -> bool:
+        """If neither ranks nor entries compete."""
+        return self.budget is None and self.changed is None and self.l1_weight == 0

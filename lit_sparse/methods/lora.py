@@ -24,3 +24,8 @@ class LoRA(Start):
     """
 
     alpha: float | None = 16
+
+    @property
+    def acts_by_rank(self) -> bool:
+        """If A and B start by chance."""
+        return self.init_weights == "lora"

@@ -27,3 +27,8 @@ class RoseLoRA(Masks):
     Source:
         Wang et al. 2024 (arXiv:2406.10777), Eqs. (3), (4), (6), (8).
     """
+
+    @property
+    def acts_by_rank(self) -> bool:
+        """If entries do not compete for a share of all weights."""
+        return self.changed is None

@@ -48,3 +48,8 @@ class SoRA(Gates, Start):
         if self.budget is None and self.threshold is None and self.sparsity_weight is None:
             self.budget = DEFAULT_BUDGET
         super().__post_init__()
+
+    @property
+    def acts_by_rank(self) -> bool:
+        """If ranks do not compete for a budget, and start by chance."""
+        return self.init_weights == "lora" and self.budget is None and self.l1_weight == 0

@@ -150,6 +150,24 @@ def test_prompts_with_any_ends_of_lines_are_resumed(folder):
     assert [json.loads(line)["prompt"] for line in before.split(b"\n")[:-1]] == [record["prompt"] for record in odd]
 
 
+def test_edits_side_by_side_are_those_of_one_after_another(folder):
+    edit(folder, "whole", data={"limit": 6})
+    stop_loss = 1.0001 * sorted(row["loss"] for row in read_lines("whole/results.jsonl"))[2]  # where three get to
+    for number in (1, 4):
+        edit(folder, f"{number}", data={"limit": 6, "side_by_side": number}, stop_loss=stop_loss, save_edits=True)
+    one, many = (read_lines(f"{number}/results.jsonl") for number in (1, 4))
+    assert len({row["steps"] for row in one}) > 1
+    for a, b in zip(one, many, strict=True):
+        assert a.pop("loss") == pytest.approx(b.pop("loss"), rel=1e-5)
+        assert a == pytest.approx(b)
+    for file in Path("1/edits").iterdir():
+        patches = [load_edit(folder / file.name).patch for folder in (Path("1/edits"), Path("4/edits"))]
+        assert patches[0].keys() == patches[1].keys()
+        for name, entries in patches[0].items():
+            assert torch.equal(entries.places, patches[1][name].places)
+            torch.testing.assert_close(entries.values, patches[1][name].values, rtol=1e-4, atol=1e-5)
+
+
 def test_several_at_once(folder):
     edit(folder, data={"batch_size": 3}, save_edits=True)
     rows = read_lines("out/results.jsonl")
@@ -166,7 +184,9 @@ def test_twenty_edits_in_sequence_are_those_of_their_files(folder):
         def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             after[batch_idx] = {name: value.clone() for name, value in bits(pl_module.model).items()}
 
-    editor = edit(folder, data={"limit": 20}, sequential=True, retest_every=8, trainer={"callbacks": [Keep()]})
+    editor = edit(
+        folder, data={"limit": 20, "side_by_side": 1}, sequential=True, retest_every=8, trainer={"callbacks": [Keep()]}
+    )
     assert same(bits(editor.model), bits(plain(folder)))
     model = plain(folder)
     edited = EditedModel(model)
@@ -285,7 +305,7 @@ def config(folder, file="edit.yaml", **changes) -> str:
         "generated_tokens": 0,
         **changes,
     }
-    data = {"path": str(folder / "edits.json"), "limit": 12}
+    data = {"path": str(folder / "edits.json"), "limit": 12, "side_by_side": 3}
     content = {
         "model": {"class_path": "lit_sparse.Editor", "init_args": model},
         "data": {"class_path": "lit_sparse.EditingData", "init_args": data},

@@ -406,28 +406,32 @@ def test_a_file_that_is_none(tmp_path, content, message):
 # The data module.
 
 
-def served(data: EditingData) -> list[list[int]]:
+def served(data: EditingData) -> list[list[list[int]]]:
     data.setup("test")
-    return [[request.index for request in group] for group in data.test_dataloader()]
+    return [[[request.index for request in group] for group in batch] for batch in data.test_dataloader()]
 
 
 def test_requests_are_chosen_and_grouped(tmp_path):
     file = write(tmp_path, [KNOWEDIT] * 7)
-    assert served(EditingData(file)) == [[0], [1], [2], [3], [4], [5], [6]]
-    assert served(EditingData(file, first=2, limit=3)) == [[2], [3], [4]]
-    assert served(EditingData(file, first=1, batch_size=4)) == [[1, 2, 3, 4], [5, 6]]
+    assert served(EditingData(file)) == [[[0], [1], [2], [3], [4], [5], [6]]]
+    assert served(EditingData(file, first=2, limit=3, side_by_side=1)) == [[[2]], [[3]], [[4]]]
+    assert served(EditingData(file, first=1, batch_size=4)) == [[[1, 2, 3, 4], [5, 6]]]
+    assert served(EditingData(file, batch_size=2, side_by_side=3)) == [[[0, 1], [2, 3], [4, 5]], [[6]]]
     with pytest.raises(UsageError, match="has 7 requests, and first is 7: none is left"):
         served(EditingData(file, first=7))
 
 
-@pytest.mark.parametrize(("count", "processes"), [(7, 2), (2, 2), (8, 3)])
-def test_processes_share_requests_without_repeating_any(tmp_path, count, processes):
-    data = EditingData(write(tmp_path, [KNOWEDIT] * count))
+@pytest.mark.parametrize("side_by_side", [1, 2, 10])
+@pytest.mark.parametrize(("count", "processes"), [(7, 2), (2, 2), (8, 3), (23, 2)])
+def test_processes_share_requests_without_repeating_any(tmp_path, count, processes, side_by_side):
+    data = EditingData(write(tmp_path, [KNOWEDIT] * count), side_by_side=side_by_side)
     shares = []
     for rank in range(processes):
         data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
-        shares.append([index for group in served(data) for index in group])
-        assert len(data.test_dataloader()) == len(shares[-1])
+        batches = served(data)
+        assert len(data.test_dataloader()) == len(batches) > 0
+        assert max(map(len, batches)) <= side_by_side
+        shares.append([index for batch in batches for group in batch for index in group])
     assert sorted(index for share in shares for index in share) == list(range(count))
 
 
@@ -438,7 +442,7 @@ def test_more_processes_than_edits_are_refused(tmp_path):
         served(data)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("first", -1), ("limit", 0), ("batch_size", 0)])
+@pytest.mark.parametrize(("argument", "value"), [("first", -1), ("limit", 0), ("batch_size", 0), ("side_by_side", 0)])
 def test_arguments_outside_their_range(argument, value):
     with pytest.raises(UsageError, match=f"{argument} .*got {value}"):
         EditingData("x.json", **{argument: value})

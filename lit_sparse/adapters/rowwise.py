@@ -1,0 +1,80 @@
+"""Several adapters of one linear layer at the same time, each for some rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.linear import LowRankLinear
+
+
+class CannotShareError(Exception):
+    """Why adapters of several changes cannot share a model; they are trained one after another then."""
+
+
+@dataclass(eq=False)
+class Routes:
+    """Which adapter each row of the batch goes through; all layers of a model share one.
+
+    Args:
+        copies: Number of the adapter, for each row of the batch: shape ``(rows,)``, dtype long.
+    """
+
+    copies: Tensor
+
+
+class RowwiseLinear(LowRankLinear):
+    """``y_i = base(x_i) + scale · B_c (gate_c ∘ (A_c x_i))``, where row i of a batch goes through adapter c.
+
+    The ranks of all adapters are consecutive rows of A, Bᵀ, gate and the buffers of the method, as those of experts
+    are. So an update that treats each rank by itself treats each adapter as if it were alone.
+
+    Args:
+        parts: Adapters of one layer, made alike and without dropout. Their values are copied.
+        routes: The adapter of each row.
+    """
+
+    def __init__(self, parts: Sequence[LowRankLinear], routes: Routes) -> None:
+        first = parts[0]
+        super().__init__(first.base, first.rank, first.scale, gated=first.gate is not None)
+        self.copies = len(parts)
+        self.gate_function, self.overrides = first.gate_function, first.overrides
+        self.routes = routes
+        for name, _ in first.named_parameters(recurse=False):
+            values = torch.cat([getattr(part, name).detach() for part in parts])
+            self.register_parameter(name, nn.Parameter(values))
+        for name, _ in first.named_buffers(recurse=False):
+            self.register_buffer(name, torch.cat([getattr(part, name) for part in parts]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(rows, tokens, in_features)`` to ``(rows, tokens, out_features)``.
+
+        Raises:
+            CannotShareError: If the input has another shape, so that its rows cannot be told apart.
+        """
+        copies = self.routes.copies
+        if x.dim() != 3 or len(x) != len(copies):
+            raise CannotShareError(f"an adapted layer gets an input of shape {tuple(x.shape)} for {len(copies)} rows")
+        y: Tensor = self.base(x)
+        lora_A = self._of_rows(self.lora_A).to(y.dtype)
+        lora_B_t = self._of_rows(self.scaled_lora_B_t(self.training)).to(y.dtype)
+        return torch.baddbmm(y, torch.bmm(x.to(y.dtype), lora_A.mT).to(y.dtype), lora_B_t)
+
+    def _of_rows(self, matrix: Tensor) -> Tensor:
+        """The matrix of each row's adapter, shape ``(rows, rank, features)``."""
+        return matrix.view(self.copies, self.rank, -1)[self.routes.copies]
+
+    @torch.no_grad()
+    def copy_to(self, part: LowRankAdapter, copy: int) -> None:
+        """Give an adapter the parameters of one of these.
+
+        Args:
+            part: Made as the parts were.
+            copy: Number of the adapter.
+        """
+        for name, parameter in part.named_parameters(recurse=False):
+            parameter.copy_(getattr(self, name)[copy * self.rank : (copy + 1) * self.rank])

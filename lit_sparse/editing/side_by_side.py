@@ -1,0 +1,221 @@
+"""Train the changes of several edits at the same time, each as if it were alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities import rank_zero_info
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn, optim
+
+from lit_sparse.adapters.injection import inject, take_out
+from lit_sparse.adapters.linear import LowRankLinear
+from lit_sparse.adapters.modes import in_mode
+from lit_sparse.adapters.replacing import replace_modules
+from lit_sparse.adapters.rowwise import CannotShareError, Routes, RowwiseLinear
+from lit_sparse.data.padding import IGNORED
+from lit_sparse.editing.training import FineTuning, Trained, require_adapters_alone, train
+from lit_sparse.interchange.patches import Patch, patch_of
+from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.stepping import SparseSteps
+from lit_sparse.modules.optimization import make_optimizer, relative_groups
+
+# Those that step every entry of a parameter by itself.
+_BY_ENTRY = (
+    *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax),
+    *(optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Rprop, optim.ASGD),
+)
+
+
+@dataclass(frozen=True)
+class _Many:
+    """The adapters of several edits in a model."""
+
+    layers: Mapping[str, RowwiseLinear]
+    alone: Mapping[str, LowRankLinear]
+    """Adapters of one edit, to read its change from."""
+
+    def patch(self, edit: int) -> Patch:
+        for name, layer in self.layers.items():
+            layer.copy_to(self.alone[name], edit)
+        return patch_of(self.alone)
+
+
+def train_each(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    method: SparseMethod | FineTuning,
+    steps: int,
+    optimizer: OptimizerCallable,
+    stop_loss: float | None,
+    seeds: Sequence[int],
+) -> list[Trained]:
+    """Train a change on each batch, as ``train`` does; side by side where the results are the same to rounding.
+
+    Args:
+        model: A causal language model without adapters.
+        batches: Arguments of the model for each change, including ``labels``, padded on the right.
+        method: As for ``train``.
+        steps: As for ``train``.
+        optimizer: As for ``train``.
+        stop_loss: As for ``train``.
+        seeds: The seed of each change.
+
+    Raises:
+        UsageError: As ``train``.
+    """
+    if len(batches) > 1 and isinstance(method, SparseMethod):
+        try:
+            return _side_by_side(model, batches, method, steps, optimizer, stop_loss, seeds)
+        except CannotShareError as error:
+            rank_zero_info(f"Edits are trained one after another: {error}.")
+        except torch.OutOfMemoryError:
+            half = len(batches) // 2
+            rank_zero_info(f"The memory is too small for {len(batches)} edits side by side: trying {half}.")
+            parts = (slice(half), slice(half, None))
+            return [
+                trained
+                for part in parts
+                for trained in train_each(model, batches[part], method, steps, optimizer, stop_loss, seeds[part])
+            ]
+    found = []
+    for batch, seed in zip(batches, seeds, strict=True):
+        torch.manual_seed(seed)
+        found.append(train(model, batch, method, steps, optimizer, stop_loss))
+    return found
+
+
+def _side_by_side(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    method: SparseMethod,
+    steps: int,
+    optimizer: OptimizerCallable,
+    stop_loss: float | None,
+    seeds: Sequence[int],
+) -> list[Trained]:
+    """Train a change on each batch, all in the same steps; afterwards the model is bit for bit what it was.
+
+    Each change is that of :func:`~lit_sparse.editing.training.train` on its batch alone, to rounding. An edit that has
+    reached ``stop_loss`` leaves the batch.
+
+    Args:
+        model: A causal language model without adapters.
+        batches: For each edit ``input_ids``, ``attention_mask`` and ``labels``, padded on the right.
+        method: What is trained.
+        steps: Optimizer steps, at most.
+        optimizer: Makes the optimizer from parameter groups.
+        stop_loss: As for one edit.
+        seeds: The seed of each edit, from which its adapters are drawn.
+
+    Raises:
+        CannotShareError: If the result could differ from that of single edits: the method compares ranks, or adapts
+            other than linear layers, the optimizer does not step each entry by itself, or the model draws random
+            numbers or mixes the rows of a batch.
+    """
+    if not method.acts_by_rank:
+        raise CannotShareError(f"{type(method).__name__} compares the ranks of all layers")
+    width = max(batch["labels"].shape[1] for batch in batches)
+    rows = {
+        name: torch.cat([_padded(batch[name], width, IGNORED if name == "labels" else 0) for batch in batches])
+        for name in batches[0]
+    }
+    sizes = torch.tensor([len(batch["labels"]) for batch in batches], device=rows["labels"].device)
+    routes = Routes(torch.arange(len(batches), device=sizes.device).repeat_interleave(sizes))
+    with torch.enable_grad(), in_mode(model, training=True), _adapters(model, method, seeds, routes) as many:
+        made = make_optimizer(optimizer, relative_groups(model, method))
+        if type(made) not in _BY_ENTRY:
+            raise CannotShareError(f"{type(made).__name__} may not step each entry by itself")
+        sparse = SparseSteps(method, model, made, steps)
+        settled = method.settled_after(steps)
+        weights = sum(layer.weight.numel() for layer in many.layers.values())
+        ended: dict[int, tuple[Patch, int, float]] = {}
+        start = time.perf_counter()
+        for taken in range(steps):
+            losses = _losses(model, rows, routes, len(batches), by_row=taken == 0)
+            # Reading losses waits for the device, so they are read only where training may stop.
+            if stop_loss is not None and taken >= settled:
+                now = losses.tolist()
+                ready = [i for i, loss in enumerate(now) if i not in ended and loss <= stop_loss]
+                ended |= {edit: (many.patch(edit), taken, now[edit]) for edit in ready}
+                if len(ended) == len(batches):
+                    break
+                rows = _without(rows, routes, ready) if ready else rows
+            losses.sum().backward()
+            sparse.observe()
+            made.step()
+            made.zero_grad()
+        last = losses.tolist()
+        seconds = (time.perf_counter() - start) / len(batches)
+        sparse.finish()
+        for edit in range(len(batches)):
+            ended.setdefault(edit, (many.patch(edit), steps, last[edit]))
+    found = [ended[edit] for edit in range(len(batches))]
+    return [Trained(patch, weights, taken, loss + 0.0, seconds) for patch, taken, loss in found]  # not -0.0
+
+
+@contextmanager
+def _adapters(model: nn.Module, method: SparseMethod, seeds: Sequence[int], routes: Routes) -> Iterator[_Many]:
+    """Put the adapters of all edits into the model, each drawn by its seed, and take them out again."""
+    if method.dropout:
+        raise CannotShareError("the method has dropout")
+    alone = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        adapters = inject(model, method)
+        try:
+            require_adapters_alone(model, method, adapters)
+        finally:
+            take_out(model)
+        others = {type(adapter).__name__ for adapter in adapters.values()} - {LowRankLinear.__name__}
+        if others:
+            raise CannotShareError(f"the method adapts layers as {sorted(others)}")
+        alone.append(cast("dict[str, LowRankLinear]", adapters))
+    first = alone[0]
+    layers = {name: RowwiseLinear([adapters[name] for adapters in alone], routes) for name in first}
+    try:
+        replace_modules(model, {layer.layer: layer for layer in layers.values()})
+        for layer in layers.values():
+            layer.train(layer.base.training)
+        yield _Many(layers, first)
+    finally:
+        take_out(model)
+
+
+def _losses(model: nn.Module, rows: Mapping[str, Tensor], routes: Routes, edits: int, by_row: bool) -> Tensor:
+    """The loss of each edit, shape ``(edits,)``: the mean over its tokens, as models compute it; 0 without rows."""
+    labels = rows["labels"][:, 1:]
+    state = _random_state(labels.device)
+    inputs = {name: tensor for name, tensor in rows.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    if by_row and not torch.equal(state, _random_state(labels.device)):
+        raise CannotShareError("the model draws random numbers")
+    each = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(labels)
+    zeros = each.new_zeros(edits)
+    counted = (labels != IGNORED).sum(1).to(each.dtype)
+    tokens = zeros.index_add(0, routes.copies, counted).clamp(min=1)
+    return zeros.index_add(0, routes.copies, each.sum(1)) / tokens
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state: Tensor = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def _padded(tensor: Tensor, width: int, value: int) -> Tensor:
+    return F.pad(tensor, (0, width - tensor.shape[1]), value=value)
+
+
+def _without(rows: Mapping[str, Tensor], routes: Routes, edits: Sequence[int]) -> dict[str, Tensor]:
+    """The rows of all other edits, which the routes then lead to."""
+    kept = ~torch.isin(routes.copies, torch.tensor(edits, dtype=torch.long, device=routes.copies.device))
+    routes.copies = routes.copies[kept]
+    return {name: tensor[kept] for name, tensor in rows.items()}
