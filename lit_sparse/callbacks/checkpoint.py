@@ -28,6 +28,8 @@ class SparseCheckpoint(ModelCheckpoint):
       last stage of :class:`~lit_sparse.ThresholdStages`. LoRA has no schedule: all its states are final. If no
       validated state was final, "best" is the last checkpoint, and a warning says so.
 
+    Files hold the metrics of the validation of their step, for the model card of an export.
+
     If ``last.ckpt`` belongs to another run, the file is named ``last-v1.ckpt``, as in Lightning.
 
     Args:
@@ -57,11 +59,12 @@ class SparseCheckpoint(ModelCheckpoint):
         self.best_of = best_of
         self._validated_at: int | None = None  # step of the last validation, which gave the monitored metric
         self._validated_final = True  # whether the sparsity was final then
+        self._metrics: dict[str, float] = {}  # of that validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget validations of an earlier run."""
         super().on_train_start(trainer, pl_module)
-        self._validated_at, self._validated_final = None, True
+        self._validated_at, self._validated_final, self._metrics = None, True, {}
         if trainer.global_step == 0:
             self._last_global_step_saved = 0  # this callback may be in its second run
 
@@ -69,6 +72,7 @@ class SparseCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, and save ``last`` even if Lightning defers the choice of the best to a validation."""
+        self._metrics = {}  # those of an earlier step
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
@@ -81,6 +85,8 @@ class SparseCheckpoint(ModelCheckpoint):
         """Save if it is time; choose the best again if this step was saved before it was validated."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validated_at, self._validated_final = trainer.global_step, _is_final(trainer)
+            named = trainer.callback_metrics.items()
+            self._metrics = {name: float(value) for name, value in named if name.startswith("val_")}
             saved_before = self._last_global_step_saved == trainer.global_step and not self._every_n_epochs
             if saved_before and self.monitor is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -106,6 +112,10 @@ class SparseCheckpoint(ModelCheckpoint):
         if between and trainer.world_size == 1:
             save_end(self, trainer)
         super().on_exception(trainer, pl_module, exception)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's state, and the metrics of the state that is saved; none if it was not validated."""
+        return {**super().state_dict(), "metrics": self._metrics}
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether the state is kept: its metric is among the best, and its sparsity is final."""

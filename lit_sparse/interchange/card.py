@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from lit_sparse.adapters.statistics import LayerSparsity
+from lit_sparse.interchange.metadata import name_of
 from lit_sparse.interchange.processors import chat_format_of
 from lit_sparse.interchange.snippet import labels_of, snippet
 from lit_sparse.methods.progress import Progress
@@ -112,7 +113,7 @@ def model_card(
     base_model = _hub_id(provenance.base_model) or _hub_id(name)
     here = name if name is not None and Path(name).exists() and repository is None else None
     form = report.format
-    base, place = here or base_model or name, repository or str(report.folder)
+    base, place = here or base_model or name_of(model), repository or str(report.folder)
     code = snippet(form, model, base, place, repository is not None, files, vocabulary)
     method = provenance.method
     front = ModelCardData(
@@ -128,7 +129,7 @@ def model_card(
         f"---\n{front.to_yaml()}\n---\n\n# {method or 'Sparse adapters'} on {base_model or type(model).__name__}\n",
         f"This folder holds {_CONTENTS[form]}, written by lit_sparse.\n",
         f"## Method\n\n{method} with\n\n{_table(('argument', 'value'), arguments)}" if method else "",
-        f"## Metrics\n\n{_table(('metric', 'value'), [(n, f'{v:.4g}') for n, v in provenance.metrics.items()])}"
+        f"## Metrics\n\n{_table(('metric', 'value', 'rows'), _measured(provenance.metrics))}"
         if provenance.metrics
         else "",
         f"## What remains\n\n{report.state[0].upper()}{report.state[1:]}; {report.whole}.\n\n"
@@ -150,6 +151,14 @@ def _chat_section(model: nn.Module, prompt: str) -> str:
     if chat is None or chat["end"] is None:
         return text
     return f"{text}\nThe model ends its turn with `{chat['end']}`, at which generation must stop.\n"
+
+
+_SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def _measured(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Name, value and split of each metric; the split is the first part of the name."""
+    return [(name, f"{value:.4g}", _SPLITS.get(name.partition("_")[0], "")) for name, value in metrics.items()]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

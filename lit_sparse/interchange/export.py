@@ -23,7 +23,7 @@ from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
 from lit_sparse.errors import UsageError, listed, require_range
 from lit_sparse.foreign_errors import is_disk_full
 from lit_sparse.interchange.card import ExportReport, Provenance, model_card
-from lit_sparse.interchange.metadata import write_metadata
+from lit_sparse.interchange.metadata import name_of, write_metadata
 from lit_sparse.interchange.probe import default_tolerance, difference_of, outputs_of, probe_batch
 from lit_sparse.interchange.processors import chat_format_of, processor_of, save_processor
 from lit_sparse.interchange.remains import trained_whole
@@ -153,7 +153,7 @@ def exporting(
         "format": form,
         "lit_sparse_version": __version__,
         "model_class": type(model).__name__,
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": name_of(model),
         "labels": labels_of(model),
         **{key: getattr(getattr(model, "config", None), key, None) for key in ("num_labels", "problem_type")},
         **asdict(provenance),

@@ -15,6 +15,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import inject
 from lit_sparse.errors import UsageError, listed
+from lit_sparse.interchange.metadata import name_of
 from lit_sparse.methods.lora import LoRA
 
 
@@ -79,8 +80,9 @@ def fill(adapter: LowRankAdapter, layer: LayerFactors, source: str) -> None:
 
 def warn_if_another_backbone(model: nn.Module, trained_on: object, source: Path) -> None:
     """Warn where the names of the two backbones differ."""
-    here = getattr(model, "name_or_path", None)
-    if trained_on and here and str(trained_on).rstrip("/") != str(here).rstrip("/"):
+    here = name_of(model)
+    names = {str(name).rstrip("/") for name in (here, getattr(model, "name_or_path", None))}
+    if trained_on and here and str(trained_on).rstrip("/") not in names:
         rank_zero_warn(
             f"{source} was trained on {trained_on!r}, and this model is {here!r}. It only works on the weights that "
             "it was trained on."

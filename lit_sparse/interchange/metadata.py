@@ -16,6 +16,21 @@ from lit_sparse.errors import UsageError, parse_json
 METADATA = "lit_sparse.json"
 
 
+def keep_name(model: Any, name: str) -> None:
+    """Let exports of a model name its backbone in a way that other machines know, instead of by its folder on this one.
+
+    Args:
+        model: The model.
+        name: What :func:`~lit_sparse.from_pretrained` loads it by.
+    """
+    model.portable_name = name
+
+
+def name_of(model: Any) -> str | None:
+    """The name of a model's backbone for other machines, by :func:`keep_name`; else where it was loaded from."""
+    return getattr(model, "portable_name", None) or getattr(model, "name_or_path", None) or None
+
+
 def write_metadata(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write the file; values that JSON lacks are written as text."""
     (folder / METADATA).write_text(json.dumps(entries, indent=2, default=str) + "\n", encoding="utf-8")

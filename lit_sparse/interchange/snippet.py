@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from lit_sparse.interchange.metadata import name_of
 from lit_sparse.interchange.processors import EXAMPLE, chat_format_of
 
 _TOKENIZER = "tokenizer_config.json"
@@ -53,6 +54,14 @@ def snippet(
         template = _TEMPLATE in files and chat_format_of(model) is not None
         return _commands(base, place, is_repository, [_TEMPLATE] if template else [])
     kind = type(model).__name__
+    has_tokenizer = _TOKENIZER in files and getattr(model, "main_input_name", "") == "input_ids"
+    if form in ("sparse", "delta") and has_tokenizer and base is not None and hasattr(transformers, kind):
+        backbone = f", backbone={_quoted(base)}" if is_repository and base != name_of(model) else ""
+        loaded = [
+            f"found = ls.from_pretrained({_quoted(place)}{backbone})",
+            "model, tokenizer = found.model, found.tokenizer",
+        ]
+        return "\n".join(["import lit_sparse as ls", "", *loaded, *_use(model)])
     imports = {f"from {_module_of(model)} import {kind}"}
     lines = [] if form == "merged" else _base(model, base)
     if form == "merged":
@@ -70,7 +79,7 @@ def snippet(
             where = f"snapshot_download({where})"
         lines.append(f"ls.load_adapter(model, {where})")
     lines.append("model.eval()")
-    if _TOKENIZER in files and getattr(model, "main_input_name", "") == "input_ids":
+    if has_tokenizer:
         imports.add("from transformers import AutoTokenizer")
         lines += ["", f"tokenizer = AutoTokenizer.from_pretrained({_quoted(place)})", *_use(model)]
     elif any(name in files for name in _PROCESSOR):

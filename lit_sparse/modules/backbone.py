@@ -24,6 +24,7 @@ from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.data.quickstart import resolve
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.foreign_errors import is_size_mismatch, refused_global
+from lit_sparse.interchange.metadata import keep_name
 
 # Errors that transformers raises for damaged or forged folders, and for arguments that a class does not know.
 _LOADING_ERRORS = (
@@ -98,6 +99,8 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
         raise UsageError(f"The backbone {name!r} cannot be loaded: {reason}") from error
     if "quantization_config" in arguments:
         _require_quantized(model, arguments["quantization_config"])
+    if folder != name:
+        keep_name(model, name)
     return model.train()  # type: ignore[no-any-return]
 
 

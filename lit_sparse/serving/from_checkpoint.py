@@ -198,7 +198,10 @@ def _require_rebuildable(checkpoint: Mapping[str, Any], path: str | os.PathLike[
 def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_name: str) -> Provenance:
     metrics: dict[str, float] = {}
     for state in checkpoint.get("callbacks", {}).values():
-        monitor = state.get("monitor") if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            continue
+        metrics |= state.get("metrics") or {}  # of SparseCheckpoint
+        monitor = state.get("monitor")
         for score, name in (("current_score", f"{monitor}"), ("best_model_score", f"{monitor}, best of the run")):
             if monitor is not None and state.get(score) is not None:
                 metrics[name] = float(state[score])

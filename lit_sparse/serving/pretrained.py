@@ -18,6 +18,7 @@ from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.peft_import import load_peft
+from lit_sparse.interchange.processors import has_processor
 from lit_sparse.interchange.sparse_folder import load_adapter
 from lit_sparse.modules.backbone import load_backbone
 
@@ -36,7 +37,7 @@ class Pretrained:
 
     Args:
         model: In evaluation mode. The names of its classes are in its configuration too.
-        tokenizer: With the tokens that training added.
+        tokenizer: With the tokens that training added; the backbone's where the folder holds none.
         labels: Names of the classes in order; None where there are none.
     """
 
@@ -105,7 +106,8 @@ def from_pretrained(
     model = load_backbone(base, kind, dtype="auto", **arguments)
     if form != "merged":
         (load_peft if form == "peft" else load_adapter)(model, path)
-    return Pretrained(model.eval().requires_grad_(False), load_tokenizer(str(path)), labels)
+    tokenizer = load_tokenizer(str(path) if has_processor(path) else base)
+    return Pretrained(model.eval().requires_grad_(False), tokenizer, labels)
 
 
 def _head(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,12 @@ def fit(project, method, *callbacks, ckpt_path=None, **options):
     return trainer
 
 
+def state_of(file):
+    """What the SparseCheckpoint of a run says of itself in a file."""
+    states = torch.load(file, weights_only=True)["callbacks"]
+    return next(state for name, state in states.items() if name.startswith("SparseCheckpoint"))
+
+
 def progress_of(file):
     return Progress.in_checkpoint(torch.load(file, weights_only=True))
 
@@ -381,11 +387,23 @@ def test_the_score_beside_the_last_is_that_of_the_last(project):
     keep = ls.SparseCheckpoint("kept", monitor="early", mode="max", every_n_epochs=1)
     fit(project, "LoRA", keep, Falls())
 
-    def score(file):
-        states = torch.load(file, weights_only=True)["callbacks"]
-        return next(s for name, s in states.items() if name.startswith("SparseCheckpoint"))["current_score"]
+    assert (state_of(keep.best_model_path)["current_score"], state_of("kept/last.ckpt")["current_score"]) == (
+        -BATCHES,
+        -STEPS,
+    )
 
-    assert (score(keep.best_model_path), score("kept/last.ckpt")) == (-BATCHES, -STEPS)
+
+def test_a_file_holds_the_metrics_of_its_own_validation(project):
+    keep = ls.SparseCheckpoint("kept", monitor="val_accuracy", mode="max")
+    between = ls.SparseCheckpoint("between", every_n_train_steps=BATCHES + 1, save_top_k=-1)
+    trainer = fit(project, "LoRA", keep, between)
+    found = {name: float(trainer.callback_metrics[name]) for name in ("val_accuracy", "val_loss")}
+    assert state_of("kept/last.ckpt")["metrics"] == found
+    report = export_checkpoint("kept/last.ckpt", "lora")
+    card = (report.folder / "README.md").read_text()
+    assert f"| val_loss | {found['val_loss']:.4g} | validation |" in card
+    held = {file.stem.partition("step=")[2]: state_of(file)["metrics"] for file in Path("between").glob("*step=*")}
+    assert held == {"5": {}, "10": {}, "12": found}  # the validations were at 4, 8 and 12
 
 
 # Interruptions.
