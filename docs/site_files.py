@@ -1,4 +1,4 @@
-"""What makes a site of ``docs``: files of the repository that pages link to, the page on SLURM, links of docstrings."""
+"""What makes a site of ``docs``: files that pages link to, the pages on SLURM and adapters, links of docstrings."""
 
 import posixpath
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["examples/slurm/README.md"]
+PAGES = ["examples/slurm/README.md", "examples/adapters/README.md"]
 _ROLE = re.compile(r":(?:class|func|attr|meth|mod):<code>(~?)([\w.]+)</code>")
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
 

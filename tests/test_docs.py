@@ -18,6 +18,7 @@ from lit_sparse.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 WRONG_WORDS = re.compile("unrecognized|required|invalid choice|Did you mean|does not accept")
+GALLERY = "examples/adapters/README.md"  # tests/test_gallery.py does what it says
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
 
@@ -42,7 +43,7 @@ def heading_ids(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
+@pytest.mark.parametrize("page", [*PAGES, "README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", GALLERY])
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         if link.startswith("https://"):
@@ -129,7 +130,7 @@ def test_the_search_tries_budgets_and_rates_and_goes_on(project, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [*pages_with("bash"), pytest.param("README.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", [*pages_with("bash"), GALLERY, pytest.param("README.md", marks=pytest.mark.slow)])
 def test_the_commands_are_read(page, tmp_path, capsys):
     for name, content in titled(page).items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -153,4 +154,5 @@ def test_the_commands_are_read(page, tmp_path, capsys):
                 main(words)
             assert not WRONG_WORDS.search(capsys.readouterr().err), command
         else:
-            assert program in ("python", "python3", "pip", "mkdir", "mkdocs", "pytest", "sbatch", "."), command
+            others = ("python", "python3", "pip", "mkdir", "mkdocs", "pytest", "sbatch", "docker", ".")
+            assert program in others, command

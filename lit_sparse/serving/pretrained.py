@@ -45,11 +45,12 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     labels: list[str] | None
 
-    def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
+    def predict(self, texts: str | Sequence[Any], **options: Any) -> Any:
         """Predict by the ``transformers.pipeline`` of the task.
 
         Args:
-            texts: One text or several: to classify, to tag, to continue, or with mask tokens to fill in.
+            texts: One text or several: to classify, to tag, to continue, or with mask tokens to fill in. Among several,
+                a pair is ``{"text": …, "text_pair": …}``, and a conversation a list of messages.
             options: Of the pipeline's call, such as ``top_k`` or ``max_new_tokens``.
 
         Returns:
