@@ -61,6 +61,8 @@ def test_the_notebook_has_the_python_of_the_readme() -> None:
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
     install, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert "".join(blocks("python")).rstrip("\n") in cells
+    shown = [text for cell in notebook["cells"] for made in cell.get("outputs", []) for text in made.get("text", [])]
+    assert all(line in " ".join("".join(shown).split()) for line in blocks("text")[0].splitlines())
     # Colab's torch is for its GPU: pip may neither replace it, nor see the other one in the constraints.
     assert re.search(r"%pip install .*-c colab\.txt .*\[plot,quickstart\]", install)
     assert "torch=={version('torch')}" in install
