@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -173,7 +173,8 @@ class Editor(LightningModule):
         """Make an edit for each group of requests, unless an earlier run did."""
         done = [all(request.index in self._results.rows for request in group) for group in batch]
         # All again after a kill between them: their number decides about the last bits.
-        ahead = iter([None] * len(batch) if self.sequential or all(done) else self._train(batch))
+        alone = self.sequential or all(done)
+        ahead: Iterator[Trained | None] = iter([None] * len(batch)) if alone else self._train(batch)
         for group, is_done, trained in zip(batch, done, ahead, strict=True):
             if not is_done:
                 self._results.add(self.edit(group, trained))
@@ -204,7 +205,7 @@ class Editor(LightningModule):
         self.summary = self.trainer.strategy.broadcast(summary)
         self.log_dict({name: metric["mean"] for name, metric in self.summary["figures"].items()}, batch_size=1)
 
-    def _train(self, groups: Sequence[Sequence[EditRequest]]) -> list[Trained]:
+    def _train(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[Trained]:
         batches = []
         for requests in groups:
             questions = Questions(self.tokenizer, requests)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.rowwise import CannotShareError, Routes, RowwiseLinear
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.training import FineTuning, Trained, require_adapters_alone, train
-from lit_sparse.interchange.patches import Patch, patch_of
+from lit_sparse.interchange.patches import patch_of
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.stepping import SparseSteps
 from lit_sparse.modules.optimization import make_optimizer, relative_groups
@@ -38,13 +38,13 @@ class _Many:
     """The adapters of several edits in a model."""
 
     layers: Mapping[str, RowwiseLinear]
-    alone: Mapping[str, LowRankLinear]
-    """Adapters of one edit, to read its change from."""
+    alone: Sequence[Mapping[str, LowRankLinear]]
+    """The adapters of each edit, outside of the model."""
 
-    def patch(self, edit: int) -> Patch:
+    def end(self, edit: int) -> None:
+        """Keep the adapters of an edit as they are now."""
         for name, layer in self.layers.items():
-            layer.copy_to(self.alone[name], edit)
-        return patch_of(self.alone)
+            layer.copy_to(self.alone[edit][name], edit)
 
 
 def train_each(
@@ -55,8 +55,11 @@ def train_each(
     optimizer: OptimizerCallable,
     stop_loss: float | None,
     seeds: Sequence[int],
-) -> list[Trained]:
+) -> Iterator[Trained]:
     """Train a change on each batch, as ``train`` does; side by side where the results are the same to rounding.
+
+    A change is computed when it is asked for, for it may be as large as the model. The model must then be as it was at
+    the start.
 
     Args:
         model: A causal language model without adapters.
@@ -72,23 +75,22 @@ def train_each(
     """
     if len(batches) > 1 and isinstance(method, SparseMethod):
         try:
-            return _side_by_side(model, batches, method, steps, optimizer, stop_loss, seeds)
+            together = _side_by_side(model, batches, method, steps, optimizer, stop_loss, seeds)
         except CannotShareError as error:
             rank_zero_info(f"Edits are trained one after another: {error}.")
         except torch.OutOfMemoryError:
             half = len(batches) // 2
             rank_zero_info(f"The memory is too small for {len(batches)} edits side by side: trying {half}.")
-            parts = (slice(half), slice(half, None))
-            return [
-                trained
-                for part in parts
-                for trained in train_each(model, batches[part], method, steps, optimizer, stop_loss, seeds[part])
-            ]
-    found = []
+            for part in (slice(half), slice(half, None)):
+                yield from train_each(model, batches[part], method, steps, optimizer, stop_loss, seeds[part])
+            return
+        else:
+            for adapters, trained in together:
+                yield replace(trained, patch=patch_of(adapters))
+            return
     for batch, seed in zip(batches, seeds, strict=True):
         torch.manual_seed(seed)
-        found.append(train(model, batch, method, steps, optimizer, stop_loss))
-    return found
+        yield train(model, batch, method, steps, optimizer, stop_loss)
 
 
 def _side_by_side(
@@ -99,7 +101,7 @@ def _side_by_side(
     optimizer: OptimizerCallable,
     stop_loss: float | None,
     seeds: Sequence[int],
-) -> list[Trained]:
+) -> list[tuple[Mapping[str, LowRankLinear], Trained]]:
     """Train a change on each batch, all in the same steps; afterwards the model is bit for bit what it was.
 
     Each change is that of :func:`~lit_sparse.editing.training.train` on its batch alone, to rounding. An edit that has
@@ -113,6 +115,9 @@ def _side_by_side(
         optimizer: Makes the optimizer from parameter groups.
         stop_loss: As for one edit.
         seeds: The seed of each edit, from which its adapters are drawn.
+
+    Returns:
+        For each edit its adapters, outside of the model, and what else is known, without the patch.
 
     Raises:
         CannotShareError: If the result could differ from that of single edits: the method compares ranks, or adapts
@@ -135,7 +140,13 @@ def _side_by_side(
         sparse = SparseSteps(method, model, made, steps)
         settled = method.settled_after(steps)
         weights = sum(layer.weight.numel() for layer in many.layers.values())
-        ended: dict[int, tuple[Patch, int, float]] = {}
+        ended: dict[int, Trained] = {}
+
+        def end(edits: Iterable[int], taken: int, losses: Sequence[float]) -> None:
+            for edit in edits:
+                many.end(edit)
+                ended[edit] = Trained({}, weights, taken, losses[edit] + 0.0, 0.0)  # not -0.0
+
         start = time.perf_counter()
         for taken in range(steps):
             losses = _losses(model, rows, routes, len(batches), by_row=taken == 0)
@@ -143,7 +154,7 @@ def _side_by_side(
             if stop_loss is not None and taken >= settled:
                 now = losses.tolist()
                 ready = [i for i, loss in enumerate(now) if i not in ended and loss <= stop_loss]
-                ended |= {edit: (many.patch(edit), taken, now[edit]) for edit in ready}
+                end(ready, taken, now)
                 if len(ended) == len(batches):
                     break
                 rows = _without(rows, routes, ready) if ready else rows
@@ -154,10 +165,8 @@ def _side_by_side(
         last = losses.tolist()
         seconds = (time.perf_counter() - start) / len(batches)
         sparse.finish()
-        for edit in range(len(batches)):
-            ended.setdefault(edit, (many.patch(edit), steps, last[edit]))
-    found = [ended[edit] for edit in range(len(batches))]
-    return [Trained(patch, weights, taken, loss + 0.0, seconds) for patch, taken, loss in found]  # not -0.0
+        end(set(range(len(batches))) - set(ended), steps, last)
+    return [(many.alone[edit], replace(trained, seconds=seconds)) for edit, trained in sorted(ended.items())]
 
 
 @contextmanager
@@ -183,7 +192,7 @@ def _adapters(model: nn.Module, method: SparseMethod, seeds: Sequence[int], rout
         replace_modules(model, {layer.layer: layer for layer in layers.values()})
         for layer in layers.values():
             layer.train(layer.base.training)
-        yield _Many(layers, first)
+        yield _Many(layers, alone)
     finally:
         take_out(model)
 

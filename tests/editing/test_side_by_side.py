@@ -70,6 +70,10 @@ def alone(model, groups, method, steps, optimizer, stop_loss):
     return found
 
 
+def trained(*arguments):
+    return list(train_each(*arguments))
+
+
 def require_alike(found, expected, model, tolerance=1e-5):  # models compute losses in float32
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
@@ -94,7 +98,7 @@ def test_each_is_as_if_it_were_alone(name, stops, caplog):
         stop_loss = 1.0001 * sorted(trained.loss for trained in alone(model, groups, method, 12, adam, None))[2]
     expected = alone(model, groups, method, 12, adam, stop_loss)
     with caplog.at_level(logging.INFO):
-        found = train_each(model, groups, method, 12, adam, stop_loss, range(5))
+        found = trained(model, groups, method, 12, adam, stop_loss, range(5))
     assert "one after another" not in caplog.text
     require_alike(found, expected, model)
     if stops:
@@ -110,7 +114,7 @@ def test_what_cannot_share_a_model_is_trained_one_after_another(name, caplog):
     method, reason = OTHERS[name]
     expected = alone(model, groups, method, 6, adam, None)
     with caplog.at_level(logging.INFO):
-        found = train_each(model, groups, method, 6, adam, None, range(3))
+        found = trained(model, groups, method, 6, adam, None, range(3))
     assert re.search(f"one after another: .*{reason}", caplog.text)
     require_alike(found, expected, model, tolerance=0)
 
@@ -122,7 +126,7 @@ def test_an_optimizer_that_looks_at_whole_matrices_is_given_one_edit_at_a_time(c
     model, groups = llama(), batches(3)
     expected = alone(model, groups, METHODS["lora"], 6, adafactor, None)
     with caplog.at_level(logging.INFO):
-        found = train_each(model, groups, METHODS["lora"], 6, adafactor, None, range(3))
+        found = trained(model, groups, METHODS["lora"], 6, adafactor, None, range(3))
     assert "Adafactor may not step each entry by itself" in caplog.text
     require_alike(found, expected, model, tolerance=0)
 
@@ -135,7 +139,7 @@ def test_a_model_that_draws_random_numbers_edits_one_after_another(dropout, shar
     method, groups = ls.RoseLoRA(["c_attn", "c_fc"], rank=2, density=0.2, begin=1, end=4), batches(3)
     expected = alone(model, groups, method, 6, adam, None)
     with caplog.at_level(logging.INFO):
-        found = train_each(model, groups, method, 6, adam, None, range(3))
+        found = trained(model, groups, method, 6, adam, None, range(3))
     assert ("the model draws random numbers" not in caplog.text) == shared
     require_alike(found, expected, model, tolerance=1e-5 if shared else 0)
 
@@ -157,7 +161,7 @@ def test_rows_that_a_model_mixes_are_noticed(caplog):
     method = ls.LoRA(["down_proj"], rank=2)
     expected = alone(model, groups, method, 6, adam, None)
     with caplog.at_level(logging.INFO):
-        found = train_each(model, groups, method, 6, adam, None, range(3))
+        found = trained(model, groups, method, 6, adam, None, range(3))
     assert "an adapted layer gets an input of shape" in caplog.text
     require_alike(found, expected, model, tolerance=0)
     assert not list(ls.adapters_in(model))
@@ -176,7 +180,7 @@ def test_too_little_memory_halves_the_number(monkeypatch, caplog):
     expected = alone(model, groups, METHODS["lora"], 6, adam, None)
     hook = model.lm_head.register_forward_pre_hook(small)
     with caplog.at_level(logging.INFO):
-        found = train_each(model, groups, METHODS["lora"], 6, adam, None, range(4))
+        found = trained(model, groups, METHODS["lora"], 6, adam, None, range(4))
     hook.remove()
     assert "too small for 4 edits side by side: trying 2" in caplog.text
     require_alike(found, expected, model)
@@ -185,7 +189,7 @@ def test_too_little_memory_halves_the_number(monkeypatch, caplog):
 def test_a_method_that_trains_a_head_is_refused_as_for_one_edit():
     method = ls.LoRA(["v_proj"], rank=2, train_head=["model.norm"])
     with pytest.raises(UsageError, match="set train_head to false"):
-        train_each(llama(), batches(2), method, 6, adam, None, range(2))
+        trained(llama(), batches(2), method, 6, adam, None, range(2))
 
 
 @pytest.mark.slow
@@ -194,6 +198,6 @@ def test_in_bfloat16_to_its_rounding(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.bfloat16).eval().requires_grad_(False)
     groups, method = batches(4), METHODS["lora"]
     expected = alone(model, groups, method, 4, adam, None)
-    found = train_each(model, groups, method, 4, adam, None, range(4))
+    found = trained(model, groups, method, 4, adam, None, range(4))
     for a, b in zip(found, expected, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=0.02)
