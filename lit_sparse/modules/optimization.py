@@ -90,7 +90,7 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]], lr: fl
         optimizer = make(groups)
     except (TypeError, ValueError) as error:
         raise UsageError(f"The optimizer cannot be made: {error}") from error
-    for group, follows in zip(optimizer.param_groups, following, strict=True):
+    for group, follows in zip(optimizer.param_groups, following, strict=False):  # LBFGS makes one of all
         if lr is not None and follows:
             group["lr"] = lr
         ratio = group.pop(_RATIO, None)
