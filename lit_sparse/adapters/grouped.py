@@ -13,6 +13,10 @@ from lit_sparse.adapters.fused import autocasts
 _BYTES = 16
 """The kernels take rows of a multiple of this."""
 
+_CAPABILITIES = (9, 10)
+"""Major compute capabilities of GPUs for which torch has a kernel. On others, it multiplies one group after the other,
+and waits at every product to learn how many rows each has (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
+
 ALIGNED = 8
 """A number of features that is such a multiple in every dtype of the kernels."""
 
@@ -21,7 +25,7 @@ class RowGroups:
     """Rows that are sorted by group, each group with a matrix of its own.
 
     Torch multiplies all groups in one call where it can (``grouped_mm``), so that nothing here waits for a GPU to tell
-    how many rows there are in each. Otherwise, groups are multiplied one by one.
+    how many rows there are in each. Otherwise, groups are multiplied one by one, and the sizes are read once.
 
     Args:
         group: Group of each row, ascending, shape ``(rows,)``.
@@ -55,7 +59,7 @@ def _can_group(rows: Tensor, matrices: Tensor) -> bool:
     if not rows.shape[0] or any(n * rows.element_size() % _BYTES for n in matrices.shape[1:]):
         return False
     if rows.device.type == "cuda":
-        known = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        known = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device)[0] in _CAPABILITIES
     else:
         known = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not known or torch.compiler.is_compiling():

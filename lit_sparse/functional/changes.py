@@ -119,7 +119,7 @@ def lowest_threshold(changes: Callable[[Tensor], Tensor], limit: float, device: 
     Returns:
         A scalar. If even 2¹²⁸ is too low for ``limit``, which no score reaches, it is that.
     """
-    low, high = torch.tensor(-126.0, device=device), torch.tensor(128.0, device=device)
+    low, high = (torch.full((), exponent, device=device) for exponent in (-126.0, 128.0))  # copying them would wait
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         fits = changes(middle.exp2()) <= limit

@@ -1,0 +1,309 @@
+"""Every method on every kind of layer, as on a GPU: the host waits for none of the steps, and devices do not mix.
+
+See fake_gpu.py. The same run on the CPU gives the numbers to compare with.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import CPU, GPU, SECOND_GPU, Wait, fake_gpu
+from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.pytorch_utils import Conv1D
+
+import lit_sparse as ls
+from lit_sparse.adapters.base import LowRankLayer
+from lit_sparse.adapters.experts import LowRankExperts
+from lit_sparse.adapters.statistics import layer_sparsity, sparsity_of
+
+STEPS, CHOSEN = 10, 4
+"""Steps of a run, and the one after which budgets and masks are final."""
+
+RUN: dict[str, Any] = {"begin": 2, "end": CHOSEN}
+METHODS: dict[str, Callable[..., ls.SparseMethod]] = {
+    "LoRA": ls.LoRA,
+    "LoRA, PiSSA": functools.partial(ls.LoRA, init_weights="pissa"),
+    "LoRA, GoRA": functools.partial(ls.LoRA, init_weights="gora"),
+    "LoRA+": functools.partial(ls.LoRA, loraplus_lr_ratio=4.0, use_rslora=True, dropout=0.1),
+    "SoRA, threshold": functools.partial(ls.SoRA, threshold=0.02, l1_weight=0.1, freeze_zero_after=2, refit=4),
+    "SoRA, weight": functools.partial(ls.SoRA, sparsity_weight=0.5, gate_lr=0.05, operator="released"),
+    "SoRA, metric": functools.partial(ls.SoRA, sparsity_weight=0.1, metric="optimizer"),
+    "SoRA, budget": functools.partial(ls.SoRA, budget=0.5, **RUN),
+    "SoRA, budget, gates trained": functools.partial(ls.SoRA, budget=0.5, gate_lr=0.01, **RUN),
+    "SoRA, budget, norm": functools.partial(ls.SoRA, budget=0.5, score="norm", **RUN),
+    "SoRA, budget, sensitivity": functools.partial(ls.SoRA, budget=0.5, score="sensitivity", **RUN),
+    "RoseLoRA, density": functools.partial(ls.RoseLoRA, density=0.3, clamp=0.5, **RUN),
+    "RoseLoRA, masks held": functools.partial(ls.RoseLoRA, density=0.3, update_every=2, **RUN),
+    "RoseLoRA, changed": functools.partial(ls.RoseLoRA, changed=0.3, **RUN),
+    "GatedRoseLoRA, threshold": functools.partial(ls.GatedRoseLoRA, threshold=0.02, density=0.3, refit=4, **RUN),
+    "GatedRoseLoRA, budget": functools.partial(ls.GatedRoseLoRA, budget=0.5, changed=0.3, **RUN),
+}
+BOUNDARIES = {
+    "cut": "a cut of singular values decomposes layer after layer, at most 33 times in a run",
+    "_spread": "the costs of ranks go to the device when the first budget is applied, and after a compaction",
+    "_layout": "the places of rows go to the device when the first entries are chosen, and after a compaction",
+}
+"""What may wait within a step, and why; docs/gpu.md has the list."""
+
+
+class Tokens(nn.Module):
+    """An embedding, and what follows it in the mean over the tokens."""
+
+    def __init__(self, **embedding: Any) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Embedding(11, 16, **embedding), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.layer(ids).mean(1))
+
+
+class Features(nn.Module):
+    """A layer on embedded tokens."""
+
+    def __init__(self, layer: nn.Module, images: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.out, self.images = nn.Embedding(11, 16), layer, nn.Linear(16, 4), images
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = self.layer(x.mT.unflatten(2, (2, 4))).flatten(2).mean(2) if self.images else self.layer(x).mean(1)
+        return self.out(x.tanh().to(self.out.weight.dtype))
+
+
+class Routed(nn.Module):
+    """Experts as Mixtral's, and a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = MixtralConfig(hidden_size=16, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2)
+        self.experts, self.router = MixtralExperts(config), nn.Linear(16, 4)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router(x.flatten(0, 1)).softmax(-1).topk(2)
+        return self.experts(x.flatten(0, 1), index, weights.to(x.dtype)).view_as(x)
+
+
+def quantized(layer: nn.Linear) -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    holder = nn.Sequential(layer)
+    torchao.quantize_(holder, torchao.Int8WeightOnlyConfig())
+    return holder[0]
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "linear": (lambda: Features(nn.Linear(16, 16)), ["layer", "out"]),
+    "Conv1D": (lambda: Features(Conv1D(16, 16)), ["layer"]),
+    "convolution": (lambda: Features(nn.Conv2d(16, 16, 3, padding=1), images=True), ["layer"]),
+    "grouped convolution": (lambda: Features(nn.Conv2d(16, 16, 3, padding=1, groups=4), images=True), ["layer"]),
+    "embedding": (Tokens, ["layer"]),
+    "padded embedding": (lambda: Tokens(padding_idx=0), ["layer"]),
+    "linear in bfloat16": (lambda: Features(nn.Linear(16, 16)).bfloat16(), ["layer"]),
+    "experts in bfloat16": (lambda: Features(Routed()).bfloat16(), ["gate_up_proj", "down_proj"]),
+    "int8 of torchao": (lambda: Features(quantized(nn.Linear(16, 16))), ["layer"]),
+}
+"""Model and the names to adapt."""
+
+BOTH = {"SoRA, threshold", "GatedRoseLoRA, budget"}
+"""They have gates, masks, a budget and a threshold; without ``slow``, the others are run on one kind of layer."""
+
+every_pair = pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        pytest.param(method, kind, marks=[] if kind == "linear" or method in BOTH else pytest.mark.slow)
+        for method in METHODS
+        for kind in KINDS
+        if kind != "int8 of torchao" or METHODS[method](rank=4).init_weights == "lora"  # others start from the weight
+    ],
+)
+quiet = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def model_of(kind: str, method: ls.SparseMethod, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    model = KINDS[kind][0]().to(device)
+    with torch.random.fork_rng(devices=[]):
+        ls.inject(model, method)
+    return model
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(ids), ids.sum(1) % 4)
+
+
+class Loop:
+    """A training loop, and what it leaves."""
+
+    def __init__(self, kind: str, method: Any, device: torch.device, **optimizer: Any) -> None:
+        make, names = METHODS[method] if isinstance(method, str) else method, KINDS[kind][1]
+        self.method = make(names, rank=4, train_head=False if "out" in names else ["out"])
+        self.model = model_of(kind, self.method, device)
+        self.ids = torch.randint(11, (6, 8), generator=torch.Generator().manual_seed(1)).to(device, non_blocking=True)
+        if self.method.init_weights == "gora":
+            ls.start_from_gradients(self.model, self.method, [self.ids], functools.partial(loss_of, self.model))
+        groups = ls.parameter_groups(self.model, self.method, lr=0.02)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.02, **optimizer)
+        self.steps = ls.SparseSteps(self.method, self.model, self.optimizer, STEPS)
+        self.adapters = [adapter for _, adapter in ls.adapters_in(self.model)]
+
+    def step(self) -> None:
+        loss_of(self.model, self.ids).backward()
+        self.steps.observe()
+        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def tensors_of(loop: Loop) -> dict[str, Tensor]:
+    """Everything that has to be on the device, buffers that no checkpoint holds among it."""
+    found = {**dict(loop.model.named_parameters()), **dict(loop.model.named_buffers())}
+    states = enumerate(loop.optimizer.state.values())
+    found |= {f"{i}.{k}": v for i, state in states for k, v in state.items() if k != "step"}
+    return found
+
+
+def unexpected(waits: list[Wait]) -> list[str]:
+    return [str(wait) for wait in waits if not wait.under(BOUNDARIES)]
+
+
+@quiet
+@every_pair
+def test_a_run_waits_for_the_gpu_only_where_it_may(method: str, kind: str, tmp_path: Path) -> None:
+    """Inject, train, log, compact, train on, save, load and merge, with the numbers of the CPU."""
+    with fake_gpu() as gpu:
+        loop = Loop(kind, method, GPU)
+        assert {t.device for t in tensors_of(loop).values()} == {GPU}
+        waited = []
+        for number in range(1, STEPS):
+            gpu.waits.clear()
+            loop.step()
+            assert unexpected(gpu.waits) == []
+            waited += [number] if gpu.waits else []
+        assert len(waited) <= (2 if "budget" in method or "changed" in method else 0), waited
+        assert all(number <= CHOSEN for number in waited)  # the rest of the run is free of waits
+        plain = {name: t for name, t in tensors_of(loop).items() if type(t) in (Tensor, nn.Parameter)}
+        result = {name: tensor.cpu() for name, tensor in plain.items()}
+
+        gpu.waits.clear()
+        sparsity_of(loop.adapters)  # what SparsityMonitor logs
+        assert gpu.waits == []
+        layers = layer_sparsity(loop.model)
+        gpu.waits.clear()
+        ls.compact(loop.model, loop.optimizer)
+        assert len(gpu.waits) <= 2, [str(wait) for wait in gpu.waits]  # whether B was trained, and all numbers of ranks
+        gpu.waits.clear()
+        loop.step()
+        assert unexpected(gpu.waits) == []
+        assert {t.device for t in tensors_of(loop).values()} == {GPU}
+
+        if loop.method.init_weights != "pissa":  # of which only the whole model is exported
+            ls.save_adapter(loop.model, tmp_path, batch={"ids": loop.ids})
+            fresh = KINDS[kind][0]().to(GPU)
+            ls.load_adapter(fresh, tmp_path)
+            assert {t.device for t in (*fresh.parameters(), *fresh.buffers())} == {GPU}
+        assert {p.device for p in ls.merge(loop.model).parameters()} == {GPU}
+    alike = Loop(kind, method, CPU, foreach=True)
+    for _ in range(1, STEPS):
+        alike.step()
+    expected = tensors_of(alike)
+    for name, value in result.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert layers == layer_sparsity(alike.model)
+
+
+# What the audit is for is found
+
+
+@pytest.mark.parametrize("wait", ["item", "__bool__", "__float__", "tolist", "cpu", "nonzero", "unique"])
+def test_a_planted_wait_is_found(wait: str) -> None:
+    class Reading(ls.SoRA):
+        def after_step(self, adapters: Any, step: Any, observed: Any) -> None:
+            super().after_step(adapters, step, observed)
+            getattr(adapters[0].gate[:1].detach(), wait)()
+
+    with fake_gpu() as gpu:
+        loop = Loop("linear", functools.partial(Reading, threshold=0.02), GPU)
+        gpu.waits.clear()
+        loop.step()
+        (found,) = gpu.waits
+    assert found.under({"after_step"})
+    assert "test_gpu.py" in str(found)
+
+
+def test_a_planted_buffer_of_the_host_is_found() -> None:
+    class Misplaced(ls.SoRA):
+        def adapt(self, *arguments: Any) -> ls.LowRankAdapter:
+            adapter = super().adapt(*arguments)
+            adapter.register_buffer("count", torch.zeros(len(adapter.lora_A)), persistent=False)
+            return adapter
+
+        def after_step(self, adapters: Any, step: Any, observed: Any) -> None:
+            super().after_step(adapters, step, observed)
+            for adapter in adapters:
+                adapter.count += adapter.gate.detach() == 0
+
+    with fake_gpu():
+        loop = Loop("linear", functools.partial(Misplaced, threshold=0.02), GPU)
+        assert {t.device for t in tensors_of(loop).values()} == {CPU, GPU}
+        with pytest.raises(RuntimeError, match="at least two devices, cpu and cuda:0!"):
+            loop.step()
+
+
+def test_a_planted_copy_to_the_gpu_is_found() -> None:
+    with fake_gpu() as gpu:
+        x, rows = torch.randn(4, device="cuda"), torch.randn(4)
+        copies = (rows.cuda, lambda: torch.tensor([1.0], device="cuda"), lambda: x.copy_(rows), lambda: x[[0, 1]])
+        for copy_over in copies:
+            gpu.waits.clear()
+            copy_over()
+            assert len(gpu.waits) == 1
+        gpu.waits.clear()
+        rows.to("cuda", non_blocking=True), torch.zeros(3, device="cuda"), x + torch.tensor(1.0)
+        assert gpu.waits == []
+
+
+def test_every_method_and_every_kind_of_layer_is_audited() -> None:
+    public = {getattr(ls, name) for name in dir(ls) if name[0].isupper()}
+    methods = {m for m in public if inspect.isclass(m) and issubclass(m, ls.SparseMethod)} - {ls.SparseMethod}
+    assert {type(make(rank=4)) for make in METHODS.values()} == methods
+    seen = set()
+    for kind, (_, names) in KINDS.items():
+        adapters = ls.inject(KINDS[kind][0](), ls.LoRA(names, train_head=False)).values()
+        seen |= {type(adapter) for adapter in adapters}
+    assert seen == set(LowRankLayer.__subclasses__()) | {LowRankExperts}
+
+
+# Several devices, and GPUs without a kernel
+
+
+def test_a_model_on_two_gpus_is_refused() -> None:
+    with fake_gpu():
+        model = Features(nn.Linear(16, 16)).to(GPU)
+        model.out.to(SECOND_GPU)
+        with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cuda:1!"):
+            model(torch.zeros(2, 3, dtype=torch.long, device=GPU))
+        with pytest.raises(ls.UsageError, match=r"spread over the devices \['cuda:0', 'cuda:1'\]"):
+            ls.inject(model, ls.SoRA(["layer"]))
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("capability", "dtype", "once"),
+    [((9, 0), "bfloat16", 0), ((10, 0), "bfloat16", 0), ((8, 0), "bfloat16", 1), ((9, 0), "float32", 1)],
+)
+def test_experts_ask_once_per_layer_where_torch_has_no_kernel(capability: Any, dtype: str, once: int) -> None:
+    with fake_gpu(capability) as gpu:
+        model = Features(Routed()).to(GPU, getattr(torch, dtype))
+        ls.inject(model, ls.SoRA(["gate_up_proj", "down_proj"], rank=4, threshold=0.02, train_head=False))
+        ids = torch.randint(11, (6, 8), device=GPU)
+        gpu.waits.clear()
+        loss_of(model, ids).backward()
+    assert len(gpu.waits) == once, [str(wait) for wait in gpu.waits]
+    assert all(wait.under({"sizes"}) for wait in gpu.waits)
