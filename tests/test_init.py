@@ -132,8 +132,6 @@ def test_the_columns_say_what_the_task_is(case, backbones, capsys):
 @pytest.mark.parametrize("case", CASES)
 def test_fit_runs_the_configuration_as_it_is(case, backbones, capsys):
     backbone, rows, module, *_ = CASES[case]
-    if case == "tags":
-        pytest.importorskip("nervaluate")
     write("rows.jsonl", rows)
     main(["init", "--data", "rows.jsonl", "--backbone", str(backbones / backbone), "--output", "mine.yaml"])
     # The tiny encoder has 64 positions, fewer than the stride of windows.

@@ -38,5 +38,5 @@ class MaskedLM(LanguageModel):
         masked = inputs["input_ids"] == data.mask_token_id
         found = self(**inputs).logits.argmax(-1)
         filled = inputs["input_ids"].where(~masked, found)
-        tokens = [row[places].tolist() for row, places in zip(found, masked, strict=True)]
+        tokens = [row[places].tolist() for row, places in zip(found.cpu(), masked.cpu(), strict=True)]
         return {"tokens": tokens, "text": data.decode(filled)}

@@ -100,9 +100,11 @@ class QuestionAnswering(SparseModule):
         window = torch.arange(len(scores), device=scores.device)
         begins, ends = offsets[window, first, 0], offsets[window, last, 1]
         nulls = (start + end)[window, batch["null_positions"]]
+        # The rest is text: what it needs is read once for all questions.
+        scores, begins, ends, nulls, questions = (t.cpu() for t in (scores, begins, ends, nulls, batch["question"]))
         answers = []
         for number, context in enumerate(batch["context"]):
-            own = (batch["question"] == number).nonzero()[:, 0]
+            own = (questions == number).nonzero()[:, 0]
             best = own[scores[own].argmax()]
             # A question has no answer if that holds for all of its windows: the least certain of them decides.
             absent = self.null_threshold is not None and nulls[own].min() - scores[best] > self.null_threshold
@@ -138,12 +140,15 @@ class SquadScores(Metric):
             predicted: An answer for each.
             answers: The right answers of each; none if the question has no answer.
         """
-        for guess, right in zip(predicted, answers, strict=True):
-            score = squad(
+        found = [
+            squad(
                 {"id": "0", "prediction_text": guess},
                 {"id": "0", "answers": {"text": right or [""], "answer_start": []}},
             )
-            self.scores.append(torch.stack([score["exact_match"], score["f1"]])[None].to(rows.device) / 100)
+            for guess, right in zip(predicted, answers, strict=True)
+        ]
+        scores = torch.tensor([[float(score["exact_match"]), float(score["f1"])] for score in found])
+        self.scores.append(scores.to(rows.device) / 100)
         self.rows.append(rows)
 
     def compute(self) -> dict[str, Tensor]:

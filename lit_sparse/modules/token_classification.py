@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class TokenClassification(LabelledModule):
     words. Arguments are those of :class:`~lit_sparse.modules.labels.LabelledModule`.
 
     Raises:
-        UsageError: If an argument is outside its range, the backbone cannot be loaded, the number of tags is not
-            known, or there are entities to score and nervaluate is not installed.
+        UsageError: If an argument is outside its range, the backbone cannot be loaded, or the number of tags is not
+            known.
     """
 
     auto_class = AutoModelForTokenClassification
@@ -58,7 +58,6 @@ class TokenClassification(LabelledModule):
                 "the accuracy is logged."
             )
         self._tags = names
-        self.make_metrics()  # raises for a missing package before anything is trained
 
     def make_metrics(self) -> Metrics:
         """The loss of the words, and the scores of tags and entities."""
@@ -86,9 +85,10 @@ class TokenClassification(LabelledModule):
         """Names of the tags, a list for each row, with the ``words`` if the batch has them."""
         logits = self(**_inputs(batch)).logits
         positions = _word_positions(batch)
+        numbers, positions = self._predicted(logits, positions).cpu(), positions.cpu()
         found = [
             [self._tags[number] if number >= 0 else None for number in row[place != IGNORED].tolist()]
-            for row, place in zip(self._predicted(logits, positions), positions, strict=True)
+            for row, place in zip(numbers, positions, strict=True)
         ]
         return {**({"words": batch["words"]} if "words" in batch else {}), "tags": found}
 
@@ -102,13 +102,10 @@ class TagScores(Metric):
     """Accuracy of tags, and precision, recall and F1 of the entities that they mark, over a whole set.
 
     All states are counts, which are summed over batches and processes. Precision is 0 if no entity is predicted, recall
-    is 0 if the data has none, and F1 is 0 in both cases.
+    is 0 if the data has none, and F1 is 0 in both cases. No value is read back from a device.
 
     Args:
         names: Names of the tags; entities are scored if all are written as O, B-… and I-….
-
-    Raises:
-        UsageError: If there are entities to score and nervaluate is not installed.
 
     Source:
         Tjong Kim Sang and De Meulder 2003, "Introduction to the CoNLL-2003 Shared Task", section 2.4, and its
@@ -121,13 +118,19 @@ class TagScores(Metric):
     found: Tensor
     predicted: Tensor
     gold: Tensor
+    types: Tensor
+    begins: Tensor
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        self.names = list(names)
-        self.spans = _span_reader() if _are_iob(names) else None
+        self.scores_entities = _are_iob(names)
         for state in ("right", "words", "found", "predicted", "gold"):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
+        tags = [*names, OUTSIDE]  # the last one is that of the number -1
+        kinds = sorted({tag.partition("-")[2] for tag in tags if tag != OUTSIDE})
+        types = [-1 if tag == OUTSIDE else kinds.index(tag.partition("-")[2]) for tag in tags]
+        self.register_buffer("types", torch.tensor(types), persistent=False)
+        self.register_buffer("begins", torch.tensor([tag.startswith("B-") for tag in tags]), persistent=False)
 
     def update(self, predicted: Tensor, gold: Tensor) -> None:
         """Count the words and entities of some rows.
@@ -139,18 +142,19 @@ class TagScores(Metric):
         counted = gold != IGNORED
         self.right += ((predicted == gold) & counted).sum()
         self.words += counted.sum()
-        if self.spans is None:
+        if not self.scores_entities:
             return
-        for guess, truth, real in zip(predicted, gold, counted, strict=True):
-            guessed, true = self._entities(guess[real]), self._entities(truth[real])
-            self.found += len(guessed & true)
-            self.predicted += len(guessed)
-            self.gold += len(true)
+        # Words first, in their order: what lies between them is no word.
+        order = counted.logical_not().int().argsort(dim=1, stable=True)
+        guess, truth = (self._entities(tags.masked_fill(~counted, -1).gather(1, order)) for tags in (predicted, gold))
+        self.predicted += (guess[0] >= 0).sum()
+        self.gold += (truth[0] >= 0).sum()
+        self.found += ((guess[0] >= 0) & (guess[0] == truth[0]) & (guess[1] == truth[1])).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """``accuracy`` and, if entities are scored, ``precision``, ``recall`` and ``f1``, all in [0, 1]."""
         scores = {"accuracy": self.right / self.words}
-        if self.spans is None:
+        if not self.scores_entities:
             return scores
         return {
             **scores,
@@ -159,20 +163,15 @@ class TagScores(Metric):
             "f1": 2 * self.found / (self.predicted + self.gold).clamp(min=1),  # equals 2PR / (P + R)
         }
 
-    def _entities(self, numbers: Tensor) -> set[tuple[str, int, int]]:
-        """Type, first and last word of each entity."""
-        tags = [self.names[number] if number >= 0 else OUTSIDE for number in numbers.tolist()]
-        return {(span["label"], span["start"], span["end"]) for span in self.spans(tags)}  # type: ignore[misc]
-
-
-def _span_reader() -> Callable[[list[str]], list[dict[str, Any]]]:
-    try:
-        from nervaluate import collect_named_entities
-    except ImportError as error:
-        raise UsageError(
-            'Entities are scored with nervaluate: pip install "lit-sparse[token-classification]".'
-        ) from error
-    return collect_named_entities  # type: ignore[no-any-return]
+    def _entities(self, tags: Tensor) -> tuple[Tensor, Tensor]:
+        """The type of the entity that begins at each word, -1 where none does, and where it ends."""
+        types, words = self.types[tags], tags.shape[1]
+        before = torch.nn.functional.pad(types, (1, 0), value=-1)[:, :words]
+        starts = (types >= 0) & (self.begins[tags] | (types != before))
+        inside = (types >= 0) & ~starts
+        goes_on = torch.nn.functional.pad(inside, (0, 1))[:, 1:]
+        ends = torch.arange(words, device=tags.device).where(~goes_on, words)
+        return types.where(starts, -1), ends.flip(1).cummin(1).values.flip(1)
 
 
 def _are_iob(names: Sequence[str]) -> bool:

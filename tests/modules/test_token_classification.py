@@ -118,6 +118,20 @@ def test_what_is_predicted_beside_the_words_does_not_count():
     assert (int(scores.right), int(scores.words)) == (1, 2)
 
 
+def test_rows_of_a_batch_are_counted_as_one_by_one():
+    rng = random.Random(1)
+    rows = [torch.tensor([[rng.randrange(5) for _ in range(8)] for _ in range(2)]) for _ in range(40)]
+    for row in rows:
+        row[1][torch.tensor([rng.random() < 0.3 for _ in range(8)])] = IGNORED
+    alone, together = TagScores(NAMES), TagScores(NAMES)
+    for predicted, gold in rows:
+        words = gold != IGNORED
+        alone.update(predicted[words][None], gold[words][None])
+    together.update(torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]))
+    assert together.compute() == alone.compute()
+    assert together.found > 0
+
+
 # A task: first names are B-PER, family names, which only follow those, I-PER.
 
 FIRST, FAMILY = ("dog", "cat", "zoe"), ("house", "river")
@@ -202,8 +216,7 @@ def test_prediction_gives_a_tag_for_each_word(tiny_bert, tmp_path, trainer):
     assert [tags for part in found for tags in part["tags"]] == word_by_word(module, data, rows, limit=8)
 
 
-def test_tags_that_are_no_entities_have_an_accuracy_alone(tiny_bert, tmp_path, trainer, monkeypatch, recwarn):
-    monkeypatch.setitem(sys.modules, "nervaluate", None)  # not needed
+def test_tags_that_are_no_entities_have_an_accuracy_alone(tiny_bert, tmp_path, trainer, recwarn):
     rows = [{"tokens": ["the", "dog", "runs"], "ner_tags": ["DET", "NOUN", "VERB"]}]
     for split in ("validation", "predict"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(rows[0]) + "\n")
@@ -222,12 +235,6 @@ def test_tags_of_another_scheme_are_warned_of(tiny_bert):
     module = tagger(tiny_bert, num_labels=2, label_names=["O", "S-PER"])
     with pytest.warns(UserWarning, match=r"tags \['O', 'S-PER'\] are not all written as O, B-… and I-…"):
         module.configure_model()
-
-
-def test_without_nervaluate_entities_are_refused_before_training(tiny_bert, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nervaluate", None)
-    with pytest.raises(ls.UsageError, match=r'nervaluate: pip install "lit-sparse\[token-classification\]"'):
-        tagger(tiny_bert, num_labels=2, label_names=["O", "B-PER"]).configure_model()
 
 
 def test_batches_without_words_are_scored_at_their_labels(tiny_bert, trainer):
