@@ -59,8 +59,9 @@ class Wait:
     stack: tuple[str, ...]
 
     def under(self, names: Any) -> bool:
-        """Whether one of the functions of these names called it."""
-        return any(frame.rpartition(" ")[2] in names for frame in self.stack)
+        """Whether one of these called it: names of functions, or ``file.py:name``."""
+        called = [(Path(frame.rpartition(":")[0]).name, frame.rpartition(" ")[2]) for frame in self.stack]
+        return any(name in names or f"{file}:{name}" in names for file, name in called)
 
     def __str__(self) -> str:
         return f"{self.what} at {' < '.join(reversed(self.stack[-6:]))}"
@@ -276,9 +277,10 @@ def _patch_factories(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
                 return make(*args, **kwargs)
             if make.__name__ in COPIES and isinstance(args[0], Tensor):
                 return args[0].to(device, kwargs.get("dtype") or args[0].dtype, copy=make.__name__ == "tensor")
-            if make.__name__ in COPIES and device.type != "cpu":
+            tensor = make(*args, **{**kwargs, "device": CPU})
+            if make.__name__ in COPIES and device.type != "cpu" and tensor.numel():
                 gpu.note(f"{make.__name__} copies values to {device}")
-            return gpu.put(make(*args, **{**kwargs, "device": CPU}), device)
+            return gpu.put(tensor, device)
 
         return factory
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
+
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.errors import UsageError
 
@@ -110,5 +112,6 @@ def is_trained(adapter: LowRankAdapter) -> bool:
 
 
 def open_gates(adapters: Sequence[LowRankAdapter]) -> list[int]:
-    """The number of open gates of each adapter that has gates."""
-    return [int(adapter.gate.count_nonzero()) for adapter in adapters if adapter.gate is not None]
+    """The number of open gates of each adapter that has gates; waits for the device, once."""
+    counts = [adapter.gate.count_nonzero() for adapter in adapters if adapter.gate is not None]
+    return torch.stack(counts).tolist() if counts else []

@@ -60,7 +60,8 @@ def cut(adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opti
         allowed: What the ranks may cost together.
         optimizer: Holds the adapters.
     """
-    if not all(bool(w.isfinite().all()) for adapter in adapters for w in adapter.parameters(recurse=False)):
+    finite = [weight.isfinite().all() for adapter in adapters for weight in adapter.parameters(recurse=False)]
+    if not bool(torch.stack(finite).all()):
         return  # there are no singular values; FiniteLoss reports such a run
     trained = [(adapter, cost) for adapter, cost in zip(adapters, account.costs, strict=True) if is_trained(adapter)]
     opened = open_gates(adapters)
@@ -71,11 +72,12 @@ def cut(adapters: Sequence[LowRankAdapter], account: Account, allowed: int, opti
         return
     counts = [spectrum.values.numel() for spectrum in spectra]
     kept = within_budget(values, [cost for _, cost in trained], counts, allowed - paid) & (values > 0)
-    for (adapter, _), spectrum, own in zip(trained, spectra, kept.split(counts), strict=True):
-        of_copies = own.view_as(spectrum.values)
-        before = adapter.gate.view(adapter.copies, -1).count_nonzero(1)  # type: ignore[union-attr]
-        if bool((of_copies.sum(1) < before).any()):
-            turn(adapter, spectrum, of_copies, optimizer)
+    chosen = [own.view_as(s.values) for own, s in zip(kept.split(counts), spectra, strict=True)]
+    before = [adapter.gate.view(adapter.copies, -1).count_nonzero(1) for adapter, _ in trained]  # type: ignore[union-attr]
+    loses = torch.stack([(own.sum(1) < held).any() for own, held in zip(chosen, before, strict=True)]).tolist()
+    for (adapter, _), spectrum, own, loses_some in zip(trained, spectra, chosen, loses, strict=True):
+        if loses_some:
+            turn(adapter, spectrum, own, optimizer)
 
 
 @torch.no_grad()

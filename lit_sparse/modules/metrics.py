@@ -61,12 +61,15 @@ def predictions(logits: Tensor, num_labels: int, multi_label: bool = False) -> T
 
 
 def _metric(name: str, num_labels: int) -> Metric:
+    # torchmetrics checks labels by waiting for the device at every batch; the loss refuses them before.
     if name == "accuracy":
-        return MulticlassAccuracy(num_labels, average="micro")
+        return MulticlassAccuracy(num_labels, average="micro", validate_args=False)
+    if name == "f1" and num_labels == 2:
+        return BinaryF1Score(validate_args=False)
     if name == "f1":
-        return BinaryF1Score() if num_labels == 2 else MulticlassF1Score(num_labels, average="macro")
+        return MulticlassF1Score(num_labels, average="macro", validate_args=False)
     if name == "matthews":
-        return _Matthews(num_labels)
+        return _Matthews(num_labels, validate_args=False)
     if name == "pearson":
         return PearsonCorrCoef()
     return SpearmanCorrCoef()
@@ -74,11 +77,11 @@ def _metric(name: str, num_labels: int) -> Metric:
 
 def _of_several(name: str, num_labels: int) -> Metric:
     if name == "accuracy":
-        return MultilabelAccuracy(num_labels, threshold=THRESHOLD, average="micro")
+        return MultilabelAccuracy(num_labels, threshold=THRESHOLD, average="micro", validate_args=False)
     if name == "auroc":
-        return _Auroc(num_labels, average="none")
+        return _Auroc(num_labels, average="none", validate_args=False)
     average: Any = name.removeprefix("f1_")
-    return MultilabelF1Score(num_labels, threshold=THRESHOLD, average=average)
+    return MultilabelF1Score(num_labels, threshold=THRESHOLD, average=average, validate_args=False)
 
 
 class _Auroc(MultilabelAUROC):

@@ -101,7 +101,7 @@ class PreferenceLM(CausalLM):
             )
         found = {name: rows.mean() for name, rows in self._compared(batch).items()}
         loss = found.pop("loss")
-        self.log("train_loss", loss.detach(), prog_bar=True)
+        self._log_loss(loss)
         self.log_dict({f"train_{name}": value for name, value in found.items()})
         return loss
 

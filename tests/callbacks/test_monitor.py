@@ -71,7 +71,7 @@ def test_figures_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
     assert sum(layer.remaining_parameters for layer in last) == total
     assert total < held
     assert trainer.progress_bar_metrics["density"] == pytest.approx(total / held)
-    assert set(trainer.progress_bar_metrics) <= {"train_loss", "density", "v_num"}, "the bar is one line"
+    assert set(trainer.progress_bar_metrics) <= {"loss", "density", "v_num"}, "the bar is one line"
 
 
 @pytest.mark.filterwarnings("ignore")
