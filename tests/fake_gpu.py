@@ -48,15 +48,11 @@ _UNDECIDED: dict[int, StorageWeakRef] = {}
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waits for the device.
-
-    Args:
-        what: The operator.
-        stack: Functions that called it, as ``file:line function``, the innermost last and without torch's own.
-    """
+    """The host waits for the device."""
 
     what: str
     stack: tuple[str, ...]
+    """Functions that called it, as ``file:line function``, the innermost last and without torch's own."""
 
     def under(self, names: Any) -> bool:
         """Whether one of these called it: names of functions, or ``file.py:name``."""
@@ -75,14 +71,10 @@ class FakeGpu(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.capability = capability
 
-    # Where tensors are
-
     def place_of(self, tensor: Tensor) -> torch.device:
         """The device of a tensor; of a sub-class that wraps others, that of the first of these."""
-        for inner in _plain(tensor):
-            found = _PLACES.get(inner.untyped_storage()._cdata)
-            return CPU if found is None else found[1]
-        return CPU
+        found = _PLACES.get(next(_plain(tensor)).untyped_storage()._cdata)
+        return CPU if found is None else found[1]
 
     def put(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Say that the memory of ``tensor`` is on ``device``."""
@@ -110,10 +102,8 @@ class FakeGpu(TorchDispatchMode):
             self.note(f"copy from {before} to {device}")
         return self.put(_to(tensor, dtype=dtype, copy=True), device)
 
-    # What operators do
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(not issubclass(kind, Tensor) or kind not in (Tensor, torch.nn.Parameter) for kind in types):
+        if {*types} - {Tensor, torch.nn.Parameter}:
             return NotImplemented  # a sub-class, whose operators on what it wraps are seen
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
@@ -216,7 +206,6 @@ def _patch_tensors(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Tensor, "is_cuda", property(lambda t: t_device(t).type == "cuda"), raising=False)
     patch.setattr(Tensor, "is_cpu", property(lambda t: t_device(t).type == "cpu"), raising=False)
-    patch.setattr(Tensor, "get_device", lambda t: t_device(t).index if t_device(t).index is not None else -1)
 
     def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         other = next((a for a in (*args, kwargs.get("other")) if isinstance(a, Tensor)), None)
@@ -286,14 +275,6 @@ def _patch_factories(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
 
     for name in FACTORIES:
         patch.setattr(torch, name, made(getattr(torch, name)))
-    inherited = Tensor.new_tensor
-
-    def new_tensor(tensor: Tensor, data: Any, **kwargs: Any) -> Tensor:
-        if tensor.device.type != "cpu":
-            gpu.note("new_tensor copies values")
-        return gpu.put(inherited(tensor, data, **kwargs), tensor.device)
-
-    patch.setattr(Tensor, "new_tensor", new_tensor)
 
 
 def _patch_autocast(patch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,9 @@ BOUNDARIES = {
 }
 """What may wait within a batch of training, and why; docs/gpu.md has the list."""
 
+READ_IN_VALIDATION = {"QuestionAnswering", "SequenceClassification"}
+"""For answers and for Matthews' correlation, every batch of a validation is waited for; for all else, their end."""
+
 
 class FakeAccelerator(Accelerator):
     def setup_device(self, device: torch.device) -> None: ...
@@ -185,6 +188,8 @@ def test_no_batch_waits_for_the_gpu(task: str) -> None:
         module = module_of(task, method())
         run(module, batch, on_gpu=True, callbacks=[ls.CompactRanks(5)])
         assert unexpected(gpu.waits) == []
+        evaluating = [w for w in gpu.waits if w.under({"evaluation_loop.py:_evaluation_step"})]
+        assert any(not wait.under(BOUNDARIES) for wait in evaluating) == (task in READ_IN_VALIDATION)
         assert {p.device for p in module.parameters()} == {CPU}  # where Lightning moves it at the end
     alike = module_of(task, method())
     run(alike, batch, on_gpu=False, callbacks=[ls.CompactRanks(5)])
