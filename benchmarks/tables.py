@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, quality.md, editing.md and engines.md, from the files that the benchmarks wrote.
+"""The tables of docs/performance.md, quality.md, editing.md, engines.md and gpu.md, from files of the benchmarks.
 
 Run:  python benchmarks/tables.py
 
@@ -23,7 +23,7 @@ from torchmetrics.functional import spearman_corrcoef
 from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
-PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines")]
+PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines", "gpu")]
 METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
 
@@ -487,6 +487,19 @@ def of_packing(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_precision(content: dict[str, Any]) -> str:
+    """The relative error of every path, by precision and method."""
+    lines: list[str] = []
+    for name, row in content["results"].items():
+        for method, errors in row["errors"].items():
+            if not lines:
+                lines = [f"| | rounding | method | {' | '.join(errors)} |", "|---" * (3 + len(errors)) + "|"]
+            lines.append(
+                f"| {name} | {row['eps']:.1e} | {method} | {' | '.join(f'{e:.1e}' for e in errors.values())} |"
+            )
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -500,6 +513,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "editing": of_editing,
     "method_comparison": of_method_comparison,
     "engines": of_engines,
+    "precision": of_precision,
 }
 
 
