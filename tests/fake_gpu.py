@@ -275,6 +275,8 @@ def _patch_factories(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
 
     for name in FACTORIES:
         patch.setattr(torch, name, made(getattr(torch, name)))
+    like: Any = lambda t, data, **k: torch.tensor(data, **{"dtype": t.dtype, "device": t.device, **k})  # noqa: E731
+    patch.setattr(Tensor, "new_tensor", like)
 
 
 def _patch_autocast(patch: pytest.MonkeyPatch) -> None:

@@ -44,16 +44,9 @@ def test_what_is_trained_is_float32(name: str) -> None:
     precision.train(net, method, ids, precision.PRECISIONS[name])
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     assert {p.dtype for p in trained} | {p.grad.dtype for p in trained} == {torch.float32}
-    assert {type(net.up.base.weight), net.tokens.base.weight.dtype} >= {precision.PRECISIONS[name].weights}
+    assert net.tokens.base.weight.dtype == precision.PRECISIONS[name].weights
 
 
 def test_tf32_is_rounded_to_ten_bits() -> None:
     values = torch.tensor([[1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -(1 + 3 * 2**-11)]])
     assert precision._tf32(values).tolist() == [[1 + 2**-10, 1 + 2**-10, 1.0, -(1 + 2 * 2**-10)]]
-
-
-def test_a_sum_that_is_lost_in_half_precision_would_be_found() -> None:
-    """The bound is tight: gradients that were rounded to bfloat16 once too often in float16 are beyond it."""
-    setting = precision.PRECISIONS["16-mixed"]
-    rounded = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert precision.error(rounded.bfloat16(), rounded.double()) > setting.eps

@@ -101,6 +101,14 @@ def test_batches_hold_the_rows_of_each_kind_of_file(ending, write, tmp_path, tok
         assert data.label_names[label] == label_of[text]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_batches_are_pinned_where_there_is_a_gpu(there, folder, tokenizer, monkeypatch):
+    """Lightning copies pinned batches without waiting."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    data = set_up(path=folder, tokenizer=tokenizer)
+    assert [loader.pin_memory for loader in (data.train_dataloader(), data.val_dataloader())] == [there, there]
+
+
 def test_a_batch_is_padded_to_its_own_longest_row(folder, tokenizer):
     data = set_up(path=folder, tokenizer=tokenizer, batch_size=2, eval_batch_size=1)
     tokens = [len(AutoTokenizer.from_pretrained(tokenizer)(row["text"])["input_ids"]) for row in TRAIN]

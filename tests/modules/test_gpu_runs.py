@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import lit_sparse as ls
+from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first
 
 pytestmark = pytest.mark.slow
 
@@ -248,16 +249,33 @@ def test_callbacks_wait_at_their_intervals_alone(one_process: None) -> None:
         assert any(wait.under({"forgetting.py:_measured"}) for wait in gpu.waits)
 
 
+def test_collectives_of_replicated_adapters_are_on_the_device(one_process: None) -> None:
+    with fake_gpu() as gpu:
+        parameters = [torch.nn.Parameter(torch.randn(3, n, device="cuda")) for n in (2, 4)]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        average_gradients(parameters)
+        broadcast_from_first(parameters)
+        assert gpu.waits == []
+        parameters[0].grad = None
+        average_gradients(parameters)  # which asks what the other processes have
+        assert 1 <= len(gpu.waits) <= 2
+        assert {parameter.device for parameter in parameters} == {GPU}
+
+
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process group whose collectives take what NCCL takes: tensors of the GPU, in its dtypes."""
-    reduce = distributed.all_reduce
 
-    def all_reduce(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-        assert group is not None or (tensor.device == GPU and tensor.dtype != torch.int16)
-        return reduce(tensor, *args, group=group, **kwargs)
+    def checked(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            assert group is not None or (tensor.device == GPU and tensor.dtype != torch.int16)
+            return collective(tensor, *args, group=group, **kwargs)
+
+        return run
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(distributed, name, checked(getattr(distributed, name)))
     yield
     distributed.destroy_process_group()
