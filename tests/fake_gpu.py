@@ -20,10 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH, _to = str(Path(torch.__file__).parent), Tensor.to
 CPU, GPU, SECOND_GPU = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 
 # On a GPU these read a value back, check an error code, or make a tensor whose size depends on the values.
@@ -31,6 +33,7 @@ WAITING = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique_consecutive",
     "_unique", "_unique2", "unique_dim", "bincount", "_linalg_svd", "_linalg_eigh", "_linalg_check_errors",
 }  # fmt: skip
+READS = ("tolist", "numpy", "__array__", "__reduce_ex__")
 FACTORIES = [
     "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "tensor",
     "as_tensor", "scalar_tensor", "empty_strided", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
@@ -108,29 +111,26 @@ class FakeGpu(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        places = [self.place_of(tensor) for tensor in tensors]
-        device = next((place for place in places if place.type != "cpu"), CPU)
-        for tensor, place in zip(tensors, places, strict=True) if device.type != "cpu" else ():
-            if place.type == "cpu" and tensor.ndim and _UNDECIDED.pop(tensor.untyped_storage()._cdata, None):
-                self.put(tensor, device)
-        places = [self.place_of(tensor) for tensor in tensors]
+        device = next((place for place in map(self.place_of, tensors) if place.type != "cpu"), CPU)
         if device.type != "cpu":
-            self._check(func, name, tensors, places, args, kwargs)
+            for tensor in tensors:
+                if tensor.ndim and tensor.untyped_storage()._cdata in _UNDECIDED:
+                    self.put(tensor, device)
+            self._check(func, name, tensors, [self.place_of(tensor) for tensor in tensors], args, kwargs)
         result = func(*args, **kwargs)
-        made = [] if func._schema.is_mutable else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        for tensor in made:
+        for tensor in tree_leaves(result) if not func._schema.is_mutable else ():
+            if not isinstance(tensor, Tensor):
+                continue
             if device.type != "cpu":
                 self.put(tensor, device)
             elif not tensors:
-                reference = StorageWeakRef(tensor.untyped_storage())
-                _UNDECIDED[reference.cdata] = reference
+                _UNDECIDED[tensor.untyped_storage()._cdata] = StorageWeakRef(tensor.untyped_storage())
         return result
 
     def _check(self, func: Any, name: str, tensors: Any, places: Any, args: Any, kwargs: Any) -> None:
-        if name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
-            self.note(name)
         # Torch has kernels for these devices only (aten/src/ATen/native/cuda/GroupedBlas.cpp), and loops on others.
-        if name == "_grouped_mm" and (self.capability[0] not in (9, 10) or args[0].dtype != torch.bfloat16):
+        loops = name == "_grouped_mm" and (self.capability[0] not in (9, 10) or args[0].dtype != torch.bfloat16)
+        if loops or name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             self.note(name)
         if name in ("copy_", "_foreach_copy_"):
             half, blocks = len(places) // 2, not (kwargs.get("non_blocking") or any(a is True for a in args))
@@ -154,38 +154,36 @@ class FakeGpu(TorchDispatchMode):
             if place.type != "cpu" or tensor.ndim or not scalars_pass
         }
         if len(found) > 1 and name != "set_":
-            named = " and ".join(sorted(found))
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, {named}! ({name})"
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{' and '.join(sorted(found))}! ({name})"
             )
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with memory of their own in what may be a sub-class."""
-    names = getattr(tensor, "__tensor_flatten__", None)
-    if names is None:
+    if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
-    else:
-        for name in names()[0]:
-            yield from _plain(getattr(tensor, name))
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def _device(value: Any) -> torch.device | None:
     """What names a device, with its number."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return torch.device("cuda", value)
-    if not isinstance(value, str | torch.device):
+    if isinstance(value, bool) or not isinstance(value, int | str | torch.device):
         return None
-    device = torch.device(value)
+    device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-_to = Tensor.to
 
 
 @contextmanager
 def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeGpu]:
     """Within it, the devices ``cuda:0`` and ``cuda:1`` are there."""
+    _device_constructors()  # which torch keeps for ``with torch.device(…)``: its own functions, not those below
+    for address in [address for address, (storage, _) in _PLACES.items() if storage.expired()]:
+        del _PLACES[address]
+    _UNDECIDED.clear()
     gpu = FakeGpu(capability)
     with pytest.MonkeyPatch.context() as patch, gpu:
         _patch_tensors(gpu, patch)
@@ -196,8 +194,7 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeGpu]:
 
 
 def _patch_tensors(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
-    names = ("tolist", "numpy", "__array__", "__reduce_ex__", "__deepcopy__")
-    inherited = {name: getattr(Tensor, name) for name in names}
+    inherited = {name: getattr(Tensor, name) for name in (*READS, "__deepcopy__")}
     patch.setattr(Tensor, "device", property(lambda t: t_device(t)), raising=False)
 
     def t_device(tensor: Tensor) -> torch.device:
@@ -234,7 +231,7 @@ def _patch_tensors(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
 
         return read
 
-    for name in ("tolist", "numpy", "__array__", "__reduce_ex__"):
+    for name in READS:
         patch.setattr(Tensor, name, reading(name))
     # A sub-class that wraps others says where they are, and torch believes it.
     wrapped = Tensor._make_wrapper_subclass
@@ -259,9 +256,9 @@ def _patch_factories(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
         @functools.wraps(make)
         def factory(*args: Any, **kwargs: Any) -> Tensor:
             like = args[0] if make.__name__.endswith("_like") else None
-            device = _device(kwargs.get("device"))
-            if device is None:
-                device = like.device if like is not None else _device(torch.get_default_device())
+            modes = reversed(_get_current_function_mode_stack())  # those of ``with torch.device(…)`` among them
+            default = next((mode.device for mode in modes if isinstance(mode, DeviceContext)), CPU)
+            device = _device(kwargs.get("device")) or (default if like is None else like.device)
             if device.type == "meta":
                 return make(*args, **kwargs)
             if make.__name__ in COPIES and isinstance(args[0], Tensor):
@@ -275,8 +272,11 @@ def _patch_factories(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
 
     for name in FACTORIES:
         patch.setattr(torch, name, made(getattr(torch, name)))
-    like: Any = lambda t, data, **k: torch.tensor(data, **{"dtype": t.dtype, "device": t.device, **k})  # noqa: E731
-    patch.setattr(Tensor, "new_tensor", like)
+
+    def new_tensor(like: Tensor, data: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(data, **{"dtype": like.dtype, "device": like.device, **kwargs})
+
+    patch.setattr(Tensor, "new_tensor", new_tensor)
 
 
 def _patch_autocast(patch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,17 @@ See fake_gpu.py. The same run on the CPU gives the numbers to compare with.
 
 import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backbones import save_tiny_llama
 from every_method import CHOSEN, KINDS, METHODS, STEPS, Features, Loop, Routed, loss_of
 from fake_gpu import CPU, GPU, SECOND_GPU, Wait, fake_gpu
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lit_sparse as ls
 from lit_sparse.adapters.base import LowRankLayer
@@ -188,3 +191,55 @@ def test_experts_ask_once_per_layer_where_torch_has_no_kernel(capability: Any, d
         loss_of(model, ids).backward()
     assert len(gpu.waits) == once, [str(wait) for wait in gpu.waits]
     assert all(wait.under({"sizes"}) for wait in gpu.waits)
+
+
+# After training
+
+
+def language_model(folder: str, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    ls.inject(model, ls.SoRA(["q_proj", "down_proj"], rank=4, threshold=0.01))
+    ls.add_tokens(model, AutoTokenizer.from_pretrained(folder), ["<new>"])
+    for _, adapter in ls.adapters_in(model):
+        nn.init.normal_(adapter.lora_B_t, std=0.1)
+        nn.init.zeros_(adapter.gate[:2])
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@quiet
+@pytest.mark.parametrize("export", [ls.export_peft, ls.save_adapter, ls.export_delta, ls.export_merged])
+def test_an_export_is_the_same_file(export: Callable[..., Any], llama: str, tmp_path: Path) -> None:
+    with fake_gpu():
+        model = language_model(llama, GPU)
+        assert {t.device for t in (*model.parameters(), *model.buffers())} == {GPU}
+        export(model, tmp_path / "gpu")
+    export(language_model(llama, CPU), tmp_path / "cpu")
+    (file,) = (tmp_path / "gpu").glob("*.safetensors")
+    assert file.read_bytes() == (tmp_path / "cpu" / file.name).read_bytes()
+
+
+@quiet
+def test_what_becomes_of_a_model_stays_on_the_gpu(llama: str) -> None:
+    """Truncated, merged and back, generating, and edited."""
+    ids = torch.tensor([[5, 6, 7]])
+    with fake_gpu():
+        model = language_model(llama, GPU)
+        for change in (lambda: ls.truncate(model, 0.5), lambda: ls.merge(model), lambda: None):
+            change()
+            assert model.eval().generate(ids.to(GPU), max_new_tokens=3, pad_token_id=0).device == GPU
+            assert {t.device for t in (*model.parameters(), *model.buffers())} == {GPU}
+        plain = AutoModelForCausalLM.from_pretrained(llama).to(GPU)
+        ls.inject(plain, ls.LoRA(["q_proj"], rank=2))
+        nn.init.ones_(next(ls.adapters_in(plain))[1].lora_B_t)
+        ls.unmerge(ls.merge(plain, keep=True))
+        ls.unload(plain)
+        tokenizer = AutoTokenizer.from_pretrained(llama)
+        edited, _ = ls.edit_fact(plain, "the dog is", "cat", tokenizer=tokenizer, steps=40)
+        assert {t.device for t in (*edited.model.parameters(), *edited.model.buffers())} == {GPU}
+        edited.restore()
