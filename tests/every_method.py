@@ -83,6 +83,12 @@ def quantized(layer: nn.Linear) -> nn.Module:
     return holder[0]
 
 
+def four_bits() -> nn.Module:
+    """Packed when it is moved to a device."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return bitsandbytes.nn.Linear4bit(16, 16, compute_dtype=torch.float32, quant_type="nf4")
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "linear": (lambda: Features(nn.Linear(16, 16)), ["layer", "out"]),
     "Conv1D": (lambda: Features(Conv1D(16, 16)), ["layer"]),
@@ -93,8 +99,12 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "linear in bfloat16": (lambda: Features(nn.Linear(16, 16)).bfloat16(), ["layer"]),
     "experts in bfloat16": (lambda: Features(Routed()).bfloat16(), ["gate_up_proj", "down_proj"]),
     "int8 of torchao": (lambda: Features(quantized(nn.Linear(16, 16))), ["layer"]),
+    "nf4 of bitsandbytes": (lambda: Features(four_bits()), ["layer"]),
 }
 """Model and the names to adapt."""
+
+QUANTIZED = {"int8 of torchao", "nf4 of bitsandbytes"}
+"""Those from whose weights no method starts."""
 
 
 def model_of(kind: str, method: ls.SparseMethod, device: torch.device) -> nn.Module:
