@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from backbones import build_tiny, save_tiny_llama
+from fake_gpu import GPU, fake_gpu
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
 import lit_sparse as ls
@@ -106,6 +107,26 @@ def test_each_is_as_if_it_were_alone(name, stops, caplog):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not list(ls.adapters_in(model))
     assert len({str(trained.patch) for trained in found}) == 5
+
+
+@pytest.mark.parametrize("name", ["lora", "held", "gated"])
+def test_no_step_waits_for_a_gpu(name, monkeypatch):
+    """But for transformers, which asks in every forward pass whether there is padding."""
+    steps = 6
+    for function in ("get_rng_state", "set_rng_state"):
+        ours = getattr(torch, function)
+        monkeypatch.setattr(torch.cuda, function, lambda *state, ours=ours: ours(*state[: ours is torch.set_rng_state]))
+    expected = train_each(llama().float(), batches(5), METHODS[name], steps, adam, None, range(5))
+    with fake_gpu() as gpu:
+        model = llama().float().to(GPU)
+        groups = [{key: value.to(GPU) for key, value in batch.items()} for batch in batches(5)]
+        gpu.waits.clear()
+        found = train_each(model, groups, METHODS[name], steps, adam, None, range(5))
+    waits = [w for w in gpu.waits if not w.under({"_ignore_causal_mask_sdpa", "patch_of_deltas", "check", "finish"})]
+    assert len(waits) <= 3, [
+        str(wait) for wait in waits
+    ]  # the rows of each edit before the first step, the losses at the end
+    require_alike(found, expected, llama().float(), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", OTHERS)
