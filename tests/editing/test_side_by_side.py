@@ -123,9 +123,8 @@ def test_no_step_waits_for_a_gpu(name, monkeypatch):
         gpu.waits.clear()
         found = train_each(model, groups, METHODS[name], steps, adam, None, range(5))
     waits = [w for w in gpu.waits if not w.under({"_ignore_causal_mask_sdpa", "patch_of_deltas", "check", "finish"})]
-    assert len(waits) <= 3, [
-        str(wait) for wait in waits
-    ]  # the rows of each edit before the first step, the losses at the end
+    # The rows of each edit, before the first step; the losses, after the last one.
+    assert len(waits) <= 3, [str(wait) for wait in waits]
     require_alike(found, expected, llama().float(), tolerance=1e-4)
 
 
