@@ -116,12 +116,12 @@ def test_no_step_waits_for_a_gpu(name, monkeypatch):
     for function in ("get_rng_state", "set_rng_state"):
         ours = getattr(torch, function)
         monkeypatch.setattr(torch.cuda, function, lambda *state, ours=ours: ours(*state[: ours is torch.set_rng_state]))
-    expected = train_each(llama().float(), batches(5), METHODS[name], steps, adam, None, range(5))
+    expected = list(train_each(llama().float(), batches(5), METHODS[name], steps, adam, None, range(5)))
     with fake_gpu() as gpu:
         model = llama().float().to(GPU)
         groups = [{key: value.to(GPU) for key, value in batch.items()} for batch in batches(5)]
         gpu.waits.clear()
-        found = train_each(model, groups, METHODS[name], steps, adam, None, range(5))
+        found = list(train_each(model, groups, METHODS[name], steps, adam, None, range(5)))
     waits = [w for w in gpu.waits if not w.under({"_ignore_causal_mask_sdpa", "patch_of_deltas", "check", "finish"})]
     # The rows of each edit, before the first step; the losses, after the last one.
     assert len(waits) <= 3, [str(wait) for wait in waits]
