@@ -223,14 +223,6 @@ class SparseModule(EvaluationLoop):
         self._log_loss(loss)
         return loss
 
-    def _log_loss(self, loss: Tensor) -> None:
-        """Log the loss of a training step, for the progress bar as often as loggers are written to."""
-        self.log("train_loss", loss.detach())
-        # Lightning reads what the bar shows after every batch, and would wait for the device each time.
-        trainer: Any = self._trainer
-        if trainer is not None and trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
-            self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen weights, and record which backbone and adapters the trained weights belong to."""
         leave_out_frozen(self, checkpoint)

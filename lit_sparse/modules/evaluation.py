@@ -49,6 +49,16 @@ class EvaluationLoop(LightningModule):
         """Update the metrics of a test set."""
         self.measure(batch, self._metrics[dataloader_idx], self._data, self._set_names[dataloader_idx])
 
+    def _log_loss(self, loss: Tensor) -> None:
+        """Log the loss of a training step, on a device for the progress bar as often as loggers are written to."""
+        self.log("train_loss", loss.detach())
+        # Lightning reads what the bar shows after every batch, and would wait for a device each time.
+        trainer: Any = self._trainer
+        if trainer is None:
+            return
+        if loss.device.type == "cpu" or trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+            self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
+
     # Metrics are those of all processes already; without sync_dist Lightning warns.
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation sets."""
