@@ -67,13 +67,13 @@ def number(written: str) -> int:
 
 
 def check_index(printed: str, clone: Path, kept: dict[str, str]) -> None:
-    assert (clone / "my-lora" / "adapter_config.json").is_file()
+    assert (clone / "hotel-lora" / "adapter_config.json").is_file()
     told = list(STATE.finditer(" ".join(printed.split())))
     own, exported = told[0], told[1]  # of own.yaml's run and of its export; the quickstart's comes after them
     assert own[0] == exported[0], (own[0], exported[0])
     assert own[1] == own[2], own[0]
     assert number(own[4]) < number(own[5]), f"nothing was pruned: {own[0]}"
-    command = [clone / ".venv" / "bin" / "lit-sparse", "inspect", "my-lora"]
+    command = [clone / ".venv" / "bin" / "lit-sparse", "inspect", "hotel-lora"]
     shown = subprocess.run(command, cwd=clone, env=kept, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert own[3] in " ".join(shown.split()), (own[3], shown)
     page = (clone / "docs" / "index.md").read_text(encoding="utf-8")
@@ -81,13 +81,16 @@ def check_index(printed: str, clone: Path, kept: dict[str, str]) -> None:
     assert promised is not None
     left = number(own[3].partition(" ")[0])
     assert abs(left - number(promised[1])) <= 1920, "the page's parameters, but for one rank"
-    card = (clone / "my-lora" / "README.md").read_text(encoding="utf-8")
+    card = (clone / "hotel-lora" / "README.md").read_text(encoding="utf-8")
     accuracy = re.search(r"^\| val_accuracy \| ([\d.]+) \|", card, re.MULTILINE)
     shown = re.search(r"`val_accuracy` is ([\d.]+)", page)
     assert accuracy is not None
     assert shown is not None
     assert abs(float(accuracy[1]) - float(shown[1])) <= 0.1, "the page's accuracy, but for four reviews"
     assert "['good', 'bad']" in printed
+    script = re.search(r"^accuracy ([\d.]+)$", printed, re.MULTILINE)
+    assert script is not None
+    assert abs(float(script[1]) - float(shown[1])) <= 0.1, "the script's accuracy"
     score = r"(\d\.\d+(?:e[+-]\d+)?)"
     rows = re.findall(rf"\[{score}, {score}\]", printed[printed.rindex("tensor(") :])
     assert len(rows) == 2, "predict.py scores two texts"
@@ -109,6 +112,10 @@ def check_language_model(printed: str, clone: Path) -> None:
     told = STATE.search(" ".join(printed.split()))
     assert told is not None
     assert number(told[4]) < number(told[5]), f"nothing was pruned: {told[0]}"
+    promised = re.search(r"([\d,]+) parameters in", (clone / "docs" / "language-model.md").read_text(encoding="utf-8"))
+    assert promised is not None
+    left = number(told[3].partition(" ")[0])
+    assert abs(left - number(promised[1])) <= 2112, "the page's parameters, but for one rank"
     exact = re.search(r"(\d+) of 20 answers are exact", printed)
     assert exact is not None
     assert int(exact[1]) >= 18, exact[0]

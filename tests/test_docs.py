@@ -92,8 +92,6 @@ def test_the_code_runs(page, project):
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), names)  # noqa: S102
-    if page == "docs/index.md":
-        assert Path("my-lora/adapter_config.json").is_file()
 
 
 @pytest.mark.filterwarnings("ignore")
