@@ -58,19 +58,19 @@ CASES = {
         "val_accuracy",
     ),
     "texts": ("bert", [{"text": f"a film {i}"} for i in range(40)], "MaskedLM", {}, "val_loss"),
-    "chats": ("chat", [{"messages": TURNS}] * 40, "CausalLM", {"batch_size": 8}, "val_loss"),
+    "chats": ("chat", [{"messages": TURNS}] * 40, "CausalLM", {}, "val_loss"),
     "alpaca of a chat model": (
         "chat",
         [{"instruction": "what is it", "input": "", "output": "a dog"}] * 40,
         "CausalLM",
-        {"batch_size": 8},
+        {},
         "val_loss",
     ),
     "alpaca": (
         "llama",
         [{"instruction": "what is it", "input": "", "output": "a dog"}] * 40,
         "CausalLM",
-        {"batch_size": 8},
+        {},
         "val_loss",
     ),
     "pairs": (
@@ -80,7 +80,21 @@ CASES = {
         {},
         "val_reward_accuracy",
     ),
-    "seq2seq": ("t5", [{"source": "a dog", "target": "a cat"}] * 40, "Seq2SeqLM", {"batch_size": 8}, "val_loss"),
+    "numbered": (
+        "bert",
+        [{"Unnamed: 0": i, "GUID": f"a name longer than texts {i}", **row} for i, row in enumerate(CLASSES)],
+        "SequenceClassification",
+        {"text": "review", "label": "stars"},
+        "val_accuracy",
+    ),
+    "answers": (
+        "llama",
+        [{"id": i, "question": f"what is it {i}", "answer": f"a dog {i}"} for i in range(40)],
+        "CausalLM",
+        {"template": "Question: {question}\nAnswer: ", "response": "answer"},
+        "val_loss",
+    ),
+    "seq2seq": ("t5", [{"source": "a dog", "target": "a cat"}] * 40, "Seq2SeqLM", {}, "val_loss"),
 }
 
 
@@ -121,8 +135,9 @@ def test_the_columns_say_what_the_task_is(case, backbones, capsys):
     assert next(iter(written["model"]["init_args"])) == "method"
     assert written["model"]["init_args"]["method"]["init_args"]["budget"] == 0.5
     assert written["model"]["init_args"]["backbone"] == str(backbones / backbone)
-    expected = {"path": "my rows.jsonl", **arguments, "validation_fraction": 0.1}
+    expected = {"path": "my rows.jsonl", **arguments, "validation_fraction": 0.1, "batch_size": 8}
     assert written["data"]["init_args"] == expected
+    assert written["trainer"]["max_epochs"] == 20  # of 5 steps
     assert written["trainer"]["callbacks"][0]["init_args"]["monitor"] == monitored
     assert "quickstart" not in Path("config.yaml").read_text()
 
@@ -143,25 +158,66 @@ def test_fit_runs_the_configuration_as_it_is(case, backbones, capsys):
     assert (f"  lit-sparse chat {last}\n" in capsys.readouterr().out) == (module in ("CausalLM", "PreferenceLM"))
 
 
-def test_a_folder_with_a_validation_split_holds_no_rows_out(backbones):
-    for split in ("train", "validation"):
+@pytest.mark.parametrize("validation", ["validation", "valid", "val", "dev"])
+def test_a_folder_with_a_validation_split_holds_no_rows_out(validation, backbones):
+    for split in ("train", validation):
         with Path(f"{split}.csv").open("w", newline="") as stream:
             csv.writer(stream).writerows([["text", "label"], *[[f"a film {i}", "ab"[i % 2]] for i in range(8)]])
     main(["init", "--data", ".", "--backbone", str(backbones / "bert"), "--task", "masked-lm"])
     written = yaml.safe_load(Path("config.yaml").read_text())
-    assert written["data"] == {"class_path": "lit_sparse.MaskedLMData", "init_args": {"path": "."}}
+    assert written["data"] == {"class_path": "lit_sparse.MaskedLMData", "init_args": {"path": ".", "batch_size": 8}}
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "epochs"), [(3, 8, 20), (160, 8, 6), (320, 8, 3), (1279, 8, 3), (1280, None, 3)]
+)
+def test_few_rows_are_repeated_until_adapters_can_learn(count, batch_size, epochs, backbones):
+    Path("rows").mkdir()
+    write("rows/dev.jsonl", CLASSES)
+    write("rows/train.jsonl", [CLASSES[i % 40] for i in range(count)])
+    main(["init", "--data", "rows", "--backbone", str(backbones / "bert"), "--task", "classification"])
+    written = yaml.safe_load(Path("config.yaml").read_text())
+    assert (written["data"]["init_args"].get("batch_size"), written["trainer"]["max_epochs"]) == (batch_size, epochs)
+    steps = epochs * -(-count // 8)
+    assert (f"# {steps} steps: {count} rows in batches of 8. " in Path("config.yaml").read_text()) == bool(batch_size)
+
+
+def test_commands_quote_paths(backbones, capsys):
+    write("rows.jsonl", CLASSES)
+    main(["init", "--data", "rows.jsonl", "--backbone", str(backbones / "bert"), "--output", "o a.yaml"])
+    assert capsys.readouterr().out.endswith("lit-sparse fit --config 'o a.yaml'\n")
+    assert "# Run:      lightning fit --config 'o a.yaml'\n" in Path("o a.yaml").read_text()
 
 
 def test_sentences_of_conll_are_recognised_by_their_file(backbones):
     Path("train.conll").write_text("a O\ndog B-DOG\n\na O\ncat B-CAT\n")
-    main(["init", "--data", "train.conll", "--backbone", str(backbones / "bert")])
-    assert yaml.safe_load(Path("config.yaml").read_text())["data"]["class_path"] == "lit_sparse.TokenClassificationData"
+    Path("train.txt").write_text("-DOCSTART- -X-\n\na O\ndog B-DOG\n\na O\ncat B-CAT\n")
+    for file in ("train.conll", "train.txt"):
+        Path("config.yaml").unlink(missing_ok=True)
+        main(["init", "--data", file, "--backbone", str(backbones / "bert")])
+        assert (
+            yaml.safe_load(Path("config.yaml").read_text())["data"]["class_path"]
+            == "lit_sparse.TokenClassificationData"
+        )
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "expected"),
     [
-        ([{"a": "x", "b": "y", "c": "z"}], [], "The columns ['a', 'b', 'c'] are those of no task that is known: "),
+        ([{"a": "x", "b": "y", "c": "z"}], [], "The columns ['a', 'b', 'c'] are those of no task that is known. "),
+        (
+            [{"a": "film", "b": "bad"}, {"a": "dog", "b": "good"}],
+            [],
+            "one whose values repeat, at most half as many as rows)",
+        ),
+        (
+            [{"review;verdict": "a film;good"}],
+            [],
+            "The rows have one column; the header 'review;verdict' seems to be separated by ';'",
+        ),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], [], "preferences needs a model that writes texts, and "),
+        (CLASSES, ["--data", "plain.txt"], "'plain.txt' seems to hold plain text, and a .txt file has a word and its"),
+        (CLASSES, ["--data", "words.txt"], "'words.txt' seems to hold plain text, and a .txt file has a word and its"),
         (CLASSES, ["--task", "seq2seq"], "seq2seq needs the columns ['source', 'target'], and the rows have "),
         (CLASSES, ["--task", "sequel"], "task must be 'preferences', "),
         (CLASSES, ["--budget", "much"], "budget must be a share"),
@@ -174,6 +230,8 @@ def test_sentences_of_conll_are_recognised_by_their_file(backbones):
 )
 def test_what_cannot_be_is_said_in_one_line(rows, options, expected, backbones, capsys):
     write("rows.jsonl", rows)
+    Path("plain.txt").write_text("the bed creaked\nat every move\n\nit was a long night\n")
+    Path("words.txt").write_text("bed\nmove\n")
     with pytest.raises(SystemExit, match="1"):
         main(["init", "--data", "rows.jsonl", "--backbone", str(backbones / "bert"), *options])
     error = capsys.readouterr().err

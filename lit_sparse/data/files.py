@@ -10,6 +10,17 @@ import pyarrow as pa
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
+# Name of a file or folder → the split that it holds; the names for validation are those of `datasets`.
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "predict": "predict",
+}
+
 
 def ending(file: Path) -> str:
     """The ending of a name that says how rows are written, in lower case and without that of a compression."""

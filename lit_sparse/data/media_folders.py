@@ -6,20 +6,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_sparse.data.files import split_name
+from lit_sparse.data.files import SPLITS, split_name
 from lit_sparse.data.tables import ENDINGS
 from lit_sparse.errors import UsageError
-
-# Name of a folder → the split whose files it holds.
-_FOLDERS = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "predict": "predict",
-}
 
 
 def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
@@ -38,7 +27,7 @@ def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     if not root.is_dir() or _has_tables(root):
         return {}
     found: dict[str, Path] = {}
-    for name, split in _FOLDERS.items():
+    for name, split in SPLITS.items():
         if not (root / name).is_dir():
             continue
         if split in found:
@@ -54,7 +43,7 @@ def find_folders(root: Path, endings: tuple[str, ...]) -> dict[str, Path]:
 def _has_tables(root: Path) -> bool:
     """Whether tables describe the files: one for each split, or the metadata.csv that `datasets` reads."""
     names = [split_name(file) for file in (*root.glob("*.*"), *root.glob("*/metadata.*"))]
-    return any(end in ENDINGS and stem.split("-")[0] in (*_FOLDERS.values(), "metadata") for stem, end in names)
+    return any(end in ENDINGS and stem.split("-")[0] in (*SPLITS, "metadata") for stem, end in names)
 
 
 def _has_files(folder: Path, endings: tuple[str, ...]) -> bool:

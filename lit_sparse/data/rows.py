@@ -37,9 +37,9 @@ class RowData(LightningDataModule):
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending in .csv, .tsv, .json, .jsonl, .ndjson or .parquet, and in
-            .gz or .zst if they are compressed); a folder laid out like a data set of the hub; a single file, which is
-            then the training split. Give either ``path`` or ``data_files``.
+            split (train; validation, valid, val or dev; test; predict; ending in .csv, .tsv, .json, .jsonl, .ndjson or
+            .parquet, and in .gz or .zst if they are compressed); a folder laid out like a data set of the hub; a single
+            file, which is then the training split. Give either ``path`` or ``data_files``.
         name: Configuration of the data set on the hub, where it has several.
         revision: Branch, tag or commit of the data set on the hub; None is its newest state.
         data_files: Split → file, for files that are not named by split. Also a pattern such as ``parts/*.csv``, whose

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
 from lit_sparse.data.csv_rows import other_delimiter
-from lit_sparse.data.files import ending, local_path, matching, split_name
+from lit_sparse.data.files import SPLITS, ending, local_path, matching, split_name
 from lit_sparse.data.readers import Kind, Kinds
 from lit_sparse.data.readers import Place as Place
 from lit_sparse.data.readers import Reader as Reader
@@ -178,17 +178,21 @@ def _files_at(path: str, known_splits: Sequence[str], kinds: Kinds) -> dict[str,
 def files_named_by_split(folder: Path, known_splits: Sequence[str], kinds: Kinds = TABLES) -> dict[str, list[Path]]:
     """Find the files of each split in a folder; several per split are the parts of a data set of the hub.
 
+    Files named dev, val or valid are the validation split.
+
     Raises:
         UsageError: If a split has several files that are no such parts.
     """
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         stem, end = split_name(file)
-        split = _SHARD.sub("", stem)
+        name = _SHARD.sub("", stem)
+        split = name if name in known_splits else SPLITS.get(name, name)
         if end in kinds and split in known_splits:
             files.setdefault(split, []).append(file)
     for split, parts in files.items():
-        if len(parts) > 1 and not all(_SHARD.search(part.stem) for part in parts):
+        one_name = len({_SHARD.sub("", part.stem) for part in parts}) == 1
+        if len(parts) > 1 and not (one_name and all(_SHARD.search(part.stem) for part in parts)):
             raise UsageError(
                 f"The split {split!r} must be one file, but {folder} has {[part.name for part in parts]}: remove "
                 f"all but one, or name one in data_files."

@@ -36,9 +36,9 @@ class TokenClassificationData(TextData):
 
     Args:
         path: Where the rows are. One of: the id of a data set on the Hugging Face hub; a folder with files named by
-            split (train, validation, test, predict; ending as above or in .csv, .tsv, .json, .jsonl, .ndjson or
-            .parquet, and in .gz or .zst if they are compressed); a folder laid out like a data set of the hub; a single
-            file, which is then the training split. Give either ``path`` or ``data_files``.
+            split (train; validation, valid, val or dev; test; predict; ending as above or in .csv, .tsv, .json, .jsonl,
+            .ndjson or .parquet, and in .gz or .zst if they are compressed); a folder laid out like a data set of the
+            hub; a single file, which is then the training split. Give either ``path`` or ``data_files``.
         words: Column of the lists of words.
         tags: Column of the lists of tags, which are names or class ids.
         labels: Names of the tags in the order of their ids. None takes the names that the source gives, or else the

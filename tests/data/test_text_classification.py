@@ -392,6 +392,17 @@ def test_a_split_in_two_files_is_ambiguous(write, folder):
     assert_refused(r"'train' must be one file, but .* has \['train.csv', 'train.jsonl'\]", path=folder)
 
 
+@pytest.mark.parametrize("name", ["dev.csv", "val.jsonl", "valid.parquet", "dev-00000-of-00001.parquet"])
+def test_a_folder_may_name_validation_in_other_words(name, write, tmp_path, tokenizer):
+    write("train.jsonl", TRAIN)
+    write(name, VALIDATION)
+    data = TextClassificationData(path=str(tmp_path / "rows"), tokenizer=tokenizer)
+    data.setup("fit")
+    assert len(data.val_dataloader().dataset) == len(VALIDATION)
+    write("validation-00000-of-00001.parquet", VALIDATION)  # not a second part, but the same split twice
+    assert_refused("'validation' must be one file, but ", path=str(tmp_path / "rows"))
+
+
 def test_name_and_revision_are_for_the_hub(folder):
     assert_refused("leave out name='cola' and revision=None", path=folder, name="cola")
 
