@@ -65,7 +65,7 @@ def test_several_labels_and_numbers_are_predicted_as_such(form, tmp_path):
     value = float(read_by_hand(number, base, TEXTS[0]))
     WRITERS[form](number, tmp_path / "number", tolerance=1e-3)
     (row,) = ls.from_pretrained(tmp_path / "number").predict([TEXTS[0]])
-    assert row["score"] == pytest.approx(value, abs=1e-4)
+    assert row == {"score": pytest.approx(value, abs=1e-4)}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,26 @@ def test_a_quickstart_backbone_is_named_for_other_machines(tmp_path, recwarn):
         torch.testing.assert_close(logits(found.model, IDS), logits(model, IDS), rtol=0, atol=1e-4)
     assert model.name_or_path not in (tmp_path / "sparse" / "README.md").read_text()
     assert not [str(w.message) for w in recwarn if "was trained on" in str(w.message)]
+
+
+def test_pairs_and_no_texts_are_predicted_and_adapters_listed(tmp_path, capsys):
+    base = save_tiny_bert(tmp_path / "base")
+    model = classifier(base)
+    batch = dict(AutoTokenizer.from_pretrained(base)(*TEXTS, return_tensors="pt"))
+    expected = float(logits(model, batch)[0].softmax(-1).max())
+    ls.save_adapter(model, tmp_path / "pair", tolerance=1e-3)
+    found = ls.from_pretrained(tmp_path / "pair")
+    assert found.predict([]) == []
+    pair = dict(zip(("text", "text_pair"), TEXTS, strict=True))
+    assert found.predict(pair)["score"] == found.predict([pair])[0]["score"] == pytest.approx(expected, abs=1e-4)
+    for wrong in (tuple(TEXTS), TEXTS):
+        with pytest.raises(ls.UsageError, match=r'A pair of texts is {"text": …, "text_pair": …} for predict; got '):
+            found.predict([wrong])
+    ls.summary(found)
+    listed = capsys.readouterr().out
+    ls.summary(found.model)
+    assert capsys.readouterr().out == listed
+    assert "parameters left" in listed
 
 
 def test_what_cannot_be_loaded_or_predicted_is_refused(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -18,6 +20,9 @@ from lit_sparse.callbacks.sparsify import Sparsify, progress_of
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.progress import left, sentence
+
+if TYPE_CHECKING:
+    from lit_sparse.serving.pretrained import Pretrained
 
 _MOST_METRICS = 8
 
@@ -52,21 +57,25 @@ def print_ending(
     for line in lines:
         console.print(line, highlight=False)
     if saved:
-        commands = [f"inspect {saved}", f"export --ckpt_path {saved} --format peft --output FOLDER"]
-        commands += [f"chat {saved}"] if _continues_texts(pl_module) else []
+        file = shlex.quote(saved)
+        commands = [f"inspect {file}", f"export --ckpt_path {file} --format peft --output FOLDER"]
+        commands += [f"chat {file}"] if _continues_texts(pl_module) else []
         for command in commands:
             console.print(f"  lit-sparse {command}", highlight=False, soft_wrap=True)
 
 
-def summary(model: nn.Module) -> None:
+def summary(model: nn.Module | Pretrained) -> None:
     """Print what is left of the adapters in a model at this moment: a row for each kind of layer, and their sum.
 
     Args:
-        model: A model or module with adapters, in training or after it.
+        model: A model or module with adapters, in training or after it, or what :func:`~lit_sparse.from_pretrained`
+            gives.
 
     Raises:
         UsageError: If it has no adapters.
     """
+    if not isinstance(model, nn.Module):
+        model = model.model
     layers = layer_sparsity(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} holds no adapter to list. Inject a method first.")

@@ -45,27 +45,36 @@ class Pretrained:
     tokenizer: PreTrainedTokenizerBase
     labels: list[str] | None
 
-    def predict(self, texts: str | Sequence[Any], **options: Any) -> Any:
+    def predict(self, texts: str | Mapping[str, str] | Sequence[Any], **options: Any) -> Any:
         """Predict by the ``transformers.pipeline`` of the task.
 
         Args:
-            texts: One text or several: to classify, to tag, to continue, or with mask tokens to fill in. Among several,
-                a pair is ``{"text": …, "text_pair": …}``, and a conversation a list of messages.
+            texts: One text or several: to classify, to tag, to continue, or with mask tokens to fill in. A pair to
+                classify is ``{"text": …, "text_pair": …}``, and a conversation among several a list of messages.
             options: Of the pipeline's call, such as ``top_k`` or ``max_new_tokens``.
 
         Returns:
-            What the pipeline returns: for each text dictionaries with a label and its score, or with the text.
+            What the pipeline returns: for each text dictionaries with a label and its score, or with the text. The
+            score of a regression is the number, and has no label.
 
         Raises:
-            UsageError: If the model is of a task that needs more than a text.
+            UsageError: If the model is of a task that needs more than a text, or a pair is none of the above.
         """
         kind = type(self.model).__name__
         task = next((task for task, kinds in _PIPELINES.items() if kind in kinds.values()), None)
         if task is None:
             raise UsageError(f"predict is for {', '.join(_PIPELINES)}, and {kind} is none: call its model yourself.")
         make: Any = transformers.pipeline
-        pipeline = make(task, model=self.model, tokenizer=self.tokenizer)
-        return pipeline(texts if isinstance(texts, str) else list(texts), **options)
+        given = texts if isinstance(texts, (str, Mapping)) else list(texts)
+        if not given and not isinstance(given, str):
+            return []
+        pair = next((text for text in given if task == "text-classification" and isinstance(text, (list, tuple))), None)
+        if pair is not None:
+            raise UsageError(f'A pair of texts is {{"text": …, "text_pair": …}} for predict; got {pair!r}.')
+        found = make(task, model=self.model, tokenizer=self.tokenizer)(given, **options)
+        config: Any = self.model.config
+        is_number = config.problem_type == "regression" and config.num_labels == 1
+        return _without_labels(found) if is_number else found
 
 
 def from_pretrained(
@@ -109,6 +118,12 @@ def from_pretrained(
         (load_peft if form == "peft" else load_adapter)(model, path)
     tokenizer = load_tokenizer(str(path) if has_processor(path) else base)
     return Pretrained(model.eval().requires_grad_(False), tokenizer, labels)
+
+
+def _without_labels(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: value for key, value in found.items() if key != "label"}
+    return [_without_labels(item) for item in found]
 
 
 def _head(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,12 +230,13 @@ def test_summary_prints_the_table_of_a_model_as_it_is(tmp_path: Path, capsys: py
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_last_line_names_the_file_and_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, ls.LoRA(rank=2), ls.SparseCheckpoint(tmp_path / "kept"), enable_checkpointing=True)
+    fit(tmp_path, ls.LoRA(rank=2), ls.SparseCheckpoint(tmp_path / "kept here"), enable_checkpointing=True)
     shown = capsys.readouterr().out
-    command = re.search(r"lit-sparse inspect (\S+)\n", shown)
-    assert command is not None
-    assert (tmp_path / command[1]).samefile(tmp_path / "kept" / "last.ckpt")
-    assert f"lit-sparse export --ckpt_path {command[1]} --format peft --output" in shown
+    commands = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith("  lit-sparse ")]
+    file = commands[0][1]
+    assert (tmp_path / file).samefile(tmp_path / "kept here" / "last.ckpt")
+    assert commands[0] == ["inspect", file]
+    assert commands[1] == ["export", "--ckpt_path", file, "--format", "peft", "--output", "FOLDER"]
 
 
 @pytest.mark.filterwarnings("ignore")
