@@ -11,14 +11,17 @@ import re
 from torch import distributed
 
 _LOST_CONNECTION = re.compile(r"gloo.*(read|write) error|connection (reset|closed)", re.IGNORECASE | re.DOTALL)
-_UNKNOWN_KEY = re.compile(r"(?:[Oo]ption '|[Kk]ey '|arguments: --)([\w.]+)")
+_UNKNOWN_KEY = re.compile(r"(?:class_path '([\w.]+)':\s+)?(?:[Oo]ption '|[Kk]ey '|arguments: (?=--))([\w.-]+)")
 _UNKNOWN_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'|dot import path string: (\w+)")
+_CHOICES = re.compile(r"\ba typing\.Literal\[(.*?)\]")
+_OBJECT = re.compile(r"\.? Got value: Namespace\(.*")
+_REFUSED = re.compile(r"(?:Got|Given) value: (.*)")
 _REQUIRED_MODEL = re.compile(r"arguments are required: \w+\.model\b")
 _NOISE = re.compile(
     r"(- )?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
     r"|- Expected a path but .* either not accessible or invalid|Given value type: .*"
     r"|Given value: \[?(NestedArg|Namespace)\(.*|- Not a valid subclass of .*|Subclass types expect one of:"
-    r"|- a (class path|dict) (\(str\)|with|without) ?.*"
+    r"|- a (class path|dict) (\(str\)|with|without) ?.*|Given value: \[?\{'class_path'.*"
 )
 
 
@@ -49,10 +52,16 @@ def is_size_mismatch(error: BaseException) -> bool:
     return "ignore_mismatched_sizes" in str(error)
 
 
-def unknown_key(message: str) -> str | None:
-    """The option or key that jsonargparse does not know, if that is its error."""
+def unknown_key(message: str) -> tuple[str, str] | None:
+    """The key or ``--option`` that jsonargparse does not know, if that is its error, after the class path or ""."""
     found = _UNKNOWN_KEY.search(message)
-    return found[1] if found else None
+    return (found[1] or "", found[2]) if found else None
+
+
+def unknown_choice(message: str) -> tuple[str, list[str]] | None:
+    """The value that jsonargparse refused, and those that it accepts, if that is its error."""
+    choices, value = _CHOICES.findall(message), _REFUSED.search(message)
+    return (value[1], re.findall("'(.*?)'", " ".join(choices))) if choices and value else None
 
 
 def unknown_class(message: str) -> tuple[str, str] | None:
@@ -68,5 +77,5 @@ def lacks_model(message: str) -> bool:
 
 def without_noise(message: str) -> str:
     """Jsonargparse's error in one line, without the lines that list the types it tried and its own objects."""
-    lines = (line.strip() for line in message.splitlines())
+    lines = (line.strip() for line in _OBJECT.sub("", _CHOICES.sub(r"one of \1", message)).splitlines())
     return " ".join(line for line in lines if not _NOISE.fullmatch(line))

@@ -185,8 +185,8 @@ def test_wrong_sources_and_options_get_one_line(plain, chatty, refused, tmp_path
     for words, message in cases:
         status, line = refused(*words, *ask)
         assert (status, message in line) == (1, True), line
-    status, line = refused(plain["merged"], *ask, "--temprature", "1")
-    assert (status, "Did you mean 'temperature'?" in line) == (2, True), line
+    status, line = refused(plain["merged"], *ask, "--max-new-token", "1")
+    assert (status, "Did you mean --max_new_tokens?" in line) == (2, True), line
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         assert "There is nothing to answer: give --prompt" in refused(plain["merged"])[1]

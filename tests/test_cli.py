@@ -315,6 +315,11 @@ def test_without_words_the_help_is_shown(capsys):
     assert max(map(len, shown.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("command", "options"), [("init", []), ("inspect", ["x"])])
+def test_a_command_is_described_in_its_own_help(capsys, command, options):
+    assert COMMANDS[command] in " ".join(helped(capsys, command, *options, "--help").split())
+
+
 def test_the_help_of_fit_lists_every_public_class_on_one_line(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     shown = helped(capsys, "fit", "--help")
@@ -352,12 +357,46 @@ def test_the_help_of_a_class_takes_its_bare_name_and_shows_its_arguments(capsys,
         (["fit", "--model", "CausalLM", "--model.bakbone", "x"], ". Did you mean 'backbone' or "),
         (["fit", "--model", "CausalLM", "--trainer.callbacks+", "EarlyStoping"], ". Did you mean 'EarlyStopping'?"),
         (["fit", "--model", "CausalLM", "--model.optimizer", "torch.optim.AdmW"], ". Did you mean 'AdamW' or "),
+        (["fit", "--model", "CausalLM", "--model.lr_schedule", "linar"], "Got value: linar. Did you mean 'linear'?"),
+        (["fit", "--confg", "own.yaml"], "arguments: --confg own.yaml. Did you mean --config?"),
+        (["fit", "--ckpt", "x.ckpt"], ". Did you mean --ckpt_path?"),
+        (["fit", "--trainer.acelerator=cpu"], ". Did you mean --trainer.accelerator?"),
+        (["fit", "--trainr.max_epochs", "3"], ". Did you mean --trainer?"),
+        (["evaluate", "x", "--tasks", "y", "--bach-size", "1"], "--bach-size 1. Did you mean --batch_size?"),
     ],
 )
 def test_a_misspelt_command_class_or_key_suggests_the_near_one(refuse, words, expected):
     status, error = refuse(*words)
     assert status == 2
     assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("data:", "datas:", "does not accept option 'datas.init_args.batch_size'. Did you mean 'data'?"),
+        ("max_epochs:", "max_epoch:", "does not accept option 'trainer.max_epoch'. Did you mean 'max_epochs' or "),
+        ("batch_size:", "bach_size:", "Option 'bach_size' is not accepted. Did you mean 'batch_size' or "),
+        ("init_args:", "init_arg:", "is not accepted. Did you mean 'init_args'?"),
+        ("lit_sparse.SoRA", "lit_sparse.SORA", "has no attribute 'SORA'. Did you mean 'SoRA' or "),
+        ("optim.AdamW", "optim.AdamWW", "has no attribute 'AdamWW'. Did you mean 'AdamW' or "),
+    ],
+)
+def test_a_misspelt_key_or_class_of_a_yaml_suggests_the_near_one_of_its_level(config, refuse, old, new, expected):
+    text = Path(config).read_text()
+    assert old in text
+    Path("wrong.yaml").write_text(text.replace(old, new, 1))
+    status, error = refuse("fit", "--config", "wrong.yaml")
+    assert status == 2
+    assert expected in error
+    assert "{" not in error
+    assert "Namespace" not in error
+
+
+def test_a_misspelt_strategy_suggests_the_near_one(config, refuse):
+    status, error = refuse("fit", "--config", config, "--trainer.strategy", "dpp")
+    assert status == 1
+    assert error.endswith(" Did you mean 'ddp'?")
 
 
 def test_a_callback_without_its_argument_is_refused_without_the_forms_of_a_class(config, refuse):
@@ -450,7 +489,7 @@ def test_the_loraplus_ratio_of_a_configuration_reaches_the_optimizer(config, pro
         (["--trainer.max_epocs", "3"], 2, "unrecognized arguments: --trainer.max_epocs"),
         (["--model.init_args.backbon", "x"], 2, "Option 'backbon' is not accepted"),
         ([f"{METHOD}.rnk", "3"], 2, "'lit_sparse.SoRA': Option 'rnk' is not accepted"),
-        (["--model.init_args.lr_schedule", "stairs"], 2, "'constant']. Got value: stairs"),
+        (["--model.init_args.lr_schedule", "stairs"], 2, "'constant'. Got value: stairs"),
         (["--model", "lit_sparse.SequenceClasification"], 2, "has no attribute 'SequenceClasification'"),
         (["--config", "nowhere.yaml"], 2, "File does not exist"),
         ([f"{METHOD}.target_modules", "[quer]"], 1, "'quer' matches no linear layer of BertForSequenceClassification"),

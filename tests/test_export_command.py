@@ -377,13 +377,15 @@ def test_a_module_of_the_users_own_is_imported_when_they_say_so(project, refuse,
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--formt", "peft"], 2, "unrecognized arguments: --formt peft. Did you mean 'format'?"),
+        (["--formt", "peft"], 2, "unrecognized arguments: --formt peft. Did you mean --format?"),
+        (["--ckp", "x"], 2, "unrecognized arguments: --ckp x. Did you mean --ckpt_path?"),
         (["--colour", "red"], 2, "unrecognized arguments: --colour red. --help lists the known ones."),
         (
             ["--format", "onnx"],
             2,
-            "Parser key \"format\": Expected a typing.Literal['peft', 'gguf', 'sparse', 'delta', 'merged']",
+            "Parser key \"format\": Expected one of 'peft', 'gguf', 'sparse', 'delta', 'merged'. Got value: onnx",
         ),
+        (["--format", "pft"], 2, "Got value: pft. Did you mean 'peft'?"),
         (["--format", "gguf"], 1, "No LoRA file for llama.cpp can be written for BertForSequenceClassification"),
         (["--tolerance", "small"], 2, 'Parser key "tolerance"'),
         (["--tolerance", "-1"], 1, "tolerance must be at least 0; got -1.0"),

@@ -1,7 +1,9 @@
 """The errors of other libraries are provoked, so that another wording in a new version is noticed."""
 
 from fractions import Fraction
+from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lit_sparse.foreign_errors import (
     is_size_mismatch,
     lacks_model,
     refused_global,
+    unknown_choice,
     unknown_class,
     unknown_key,
     without_noise,
@@ -89,8 +92,11 @@ def test_weights_of_another_size(tmp_path):
 
 def commands():
     fit = ArgumentParser(exit_on_error=False)
+    fit.add_argument("--config", action="config")
     fit.add_subclass_arguments(torch.nn.Module, "model", required=True)
     fit.add_argument("--limit", type=int | float | None)
+    fit.add_argument("--form", type=Literal["peft", "gguf"])
+    fit.add_argument("--kind", type=Literal["full", "half"] | None)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subcommands().add_subcommand("fit", fit)
     return parser
@@ -102,11 +108,27 @@ def refusal(*words):
     return str(raised.value)
 
 
-def test_jsonargparse_on_a_missing_model_and_unknown_keys():
+def test_jsonargparse_on_a_missing_model_and_unknown_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("model: torch.nn.ReLU\nlimits: {low: 3}\n")
     assert lacks_model(refusal())
     model = ("--model", "torch.nn.ReLU")
-    assert unknown_key(refusal(*model, "--limits", "3")) == "limits"
+    assert unknown_key(refusal(*model, "--limits", "3")) == ("", "--limits")
+    assert unknown_key(refusal("--model", "torch.nn.ReLU", "--model.inplaces", "true")) == (
+        "torch.nn.ReLU",
+        "inplaces",
+    )
+    assert unknown_key(refusal("--config", "wrong.yaml")) == ("", "limits.low")
+    assert unknown_key(refusal(*model, "--limit", "many")) is None
     assert not lacks_model(refusal(*model, "--limits", "3"))
+
+
+@pytest.mark.parametrize(("option", "known"), [("--form", ["peft", "gguf"]), ("--kind", ["full", "half"])])
+def test_a_choice_that_jsonargparse_refuses(option, known):
+    message = refusal("--model", "torch.nn.ReLU", option, "pft")
+    assert unknown_choice(message) == ("pft", known)
+    assert f"one of {known!r}".replace("[", "").replace("]", "") in without_noise(message)
+    assert unknown_choice(refusal("--model", "torch.nn.ReLU", "--limit", "many")) is None
 
 
 def test_a_class_that_jsonargparse_does_not_find():

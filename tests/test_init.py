@@ -219,7 +219,6 @@ def test_sentences_of_conll_are_recognised_by_their_file(backbones):
         (CLASSES, ["--data", "plain.txt"], "'plain.txt' seems to hold plain text, and a .txt file has a word and its"),
         (CLASSES, ["--data", "words.txt"], "'words.txt' seems to hold plain text, and a .txt file has a word and its"),
         (CLASSES, ["--task", "seq2seq"], "seq2seq needs the columns ['source', 'target'], and the rows have "),
-        (CLASSES, ["--task", "sequel"], "task must be 'preferences', "),
         (CLASSES, ["--budget", "much"], "budget must be a share"),
         (CLASSES, ["--data", "absent.csv"], "The path 'absent.csv' does not exist"),
         (CLASSES, ["--backbone", "absent/model"], "The tokenizer 'absent/model' could not be loaded"),
@@ -254,3 +253,9 @@ def test_what_is_missing_is_asked_on_a_terminal_only(backbones, capsys):
     assert "Pretrained model, a hub id or a folder: " in os.read(ours, 65536).decode()
     os.close(ours)
     assert yaml.safe_load(Path("config.yaml").read_text())["data"]["init_args"]["path"] == "rows.jsonl"
+
+
+def test_a_misspelt_task_suggests_the_near_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["init", "--data", "rows.jsonl", "--backbone", "bert", "--task", "clasification"])
+    assert "'masked-lm' Given value: clasification. Did you mean 'classification' or " in capsys.readouterr().err

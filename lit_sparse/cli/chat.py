@@ -29,7 +29,7 @@ def parser(**options: Any) -> SparseParser:
     made = SparseParser(description=SUMMARY, **options)
     made.add_argument("source", help="A checkpoint file, an adapter's folder, or the folder or hub id of a model.")
     made.add_argument("--prompt", action="append", type=str, help=_PROMPT)
-    made.options = ["prompt", *made.add_function_arguments(chat, skip={"source", "prompt"})]
+    made.add_function_arguments(chat, skip={"source", "prompt"})
     return made
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from lit_sparse.cli.arguments import spelled_out
 from lit_sparse.cli.edited_folder import edits_in, files_of, open_edited, require_names, write_edited
-from lit_sparse.cli.words import closest
+from lit_sparse.cli.parser import SparseParser
+from lit_sparse.cli.words import closest, fail
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import SUFFIX, combine, load_edit
 from lit_sparse.editing.measuring import Measurer
@@ -26,59 +25,61 @@ from lit_sparse.verbosity import show
 _WIDTH = 60  # characters of a prompt in a table
 _ANSWER = 16  # tokens of an answer that is printed
 _HELP = {
-    "fact": "teach a model another answer to one prompt, and show its answers before and after",
-    "apply": "add edits to a model",
-    "combine": "add edits up to one",
-    "list": "show what edits are for, and their metrics",
-    "remove": "take edits out of an edited model",
+    "fact": "Teach a model another answer to one prompt, and show its answers before and after.",
+    "apply": "Add edits to a model.",
+    "combine": "Add edits up to one.",
+    "list": "Show what edits are for, and their metrics.",
+    "remove": "Take edits out of an edited model.",
 }
 NAMES = tuple(_HELP)
+_SHOWN = {
+    "--rephrase": "Another wording of the prompt, to be shown; may be given several times.",
+    "--neighbour": "A prompt whose answer should stay, to be shown; may be given several times.",
+}
+_EDITS = {"edits": "Files of edits, or folders of them."}
+_POSITIONAL: Mapping[str, Mapping[str, str]] = {
+    "fact": {},
+    "apply": {"model": "Hub id or folder of the model; an edited model keeps its edits.", **_EDITS},
+    "combine": _EDITS,
+    "list": {"sources": "Files of edits, folders of them, or folders of edited models."},
+    "remove": {"model": "Folder of the edited model.", "names": "Names of edits, as list shows them."},
+}
 
 
 def run(words: Sequence[str], program: str) -> None:
     """Run a command.
 
     Args:
-        words: The words after ``edit``; the first is one of :data:`NAMES`.
+        words: The words after ``edit``; the first names the command.
         program: Name of the program, for the help.
 
     Raises:
-        UsageError: If a word is not understood, or the command fails.
+        UsageError: As the function of the command.
     """
-    parser = _Parser(prog=f"{program} edit", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    made = {name: commands.add_parser(name, help=_HELP[name], allow_abbrev=False) for name in NAMES}
-    fact, apply = made["fact"], made["apply"]
-    fact.add_argument("--model", required=True, help="hub id or folder of the model")
-    fact.add_argument("--prompt", required=True, help="text that the model continues")
-    fact.add_argument("--target", required=True, help="the new continuation")
-    fact.add_argument("--rephrase", action="append", default=[], help="another wording of the prompt, to be shown")
-    fact.add_argument("--neighbour", action="append", default=[], help="a prompt whose answer should stay, to be shown")
-    fact.add_argument("--lr", type=float, default=3e-3, help="learning rate (default: %(default)s)")
-    fact.add_argument("--steps", type=int, default=25, help="steps at most (default: %(default)s)")
-    fact.add_argument("--output", help=f"file to write the edit to, such as fact{SUFFIX}")
-    apply.add_argument("model", help="hub id or folder of the model; an edited model keeps its edits")
-    for name in ("apply", "combine"):
-        made[name].add_argument("edits", nargs="+", help="files of edits, or folders of them")
-    made["combine"].add_argument("--output", required=True, help="file to write")
-    made["list"].add_argument("sources", nargs="+", help="files of edits, folders of them, or folders of edited models")
-    made["remove"].add_argument("model", help="folder of the edited model")
-    made["remove"].add_argument("names", nargs="+", help="names of edits, as list shows them")
-    for name in ("apply", "remove"):
-        made[name].add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
-    arguments = vars(parser.parse_args(list(words)))
-    _COMMANDS[arguments.pop("command")](**arguments)
+    name = words[0]
+    if name not in _COMMANDS:
+        known = closest(name, NAMES) or f" Its commands are {', '.join(NAMES)}."
+        fail(f"There is no command {name!r} of edit.{known}", status=2)
+    parser = SparseParser(prog=f"{program} edit {name}", description=_HELP[name])
+    if name == "fact":
+        for option, text in _SHOWN.items():
+            parser.add_argument(option, action="append", type=str, default=[], help=text)
+    for argument, text in _POSITIONAL[name].items():
+        several = {} if argument == "model" else {"nargs": "+"}
+        parser.add_argument(argument, type=str, help=text, **several)
+    parser.add_function_arguments(_COMMANDS[name], skip={"rephrase", "neighbour", *_POSITIONAL[name]})
+    _COMMANDS[name](**parser.parse_args(spelled_out(words[1:], _COMMANDS[name])).as_dict())
 
 
 def change_fact(
     model: str,
     prompt: str,
     target: str,
-    rephrase: Sequence[str],
-    neighbour: Sequence[str],
-    lr: float,
-    steps: int,
-    output: str | None,
+    rephrase: Sequence[str] = (),
+    neighbour: Sequence[str] = (),
+    lr: float = 3e-3,
+    steps: int = 25,
+    output: str | None = None,
 ) -> None:
     """Edit one fact, print the model's answers before and after, and write the edit.
 
@@ -90,7 +91,7 @@ def change_fact(
         neighbour: Prompts whose answers should stay, which are printed too.
         lr: Learning rate.
         steps: Optimizer steps, at most.
-        output: File for the edit; None: it is not written.
+        output: File for the edit, such as fact.edit.safetensors; null: it is not written.
 
     Raises:
         UsageError: As :func:`~lit_sparse.edit_fact`, or if the file exists.
@@ -103,7 +104,11 @@ def change_fact(
     if accelerator is not None:
         edited.model.to(accelerator)
     tokenizer = load_tokenizer(model)
-    asked = [("prompt", prompt), *(("rephrase", p) for p in rephrase), *(("neighbour", p) for p in neighbour)]
+    asked = [
+        ("prompt", prompt),
+        *(("rephrase", p) for p in rephrase),
+        *(("neighbour", p) for p in neighbour),
+    ]
     measurer = Measurer(edited.model, tokenizer, [], 0, None, 32, generated_tokens=_ANSWER)
     before = measurer.answers([text for _, text in asked])
     optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
@@ -212,13 +217,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_edits,
     "remove": remove_edits,
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        for unknown in re.findall("invalid choice: '(.*?)'", message):
-            message = f"There is no command {unknown!r} of edit.{closest(unknown, NAMES)}"
-        raise UsageError(f"{message} (See {self.prog} --help.)")
 
 
 def _require_new(file: str) -> None:

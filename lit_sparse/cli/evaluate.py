@@ -23,7 +23,7 @@ def parser(**options: Any) -> SparseParser:
     """The parser of the command."""
     made = SparseParser(description=SUMMARY, **options)
     made.add_argument("source", help="A checkpoint file, an adapter's folder, or the folder or hub id of a model.")
-    made.options = made.add_function_arguments(evaluate_source, skip={"source"})
+    made.add_function_arguments(evaluate_source, skip={"source"})
     return made
 
 

@@ -29,7 +29,7 @@ def summary(name: str) -> str:
 def parser(name: str, **options: Any) -> SparseParser:
     """The parser of a command, without the arguments that the command sets."""
     made = SparseParser(description=summary(name), **options)
-    made.options = made.add_function_arguments(export_checkpoint, skip=set(_COMMANDS[name][1]))
+    made.add_function_arguments(export_checkpoint, skip=set(_COMMANDS[name][1]))
     return made
 
 

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from datasets import Dataset
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from lit_sparse.cli.arguments import CONFIGS, packaged, spelled_out
+from lit_sparse.cli.main import COMMANDS
 from lit_sparse.cli.parser import SparseParser
 from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
 from lit_sparse.data.conversations import recognised
@@ -27,9 +28,22 @@ from lit_sparse.data.quickstart import resolve
 from lit_sparse.data.readers import Kind, Kinds, Reader
 from lit_sparse.data.sources import TABLES, distinct, open_source
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.errors import UsageError, require_choice
+from lit_sparse.errors import UsageError
 from lit_sparse.methods.account import parse_budget
 from lit_sparse.verbosity import show
+
+Task: TypeAlias = Literal[
+    "classification",
+    "regression",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+    "chat",
+    "instructions",
+    "preferences",
+    "seq2seq",
+    "masked-lm",
+]
 
 
 class _Kind(NamedTuple):
@@ -42,7 +56,7 @@ class _Kind(NamedTuple):
 
 
 # In the order in which columns are recognised: those that say most come first.
-_KINDS: Mapping[str, _Kind] = {
+_KINDS: Mapping[Task, _Kind] = {
     "preferences": _Kind("PreferenceLM", "PreferenceData", "reward_accuracy", ("chosen", "rejected")),
     "chat": _Kind("CausalLM", "ChatData", "loss"),
     "instructions": _Kind("CausalLM", "InstructionData", "loss", ("instruction", "output")),
@@ -76,15 +90,15 @@ def run(words: Sequence[str], program: str) -> None:
         words: The words after ``init``.
         program: Name of the program, for the help.
     """
-    parser = SparseParser(prog=f"{program} init")
-    parser.options = parser.add_function_arguments(write_configuration)
+    parser = SparseParser(prog=f"{program} init", description=COMMANDS["init"])
+    parser.add_function_arguments(write_configuration)
     write_configuration(**parser.parse_args(spelled_out(words, write_configuration)).as_dict())
 
 
 def write_configuration(
     data: str | None = None,
     backbone: str | None = None,
-    task: str | None = None,
+    task: Task | None = None,
     budget: float | str = 0.25,
     output: str = "config.yaml",
 ) -> None:
@@ -93,8 +107,7 @@ def write_configuration(
     Args:
         data: File of rows, folder with a file for each split, or hub id; null: asked on a terminal.
         backbone: Hub id or folder of the pretrained model; null: asked on a terminal.
-        task: classification, regression, token-classification, question-answering, multiple-choice, chat, instructions,
-            preferences, seq2seq or masked-lm; null: what the columns say.
+        task: What the rows are for; null: what the columns say.
         budget: What is to be left of the adapters at the end: a share such as 0.25, parameters such as 500k, or bytes
             such as 2MB.
         output: File to write; it must not exist.
@@ -106,8 +119,6 @@ def write_configuration(
     file = Path(output)
     if file.exists():
         raise UsageError(f"{output!r} exists: give another file as output.")
-    if task is not None:
-        require_choice("task", task, tuple(_KINDS))
     data = data or _asked("data", "File of rows, folder of splits, or id of a data set: ")
     backbone = backbone or _asked("backbone", "Pretrained model, a hub id or a folder: ")
     has_template = bool(load_tokenizer(backbone).chat_template)  # and refuse a backbone that is not there
@@ -163,7 +174,7 @@ def _refuse_plain_text(reader: Reader) -> None:
         )
 
 
-def _require_writer(task: str, backbone: str) -> None:
+def _require_writer(task: Task, backbone: str) -> None:
     """Refuse an encoder for a task whose answers are written."""
     if _KINDS[task].module not in ("CausalLM", "PreferenceLM", "Seq2SeqLM"):
         return
@@ -176,7 +187,7 @@ def _require_writer(task: str, backbone: str) -> None:
 
 
 def _filled_in(
-    task: str, backbone: str, budget: float | str, file: Path, arguments: Mapping[str, Any], epochs: str
+    task: Task, backbone: str, budget: float | str, file: Path, arguments: Mapping[str, Any], epochs: str
 ) -> str:
     """A configuration of the package with another module, other data and so on."""
     kind, quoted = _KINDS[task], partial(json.dumps, ensure_ascii=False)  # YAML reads JSON, whatever characters it has
@@ -207,7 +218,7 @@ def _asked(name: str, question: str) -> str:
     return answer
 
 
-def _recognised(rows: Dataset, has_template: bool) -> str:
+def _recognised(rows: Dataset, has_template: bool) -> Task:
     """The task that the columns are for."""
     names = set(rows.column_names)
     for task, kind in _KINDS.items():
@@ -236,7 +247,7 @@ def _recognised(rows: Dataset, has_template: bool) -> str:
     )
 
 
-def _arguments(rows: Dataset, task: str) -> dict[str, Any]:
+def _arguments(rows: Dataset, task: Task) -> dict[str, Any]:
     """Arguments of the data module: the columns that have no name of their own."""
     missing = set(_KINDS[task].columns) - set(rows.column_names)
     if task == "instructions" and missing and set(_texts(rows)) >= _ANSWERED:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_sparse.cli.main import COMMANDS
 from lit_sparse.cli.parser import SparseParser
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
@@ -36,8 +37,8 @@ def run(words: Sequence[str], program: str) -> None:
     Raises:
         UsageError: As :func:`inspect_adapters`.
     """
-    parser = SparseParser(prog=f"{program} inspect")
-    parser.options = parser.add_function_arguments(inspect_adapters, as_positional=True)
+    parser = SparseParser(prog=f"{program} inspect", description=COMMANDS["inspect"])
+    parser.add_function_arguments(inspect_adapters, as_positional=True)
     inspect_adapters(**parser.parse_args(words).as_dict())
 
 

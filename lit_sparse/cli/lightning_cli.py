@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_sparse
@@ -26,7 +27,7 @@ from lit_sparse.cli.main import COMMANDS
 from lit_sparse.cli.noise import lead_around_bars
 from lit_sparse.cli.parser import SparseParser, refused_by_lightning
 from lit_sparse.cli.trainer import OneLineBar, SaveRunConfig, SparseTrainer
-from lit_sparse.cli.words import fail
+from lit_sparse.cli.words import closest, fail
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
@@ -130,7 +131,10 @@ class SparseCLI(LightningCLI):
         except MisconfigurationException:
             raise
         except (TypeError, ValueError) as error:
-            raise UsageError(f"The Trainer cannot be made: {error}") from error
+            strategy = self._get(self.config_init, "trainer.strategy")
+            unknown = isinstance(strategy, str) and strategy not in StrategyRegistry
+            hint = closest(strategy, StrategyRegistry) if unknown else ""
+            raise UsageError(f"The Trainer cannot be made: {str(error).rstrip('.')}.{hint}") from error
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [OneLineBar() if type(c) is RichProgressBar and c not in given else c for c in callbacks]
         return trainer

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import pydoc
 import re
 import sys
 import traceback
+from argparse import _SubParsersAction
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch import Trainer, callbacks
+from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
 import lit_sparse
 from lit_sparse.cli.arguments import ConfigFile
 from lit_sparse.cli.words import closest, fail
-from lit_sparse.foreign_errors import lacks_model, unknown_class, unknown_key, without_noise
+from lit_sparse.foreign_errors import lacks_model, unknown_choice, unknown_class, unknown_key, without_noise
 
 # In the help of jsonargparse: every subclass that any package defines, hundreds of torch.nn.Module.
 _SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*(?=\))")
@@ -27,9 +29,6 @@ _MARKS = re.compile(r":\w+:`~?(?:lit_sparse\.)?([^`]+)`|``([^`]+)``")
 
 class SparseParser(LightningArgumentParser):
     """Report an error in one line, and accept no abbreviations: ``max_epoch`` would pass for ``max_epochs``."""
-
-    options: Sequence[str] = ()
-    """Options of a command that takes no configuration."""
 
     listing: Callable[[], str] | None = None
     """Makes what the help shows above the options."""
@@ -64,11 +63,33 @@ class SparseParser(LightningArgumentParser):
         """Print the error, and exit with status 2."""
         if not self.exit_on_error:  # a nested parser: its caller may try another type
             super().error(message, ex)
-        unknown = unknown_key(message)
-        hint = _suggestion(unknown, self.options) if unknown else _other_class(message)
+        hint = self._other_key(message) or _other_class(message) or _other_choice(message)
         if lacks_model(message):
             hint = ": name a model in the configuration or on the command line (model: {class_path: …})."
         fail(without_noise(message) + hint, status=2)
+
+    def _other_key(self, message: str) -> str:
+        """Suggest keys of the same level that are spelt like one that jsonargparse does not know."""
+        found = unknown_key(message)
+        if found is None:
+            return ""
+        class_path, key = found
+        known = _arguments(class_path) if class_path else self._keys()
+        above, word = "", ""
+        for word in key.removeprefix("--").replace("-", "_").split("."):
+            level = {name.removeprefix(above).partition(".")[0] for name in known if name.startswith(above)}
+            if word not in level:
+                break
+            above += f"{word}."
+        close = closest(word, level, f"--{above}{{}}" if key.startswith("--") else "{!r}")
+        listed = "print_config" if "print_config" in self._keys() else "help"
+        return f".{close}" if close else f". --{listed} lists the known ones."
+
+    def _keys(self) -> set[str]:
+        """Options of this parser, and of the command in it."""
+        found = {name[2:].rstrip("+") for name in self._option_string_actions if name.startswith("--")}
+        nested = (action.choices.values() for action in self._actions if isinstance(action, _SubParsersAction))
+        return found.union(*(command._keys() for commands in nested for command in commands))
 
 
 def refused_by_lightning(error: Exception) -> bool:
@@ -87,14 +108,11 @@ def plain(text: str) -> str:
     return _MARKS.sub(r"\1\2", text)
 
 
-def _suggestion(key: str, options: Sequence[str]) -> str:
-    """Suggest options of the command, or arguments of this package and the Trainer, that are spelt like ``key``."""
-    public = [] if options else [getattr(lit_sparse, name) for name in dir(lit_sparse)]
-    classes = (kind for kind in public if isinstance(kind, type) and kind.__module__.startswith("lit_sparse."))
-    kinds: list[Any] = [kind for kind in classes if not issubclass(kind, (Exception, dict))]
-    known = options or {argument for kind in [Trainer, *kinds] for argument in inspect.signature(kind).parameters}
-    close = closest(key.rpartition(".")[2], known)
-    return f".{close}" if close else f". --{'help' if options else 'print_config'} lists the known ones."
+def _arguments(class_path: str) -> set[str]:
+    """Arguments of a class and of those that it is made of, to which it may pass some on; and ``init_args``."""
+    kinds = getattr(pydoc.locate(class_path), "__mro__", ())
+    names = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
+    return names - {"self", "args", "kwargs"} | {"init_args"}
 
 
 def _other_class(message: str) -> str:
@@ -105,4 +123,10 @@ def _other_class(message: str) -> str:
     module, name = found
     known = dir(sys.modules[module]) if module in sys.modules else [*dir(lit_sparse), *dir(callbacks), *dir(optim)]
     close = closest(name, (word for word in known if word[:1].isupper()))
+    return f".{close}" if close else ""
+
+
+def _other_choice(message: str) -> str:
+    """Suggest a value that is spelt like one that jsonargparse does not accept."""
+    close = closest(*found) if (found := unknown_choice(message)) else ""
     return f".{close}" if close else ""

@@ -14,8 +14,14 @@ def fail(message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """A sentence that suggests known words which are spelt like ``word``, in any case; empty if there are none."""
+def closest(word: str, known: Iterable[str], form: str = "{!r}") -> str:
+    """A sentence that suggests known words, in any case; empty if there are none.
+
+    Args:
+        word: What was typed.
+        known: Words that are suggested if they are spelt like it, or else if they begin with it.
+        form: Format of a suggested word.
+    """
     lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), lower)
-    return f" Did you mean {' or '.join(repr(lower[name]) for name in close)}?" if close else ""
+    close = difflib.get_close_matches(word.lower(), lower) or [name for name in lower if name.startswith(word.lower())]
+    return f" Did you mean {' or '.join(form.format(lower[name]) for name in close[:3])}?" if close else ""

@@ -205,19 +205,21 @@ def test_the_command_shows_answers_before_and_after(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "status", "message"),
     [
-        (["aply", "x"], "There is no command 'aply' of edit. Did you mean 'apply'?"),
-        (["xyzzy"], "There is no command 'xyzzy' of edit. (See"),
-        (["fact", "--model", "x", "--prompt", "y"], "the following arguments are required: --target"),
-        (["fact", "--model", "x", "--prompt", "y", "--target", "z", "--output", "z.bin"], "ends in .safetensors"),
-        (["fact", "--model", "x", "--prompt", "y", "--target", "z", "--lr", "0"], "lr must be above 0"),
-        (["combine", "x", "--output", "there.safetensors"], "'there.safetensors' exists"),
+        (["aply", "x"], 2, "There is no command 'aply' of edit. Did you mean 'apply'?"),
+        (["xyzzy"], 2, "There is no command 'xyzzy' of edit. Its commands are fact, apply, combine, list, remove."),
+        (["fact", "--model", "x", "--prompt", "y"], 2, "the following arguments are required: target"),
+        (["fact", "--modl", "x"], 2, "unrecognized arguments: --modl x. Did you mean --model?"),
+        (["apply", "x", "y", "--otput", "z"], 2, "unrecognized arguments: --otput z. Did you mean --output?"),
+        (["fact", "--model", "x", "--prompt", "y", "--target", "z", "--output", "z.bin"], 1, "ends in .safetensors"),
+        (["fact", "--model", "x", "--prompt", "y", "--target", "z", "--lr", "0"], 1, "lr must be above 0"),
+        (["combine", "x", "--output", "there.safetensors"], 1, "'there.safetensors' exists"),
     ],
 )
-def test_words_that_are_wrong(words, message, tmp_path, capsys):
+def test_words_that_are_wrong(words, status, message, tmp_path, capsys):
     (tmp_path / "there.safetensors").touch()
-    assert message in command(capsys, *words, code=1)
+    assert message in command(capsys, *words, code=status)
 
 
 @pytest.mark.slow

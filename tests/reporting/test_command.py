@@ -105,7 +105,7 @@ def test_without_matplotlib_the_table_is_there_and_figures_name_the_extra(run, c
     [
         (["nowhere"], "'nowhere' does not exist. Give "),
         (["plain.ckpt"], "'plain.ckpt' holds no adapters"),
-        (["CKPT", "--reprot", "x.html"], "--reprot x.html. Did you mean 'report'?"),
+        (["CKPT", "--reprot", "x.html"], "--reprot x.html. Did you mean --report?"),
         (["CKPT", "--config", "x.yaml"], "--config x.yaml. --help lists the known ones."),
         (["CKPT", "other"], "unrecognized arguments: other"),
         (["--report", "x.html"], "arguments are required: source"),
