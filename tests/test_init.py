@@ -240,6 +240,7 @@ def test_what_cannot_be_is_said_in_one_line(rows, options, expected, backbones, 
     assert not Path("config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_asked_on_a_terminal_only(backbones, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["init"])
