@@ -73,14 +73,14 @@ class SparsityMonitor(StepCallback):
         if not is_due:
             return
         metrics = sparsity_of(self._adapters)
-        values = torch.stack([value.double() for value in metrics.values()]).cpu()
-        numbers = {f"{_PREFIX}{key}": value for key, value in zip(metrics, values.tolist(), strict=True)}
+        values = torch.stack([value.double() for value in metrics.values()]).tolist()
+        numbers = {f"{_PREFIX}{key}": value for key, value in zip(metrics, values, strict=True)}
         # Straight to the loggers: Lightning drops what a module logs between its own rounds. It numbers steps from 0.
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step - 1)
         entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
-        # From the host: Lightning reads what the bar shows after every batch.
-        density = values[list(metrics).index("remaining_parameters")].float() / entries
+        # On the host: Lightning reads what the bar shows after every batch.
+        density = torch.tensor(numbers[f"{_PREFIX}remaining_parameters"] / entries)
         pl_module.log("density", density, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002

@@ -102,8 +102,10 @@ class OneLineBar(RichProgressBar):
         return metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
+        if self.trainer.max_epochs == -1:  # only max_steps ends the run: there is no last epoch to show
+            return f"Epoch {current_epoch}".ljust(len(self.validation_description))
         text: str = super()._get_train_description(current_epoch)
-        return text.replace("/-2", "")  # Lightning's last epoch, where only max_steps ends the run
+        return text
 
     def _init_progress(self, trainer: Trainer) -> None:
         super()._init_progress(trainer)

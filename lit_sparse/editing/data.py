@@ -26,8 +26,8 @@ class EditingData(LightningDataModule):
         first: Number of the first request to use, from 0.
         limit: Number of requests to use; None: all that follow. Choose settings on requests that you do not report.
         batch_size: Number of requests that one change of the weights edits.
-        side_by_side: Number of changes that are trained at the same time, each as if it were alone, to rounding. Ten
-            cost less than half the time of ten in a row on a CPU, and ten times the memory of activations. Changes in
+        side_by_side: Number of changes that are trained at the same time, each as if it were alone, to rounding. A step
+            then reads the model's weights once for all of them, and needs memory for all their activations. Changes in
             sequence, and methods for which it is impossible, are trained one after another.
 
     Raises:

@@ -172,7 +172,7 @@ class Editor(LightningModule):
     def test_step(self, batch: Sequence[Sequence[EditRequest]], batch_idx: int) -> None:  # noqa: ARG002
         """Make an edit for each group of requests, unless an earlier run did."""
         done = [all(request.index in self._results.rows for request in group) for group in batch]
-        # All again after a kill between them: their number decides about the last bits.
+        # If a run was killed within the list, all of it is trained again: rounding depends on how many share a batch.
         alone = self.sequential or all(done)
         ahead: Iterator[Trained | None] = iter([None] * len(batch)) if alone else self._train(batch)
         for group, is_done, trained in zip(batch, done, ahead, strict=True):

@@ -73,21 +73,23 @@ def train_each(
     Raises:
         UsageError: As ``train``.
     """
+    half = 0
     if len(batches) > 1 and isinstance(method, SparseMethod):
         try:
             together = _side_by_side(model, batches, method, steps, optimizer, stop_loss, seeds)
         except CannotShareError as error:
             rank_zero_info(f"Edits are trained one after another: {error}.")
         except torch.OutOfMemoryError:
-            half = len(batches) // 2
-            rank_zero_info(f"The memory is too small for {len(batches)} edits side by side: trying {half}.")
-            for part in (slice(half), slice(half, None)):
-                yield from train_each(model, batches[part], method, steps, optimizer, stop_loss, seeds[part])
-            return
+            half = len(batches) // 2  # not tried in this block, which keeps the tensors of the failure alive
         else:
             for adapters, trained in together:
                 yield replace(trained, patch=patch_of(adapters))
             return
+    if half:
+        rank_zero_info(f"The memory is too small for {len(batches)} edits side by side: trying {half}.")
+        for part in (slice(half), slice(half, None)):
+            yield from train_each(model, batches[part], method, steps, optimizer, stop_loss, seeds[part])
+        return
     for batch, seed in zip(batches, seeds, strict=True):
         torch.manual_seed(seed)
         yield train(model, batch, method, steps, optimizer, stop_loss)
@@ -147,9 +149,11 @@ def _side_by_side(
                 many.end(edit)
                 ended[edit] = Trained({}, weights, taken, losses[edit] + 0.0, 0.0)  # not -0.0
 
-        start = time.perf_counter()
+        start, random_state = time.perf_counter(), _random_state(sizes.device)
         for taken in range(steps):
-            losses = _losses(model, rows, routes, len(batches), by_row=taken == 0)
+            losses = _losses(model, rows, routes, len(batches))
+            if not taken and not torch.equal(random_state, _random_state(sizes.device)):
+                raise CannotShareError("the model draws random numbers")
             # Reading losses waits for the device, so they are read only where training may stop.
             if stop_loss is not None and taken >= settled:
                 now = losses.tolist()
@@ -197,14 +201,11 @@ def _adapters(model: nn.Module, method: SparseMethod, seeds: Sequence[int], rout
         take_out(model)
 
 
-def _losses(model: nn.Module, rows: Mapping[str, Tensor], routes: Routes, edits: int, by_row: bool) -> Tensor:
+def _losses(model: nn.Module, rows: Mapping[str, Tensor], routes: Routes, edits: int) -> Tensor:
     """The loss of each edit, shape ``(edits,)``: the mean over its tokens, as models compute it; 0 without rows."""
     labels = rows["labels"][:, 1:]
-    state = _random_state(labels.device)
     inputs = {name: tensor for name, tensor in rows.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    if by_row and not torch.equal(state, _random_state(labels.device)):
-        raise CannotShareError("the model draws random numbers")
     each = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels)
@@ -215,7 +216,9 @@ def _losses(model: nn.Module, rows: Mapping[str, Tensor], routes: Routes, edits:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    state: Tensor = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
 

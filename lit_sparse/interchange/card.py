@@ -113,8 +113,8 @@ def model_card(
     base_model = _hub_id(provenance.base_model) or _hub_id(name)
     here = name if name is not None and Path(name).exists() and repository is None else None
     form = report.format
-    base, place = here or base_model or name_of(model), repository or str(report.folder)
     known = name_of(model)
+    base, place = here or base_model or known, repository or str(report.folder)
     title = base_model or (known if known != name else None) or type(model).__name__
     code = snippet(form, model, base, place, repository is not None, files, vocabulary)
     method = provenance.method

@@ -243,7 +243,7 @@ class SparseMethod(ABC):  # with a plain class as its base, jsonargparse takes s
         raise UsageError(f"ThresholdStages sets the threshold of a method, and {type(self).__name__} has none.")
 
     def settled_after(self, total: int) -> int:  # noqa: ARG002
-        """The optimizer step, of ``total``, after which adapters are as sparse as they become; edits last so long."""
+        """The optimizer step, of ``total``, after which adapters get no sparser. An edit takes as many at least."""
         return 0
 
     def ranks_stay_after(self, total: int | None) -> int | None:  # noqa: ARG002

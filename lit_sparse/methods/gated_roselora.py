@@ -51,5 +51,5 @@ class GatedRoseLoRA(Gates, Masks):
 
     @property
     def acts_by_rank(self) -> bool:
-        """If neither ranks nor entries compete."""
+        """True unless ranks share a budget or a penalty, or ``changed`` lets the entries of all layers compete."""
         return self.budget is None and self.changed is None and self.l1_weight == 0

@@ -27,5 +27,5 @@ class LoRA(Start):
 
     @property
     def acts_by_rank(self) -> bool:
-        """If A and B start by chance."""
+        """True unless A and B start from the weights or their gradients."""
         return self.init_weights == "lora"

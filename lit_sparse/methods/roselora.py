@@ -30,5 +30,5 @@ class RoseLoRA(Masks):
 
     @property
     def acts_by_rank(self) -> bool:
-        """If entries do not compete for a share of all weights."""
+        """True unless ``changed`` lets the entries of all layers compete."""
         return self.changed is None

@@ -51,5 +51,5 @@ class SoRA(Gates, Start):
 
     @property
     def acts_by_rank(self) -> bool:
-        """If ranks do not compete for a budget, and start by chance."""
+        """True unless ranks share a budget or a penalty, or start from the weights or their gradients."""
         return self.init_weights == "lora" and self.budget is None and self.l1_weight == 0

@@ -110,7 +110,7 @@ class SparseModule(EvaluationLoop):
         # The tuple keeps a built model from being registered twice: it becomes self.model after injection.
         self._built = (backbone,) if isinstance(backbone, nn.Module) else ()
         self.optimizer = optimizer
-        self.lr: float | None = None  # of a LearningRateFinder, in place of the optimizer's
+        self.lr: float | None = None  # set by a LearningRateFinder; replaces the optimizer's
         self.lr_schedule: LrSchedule = lr_schedule
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing

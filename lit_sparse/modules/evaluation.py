@@ -50,7 +50,7 @@ class EvaluationLoop(LightningModule):
         self.measure(batch, self._metrics[dataloader_idx], self._data, self._set_names[dataloader_idx])
 
     def _log_loss(self, loss: Tensor) -> None:
-        """Log the loss of a training step, on a device for the progress bar as often as loggers are written to."""
+        """Log the loss of a training step. The bar shows it when loggers are written to, on a CPU after every batch."""
         self.log("train_loss", loss.detach())
         # Lightning reads what the bar shows after every batch, and would wait for a device each time.
         trainer: Any = self._trainer

@@ -85,14 +85,13 @@ def make_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]], lr: fl
         UsageError: If the optimizer refuses its arguments, such as a negative learning rate, or has no learning rate
             that ``loraplus_lr_ratio`` could multiply.
     """
-    following = ["lr" not in group for group in groups]  # the optimizer adds what is missing to these groups
+    if lr is not None:
+        groups = [{"lr": lr, **group} for group in groups]
     try:
         optimizer = make(groups)
     except (TypeError, ValueError) as error:
         raise UsageError(f"The optimizer cannot be made: {error}") from error
-    for group, follows in zip(optimizer.param_groups, following, strict=False):  # LBFGS makes one of all
-        if lr is not None and follows:
-            group["lr"] = lr
+    for group in optimizer.param_groups:
         ratio = group.pop(_RATIO, None)
         if ratio is not None and group.get("lr") is None:
             raise UsageError(

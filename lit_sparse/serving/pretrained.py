@@ -98,9 +98,8 @@ def from_pretrained(
     entries = read_metadata(path)
     form, labels = entries.get("format"), entries.get("labels")
     kind = getattr(transformers, str(entries.get("model_class")), None)
-    is_model = isinstance(kind, type) and issubclass(
-        kind, PreTrainedModel
-    )  # a folder cannot choose what else is called
+    # A folder chooses a model, and nothing else to be called.
+    is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
     if form not in ("peft", "sparse", "delta", "merged") or not is_model:
         raise UsageError(
             f"{str(folder)!r} holds no export of the format peft, sparse, delta or merged of a model of transformers: "
