@@ -21,6 +21,7 @@ import torch
 from tables import slopes, step_table
 from variants import (
     BACKBONES,
+    COMPILED,
     build,
     interleave,
     keep_freed_memory,
@@ -49,6 +50,9 @@ def measure(options: argparse.Namespace, rank: int, dropout: float, tokens: int,
         for peer in ("PEFT LoRA", "floor"):
             if peer in times:
                 row[f"/ {peer}"] = ratio([t.step for t in seconds], [t.step for t in times[peer]])
+        eager = name.removesuffix(COMPILED)
+        if eager != name and eager in times:
+            row["/ eager"] = ratio([t.step for t in seconds], [t.step for t in times[eager]])
         found[name] = row
     return found
 
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--variants", nargs="+", help="only these, by the names in the table")
+    parser.add_argument("--variants", nargs="+", help='only these, by the names in the table, or "NAME, compiled"')
     parser.add_argument("--keep-freed-memory", action="store_true")
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()

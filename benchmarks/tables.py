@@ -37,6 +37,9 @@ def step_table(backbone: str, rows: int, result: dict[str, Any]) -> str:
         "| | ms | wall | / PEFT LoRA (quartiles) | / floor | update | peak, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
+    compiled = any("/ eager" in row for row in result["variants"].values())
+    if compiled:
+        lines[-2:] = [f"{lines[-2]} / not compiled (quartiles) |", f"{lines[-1]}---|"]
     for name, row in result["variants"].items():
         against = ["", ""]
         if "/ PEFT LoRA" in row:
@@ -48,6 +51,9 @@ def step_table(backbone: str, rows: int, result: dict[str, Any]) -> str:
             f"| {name} | {row['ms']:.0f} | {row['wall_ms']:.0f} | {against[0]} | {against[1]} | {row['update']:.1%} | "
             f"{row['peak_MiB']:.0f} |"
         )
+        if compiled:
+            half, low, high = row.get("/ eager", (None, None, None))
+            lines[-1] += "  |" if half is None else f" {half:.3f} ({low:.3f} to {high:.3f}) |"
     return "\n".join(lines)
 
 

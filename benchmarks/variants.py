@@ -65,6 +65,7 @@ def llama(layers: int = 4) -> nn.Module:
         num_key_value_heads=4,
         num_labels=2,
         pad_token_id=0,
+        use_cache=False,  # as in training
     )
     return LlamaForSequenceClassification(config).train()
 
@@ -273,8 +274,11 @@ def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.SparseMethod
     }
 
 
+COMPILED = ", compiled"
+
+
 def build(backbone: nn.Module, rank: int, dropout: float, names: Sequence[str] | None = None) -> dict[str, Variant]:
-    """All variants, each on a copy of the backbone."""
+    """All variants, each on a copy of the backbone; "NAME, compiled" has its blocks compiled."""
     makers: dict[str, Callable[[nn.Module], Variant]] = {
         "floor": with_floor,
         "PEFT LoRA": lambda m: with_peft(m, peft_lora(rank, dropout)),
@@ -284,8 +288,12 @@ def build(backbone: nn.Module, rank: int, dropout: float, names: Sequence[str] |
         "RoseLoRA, released": lambda m: with_released(m, rank, dropout, gated=False),
         **{name: lambda m, method=method: with_method(m, method) for name, method in ours(rank, dropout).items()},
     }
-    wanted = names or list(makers)
-    return {name: makers[name](twin(backbone)) for name in wanted}
+    variants = {}
+    for name in names or list(makers):
+        variants[name] = makers[name.removesuffix(COMPILED)](twin(backbone))
+        if name.endswith(COMPILED):
+            ls.compile_blocks(variants[name].model)
+    return variants
 
 
 def twin(backbone: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_sparse import functional as functional
     from lit_sparse.adapters.base import LowRankAdapter as LowRankAdapter
     from lit_sparse.adapters.compaction import compact as compact
+    from lit_sparse.adapters.compiled import compile_blocks as compile_blocks
     from lit_sparse.adapters.injection import adapters_in as adapters_in
     from lit_sparse.adapters.injection import disable_adapters as disable_adapters
     from lit_sparse.adapters.injection import inject as inject
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
 _HOME = {
     "LowRankAdapter": "adapters.base",
     "compact": "adapters.compaction",
+    "compile_blocks": "adapters.compiled",
     "adapters_in": "adapters.injection",
     "disable_adapters": "adapters.injection",
     "inject": "adapters.injection",

@@ -91,6 +91,8 @@ class LowRankAdapter(KeepsPrecision):
         """Arguments that this layer has in place of the method's."""
         self.took_from_weight = False
         """Whether A and B started as a part of the frozen weight, which only holds the rest since then."""
+        self.compiled = False
+        """Whether :func:`~lit_sparse.compile_blocks` compiled the model."""
 
         def new(*shape: int) -> nn.Parameter:
             dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.compiled import LEAST_RANKS, allow_other_ranks
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.optimizer_state import keep_rows, require_cuttable
 from lit_sparse.adapters.statistics import live_ranks
@@ -23,7 +24,8 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
     (:func:`~lit_sparse.adapters.statistics.live_ranks`), so that the model computes what it did before, with less
     memory and time. Unlike a rank at zero, a removed rank cannot come back. An adapter may end with rank 0. If all
     would, the first keeps one rank, so that there is something to differentiate. All experts of one weight keep as many
-    ranks as the expert with the most live ranks.
+    ranks as the expert with the most live ranks. Compiled models keep two ranks in every adapter
+    (:func:`~lit_sparse.compile_blocks`).
 
     Call it between an optimizer step and the next forward pass. Parameters stay the same objects, so that optimizers,
     schedulers, gradient scalers, hooks and lists of parameters remain valid, and a loss may be kept. Gradients are
@@ -64,12 +66,16 @@ def keep_ranks(
     counts = {name: int(n) for name, n in zip(live, _largest(adapters, live), strict=True)}  # the one host sync
     if counts and not any(counts.values()) and len(counts) == len(adapters):
         counts[next(iter(counts))] = 1
+    counts = {name: max(rank, LEAST_RANKS) if adapters[name].compiled else rank for name, rank in counts.items()}
     shrinking = {name: rank for name, rank in counts.items() if rank < adapters[name].rank}
     if optimizer is not None:
         require_cuttable(optimizer, (p for name in shrinking for p in adapters[name].parameters(recurse=False)))
     for name, rank in shrinking.items():
         adapter = adapters[name]
         _keep(adapter, _chosen(live[name].view(adapter.copies, -1), rank), optimizer)
+    for adapter in adapters.values() if shrinking else ():
+        if adapter.compiled:
+            allow_other_ranks(adapter)
 
 
 def shrink(adapter: LowRankAdapter, rank: int) -> None:

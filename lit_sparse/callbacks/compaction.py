@@ -131,8 +131,13 @@ class CompactRanks(StepCallback):
 
     def _keep(self, kept: Mapping[str, Tensor], trainer: Trainer) -> None:
         before = sum(len(adapter.lora_A) for adapter in self._adapters.values())
+        first = all(adapter.rank == adapter.max_rank for adapter in self._adapters.values())
         keep_ranks(self._adapters, kept, adapter_optimizer(trainer.optimizers, self._adapters))
         self._restart(self._live())
         after = sum(len(adapter.lora_A) for adapter in self._adapters.values())
         if after < before:
-            rank_zero_info(f"Step {self._step}: removed {before - after} dead ranks, {after} remain.")
+            again = first and any(adapter.compiled for adapter in self._adapters.values())
+            rank_zero_info(
+                f"Step {self._step}: removed {before - after} dead ranks, {after} remain."
+                + (" Blocks are compiled once more, for this and every other number of ranks." if again else "")
+            )

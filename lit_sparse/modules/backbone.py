@@ -104,6 +104,15 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
     return model.train()  # type: ignore[no-any-return]
 
 
+def without_cache(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with ``use_cache=False`` where the model has such an argument.
+
+    By default, language models keep the keys and values of all layers for a continuation that training does not make.
+    Compiled blocks would also be another graph in every layer.
+    """
+    return {"use_cache": False, **batch} if "use_cache" in inspect.signature(model.forward).parameters else batch
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Let the model recompute activations in the backward pass; a UsageError if it cannot."""
     enable = getattr(model, "gradient_checkpointing_enable", None)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lit_sparse.adapters.compiled import CompileOptions, compile_blocks, compile_options
 from lit_sparse.adapters.factors import gate_record
 from lit_sparse.adapters.frozen import (
     complete_average,
@@ -40,7 +41,7 @@ from lit_sparse.interchange.processors import chat_format_of, keep_chat_format, 
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
-from lit_sparse.modules.backbone import checkpoint_activations, load_backbone
+from lit_sparse.modules.backbone import checkpoint_activations, load_backbone, without_cache
 from lit_sparse.modules.evaluation import EvaluationLoop
 from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, relative_groups
 from lit_sparse.modules.rebuilding import keep_arguments, method_record, path_of, read_hyperparameters, rebuild
@@ -69,7 +70,8 @@ class SparseModule(EvaluationLoop):
         lr_schedule: ``linear`` or ``cosine`` decay to zero over the run, or ``constant``.
         warmup: Share of the run in which the learning rate rises linearly, in [0, 1).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        compile: Compile the model by ``torch.compile``.
+        compile: Compile the blocks of the model (:func:`~lit_sparse.compile_blocks`); a dictionary has arguments of
+            ``torch.compile``: mode, dynamic, fullgraph, backend, options.
         backbone_args: Arguments for ``from_pretrained``: dtype (default float32), revision, attn_implementation …
         start_from: Folder of a dense LoRA in PEFT's format from which the adapters start, by
             :func:`~lit_sparse.load_peft`. A resumed checkpoint overrides it.
@@ -93,7 +95,7 @@ class SparseModule(EvaluationLoop):
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
-        compile: bool = False,  # noqa: A002
+        compile: bool | CompileOptions = False,  # noqa: A002
         backbone_args: dict[str, Any] | None = None,
         start_from: str | None = None,
         new_tokens: list[str] | None = None,
@@ -114,7 +116,7 @@ class SparseModule(EvaluationLoop):
         self.lr_schedule: LrSchedule = lr_schedule
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing
-        self.compile_model = compile
+        self.compile_options = compile_options(compile)
         self.backbone_args = backbone_args or {}
         self.start_from = start_from
         self.new_tokens = new_tokens
@@ -191,8 +193,9 @@ class SparseModule(EvaluationLoop):
             self.hparams.update(start_from=None)  # checkpoints have later values: they load without the folder
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        if self.compile_model:
-            model.compile()
+        if self.compile_options is not None:
+            device = None if self._trainer is None else self._trainer.strategy.root_device.type
+            compile_blocks(model, device, **self.compile_options)
         return model
 
     def configure_callbacks(self) -> list[Callback]:
@@ -214,8 +217,8 @@ class SparseModule(EvaluationLoop):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, **batch: Any) -> Any:
-        """The model's own output for a batch of its own arguments."""
-        return self._require_model()(**batch)
+        """The model's own output for a batch of its own arguments, without a cache for generation."""
+        return self._require_model()(**without_cache(self._require_model(), batch))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         """The model's own loss."""

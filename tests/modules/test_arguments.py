@@ -25,7 +25,7 @@ SHARED = {
     "lr_schedule": "decay to zero over the run",
     "warmup": "Share of the run in which the learning rate rises",
     "gradient_checkpointing": "Recompute activations in the backward pass",
-    "compile": "Compile the model",
+    "compile": "Compile the blocks of the model",
     "backbone_args": "Arguments for",
     "start_from": "Folder of a dense LoRA in PEFT's format",
     "new_tokens": "Tokens to add to the backbone's tokenizer",
@@ -56,6 +56,31 @@ def test_the_command_line_knows_and_explains_every_argument(name):
     for argument, text in SHARED.items():
         assert text in arguments[argument]
     assert all(arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["true"], {}),
+        (["false"], None),
+        (["{mode: max-autotune, fullgraph: true}"], {"mode": "max-autotune", "fullgraph": True}),
+        (["{options: {max_autotune: true}}"], {"options": {"max_autotune": True}}),
+    ],
+)
+def test_arguments_of_the_compiler(words, options, tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ls.CausalLM, "model")
+    words = ["--model.backbone=unused", "--model.method=LoRA", "--model.compile", *words]
+    module = parser.instantiate(parser.parse_args(words)).model
+    assert module.compile_options == options
+    torch.save(dict(module.hparams), tmp_path / "kept")
+    kept = {"hyper_parameters": torch.load(tmp_path / "kept", weights_only=True)}
+    assert rebuild(ls.CausalLM, kept, {"method": ls.LoRA()}, False).compile_options == options
+
+
+def test_an_unknown_argument_of_the_compiler_is_refused():
+    with pytest.raises(ls.UsageError, match=r"An argument in compile must be 'mode', .* or 'options'; got 'mod'"):
+        ls.CausalLM("unused", ls.LoRA(), compile={"mod": "default"})
 
 
 @pytest.mark.parametrize("name", OWN)

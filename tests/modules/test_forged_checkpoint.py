@@ -124,7 +124,7 @@ def test_strings_and_lightnings_own_keys_import_nothing(forge, marker):
     legacy = {"hparams": {"compile": SPEC}, "module_arguments": {"compile": SPEC}, "hparams_name": "backbone_args"}
     torch.save({**checkpoint, **legacy}, file)
     loaded = ls.SequenceClassification.load_from_checkpoint(file)
-    assert loaded.compile_model is False
+    assert loaded.compile_options is None
     assert not marker.exists()
 
 

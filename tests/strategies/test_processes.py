@@ -60,6 +60,27 @@ def test_every_strategy_equals_one_process(arch: str) -> None:
         assert pruned, case
 
 
+def test_compiled_blocks_are_sharded_and_compacted() -> None:
+    case = {"arch": "llama", "method": "refit", "steps": 30}
+    compiled = {**case, "compile": {"backend": "aot_eager"}}
+    compacted = {**compiled, "compact_every": 5}
+    start(1, [{**case, "strategy": "auto", "tag": "eager"}])
+    runs = [{**compiled, "strategy": strategy, "tag": strategy} for strategy in STRATEGIES]
+    start(2, [*runs, {**compacted, "strategy": "fsdp2", "tag": "compacted"}])
+    for tag in STRATEGIES:
+        assert difference(final(tag, 0), final(tag, 1)) == 0, tag
+        assert difference(final(tag), final("eager")) <= 1e-6, tag
+        assert zeros_differ(final(tag), final("eager")) == [], tag
+    small, alive = final("compacted"), final("eager")
+    assert difference(small, final("compacted", 1)) == 0
+    gates = [name for name in alive if name.endswith("gate")]
+    for name in gates:
+        kept = small[name][small[name] != 0]
+        assert len(small[name]) == max(2, len(kept))
+        torch.testing.assert_close(kept, alive[name][alive[name] != 0], rtol=0, atol=1e-6)
+    assert sum(len(small[name]) for name in gates) < sum(len(alive[name]) for name in gates)
+
+
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 

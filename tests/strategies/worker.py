@@ -160,7 +160,9 @@ def bert_config(dropout: float) -> BertConfig:
     )
 
 
-def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.SparseModule | OwnModule:
+def module_of(
+    arch: str, method: str, dropout: float, recompute: bool, compiled: bool | dict[str, Any]
+) -> ls.SparseModule | OwnModule:
     if arch in ("llama", "pairs", "rows"):
         config: Any = LlamaConfig(
             vocab_size=512 if arch == "rows" else 64,
@@ -174,7 +176,7 @@ def module_of(arch: str, method: str, dropout: float, recompute: bool) -> ls.Spa
         )
         made = METHODS[method](dropout=dropout, train_head=["lm_head"] if arch == "pairs" else True)
         kind: Any = {"llama": ForCausalLM, "pairs": ForPairs, "rows": ls.CausalLM}[arch]
-        return kind(LlamaForCausalLM(config), made, gradient_checkpointing=recompute)
+        return kind(LlamaForCausalLM(config), made, gradient_checkpointing=recompute, compile=compiled)
     if arch == "own":
         return OwnModule(METHODS[method](dropout=dropout), dropout)
     return ls.SparseModule(BertForSequenceClassification(bert_config(dropout)), METHODS[method](dropout=dropout))
@@ -206,7 +208,8 @@ def main(run: dict[str, Any]) -> None:
     if "quantization" in run:
         module: Any = packed_module(run["arch"], run["quantization"], run["method"], run["recompute"])
     else:
-        module = module_of(run["arch"], run["method"], run.get("dropout", 0.0), run.get("recompute", False))
+        chosen = run.get("dropout", 0.0), run.get("recompute", False), run.get("compile", False)
+        module = module_of(run["arch"], run["method"], *chosen)
     if isinstance(module, ls.SparseModule) and run["method"] != "gora":  # which starts in the run
         module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
     callbacks: list[Any] = []
