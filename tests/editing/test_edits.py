@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.cli.edit import apply_edits
+from lit_sparse.cli.edit import apply_edits, remove_edits
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import Edit, EditedModel, combine, load_edit
 from lit_sparse.editing.requests import EditRequest, Probe
@@ -202,6 +202,28 @@ def test_edits_in_any_places_come_out_again_bit_for_bit(many):
     assert torch.equal(model.weight, expected)
     edited.restore()
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.slow
+def test_any_ten_of_a_hundred_edits_come_out_bit_for_bit(folder, tmp_path, capsys):
+    """In the order in which they were applied, which is not that of their names."""
+    width = AutoModelForCausalLM.from_pretrained(folder).model.layers[0].self_attn.q_proj.weight.numel()
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+    generator = torch.Generator().manual_seed(0)
+    files = []
+    for number in torch.randperm(100, generator=generator).tolist():
+        places = torch.randperm(width, generator=generator)[: width // 5].sort().values  # so each meets about 20 others
+        values = torch.randn(len(places), generator=generator)
+        files.append(tmp_path / f"{number:02}.safetensors")
+        Edit({names[number % 2]: Entries(places, values)}).save(files[-1])
+    taken = {files[i] for i in torch.randperm(100, generator=generator)[:10].tolist()}
+    apply_edits(folder, list(map(str, files)), str(tmp_path / "all"))
+    remove_edits(str(tmp_path / "all"), [file.name for file in taken], str(tmp_path / "left"))
+    apply_edits(folder, [str(file) for file in files if file not in taken], str(tmp_path / "others"))
+    capsys.readouterr()
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype="float32")
+    assert same(bits(load(tmp_path / "left")), bits(load(tmp_path / "others")))
+    assert not same(bits(load(tmp_path / "all")), bits(load(tmp_path / "others")))
 
 
 @given(st.lists(entries_of_20, min_size=1, max_size=4))
