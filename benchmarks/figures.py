@@ -1,4 +1,4 @@
-"""The figures of docs/quality.md, from the results of quality.py."""
+"""The figures of docs/quality.md, from the results of quality.py and budgets.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tables import METHODS
+from tables import METHODS, compare_budgets
 
 from lit_sparse.adapters.naming import places
 from lit_sparse.figures.canvas import COLOURS, INK, new_figure, open_axes, save
@@ -22,6 +22,43 @@ def draw_quality(cells: dict[str, dict[str, Any]]) -> None:
         save(_scores(final, tasks), DOCS / "quality.png")
     if sora := [cell for cell in final if cell["method"] == "SoRA"]:
         save(_ranks(sora, sorted({cell["task"] for cell in sora})), DOCS / "quality_ranks.png")
+
+
+def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
+    """The mean score over parameters left, with its standard error, and the best score for at most so many."""
+    by, tasks, groups, seeds, means = compare_budgets(cells)
+    if not groups:
+        return
+    figure = new_figure(8, 4)
+    axes = figure.add_subplot()
+    open_axes(axes)
+    points = []
+    for i, method in enumerate(dict.fromkeys(method for method, _ in groups)):
+        line = []
+        for name, budget in groups:
+            if name == method:
+                runs = [by[task, method, budget][seed]["parameters"] for task in tasks for seed in seeds]
+                line.append((statistics.mean(runs), *_mean_and_error(means[method, budget])))
+        points += line
+        size, score, error = zip(*sorted(line), strict=True)
+        axes.errorbar(size, score, error, marker="o", ms=4, lw=1, capsize=2, color=COLOURS[i], label=method)
+    best: list[tuple[float, float]] = []
+    for size, score, _ in sorted(points):
+        if not best or score > best[-1][1]:
+            best.append((size, score))
+    axes.step(*zip(*best, strict=True), where="post", color=INK, lw=0.8, ls=":", label="frontier")
+    axes.set_xscale("log")
+    sizes = sorted({round(size, -3) for size, _, _ in points})
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("parameters left")
+    axes.set_title(f"Mean score of {', '.join(tasks)} ({len(seeds)} seeds)", loc="left", fontsize=10)
+    axes.legend(fontsize=8, ncols=4, frameon=False)
+    save(figure, DOCS / "budgets.png")
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def _scores(cells: list[dict[str, Any]], tasks: list[str]) -> Any:

@@ -15,7 +15,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchmetrics.functional import spearman_corrcoef
@@ -216,30 +216,22 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 def of_budgets(cells: Cells) -> str:
     """Scores at equal parameters, differences from SoRA with their standard errors, and what the ranks mean."""
-    by = _by_budget(cells)
-    tasks = [task for task in sorted({t for t, _, _ in by}) if (task, "LoRA", 1.0) in by]
-    groups = [g for g in _groups(by) if all((task, *g) in by for task in tasks)]
+    by, tasks, groups, seeds, means = compare_budgets(cells)
     if not groups:
         return "No method has a final run on every task."
-    seeds = set.intersection(*(set(by[(task, *group)]) for task in tasks for group in groups))
-
-    def means(group: tuple[str, float]) -> list[float]:
-        """The mean over the tasks, of each seed."""
-        return [statistics.mean(by[(task, *group)][seed]["score"] for task in tasks) for seed in sorted(seeds)]
-
     lines = [
         f"| budget | method | {' | '.join(tasks)} | mean | parameters left | weights changed | SoRA minus this |",
         "|---|---|" + "---|" * (len(tasks) + 4),
     ]
     for method, budget in groups:
         runs = [by[task, method, budget][seed] for task in tasks for seed in seeds]
-        scores = [_spread([by[task, method, budget][seed]["score"] for seed in sorted(seeds)]) for task in tasks]
-        own = means((method, budget))
+        scores = [_spread([by[task, method, budget][seed]["score"] for seed in seeds]) for task in tasks]
+        own = means[method, budget]
         gap = ""
         if method != "SoRA" and ("SoRA", budget) in groups:
-            gap = _error([ours - theirs for ours, theirs in zip(means(("SoRA", budget)), own, strict=True)])
+            gap = _error([ours - theirs for ours, theirs in zip(means["SoRA", budget], own, strict=True)])
         elif method == "SoRA":
-            whole = _error([ours - theirs for ours, theirs in zip(own, means(("LoRA", 1.0)), strict=True)])
+            whole = _error([ours - theirs for ours, theirs in zip(own, means["LoRA", 1.0], strict=True)])
             gap = f"LoRA: {whole}"
         lines.append(
             f"| {budget:.1%} | {method} | {' | '.join(scores)} | {_spread(own)} | "
@@ -252,10 +244,35 @@ def of_budgets(cells: Cells) -> str:
             f"Seeds: {len(seeds)}. The last column is the mean over the tasks of SoRA's score minus the row's, of the "
             "same seed, with its standard error; SoRA's own rows have their difference from the whole LoRA.",
             "\n".join(lines),
-            _meaning(by, tasks, sorted(seeds)),
+            _meaning(by, tasks, seeds),
         )
         if part
     )
+
+
+class Budgets(NamedTuple):
+    """Final runs that can be compared: every method on every task, with the same seeds."""
+
+    by: dict[tuple[str, str, float], dict[int, dict[str, Any]]]
+    tasks: list[str]
+    groups: list[tuple[str, float]]
+    seeds: list[int]
+    means: dict[tuple[str, float], list[float]]
+    """By method and budget: the mean over the tasks, of each seed."""
+
+
+def compare_budgets(cells: Cells) -> Budgets:
+    """What the table and the figure of budgets.py are made of; what lacks a task is left out."""
+    by = _by_budget(cells)
+    tasks = [task for task in sorted({t for t, _, _ in by}) if (task, "LoRA", 1.0) in by]
+    groups = [g for g in _groups(by) if all((task, *g) in by for task in tasks)]
+    runs = [set(by[(task, *group)]) for task in tasks for group in groups]
+    seeds = sorted(set.intersection(*runs)) if runs else []
+    means = {
+        group: [statistics.mean(by[(task, *group)][seed]["score"] for task in tasks) for seed in seeds]
+        for group in groups
+    }
+    return Budgets(by, tasks, groups, seeds, means)
 
 
 def _by_budget(cells: Cells) -> dict[tuple[str, str, float], dict[int, dict[str, Any]]]:
