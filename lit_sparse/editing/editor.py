@@ -23,7 +23,7 @@ from lit_sparse.editing.measuring import Measurer, Questions, summarize
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
 from lit_sparse.editing.side_by_side import train_each
-from lit_sparse.editing.teacher_forcing import collate
+from lit_sparse.editing.teacher_forcing import in_turns
 from lit_sparse.editing.training import FineTuning, Trained
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
@@ -32,7 +32,7 @@ from lit_sparse.modules.optimization import make_optimizer
 
 # Arguments that the results depend on, beside those that need a form of their own.
 _SETTINGS = (
-    *("steps", "stop_loss", "sequential", "save_edits", "seed"),
+    *("steps", "requests_per_step", "stop_loss", "sequential", "save_edits", "seed"),
     *("fluency_tokens", "generated_tokens", "chat_template", "texts"),
 )
 
@@ -59,10 +59,12 @@ class Editor(LightningModule):
         method: What is trained: a method of adapters, or :class:`~lit_sparse.FineTuning`. The schedule of a method
             counts the steps of one edit.
         output: Folder for results and edits.
-        steps: Optimizer steps of an edit at most, each on all its requests. 25 as in RoseLoRA's release.
+        steps: Optimizer steps of an edit at most. 25 as in RoseLoRA's release.
+        requests_per_step: Requests of a group in one optimizer step, which take turns; None: all. A large group in
+            small turns is edited breadth-first (LocFT-BF, arXiv:2509.22072).
         optimizer: Makes the optimizer of one edit. RoseLoRA's release has a learning rate of 5e-4.
-        stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final.
-            0.1 as in RoseLoRA's release. None: all steps are taken.
+        stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final;
+            in turns, the mean over one turn counts. 0.1 as in RoseLoRA's release. None: all steps are taken.
         sequential: Keep every edit and make the next on top of it. This needs a single process, and saves the edits.
         retest_every: In sequence, measure all edits again after so many edits, and at the end. None: only at the end.
         save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
@@ -90,6 +92,7 @@ class Editor(LightningModule):
         method: SparseMethod | FineTuning,
         output: str,
         steps: int = 25,
+        requests_per_step: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
         stop_loss: float | None = 0.1,
         sequential: bool = False,
@@ -106,6 +109,7 @@ class Editor(LightningModule):
     ) -> None:
         super().__init__()
         require_range("steps", steps, at_least=1)
+        require_range("requests_per_step", requests_per_step, at_least=1)
         require_range("stop_loss", stop_loss, above=0)
         require_range("retest_every", retest_every, at_least=1)
         require_range("fluency_tokens", fluency_tokens, at_least=0)
@@ -121,6 +125,7 @@ class Editor(LightningModule):
         self.method = method
         self.output = output
         self.steps = steps
+        self.requests_per_step = requests_per_step
         self.optimizer = optimizer
         self.stop_loss = stop_loss
         self.sequential = sequential
@@ -157,14 +162,8 @@ class Editor(LightningModule):
         require_able(self.trainer, self.sequential)
         self._requests = data.requests
         self._edited = EditedModel(self.model)
-        options: Any = (
-            self.fluency_tokens,
-            self.texts,
-            self.eval_batch_size,
-            self.generated_tokens,
-            self.chat_template,
-        )
-        self._measurer = Measurer(self.model, self.tokenizer, data.requests, *options)
+        how: Any = (self.fluency_tokens, self.texts, self.eval_batch_size, self.generated_tokens, self.chat_template)
+        self._measurer = Measurer(self.model, self.tokenizer, data.requests, *how)
         self._results = Results(self.output, self._settings(data), self.global_rank)
         self._so_far: list[EditRequest] = []
         self._edits_so_far = 0
@@ -206,13 +205,13 @@ class Editor(LightningModule):
         self.log_dict({name: metric["mean"] for name, metric in self.summary["figures"].items()}, batch_size=1)
 
     def _train(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[Trained]:
-        batches = []
+        edits = []
         for requests in groups:
             questions = Questions(self.tokenizer, requests)
-            batch = collate(self.tokenizer, [questions.rows[place] for place in questions.edits])
-            batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+            rows = [questions.rows[place] for place in questions.edits]
+            edits.append(in_turns(self.tokenizer, rows, self.requests_per_step, self.device))
         seeds = [self.seed + requests[0].index for requests in groups]
-        return train_each(self.model, batches, self.method, self.steps, self.optimizer, self.stop_loss, seeds)
+        return train_each(self.model, edits, self.method, self.steps, self.optimizer, self.stop_loss, seeds)
 
     def edit(self, requests: Sequence[EditRequest], trained: Trained | None = None) -> list[Row]:
         """Train one change for some requests, add it and measure it; take it out unless edits are in sequence.

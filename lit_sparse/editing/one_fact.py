@@ -91,7 +91,7 @@ def edit_fact(
     method = method or RoseLoRA(_TARGETS, rank=4, alpha=8, density=0.05, begin=3, end=20)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        trained = train(plain, batch, method, steps, optimizer, stop_loss)
+        trained = train(plain, [batch], method, steps, optimizer, stop_loss)
     edited.add(Edit(trained.patch))  # without a base: the edit was made for this model
     metrics = tuple(Measurer(plain, tokenizer, [request], 0, None, 1).measure(questions, Unedited({}, {})))
     if metrics[0]["edit_success"] < 1:

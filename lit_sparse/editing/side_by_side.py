@@ -49,21 +49,21 @@ class _Many:
 
 def train_each(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Tensor]],
+    edits: Sequence[Sequence[Mapping[str, Tensor]]],
     method: SparseMethod | FineTuning,
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
     seeds: Sequence[int],
 ) -> Iterator[Trained]:
-    """Train a change on each batch, as ``train`` does; side by side where the results are the same to rounding.
+    """Train a change for each edit, as ``train`` does; side by side where the results are the same to rounding.
 
     A change is computed when it is asked for, for it may be as large as the model. The model must then be as it was at
     the start.
 
     Args:
         model: A causal language model without adapters.
-        batches: Arguments of the model for each change, including ``labels``, padded on the right.
+        edits: The batches of each change: arguments of the model, including ``labels``, padded on the right.
         method: As for ``train``.
         steps: As for ``train``.
         optimizer: As for ``train``.
@@ -74,25 +74,33 @@ def train_each(
         UsageError: As ``train``.
     """
     half = 0
-    if len(batches) > 1 and isinstance(method, SparseMethod):
+    if len(edits) > 1 and isinstance(method, SparseMethod):
         try:
-            together = _side_by_side(model, batches, method, steps, optimizer, stop_loss, seeds)
+            together = _side_by_side(
+                model, [_whole(batches) for batches in edits], method, steps, optimizer, stop_loss, seeds
+            )
         except CannotShareError as error:
             rank_zero_info(f"Edits are trained one after another: {error}.")
         except torch.OutOfMemoryError:
-            half = len(batches) // 2  # not tried in this block, which keeps the tensors of the failure alive
+            half = len(edits) // 2  # not tried in this block, which keeps the tensors of the failure alive
         else:
             for adapters, trained in together:
                 yield replace(trained, patch=patch_of(adapters))
             return
     if half:
-        rank_zero_info(f"The memory is too small for {len(batches)} edits side by side: trying {half}.")
+        rank_zero_info(f"The memory is too small for {len(edits)} edits side by side: trying {half}.")
         for part in (slice(half), slice(half, None)):
-            yield from train_each(model, batches[part], method, steps, optimizer, stop_loss, seeds[part])
+            yield from train_each(model, edits[part], method, steps, optimizer, stop_loss, seeds[part])
         return
-    for batch, seed in zip(batches, seeds, strict=True):
+    for batches, seed in zip(edits, seeds, strict=True):
         torch.manual_seed(seed)
-        yield train(model, batch, method, steps, optimizer, stop_loss)
+        yield train(model, batches, method, steps, optimizer, stop_loss)
+
+
+def _whole(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    if len(batches) > 1:
+        raise CannotShareError("the requests of an edit take turns")
+    return batches[0]
 
 
 def _side_by_side(

@@ -69,6 +69,14 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced]) -> dict[
     return padding([{"input_ids": row.input_ids, "labels": [IGNORED] * row.start + row.answer} for row in rows])
 
 
+def in_turns(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced], size: int | None, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Batches to train on in turns, of ``size`` rows, or one of all rows."""
+    parts = [rows[i : i + (size or len(rows))] for i in range(0, len(rows), size or len(rows))]
+    return [{name: tensor.to(device) for name, tensor in collate(tokenizer, part).items()} for part in parts]
+
+
 def batches(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], size: int, left: bool = False
 ) -> Iterator[dict[str, Tensor]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class Trained:
         patch: What to add to the model's weights.
         weights: Number of weight entries that could have changed.
         steps: Optimizer steps taken.
-        loss: The last loss, in nats per token.
+        loss: The last loss, in nats per token: the mean over the batches that took turns.
         seconds: Time of the steps alone.
     """
 
@@ -85,21 +86,22 @@ class _Trainable:
 
 def train(
     model: nn.Module,
-    batch: Mapping[str, Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
     method: SparseMethod | FineTuning,
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
 ) -> Trained:
-    """Train a change on one batch; afterwards the model is bit for bit what it was.
+    """Train a change on batches that take turns; afterwards the model is bit for bit what it was.
 
     Args:
         model: A causal language model without adapters.
-        batch: Arguments of the model, including ``labels``.
+        batches: Arguments of the model, including ``labels``, for each batch.
         method: What is trained. It must not train a head.
         steps: Optimizer steps, at most.
         optimizer: Makes the optimizer from parameter groups.
-        stop_loss: Training stops at this loss, in nats per token, once the method's sparsity is final; None: never.
+        stop_loss: Training stops at this loss, in nats per token, as the mean over the last step of every batch, once
+            the method's sparsity is final; None: never.
 
     Raises:
         UsageError: If the method trains more than the weights of its target layers, or cannot work in so few steps.
@@ -109,12 +111,15 @@ def train(
         made = make_optimizer(optimizer, change.groups)
         sparse = SparseSteps(method, model, made, steps) if isinstance(method, SparseMethod) else None
         settled = method.settled_after(steps) if isinstance(method, SparseMethod) else 0
+        turn: deque[Tensor] = deque(maxlen=len(batches))
         start = time.perf_counter()
         taken = 0
         while taken < steps:
-            loss = model(**batch, use_cache=False).loss
-            # Reading the loss waits for the device, so it is read only where training may stop.
-            if stop_loss is not None and taken >= settled and loss.item() <= stop_loss:
+            loss = model(**batches[taken % len(batches)], use_cache=False).loss
+            turn.append(loss.detach())
+            # Reading losses waits for the device, so they are read only where training may stop.
+            may_stop = taken + 1 >= settled + len(batches)
+            if stop_loss is not None and may_stop and _mean(turn) <= stop_loss:
                 break
             loss.backward()
             if sparse is not None:
@@ -122,11 +127,17 @@ def train(
             made.step()
             made.zero_grad()
             taken += 1
-        last = loss.item() + 0.0  # not -0.0; before reading the clock, which does not wait for the device
+        last = (
+            torch.stack(tuple(turn)).mean().item() + 0.0
+        )  # not -0.0; before reading the clock, which does not wait for the device
         seconds = time.perf_counter() - start
         if sparse is not None:
             sparse.finish()
         return Trained(change.patch(), change.weights, taken, last, seconds)
+
+
+def _mean(losses: Iterable[Tensor]) -> float:
+    return torch.stack(tuple(losses)).mean().item()
 
 
 @contextmanager

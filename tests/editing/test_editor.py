@@ -20,6 +20,8 @@ from lit_sparse.cli.main import main
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import EditedModel, load_edit
 from lit_sparse.editing.measuring import Measurer
+from lit_sparse.editing.teacher_forcing import collate, encode
+from lit_sparse.editing.training import train
 from lit_sparse.errors import UsageError
 
 METHOD = ls.RoseLoRA(["v_proj", "down_proj"], rank=4, alpha=16, density=0.2, begin=1, end=4)
@@ -175,6 +177,24 @@ def test_several_at_once(folder):
     assert len({row["changed"] for row in rows[:3]}) == 1
     assert [file.name for file in sorted(Path("out/edits").iterdir())] == ["000000.safetensors", "000003.safetensors"]
     assert len(load_edit("out/edits/000000.safetensors").requests) == 3
+
+
+def test_breadth_first(folder):
+    """Three requests, of which two and one take turns."""
+    editor = edit(folder, data={"batch_size": 3}, requests_per_step=2, steps=7, save_edits=True)
+    rows = read_lines("out/results.jsonl")
+    assert [row["steps"] for row in rows] == [7] * 4
+    found = load_edit("out/edits/000000.safetensors")
+    assert len(found.requests) == 3
+    tokenizer = load_tokenizer(folder / "llama")
+    facts = [(request.prompt, request.target_new) for request in found.requests]
+    turns = [collate(tokenizer, encode(tokenizer, part)) for part in (facts[:2], facts[2:])]
+    torch.manual_seed(0)
+    expected = train(editor.model, turns, METHOD, 7, adam, None)
+    assert expected.loss == rows[0]["loss"]
+    assert found.patch.keys() == expected.patch.keys()
+    for name, entries in expected.patch.items():
+        assert torch.equal(found.patch[name].values, entries.values)
 
 
 def test_twenty_edits_in_sequence_are_those_of_their_files(folder):

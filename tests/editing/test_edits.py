@@ -62,7 +62,7 @@ def same(a, b) -> bool:
 
 
 def trained_on(model, batch, method, stop_loss=None):
-    return train(model, batch, method, 6, ADAM, stop_loss)
+    return train(model, [batch], method, 6, ADAM, stop_loss)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -160,6 +160,33 @@ def test_fine_tuning_of_experts_is_refused():
     model = build_tiny(MixtralForCausalLM, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(UsageError, match="not those of experts"):
         trained_on(model, {}, FineTuning("all-linear"))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_batches_take_turns_and_training_stops_by_the_mean_over_a_turn(folder, model, stops):
+    tokenizer = load_tokenizer(folder)
+    facts = [("the dog is", "a cat"), ("a man", "good"), ("the cat", "bad film")]
+    turns = [collate(tokenizer, encode(tokenizer, [fact])) for fact in facts]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    slow = copy.deepcopy(model)
+    weight = slow.get_parameter(name).requires_grad_(True)
+    optimizer, losses, weights = ADAM([weight]), [], []
+    for step in range(21):
+        loss = slow(**turns[step % 3]).loss
+        losses.append(loss.item())
+        weights.append(weight.detach().clone())  # after as many steps
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    of_turns = [sum(losses[i - 2 : i + 1]) / 3 for i in range(2, 21)]
+    stop_loss = 1.0001 * of_turns[9] if stops else None
+    steps = 2 + next(i for i, mean in enumerate(of_turns) if mean <= stop_loss) if stops else 20
+    found = train(model, turns, FineTuning(["q_proj"], layers=0), 20, ADAM, stop_loss)
+    assert found.steps == steps
+    assert 3 < steps < 20 or not stops
+    assert found.loss == pytest.approx(of_turns[steps - 2] if stops else of_turns[17])
+    add(model, found.patch)
+    torch.testing.assert_close(model.get_parameter(name), weights[steps])
 
 
 # Patches.
@@ -274,7 +301,7 @@ def test_in_half_precision_changes_are_trained_in_float32(model, batch, dtype, m
     model.to(dtype)
     before = {n: p.clone() for n, p in model.named_parameters()}
     rate = 1e-5  # of Adam; far below the distance of two numbers in half precision
-    trained = train(model, batch, method, 6, functools.partial(torch.optim.Adam, lr=rate), None)
+    trained = train(model, [batch], method, 6, functools.partial(torch.optim.Adam, lr=rate), None)
     assert all(torch.equal(p, before[n]) and p.dtype == dtype for n, p in model.named_parameters())
     for entries in trained.patch.values():
         assert entries.values.dtype == torch.float32

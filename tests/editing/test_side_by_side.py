@@ -67,12 +67,12 @@ def alone(model, groups, method, steps, optimizer, stop_loss):
     found = []
     for seed, batch in enumerate(groups):
         torch.manual_seed(seed)
-        found.append(train(model, batch, method, steps, optimizer, stop_loss))
+        found.append(train(model, [batch], method, steps, optimizer, stop_loss))
     return found
 
 
-def trained(*arguments):
-    return list(train_each(*arguments))
+def trained(model, groups, *arguments):
+    return list(train_each(model, [[batch] for batch in groups], *arguments))
 
 
 def require_alike(found, expected, model, tolerance=1e-5):  # models compute losses in float32
@@ -116,12 +116,12 @@ def test_no_step_waits_for_a_gpu(name, monkeypatch):
     for function in ("get_rng_state", "set_rng_state"):
         ours = getattr(torch, function)
         monkeypatch.setattr(torch.cuda, function, lambda *state, ours=ours: ours(*state[: ours is torch.set_rng_state]))
-    expected = list(train_each(llama().float(), batches(5), METHODS[name], steps, adam, None, range(5)))
+    expected = trained(llama().float(), batches(5), METHODS[name], steps, adam, None, range(5))
     with fake_gpu() as gpu:
         model = llama().float().to(GPU)
         groups = [{key: value.to(GPU) for key, value in batch.items()} for batch in batches(5)]
         gpu.waits.clear()
-        found = list(train_each(model, groups, METHODS[name], steps, adam, None, range(5)))
+        found = trained(model, groups, METHODS[name], steps, adam, None, range(5))
     waits = [w for w in gpu.waits if not w.under({"_ignore_causal_mask_sdpa", "patch_of_deltas", "check", "finish"})]
     # The rows of each edit, before the first step; the losses, after the last one.
     assert len(waits) <= 3, [str(wait) for wait in waits]
@@ -221,3 +221,16 @@ def test_in_bfloat16_to_its_rounding(tmp_path):
     found = trained(model, groups, method, 4, adam, None, range(4))
     for a, b in zip(found, expected, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=0.02)
+
+
+def test_edits_whose_requests_take_turns_are_trained_one_after_another(caplog):
+    model, groups, method = llama(), batches(4), METHODS["lora"]
+    edits = [groups[:2], groups[2:]]
+    expected = []
+    for seed, turns in enumerate(edits):
+        torch.manual_seed(seed)
+        expected.append(train(model, turns, method, 6, adam, None))
+    with caplog.at_level(logging.INFO):
+        found = list(train_each(model, edits, method, 6, adam, None, range(2)))
+    assert "one after another: the requests of an edit take turns" in caplog.text
+    require_alike(found, expected, model, tolerance=0)
