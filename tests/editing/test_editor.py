@@ -186,7 +186,7 @@ def test_breadth_first(folder):
     assert [row["steps"] for row in rows] == [7] * 4
     found = load_edit("out/edits/000000.safetensors")
     assert len(found.requests) == 3
-    tokenizer = load_tokenizer(folder / "llama")
+    tokenizer = load_tokenizer(str(folder / "llama"))
     facts = [(request.prompt, request.target_new) for request in found.requests]
     turns = [collate(tokenizer, encode(tokenizer, part)) for part in (facts[:2], facts[2:])]
     torch.manual_seed(0)
