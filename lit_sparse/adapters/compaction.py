@@ -73,15 +73,15 @@ def keep_ranks(
     for name, rank in shrinking.items():
         adapter = adapters[name]
         _keep(adapter, _chosen(live[name].view(adapter.copies, -1), rank), optimizer)
-    for adapter in adapters.values() if shrinking else ():
-        if adapter.compiled:
-            allow_other_ranks(adapter)
+    if shrinking:
+        allow_other_ranks(adapters.values())
 
 
 def shrink(adapter: LowRankAdapter, rank: int) -> None:
     """Cut an adapter to its first ``rank`` ranks (of each copy), to put other values into them."""
     places = torch.arange(adapter.lora_A.shape[0], device=adapter.lora_A.device)
     _keep(adapter, places.view(adapter.copies, -1)[:, :rank].flatten(), None)
+    allow_other_ranks([adapter])
 
 
 def replace_values(parameter: nn.Parameter, values: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -75,8 +76,10 @@ def compile_blocks(model: nn.Module, device_type: str | None = None, **options: 
         adapter.compiled = True
 
 
-def allow_other_ranks(adapter: LowRankAdapter) -> None:
-    """Make the number of ranks a variable of the graphs that are compiled from now on."""
-    torch._dynamo.config.force_parameter_static_shapes = False  # else marks on parameters are not read
-    for parameter in adapter.parameters(recurse=False):
-        torch._dynamo.maybe_mark_dynamic(parameter, 0)
+def allow_other_ranks(adapters: Iterable[LowRankAdapter]) -> None:
+    """Make the numbers of ranks variables of the graphs that are compiled from now on."""
+    for adapter in adapters:
+        if adapter.compiled:
+            torch._dynamo.config.force_parameter_static_shapes = False  # else marks on parameters are not read
+            for parameter in adapter.parameters(recurse=False):
+                torch._dynamo.maybe_mark_dynamic(parameter, 0)

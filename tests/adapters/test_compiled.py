@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lit_sparse as ls
+from lit_sparse.adapters.compaction import shrink
 
 LAYERS, RANK = 4, 16
 
@@ -146,6 +147,15 @@ def test_the_compilers_numbers_are_those_of_the_eager_model_dropout_included(opt
     assert {"loss", "classifier.weight"} < set(alike)
     torch.testing.assert_close({name: found[name] for name in alike}, alike, rtol=1e-4, atol=1e-6)
     assert not counters["graph_break"]
+
+
+def test_a_model_that_is_loaded_with_fewer_ranks_has_them_as_variables() -> None:
+    model = adapted(llama(), ls.SoRA(rank=RANK, sparsity_weight=1.0))
+    ls.compile_blocks(model, backend="eager")
+    for number, (_, adapter) in enumerate(ls.adapters_in(model)):
+        shrink(adapter, 2 + number % 9)
+    loss_and_gradients(model, **batch())
+    assert graphs() == 2
 
 
 def test_a_model_without_a_list_of_blocks_is_compiled_as_a_whole() -> None:
