@@ -523,6 +523,29 @@ def of_precision(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_gpu(content: dict[str, Any]) -> str:
+    """The rows of every part of gpu.py, in columns of its own."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in content["results"]:
+        parts.setdefault(row["part"], []).append(row)
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    made = [f"{content['device']}, {versions}."]
+    for part, rows in parts.items():
+        keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("part", "case")))
+        lines = [f"| {part} | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+        lines += [f"| {row['case']} | {' | '.join(figure(key, row.get(key)) for key in keys)} |" for row in rows]
+        made.append("\n".join(lines))
+    return "\n\n".join(made)
+
+
+def figure(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
+    if isinstance(value, float):
+        return f"{value:.2%}" if name == "update" else f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
+    return "" if value is None else " ".join(str(value).replace("|", "/").split())
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "step_time": of_step_time,
     "compaction": of_compaction,
@@ -536,13 +559,17 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "editing": of_editing,
     "method_comparison": of_method_comparison,
     "engines": of_engines,
+    "gpu": of_gpu,
     "precision": of_precision,
 }
 
 
 def table(name: str) -> str:
     """What stands in the page for a file of results."""
-    content = json.loads((HERE / "results" / f"{name}.json").read_text())
+    file = HERE / "results" / f"{name}.json"
+    if name == "gpu" and not file.exists():
+        return "Not measured."
+    content = json.loads(file.read_text())
     made = KINDS[name.partition("-")[0]](content)
     return f"{made}\n\n{_source(content)}."
 

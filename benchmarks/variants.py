@@ -115,14 +115,18 @@ class Variant:
         wall, start = time.perf_counter(), time.process_time()
         self.model(**batch).loss.backward()
         passed = time.process_time()
+        self.update()
+        end = time.process_time()
+        self.optimizer.zero_grad()
+        return Times(time.process_time() - start, end - passed, time.perf_counter() - wall)
+
+    def update(self) -> None:
+        """What follows the backward pass."""
         if self.before is not None:
             self.before()
         self.optimizer.step()
         if self.after is not None:
             self.after()
-        end = time.process_time()
-        self.optimizer.zero_grad()
-        return Times(time.process_time() - start, end - passed, time.perf_counter() - wall)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
