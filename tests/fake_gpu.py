@@ -255,9 +255,9 @@ def _patch_factories(gpu: FakeGpu, patch: pytest.MonkeyPatch) -> None:
     def made(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(make)
         def factory(*args: Any, **kwargs: Any) -> Tensor:
-            like = args[0] if make.__name__.endswith("_like") else None
+            like = args[0] if make.__name__.endswith("_like") else kwargs.get("out")
             modes = reversed(_get_current_function_mode_stack())  # those of ``with torch.device(…)`` among them
-            default = next((mode.device for mode in modes if isinstance(mode, DeviceContext)), CPU)
+            default = next((_device(mode.device) for mode in modes if isinstance(mode, DeviceContext)), CPU)
             device = _device(kwargs.get("device")) or (default if like is None else like.device)
             if device.type == "meta":
                 return make(*args, **kwargs)

@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("peft")
+import torch
+from fake_gpu import fake_gpu
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+pytest.importorskip("peft")
+gpu_parts = pytest.importorskip("gpu_parts")
 Rows = dict[str, dict[str, Any]]
 
 
@@ -37,8 +43,6 @@ def run(script: Path, folder: Path, *words: str) -> dict[str, Rows]:
 
 @pytest.mark.slow
 def test_every_part_has_figures(tmp_path: Path) -> None:
-    from importlib.util import find_spec
-
     parts = run(SCRIPT, tmp_path, "--tiny", "--minutes", "60")
     versions = json.loads((tmp_path / "gpu.json").read_text())["versions"]
     assert {"torch", "transformers", "lightning", "peft"} <= set(versions)
@@ -66,6 +70,40 @@ def test_every_part_has_figures(tmp_path: Path) -> None:
     assert all(row["losses differ by"] < 1e-5 for row in parts["strategies"].values())
     graphs = parts["reduce-overhead"]["graphs, SoRA"]
     assert (graphs["graphs"], graphs["breaks"], graphs["refused"]) == (1, 0, 0)
+
+
+class Event:
+    """A moment, as CUDA's."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end.at - self.at)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["correctness", "waits", "llama-1b", "compaction", "quantized", "encoders"])
+def test_devices_are_not_mixed(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of CUDA itself is answered here; the rest is as on a GPU."""
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"results": []}))
+    with fake_gpu() as gpu:
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, lambda *mode: gpu.waits.clear() if mode == ("error",) else None)
+        for name in ("memory_allocated", "max_memory_allocated", "get_device_name"):
+            monkeypatch.setattr(torch.cuda, name, lambda: 0)
+        found = gpu_parts.Run("cuda", True, str(file))
+        gpu_parts.PARTS[part].work(found)
+        assert part != "waits" or gpu.waits == []  # none in the last step
+    rows = found.content["results"]
+    assert len(rows) > 4
+    assert not [row for row in rows if "error" in row]
 
 
 WITHOUT = """
