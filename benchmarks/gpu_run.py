@@ -99,6 +99,11 @@ class Run:
             if not quiet or "error" in row or "skipped" in row:
                 self.add({"case": name, **row})
 
+    def require_time(self) -> None:
+        """Leave out what would have to be measured in the rest of the part's time."""
+        if time.time() > self.ready_by:
+            raise Skip("no time is left for it")
+
     def free(self) -> None:
         """Give back what a part or a case held."""
         gc.collect()
@@ -193,8 +198,7 @@ class Run:
         ready = {}
         for name, variant in variants.items():
             with self.case(f"{label}{name}", quiet=True):
-                if time.time() > self.ready_by:
-                    raise Skip("no time is left for it")
+                self.require_time()
                 for _ in range(self.warm):
                     self.step(variant, batch)
                 ready[name] = variant

@@ -47,7 +47,7 @@ def test_every_part_has_figures(tmp_path: Path) -> None:
     versions = json.loads((tmp_path / "gpu.json").read_text())["versions"]
     assert {"torch", "transformers", "lightning", "peft"} <= set(versions)
     assert list(parts)[:3] == ["correctness", "waits", "llama-1b"]
-    assert len(parts) == 15
+    assert len(parts) == 16
     for part, rows in parts.items():
         for case, row in rows.items():
             assert "error" not in row, (part, case, row)
@@ -68,6 +68,12 @@ def test_every_part_has_figures(tmp_path: Path) -> None:
     assert set(parts["strategies"]) == {"auto", "ddp", "fsdp", "fsdp2"}
     assert {parts["strategies"][name]["backend"] for name in ("ddp", "fsdp", "fsdp2")} == {"gloo"}
     assert all(row["losses differ by"] < 1e-5 for row in parts["strategies"].values())
+    blocks = parts["llama-1b compiled"]
+    for name in ("floor", "PEFT LoRA", "SoRA", "RoseLoRA"):
+        assert blocks[f"compiled: {name}"]["breaks"] == 0
+        assert blocks[f"8 × 512, {name}"]["ms"] > 0
+    assert blocks["compiled: SoRA"]["graphs"] == 1  # for all blocks, and for RoseLoRA's, as below
+    assert blocks["compiled: RoseLoRA"]["graphs"] == 0
     graphs = parts["reduce-overhead"]["graphs, SoRA"]
     assert (graphs["graphs"], graphs["breaks"], graphs["refused"]) == (1, 0, 0)
 
