@@ -114,7 +114,7 @@ def test_devices_are_not_mixed(part: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 WITHOUT = """
 import importlib.metadata, sys
-names = {"datasets", "jsonargparse", "bitsandbytes", "torchao", "all_minilm_l6_v2"}
+names = {"datasets", "jsonargparse", "bitsandbytes", "torchao"}
 sys.modules.update(dict.fromkeys(names))
 found = importlib.metadata.distribution
 
