@@ -105,7 +105,7 @@ def one_part(run: Any, name: str, part: Any) -> None:
     limit = left if run.tiny else min(left, 2.0 * part.seconds)
     state = {"limit": time.time() + limit, "ended": False}
     # What is left of the time has to do for the rounds of steps, and then for the rows.
-    run.part, run.ready_by, run.stop_at = name, state["limit"] - limit / 2, state["limit"] - limit / 10
+    run.part, run.ready_by, run.stop_at = name, state["limit"] - limit / 4, state["limit"] - limit / 10
     run.content["begun"][name] = state
     run.write()
     torch.manual_seed(0)

@@ -270,7 +270,7 @@ PARTS: dict[str, Part] = {
     "llama-1b": Part(lambda run: timed(run, "llama-1b", [SHORT, LONG]), 40),
     "llama-1b compiled": Part(lambda run: timed(run, "llama-1b", [SHORT], compiled=True, names=VARIANTS[:-1]), 70),
     "kernels": Part(kernels, 20),
-    "llama-7b": Part(lambda run: timed(run, "llama-7b", [(4, 512), (1, 2048)]), 60),
+    "llama-7b": Part(lambda run: timed(run, "llama-7b", [(4, 512), (1, 2048)]), 70),
     "llama-1b, all kept": Part(lambda run: timed(run, "llama-1b", [SHORT], checkpointing=False), 20),
     "compaction": Part(compaction, 20),
     "quantized": Part(quantized, 40),
