@@ -25,7 +25,7 @@ from lit_sparse.adapters.statistics import layer_sparsity, sparsity_of
 BOUNDARIES = {
     "cut": "a cut of singular values decomposes layer after layer, at most 33 times in a run",
     "_spread": "the costs of ranks go to the device when the first budget is applied, and after a compaction",
-    "_layout": "the places of rows go to the device when the first entries are chosen, and after a compaction",
+    "_owners": "the layer of every rank goes to the device when the first entries are chosen, and after a compaction",
 }
 """What may wait within a step, and why; docs/gpu.md has the list."""
 

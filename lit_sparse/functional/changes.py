@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse.functional.density import product_density
+from lit_sparse.functional.piecewise import piecewise
 
 _HALVINGS = 26
 """Of the range of float32's exponents: two scores that are told apart differ by 4e-6 of their size, or more."""
@@ -28,6 +29,9 @@ class Rows:
     scores, whose entries cannot be told apart, keeps none. The row of A and the row of Bᵀ of one rank change as many
     weights as the product of what they keep.
 
+    Layers are worked through piece by piece. What grows with their number is a few values for each rank, and 257 for
+    each layer while a threshold is sought.
+
     Args:
         scores_A: For each layer, finite and not negative, shape ``(ranks, in_features)``; compared in float32.
         scores_B_t: Likewise, shape ``(ranks, out_features)``.
@@ -43,19 +47,20 @@ class Rows:
     def __init__(
         self, scores_A: Sequence[Tensor], scores_B_t: Sequence[Tensor], opened: Sequence[Tensor] | None = None
     ) -> None:
-        self._matrices = [*scores_A, *scores_B_t]
-        layout = _layout(tuple((len(m), m.shape[1]) for m in self._matrices), self._matrices[0].device)
-        self._groups, self._places, self._layers = layout
-        self._stacked = [torch.cat([self._matrices[i] for i in group]).float() for group in self._groups]
-        for rows, group in zip(self._stacked, self._groups, strict=True) if opened is not None else ():
-            rows.mul_(torch.cat([opened[i % len(opened)] for i in group]).unsqueeze(1))  # type: ignore[index, arg-type]
-        self._largest = [rows.amax(1, keepdim=True) for rows in self._stacked]
-        self._at_most = [values.masked_fill(values == 0, math.inf) for values in self._largest]
+        self._pieces = piecewise(scores_A, scores_B_t)
+        self._blocks = []
+        for piece in self._pieces:
+            halves = [[scores[i] for i in piece] for scores in (scores_A, scores_B_t)]
+            if halves[0][0].shape[1] == halves[1][0].shape[1]:
+                halves = [halves[0] + halves[1]]
+            gates = None if opened is None else [opened[i] for i in piece] * (2 // len(halves))
+            self._blocks.append([_Block(matrices, gates) for matrices in halves])
+        ranks = tuple(tuple((i, len(scores_A[i])) for i in piece) for piece in self._pieces)
+        self._owners = _owners(ranks, scores_A[0].device)
 
     def changes(self, threshold: Tensor) -> Tensor:
         """Changed weights of each layer if its ranks changed different ones, whole numbers, shape ``(layers,)``."""
-        kept = [(s >= threshold.minimum(m)).sum(1) for s, m in zip(self._stacked, self._at_most, strict=True)]
-        return self._products(torch.cat(kept).unsqueeze(1)).squeeze(1)
+        return self._products(1, lambda block: block.kept(threshold).sum(1, keepdim=True)).squeeze(1)
 
     def lowest_threshold(self, limit: float, overlaps: Tensor) -> Tensor:
         """The lowest threshold with which no more weights change than ``limit``, among those with 8 bits of fraction.
@@ -70,40 +75,61 @@ class Rows:
         Returns:
             A scalar above 0.
         """
-        largest = [(s == m).sum(1, keepdim=True) for s, m in zip(self._stacked, self._at_most, strict=True)]
-        at_least, bits = torch.cat(largest), [scores.view(torch.int32) for scores in self._stacked]
-        found = torch.zeros((), dtype=torch.int64, device=at_least.device)
+        found = torch.zeros((), dtype=torch.int64, device=overlaps.device)
         for shift in _SHIFTS:
-            # 0 is below what was found so far, 257 above.
-            digits = [((b >> shift) - (found << 8)).clamp_(-1, 256).add_(1) for b in bits]
-            counts = torch.cat(
-                [d.new_zeros(len(d), 258).scatter_add_(1, d, d.new_ones(()).expand_as(d)) for d in digits]
-            )
-            reaching = (counts.sum(1, keepdim=True) - counts.cumsum(1)[:, :-1]).maximum(at_least)
-            too_many = (self._products(reaching) / overlaps.unsqueeze(1)).sum(0) > limit
-            found = (found << 8) + (too_many.sum() - 1).clamp(min=0)
+            found = found << 8
+            changes = self._products(257, functools.partial(_Block.reaching, below=found - 1, shift=shift))
+            too_many = (changes / overlaps.unsqueeze(1)).sum(0) > limit
+            found = found + (too_many.sum() - 1).clamp(min=0)
         return ((found + 1) << _SHIFTS[-1]).clamp(max=_INFINITY).int().view(torch.float32)
 
-    def masks(self, threshold: Tensor, unseen: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """What is kept of A and of Bᵀ: booleans shaped as the scores.
+    def mark_(
+        self, masks_A: Sequence[Tensor], masks_B_t: Sequence[Tensor], threshold: Tensor, unseen: bool = False
+    ) -> None:
+        """Write into masks what is kept of A and of Bᵀ.
 
         Args:
+            masks_A: Booleans shaped as the scores of A, changed in place.
+            masks_B_t: Likewise for Bᵀ.
             threshold: A scalar above 0.
             unseen: Keep the rows with only zero scores whole.
         """
-        found: dict[int, Tensor] = {}
-        limits = self._largest if unseen else self._at_most
-        for group, scores, most in zip(self._groups, self._stacked, limits, strict=True):
-            parts = (scores >= threshold.minimum(most)).split([len(self._matrices[i]) for i in group])
-            found |= dict(zip(group, parts, strict=True))
-        masks = [found[index] for index in range(len(self._matrices))]
-        return masks[: len(masks) // 2], masks[len(masks) // 2 :]
+        for piece, blocks in zip(self._pieces, self._blocks, strict=True):
+            parts = [part for block in blocks for part in block.kept(threshold, unseen).split(block.ranks)]
+            torch._foreach_copy_([masks[i] for masks in (masks_A, masks_B_t) for i in piece], parts)
 
-    def _products(self, kept: Tensor) -> Tensor:
-        """What each layer changes by what its rows keep, for n thresholds: ``(rows, n)`` to ``(layers, n)``."""
-        of_A, of_B = kept[self._places]
-        changes: Tensor = of_A.new_zeros(len(self._matrices) // 2, kept.shape[1])
-        return changes.index_add_(0, self._layers, of_A * of_B)
+    def _products(self, n: int, count: Callable[[_Block], Tensor]) -> Tensor:
+        """What each layer changes by what its rows keep, for n thresholds, shape ``(layers, n)``."""
+        changes = self._owners[0].new_zeros(sum(map(len, self._pieces)), n)
+        for owners, blocks in zip(self._owners, self._blocks, strict=True):
+            of_A, of_B = torch.cat([count(block) for block in blocks]).chunk(2)
+            changes.index_add_(0, owners, of_A * of_B)
+        return changes
+
+
+class _Block:
+    """Rows of A, of Bᵀ, or of both where they are equally wide, of the layers of a piece."""
+
+    def __init__(self, matrices: list[Tensor], opened: list[Tensor] | None) -> None:
+        self.ranks = [len(matrix) for matrix in matrices]
+        self._matrices, self._opened = matrices, None if opened is None else torch.cat(opened).unsqueeze(1)
+        rows = self._rows()
+        self._largest = rows.amax(1, keepdim=True)
+        self._at_most = self._largest.masked_fill(self._largest == 0, math.inf)
+        self._at_least = (rows == self._at_most).sum(1, keepdim=True)
+
+    def _rows(self) -> Tensor:
+        rows = torch.cat(self._matrices).float()
+        return rows if self._opened is None else rows.mul_(self._opened)
+
+    def kept(self, threshold: Tensor, unseen: bool = False) -> Tensor:
+        return self._rows() >= threshold.minimum(self._largest if unseen else self._at_most)
+
+    def reaching(self, below: Tensor, shift: int) -> Tensor:
+        """How many entries each of 257 thresholds keeps: those after ``below``, times 2 to the power of ``shift``."""
+        digits = ((self._rows().view(torch.int32) >> shift) - below).clamp_(0, 257)  # 257: above the last
+        counts = digits.new_zeros(len(digits), 258).scatter_add_(1, digits, digits.new_ones(()).expand_as(digits))
+        return (digits.shape[1] - counts.cumsum(1)[:, :-1]).maximum(self._at_least)
 
 
 def lowest_threshold(changes: Callable[[Tensor], Tensor], limit: float, device: torch.device) -> Tensor:
@@ -143,20 +169,7 @@ def union(masks_A: Sequence[Tensor], masks_B_t: Sequence[Tensor], copies: Sequen
 
 
 @functools.lru_cache(maxsize=16)
-def _layout(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[list[list[int]], Tensor, Tensor]:
-    """Groups of equal width, where the rows of A and of Bᵀ lie in them, and the layer of each; kept, for the copies."""
-    by_width: dict[int, list[int]] = {}
-    for index, (_, width) in enumerate(shapes):
-        by_width.setdefault(width, []).append(index)
-    groups = list(by_width.values())
-    starts, start = {}, 0
-    for index in (i for group in groups for i in group):
-        starts[index], start = start, start + shapes[index][0]
-    layers = len(shapes) // 2
-    rows = [[starts[i] + row for i in half for row in range(shapes[i][0])] for half in _halves(layers)]
-    owners = [layer for layer in range(layers) for _ in range(shapes[layer][0])]
-    return groups, torch.tensor(rows, device=device), torch.tensor(owners, device=device)
-
-
-def _halves(layers: int) -> tuple[range, range]:
-    return range(layers), range(layers, 2 * layers)
+def _owners(ranks: tuple[tuple[tuple[int, int], ...], ...], device: torch.device) -> list[Tensor]:
+    """The layer of each rank, for pieces of layers with so many ranks; kept, as copying to a device waits."""
+    owners = [[layer for layer, count in piece for _ in range(count)] for piece in ranks]
+    return list(torch.tensor([o for piece in owners for o in piece], device=device).split([len(o) for o in owners]))

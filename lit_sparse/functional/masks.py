@@ -2,13 +2,15 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_sparse.errors import require_range
+from lit_sparse.functional import piecewise
 
-_SMALLEST_GROUP = 3
-"""With groups of two, nearly as many entries remain to select from as before."""
+_FEW_THREADS = 4
+"""Numpy selects in one thread, in a third to a sixth of the time that torch takes in one."""
 
 
 def kept_entries(fraction: float, length: int) -> int:
@@ -71,9 +73,9 @@ def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
     # A stable argsort takes many times as long on a CPU. The indices of topk are in no fixed order among equal scores,
     # and A's scores are all zero at first.
     smallest_kept = _kth_largest(scores, keep)
-    if _is_at_hand(scores):
-        # Without ties this mask is complete, in a third of the time.
-        kept = scores >= smallest_kept
+    if piecewise.is_at_hand(scores):
+        # Without ties this mask is complete, in a third of the time. Comparing to floats first is faster by far.
+        kept = torch.ge(scores, smallest_kept, out=torch.empty_like(scores)).bool()
         if int(kept.count_nonzero()) == keep * (kept.numel() // kept.shape[-1]):
             return kept.movedim(-1, dim)
     above, tied = scores > smallest_kept, scores == smallest_kept
@@ -81,24 +83,10 @@ def top_fraction_mask(scores: Tensor, fraction: float, dim: int) -> Tensor:
     return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= places))).movedim(-1, dim)
 
 
-def _is_at_hand(scores: Tensor) -> bool:
-    """Whether reading values does not wait for a device."""
-    return scores.device.type == "cpu"
-
-
 def _kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest entry along the last dimension, shape ``(..., 1)``.
-
-    The k largest entries, or equal ones, lie in the k groups with the largest maxima. With groups of g entries, two
-    selections, among width / g and k · g entries, replace one among all. That is fewest for g = √(width / k), and takes
-    a quarter less time at density 0.05 on a CPU.
-    """
-    width = scores.shape[-1]
-    size = round(math.sqrt(width / k))
-    if size >= _SMALLEST_GROUP:
-        count = width // size
-        groups = scores[..., : size * count].unflatten(-1, (size, count))  # entries of a group lie count apart
-        chosen = groups.amax(-2).topk(k, sorted=False).indices
-        among = groups.gather(-1, chosen.unsqueeze(-2).expand(*groups.shape[:-1], k)).flatten(-2)
-        scores = torch.cat([among, scores[..., size * count :]], dim=-1)
+    """The k-th largest entry along the last dimension, shape ``(..., 1)``; no entry is NaN."""
+    known = scores.dtype in (torch.float32, torch.float64)  # numpy has no bfloat16
+    if known and piecewise.is_at_hand(scores) and torch.get_num_threads() <= _FEW_THREADS:
+        place = scores.shape[-1] - k
+        return torch.from_numpy(np.partition(scores.detach().numpy(), place)[..., place : place + 1])
     return scores.topk(k, sorted=False).values.amin(-1, keepdim=True)

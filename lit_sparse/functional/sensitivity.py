@@ -1,13 +1,13 @@
 """Sensitivity of the loss to an entry, |w · ∂L/∂w|, and its moving average."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.functional import masks
+from lit_sparse.functional import piecewise
 
 
 def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
@@ -86,26 +86,21 @@ def update_moving_average_(averages: Sequence[Tensor], values: Sequence[Tensor],
     require_range("beta", beta, at_least=0, below=1)
     if len(averages) != len(values):
         raise UsageError(f"Give one value for each average; got {len(values)} for {len(averages)} averages.")
-    if not averages:
-        return
-    finite = where_finite(values, averages)
-    cast = [value.to(average.dtype) for average, value in zip(averages, finite, strict=True)]
-    torch._foreach_lerp_(list(averages), cast, 1 - beta)
+    for piece in piecewise.piecewise(averages):
+        mine = [averages[i] for i in piece]
+        finite = _where_finite([values[i] for i in piece], mine)
+        torch._foreach_lerp_(mine, [v.to(a.dtype) for v, a in zip(finite, mine, strict=True)], 1 - beta)
 
 
-@torch.no_grad()
-def where_finite(values: Sequence[Tensor], otherwise: Sequence[Tensor]) -> list[Tensor]:
-    """Replace every entry that is NaN or infinite, in a handful of kernels and without waiting for the device.
-
-    Args:
-        values: Any shapes, all on one device.
-        otherwise: The replacements: a tensor for each value, of its shape.
+def _where_finite(values: list[Tensor], otherwise: list[Tensor]) -> list[Tensor]:
+    """Replace every entry that is NaN or infinite, without waiting for the device.
 
     Returns:
         On a CPU ``values`` themselves if they are finite; else views of a copy.
     """
-    if not values or (masks._is_at_hand(values[0]) and bool(get_total_norm(values).isfinite())):
-        return list(values)
-    flat, spare = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (values, otherwise))
+    flat = torch.cat([value.flatten() for value in values])
+    if piecewise.is_at_hand(flat) and math.isfinite(flat.sum()):
+        return values
+    spare = torch.cat([tensor.flatten() for tensor in otherwise])
     pieces = torch.where(flat.isfinite(), flat, spare).split([value.numel() for value in values])
     return [piece.view_as(value) for piece, value in zip(pieces, values, strict=True)]

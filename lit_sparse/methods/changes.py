@@ -96,22 +96,22 @@ class Changes(SparseMethod):
         limit = math.floor(share * _adapted(adapters) + 1e-6)
         of_A, of_B_t = ([adapter.get_buffer(f"sensitivity_{name}") for adapter in adapters] for name in ("A", "B_t"))
         rows = Rows(of_A, of_B_t, _opened(adapters))
+        masks_A, masks_B_t = ([adapter.get_buffer(f"mask_{name}") for adapter in adapters] for name in ("A", "B_t"))
         copies = [adapter.copies for adapter in adapters]
         overlaps = [adapter.get_buffer("overlap") for adapter in adapters]
-        device = adapters[0].lora_A.device
 
         def measured(threshold: Tensor) -> Tensor:
-            return union(*rows.masks(threshold), copies)
+            rows.mark_(masks_A, masks_B_t, threshold)
+            return union(masks_A, masks_B_t, copies)
 
         if last:
-            threshold = lowest_threshold(lambda t: measured(t).sum(), limit, device)
+            threshold = lowest_threshold(lambda t: measured(t).sum(), limit, overlaps[0].device)
         else:
             threshold = rows.lowest_threshold(limit, torch.stack(overlaps))
         if is_measured and not last:
             found = rows.changes(threshold) / measured(threshold).clamp(min=1)
             torch._foreach_copy_(overlaps, list(found.clamp(min=1).to(overlaps[0].dtype)))
-        for name, masks in zip(("A", "B_t"), rows.masks(threshold, unseen=not last), strict=True):
-            torch._foreach_copy_([adapter.get_buffer(f"mask_{name}") for adapter in adapters], masks)
+        rows.mark_(masks_A, masks_B_t, threshold, unseen=not last)
 
 
 def _adapted(adapters: Sequence[LowRankAdapter]) -> int:

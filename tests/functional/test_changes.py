@@ -49,19 +49,27 @@ def layers(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
     return [matrix(r, a) for r, a, _ in shapes], [matrix(r, b) for r, _, b in shapes]
 
 
+def marked(
+    rows: Rows, scores: tuple[list[Tensor], list[Tensor]], at: Tensor, unseen: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    masks_A, masks_B_t = ([torch.empty_like(s, dtype=torch.bool) for s in half] for half in scores)
+    rows.mark_(masks_A, masks_B_t, at, unseen)
+    return masks_A, masks_B_t
+
+
 @modest
 @given(layers(), st.floats(2.0**-60, 5, width=32))
 def test_rows_keep_what_reaches_the_threshold(scores: tuple[list[Tensor], list[Tensor]], threshold: float) -> None:
     rows, at = Rows(*scores), torch.tensor(threshold)
     assert rows.changes(at).tolist() == [slow_changes(A, B_t, threshold) for A, B_t in zip(*scores, strict=True)]
-    for given_scores, masks in zip(scores, rows.masks(at), strict=True):
+    for given_scores, masks in zip(scores, marked(rows, scores, at), strict=True):
         for matrix, mask in zip(given_scores, masks, strict=True):
             assert mask.tolist() == [kept_in(row, threshold) for row in matrix.tolist()]
-    for given_scores, masks in zip(scores, rows.masks(at, unseen=True), strict=True):
+    for given_scores, masks in zip(scores, marked(rows, scores, at, unseen=True), strict=True):
         for matrix, mask in zip(given_scores, masks, strict=True):
             assert mask.tolist() == [kept_in(r, threshold) if any(r) else [True] * len(r) for r in matrix.tolist()]
-    found = union(*rows.masks(at), [1] * len(scores[0]))
-    assert found.tolist() == [slow_union(A, B_t) for A, B_t in zip(*rows.masks(at), strict=True)]
+    masks = marked(rows, scores, at)
+    assert union(*masks, [1] * len(scores[0])).tolist() == [slow_union(A, B_t) for A, B_t in zip(*masks, strict=True)]
 
 
 @modest

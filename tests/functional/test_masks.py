@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_sparse.errors import UsageError
-from lit_sparse.functional import kept_entries, masks, top_fraction_mask
+from lit_sparse.functional import kept_entries, piecewise, top_fraction_mask
 
 modest = settings(max_examples=100, deadline=None)
 fractions = st.floats(0.01, 1)
@@ -153,6 +153,6 @@ def test_what_is_at_hand_is_masked_as_what_is_on_a_device(tied, monkeypatch):
     if tied:
         scores = (scores * 5).round()
     here = top_fraction_mask(scores, 0.1, -1)
-    monkeypatch.setattr(masks, "_is_at_hand", lambda _: False)
+    monkeypatch.setattr(piecewise, "is_at_hand", lambda _: False)
     assert torch.equal(top_fraction_mask(scores, 0.1, -1), here)
     assert (here.sum(1) == 5).all()
