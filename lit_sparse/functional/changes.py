@@ -171,5 +171,6 @@ def union(masks_A: Sequence[Tensor], masks_B_t: Sequence[Tensor], copies: Sequen
 @functools.lru_cache(maxsize=16)
 def _owners(ranks: tuple[tuple[tuple[int, int], ...], ...], device: torch.device) -> list[Tensor]:
     """The layer of each rank, for pieces of layers with so many ranks; kept, as copying to a device waits."""
-    owners = [[layer for layer, count in piece for _ in range(count)] for piece in ranks]
-    return list(torch.tensor([o for piece in owners for o in piece], device=device).split([len(o) for o in owners]))
+    owners = [layer for piece in ranks for layer, count in piece for _ in range(count)]
+    counts = [sum(count for _, count in piece) for piece in ranks]
+    return list(torch.tensor(owners, dtype=torch.int64, device=device).split(counts))

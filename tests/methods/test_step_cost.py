@@ -1,16 +1,22 @@
-"""What happens around an optimizer step: as many kernels for many layers as for few."""
+"""What happens around an optimizer step: as many kernels and as much memory for many layers as for few."""
 
 import functools
+import itertools
+import json
+import tracemalloc
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import live_ranks_of_all
+from lit_sparse.functional import piecewise
 
 METHODS = {
     "SoRA": functools.partial(ls.SoRA, threshold=1e-3, l1_weight=1.0, freeze_zero_after=3),
@@ -87,3 +93,35 @@ def test_a_step_that_keeps_its_masks_selects_nothing() -> None:
     )
     assert chosen["nan_to_num"] >= 1
     assert not kept.keys() & {"nan_to_num", "topk", "cumsum"}
+
+
+def peak_of_an_update(method: ls.SparseMethod, layers: int) -> int:
+    """The most bytes that tensors and arrays of numpy take at once in a step, beyond what is there before it."""
+    model = nn.Sequential(*(nn.Linear(512, 256) for _ in range(layers)))
+    adapters = ls.inject(model, method)
+    optimizer = torch.optim.AdamW(ls.parameter_groups(model, method), lr=1e-3, fused=True)
+    steps = ls.SparseSteps(method, model, optimizer, total_steps=10)
+    for number in range(2):
+        for parameter in (p for a in adapters.values() for p in (a.lora_A, a.lora_B_t)):
+            nn.init.normal_(parameter)
+            parameter.grad = torch.randn_like(parameter)
+        steps.observe()
+        if number == 0:
+            optimizer.step()
+    tracemalloc.start()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        optimizer.step()
+    of_numpy = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    trace.export_chrome_trace("trace.json")
+    events = json.loads(Path("trace.json").read_bytes())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes)) + of_numpy
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["RoseLoRA", "RoseLoRA, masks chosen", "RoseLoRA, masks kept", "RoseLoRA, changed"])
+def test_memory_does_not_grow_with_the_layers(method: str) -> None:
+    few, many = (peak_of_an_update(METHODS[method](rank=16, target_modules=r"\d+"), n) for n in (20, 80))
+    assert many < 24 * piecewise._AT_HAND
+    assert many - few < 8 * 257 * 60 * 3  # for each more layer a few times what 257 thresholds let it change
