@@ -78,8 +78,8 @@ class Rows:
         found = torch.zeros((), dtype=torch.int64, device=overlaps.device)
         for shift in _SHIFTS:
             found = found << 8
-            changes = self._products(257, functools.partial(_Block.reaching, below=found - 1, shift=shift))
-            too_many = (changes / overlaps.unsqueeze(1)).sum(0) > limit
+            count = functools.partial(_Block.reaching, below=found - 1, shift=shift)
+            too_many = (self._products(257, count) / overlaps.unsqueeze(1)).sum(0) > limit
             found = found + (too_many.sum() - 1).clamp(min=0)
         return ((found + 1) << _SHIFTS[-1]).clamp(max=_INFINITY).int().view(torch.float32)
 

@@ -122,6 +122,6 @@ def peak_of_an_update(method: ls.SparseMethod, layers: int) -> int:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", ["RoseLoRA", "RoseLoRA, masks chosen", "RoseLoRA, masks kept", "RoseLoRA, changed"])
 def test_memory_does_not_grow_with_the_layers(method: str) -> None:
-    few, many = (peak_of_an_update(METHODS[method](rank=16, target_modules=r"\d+"), n) for n in (20, 80))
+    few, many = (peak_of_an_update(METHODS[method](rank=16, target_modules=r"\d+"), n) for n in (40, 160))
     assert many < 24 * piecewise._AT_HAND
-    assert many - few < 8 * 257 * 60 * 3  # for each more layer a few times what 257 thresholds let it change
+    assert many - few < 8 * 257 * 120 * 3  # for each more layer a few times what 257 thresholds let it change
