@@ -154,7 +154,7 @@ def lowest_threshold(changes: Callable[[Tensor], Tensor], limit: float, device: 
 
 
 def union(masks_A: Sequence[Tensor], masks_B_t: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
-    """How many weights of each layer change, shape ``(layers,)``; the support of BA is formed.
+    """How many weights of each layer change, shape ``(layers,)``; the support of BA is formed, layer after layer.
 
     Args:
         masks_A: For each layer, shape ``(copies · rank, in_features)``.

@@ -116,7 +116,10 @@ class Masks(Changes):
         return cubic_density(step, length_of(total), final, self.begin, self.end)
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> list[Tensor]:
-        """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3)."""
+        """|w · ∂L/∂w| of every A and Bᵀ, from the weights before the step and unclipped gradients (Eq. 3).
+
+        They take as much memory as the gradients do. All else in an update is made for a few layers at a time.
+        """
         if self._is_chosen(step):
             return []
         weights = _matrices(adapters)
