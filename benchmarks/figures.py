@@ -42,13 +42,10 @@ def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
         points += line
         size, score, error = zip(*sorted(line), strict=True)
         axes.errorbar(size, score, error, marker="o", ms=4, lw=1, capsize=2, color=COLOURS[i], label=method)
-    best: list[tuple[float, float]] = []
-    for size, score, _ in sorted(points):
-        if not best or score > best[-1][1]:
-            best.append((size, score))
+    sizes = sorted({round(size, -3) for size, _, _ in points})
+    best = [(size, max(score for found, score, _ in points if round(found, -3) <= size)) for size in sizes]
     axes.step(*zip(*best, strict=True), where="post", color=INK, lw=0.8, ls=":", label="frontier")
     axes.set_xscale("log")
-    sizes = sorted({round(size, -3) for size, _, _ in points})
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlabel("parameters left")
