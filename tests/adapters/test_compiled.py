@@ -67,7 +67,8 @@ def kill(model: nn.Module, round_: int) -> None:
             adapter.gate[max(0, (5 * number) % (RANK - 1) - 2 * round_) :] = 0
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_all_blocks_share_their_graphs_and_every_number_of_ranks_does(checkpointing: bool) -> None:
     model = adapted(llama(), ls.SoRA(rank=RANK, sparsity_weight=1.0))
     if checkpointing:
