@@ -56,8 +56,8 @@ def compile_blocks(model: nn.Module, device_type: str | None = None, **options: 
     removes any, the graphs are compiled once more with the numbers of ranks as variables, and serve for all numbers
     from then on. (A graph for no rank, or for one, would have to be another.)
 
-    On a CPU, random numbers are drawn as without compilation: dropout has the same zeros, and takes less than half of
-    the time of the compiler's own random numbers.
+    On a CPU, random numbers are drawn as without compilation. Dropout then has the same zeros, and takes less time than
+    with the compiler's own random numbers, which are drawn one by one there.
 
     Args:
         model: Model with adapters.
