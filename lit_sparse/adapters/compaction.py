@@ -24,7 +24,7 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
     (:func:`~lit_sparse.adapters.statistics.live_ranks`), so that the model computes what it did before, with less
     memory and time. Unlike a rank at zero, a removed rank cannot come back. An adapter may end with rank 0. If all
     would, the first keeps one rank, so that there is something to differentiate. All experts of one weight keep as many
-    ranks as the expert with the most live ranks. Compiled models keep two ranks in every adapter
+    ranks as the expert with the most live ranks. Compiled models keep at least two in every adapter
     (:func:`~lit_sparse.compile_blocks`).
 
     Call it between an optimizer step and the next forward pass. Parameters stay the same objects, so that optimizers,

@@ -1,4 +1,4 @@
-"""Compile a model block by block, so that removed ranks compile little anew."""
+"""Compile a model block by block, and only once more when ranks are removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ none at the first block's input, training and evaluation, two kinds of attention
 their product is more than 8."""
 
 LEAST_RANKS = 2
-"""Ranks that stay in a compiled adapter: a variable size of a graph is neither 0 nor 1."""
+"""Ranks that stay in a compiled adapter: torch compiles a size of 0 or 1 as a constant, in another graph."""
 
 
 class CompileOptions(TypedDict, total=False):
@@ -54,7 +54,7 @@ def compile_blocks(model: nn.Module, device_type: str | None = None, **options: 
 
     :func:`~lit_sparse.compact` leaves at least two ranks in every adapter of a compiled model. After the first time it
     removes any, the graphs are compiled once more with the numbers of ranks as variables, and serve for all numbers
-    from then on. (A graph for no rank, or for one, would have to be another.)
+    from then on. (torch compiles a size of 0 or 1 as a constant, which would be another graph.)
 
     On a CPU, random numbers are drawn as without compilation. Dropout then has the same zeros, and takes less time than
     with the compiler's own random numbers, which are drawn one by one there.
