@@ -28,6 +28,11 @@ def listed(names: Iterable[str]) -> str:
     return f"[{shown}]{more}"
 
 
+def reason_of(error: BaseException) -> str:
+    """The text of an error in one line; the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def require_range(
     name: str,
     value: float | None,

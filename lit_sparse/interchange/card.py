@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from lit_sparse.adapters.statistics import LayerSparsity
-from lit_sparse.interchange.metadata import name_of
+from lit_sparse.interchange.metadata import means_path, name_of
 from lit_sparse.interchange.processors import chat_format_of
 from lit_sparse.interchange.snippet import labels_of, snippet
 from lit_sparse.methods.progress import Progress
@@ -175,5 +175,4 @@ def _hub_id(name: str | None) -> str | None:
     cached = next((part for part in Path(name).parts if part.startswith("models--")), None)
     if cached is not None:
         return cached.removeprefix("models--").replace("--", "/")
-    local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(name).exists()
-    return None if local else name
+    return None if means_path(name) or Path(name).exists() else name

@@ -20,7 +20,7 @@ from lit_sparse._version import __version__
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.adapters.token_rows import embedding_count, token_rows_in
-from lit_sparse.errors import UsageError, listed, require_range
+from lit_sparse.errors import UsageError, listed, reason_of, require_range
 from lit_sparse.foreign_errors import is_disk_full
 from lit_sparse.interchange.card import ExportReport, Provenance, model_card
 from lit_sparse.interchange.metadata import name_of, write_metadata
@@ -252,7 +252,7 @@ def _push(folder: Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # any error of the network or the hub
         raise UsageError(
-            f"{str(folder)!r} is written, but cannot be uploaded to {repository!r}: {' '.join(str(error).split())} Log "
+            f"{str(folder)!r} is written, but cannot be uploaded to {repository!r}: {reason_of(error)} Log "
             "in with hf auth login, and run hf upload."
         ) from error
 

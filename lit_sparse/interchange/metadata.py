@@ -31,6 +31,11 @@ def name_of(model: Any) -> str | None:
     return getattr(model, "portable_name", None) or getattr(model, "name_or_path", None) or None
 
 
+def means_path(name: str) -> bool:
+    """Whether a name is meant as a path on this machine, not as an id on the hub, which has one slash at most."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def write_metadata(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write the file; values that JSON lacks are written as text."""
     (folder / METADATA).write_text(json.dumps(entries, indent=2, default=str) + "\n", encoding="utf-8")

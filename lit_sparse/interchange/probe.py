@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.quantized import quantized_layers
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, reason_of
 
 _LENGTH = 16  # tokens
 _SAMPLES = 16000  # of a sound: a second
@@ -67,7 +67,7 @@ def outputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
         except Exception as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
             raise UsageError(
-                f"{type(model).__name__} does not run on {shapes} ({' '.join(str(error).split())}), so outputs cannot "
+                f"{type(model).__name__} does not run on {shapes} ({reason_of(error)}), so outputs cannot "
                 "be compared: give fitting arguments as batch."
             ) from error
     found = [tensor.detach().cpu() for tensor in _tensors(output)]

@@ -11,6 +11,8 @@ from typing import Any, TypedDict
 from lightning.fabric.utilities import rank_zero_warn
 from transformers import AutoFeatureExtractor, AutoProcessor
 
+from lit_sparse.errors import reason_of
+
 # Every folder with a tokenizer, image processor or feature extractor has one of these.
 _PROCESSOR_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"),
@@ -112,7 +114,7 @@ def save_processor(
         processor.save_pretrained(draft)
         return _prompt(tokenizer) if chat is not None else None
     except Exception as error:  # a damaged file or a missing package must not stop the export
-        rank_zero_warn(f"The tokenizer or processor of {source!r} cannot be written: {' '.join(str(error).split())}.")
+        rank_zero_warn(f"The tokenizer or processor of {source!r} cannot be written: {reason_of(error)}.")
     return None
 
 

@@ -62,7 +62,8 @@ def snippet(
             "model, tokenizer = found.model, found.tokenizer",
         ]
         return "\n".join(["import lit_sparse as ls", "", *loaded, *_use(model)])
-    imports = {f"from {_module_of(model)} import {kind}"}
+    home = "transformers" if hasattr(transformers, kind) else type(model).__module__
+    imports = {f"from {home} import {kind}"}
     lines = [] if form == "merged" else _base(model, base)
     if form == "merged":
         lines.append(f"model = {kind}.from_pretrained({_quoted(place)})")
@@ -144,10 +145,6 @@ def _use(model: Any) -> list[str]:
     if kind in modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         return []
     return [*inputs, "print(model(**inputs))"]
-
-
-def _module_of(model: nn.Module) -> str:
-    return "transformers" if hasattr(transformers, type(model).__name__) else type(model).__module__
 
 
 def _quoted(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse.adapters.factors import LayerFactors
-from lit_sparse.errors import UsageError, listed
+from lit_sparse.errors import UsageError, listed, reason_of
 from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
 from lit_sparse.interchange.vocabulary import StoredRows
 
@@ -73,8 +73,7 @@ def read_folder(folder: Path) -> Saved:
         tokens = {name: _rows(name, entry, tensors) for name, entry in entries.get("tokens", {}).items()}
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{str(folder)!r} is damaged: {METADATA} and {WEIGHTS} do not fit together "
-            f"({' '.join(str(error).split())})."
+            f"{str(folder)!r} is damaged: {METADATA} and {WEIGHTS} do not fit together ({reason_of(error)})."
         ) from error
     return Saved(folder, entries, tensors, factors, tokens)
 

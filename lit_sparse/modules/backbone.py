@@ -22,9 +22,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from lit_sparse.adapters.head import pretrained_bodies, task_head
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.data.quickstart import resolve
-from lit_sparse.errors import UsageError, listed
+from lit_sparse.errors import UsageError, listed, reason_of
 from lit_sparse.foreign_errors import is_size_mismatch, refused_global
-from lit_sparse.interchange.metadata import keep_name
+from lit_sparse.interchange.metadata import keep_name, means_path
 
 # Errors that transformers raises for damaged or forged folders, and for arguments that a class does not know.
 _LOADING_ERRORS = (
@@ -90,7 +90,7 @@ def load_backbone(name: str, auto_class: Any, **arguments: Any) -> PreTrainedMod
             "Take them as safetensors."
         ) from error
     except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         if is_size_mismatch(error):
             reason = (
                 "its head has another number of outputs than the data has labels. Set backbone_args to "
@@ -156,8 +156,7 @@ def _require_body(name: str, model: nn.Module, loaded: Mapping[str, Any]) -> Non
 
 def _require_folder(name: str, folder: str) -> None:
     path = Path(folder)
-    local = path.is_absolute() or folder.startswith((".", "~")) or folder.count("/") > 1
-    if local and not (path / "config.json").is_file():
+    if means_path(folder) and not (path / "config.json").is_file():
         state = "has no config.json" if path.is_dir() else "does not exist"
         raise UsageError(
             f"The backbone folder {name!r} {state}. Give a folder written by save_pretrained, or a hub id such as "

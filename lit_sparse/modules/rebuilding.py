@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, reason_of
 from lit_sparse.methods.base import SparseMethod
 
 Kind = TypeVar("Kind")
@@ -102,7 +102,7 @@ def read_hyperparameters(file: str | os.PathLike[str]) -> Any:
     try:
         return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{str(file)!r} cannot be read as hyperparameters: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{str(file)!r} cannot be read as hyperparameters: {reason_of(error)}.") from error
 
 
 def method_record(method: SparseMethod) -> dict[str, Any]:

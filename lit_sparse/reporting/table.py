@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,11 +129,7 @@ def text_table(adapters: StoredAdapters) -> str:
     last = {"left": together.remaining_parameters, "bytes": together.nbytes}
     sums = [f"{last[column.head]:,}" if column.head in last else "" for column in table.columns]
     lines.append(["all layers", f"{together.rank}/{together.max_rank}", *sums])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    written = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    ]
+    written = aligned(lines)
     rule = "─" * max(map(len, written))
     return "\n".join(
         [
@@ -146,6 +142,19 @@ def text_table(adapters: StoredAdapters) -> str:
             *notes(adapters),
         ]
     )
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of text with cells in columns.
+
+    Args:
+        rows: The cells of each line.
+        left: Number of columns that are aligned on the left; those after them are aligned on the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    marks = [">" if number >= left else "<" for number in range(len(widths))]
+    form = "  ".join(f"{{:{mark}{width}}}" for mark, width in zip(marks, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
 
 
 def _heading(adapters: StoredAdapters) -> str:

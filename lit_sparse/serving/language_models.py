@@ -16,7 +16,7 @@ from lit_sparse.adapters.token_rows import token_record
 from lit_sparse.data.chat_template import ChatTemplate
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError
-from lit_sparse.interchange.metadata import METADATA
+from lit_sparse.interchange.metadata import METADATA, means_path
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.peft_import import install
 from lit_sparse.interchange.processors import chat_format_of, has_processor, keep_chat_format, processor_of
@@ -87,7 +87,7 @@ def open_language_model(
         found = _from_adapter(path, backbone, trust_remote_code)
     elif path.is_dir() and not is_whole:
         raise UsageError(f"{source!r} holds neither adapters nor a model. {_WANTED}.")
-    elif not path.exists() and _is_path(source):
+    elif not path.exists() and ((means_path(source) and "://" not in source) or path.suffix == ".ckpt"):
         raise UsageError(f"{source!r} does not exist. {_WANTED}.")
     elif backbone is not None:
         raise UsageError(f"backbone is for a checkpoint or an adapter, and {source!r} is a whole model: leave it out.")
@@ -102,12 +102,6 @@ def open_language_model(
     if accelerator is not None and model.device.type != accelerator.type:
         model.to(accelerator)
     return LanguageModel(source, model, tokenizer)
-
-
-def _is_path(source: str) -> bool:
-    """Whether a source that does not exist was meant as a file or folder, not as a hub id."""
-    deep = source.count("/") > 1 and "://" not in source
-    return deep or source.startswith(("/", ".", "~")) or source.endswith(".ckpt")
 
 
 def _from_checkpoint(path: Path, backbone: str | None, trust_remote_code: bool) -> tuple[Any, PreTrainedTokenizerBase]:
