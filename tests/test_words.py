@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_sparse.cli.arguments import spelled_out
+from lit_sparse.cli.commands import spelled_out
 from lit_sparse.serving.from_checkpoint import export_checkpoint
 
 

@@ -6,44 +6,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from transformers import TextStreamer
 
 from lit_sparse.adapters.injection import disable_adapters
-from lit_sparse.cli.arguments import spelled_out
-from lit_sparse.cli.parser import SparseParser
 from lit_sparse.data.tokenizers import Prompt
 from lit_sparse.errors import UsageError
 from lit_sparse.serving.answering import Decoding, answer
 from lit_sparse.serving.language_models import LanguageModel, open_language_model
 from lit_sparse.verbosity import show
-
-SUMMARY = "Talk with a language model: a checkpoint, an adapter's folder or a whole model."
-_PROMPT = "Text to answer instead of talking; may be given several times. Each is answered on its own."
-
-
-def parser(**options: Any) -> SparseParser:
-    """The parser of the command."""
-    made = SparseParser(description=SUMMARY, **options)
-    made.add_argument("source", help="A checkpoint file, an adapter's folder, or the folder or hub id of a model.")
-    made.add_argument("--prompt", action="append", type=str, help=_PROMPT)
-    made.add_function_arguments(chat, skip={"source", "prompt"})
-    return made
-
-
-def run(words: Sequence[str], program: str) -> None:
-    """Run the command.
-
-    Args:
-        words: The words after ``chat``.
-        program: Name of the program, for the help.
-
-    Raises:
-        UsageError: As :func:`chat`.
-    """
-    chat(**parser(prog=f"{program} chat").parse_args(spelled_out(words, chat)).as_dict())
 
 
 def chat(
@@ -66,7 +38,7 @@ def chat(
 
     Args:
         source: A checkpoint file, an adapter's folder, or the folder or hub id of a model.
-        prompt: Texts to answer instead of talking, each on its own.
+        prompt: Text to answer instead of talking; may be given several times. Each is answered on its own.
         system: System message that begins every conversation.
         compare: Answer every turn without the adapters too. Both answer the same conversation, in which the answers
             with adapters are remembered.

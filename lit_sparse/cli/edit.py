@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lit_sparse.cli.arguments import spelled_out
+from lit_sparse.cli.commands import Command
 from lit_sparse.cli.edited_folder import edits_in, files_of, open_edited, require_names, write_edited
-from lit_sparse.cli.parser import SparseParser
 from lit_sparse.cli.words import closest, fail
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import SUFFIX, combine, load_edit
@@ -20,30 +19,11 @@ from lit_sparse.editing.measuring import Measurer
 from lit_sparse.editing.one_fact import edit_fact
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.interchange.export import require_free
+from lit_sparse.reporting.table import aligned
 from lit_sparse.verbosity import show
 
 _WIDTH = 60  # characters of a prompt in a table
 _ANSWER = 16  # tokens of an answer that is printed
-_HELP = {
-    "fact": "Teach a model another answer to one prompt, and show its answers before and after.",
-    "apply": "Add edits to a model.",
-    "combine": "Add edits up to one.",
-    "list": "Show what edits are for, and their metrics.",
-    "remove": "Take edits out of an edited model.",
-}
-NAMES = tuple(_HELP)
-_SHOWN = {
-    "--rephrase": "Another wording of the prompt, to be shown; may be given several times.",
-    "--neighbour": "A prompt whose answer should stay, to be shown; may be given several times.",
-}
-_EDITS = {"edits": "Files of edits, or folders of them."}
-_POSITIONAL: Mapping[str, Mapping[str, str]] = {
-    "fact": {},
-    "apply": {"model": "Hub id or folder of the model; an edited model keeps its edits.", **_EDITS},
-    "combine": _EDITS,
-    "list": {"sources": "Files of edits, folders of them, or folders of edited models."},
-    "remove": {"model": "Folder of the edited model.", "names": "Names of edits, as list shows them."},
-}
 
 
 def run(words: Sequence[str], program: str) -> None:
@@ -58,25 +38,17 @@ def run(words: Sequence[str], program: str) -> None:
     """
     name = words[0]
     if name not in _COMMANDS:
-        known = closest(name, NAMES) or f" Its commands are {', '.join(NAMES)}."
+        known = closest(name, _COMMANDS) or f" Its commands are {', '.join(_COMMANDS)}."
         fail(f"There is no command {name!r} of edit.{known}", status=2)
-    parser = SparseParser(prog=f"{program} edit {name}", description=_HELP[name])
-    if name == "fact":
-        for option, text in _SHOWN.items():
-            parser.add_argument(option, action="append", type=str, default=[], help=text)
-    for argument, text in _POSITIONAL[name].items():
-        several = {} if argument == "model" else {"nargs": "+"}
-        parser.add_argument(argument, type=str, help=text, **several)
-    parser.add_function_arguments(_COMMANDS[name], skip={"rephrase", "neighbour", *_POSITIONAL[name]})
-    _COMMANDS[name](**parser.parse_args(spelled_out(words[1:], _COMMANDS[name])).as_dict())
+    _COMMANDS[name].run(words[1:], f"{program} edit {name}")
 
 
 def change_fact(
     model: str,
     prompt: str,
     target: str,
-    rephrase: Sequence[str] = (),
-    neighbour: Sequence[str] = (),
+    rephrase: Sequence[str] | None = None,
+    neighbour: Sequence[str] | None = None,
     lr: float = 3e-3,
     steps: int = 25,
     output: str | None = None,
@@ -87,8 +59,8 @@ def change_fact(
         model: Hub id or folder of the model.
         prompt: Text that the model continues.
         target: The new continuation.
-        rephrase: Other wordings of the prompt, whose answers are printed too.
-        neighbour: Prompts whose answers should stay, which are printed too.
+        rephrase: Another wording of the prompt, to be shown; may be given several times.
+        neighbour: A prompt whose answer should stay, to be shown; may be given several times.
         lr: Learning rate.
         steps: Optimizer steps, at most.
         output: File for the edit, such as fact.edit.safetensors; null: it is not written.
@@ -106,8 +78,8 @@ def change_fact(
     tokenizer = load_tokenizer(model)
     asked = [
         ("prompt", prompt),
-        *(("rephrase", p) for p in rephrase),
-        *(("neighbour", p) for p in neighbour),
+        *(("rephrase", p) for p in rephrase or ()),
+        *(("neighbour", p) for p in neighbour or ()),
     ]
     measurer = Measurer(edited.model, tokenizer, [], 0, None, 32, generated_tokens=_ANSWER)
     before = measurer.answers([text for _, text in asked])
@@ -205,17 +177,15 @@ def list_edits(sources: Sequence[str]) -> None:
             asked = request.prompt if len(request.prompt) <= _WIDTH else f"{request.prompt[: _WIDTH - 1]}…"
             metrics = [f"{found[name]:.2f}" if name in found else "" for name in ("edit_success", "locality")]
             rows.append([file.name, f"{asked} → {request.target_new}", f"{edit.changed:,}", *metrics])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(aligned(rows, left=len(rows[0]))) + "\n")
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "fact": change_fact,
-    "apply": apply_edits,
-    "combine": combine_edits,
-    "list": list_edits,
-    "remove": remove_edits,
+_COMMANDS = {
+    "fact": Command(change_fact, repeated=["rephrase", "neighbour"]),
+    "apply": Command(apply_edits, ["model", "edits"]),
+    "combine": Command(combine_edits, ["edits"]),
+    "list": Command(list_edits, ["sources"]),
+    "remove": Command(remove_edits, ["model", "names"]),
 }
 
 

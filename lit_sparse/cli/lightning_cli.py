@@ -21,7 +21,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_sparse
 from lit_sparse.callbacks.checkpoint_files import furthest_first, last_checkpoint, usable
-from lit_sparse.cli import chat, edit, evaluate, export, init, inspect
+from lit_sparse.cli import edit
+from lit_sparse.cli.chat import chat
+from lit_sparse.cli.commands import Command
+from lit_sparse.cli.evaluate import evaluate_source
+from lit_sparse.cli.init import write_configuration
+from lit_sparse.cli.inspect import inspect_adapters, names_a_source
 from lit_sparse.cli.listing import listing
 from lit_sparse.cli.main import COMMANDS
 from lit_sparse.cli.noise import lead_around_bars
@@ -31,9 +36,18 @@ from lit_sparse.cli.words import closest, fail
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
+from lit_sparse.serving.from_checkpoint import export_checkpoint
 from lit_sparse.verbosity import be_quiet, quiet_within
 
-_ON_THEIR_OWN = {"init": init, "chat": chat, "evaluate": evaluate}  # commands that take no configuration
+# Commands that take no configuration; inspect and edit take one, or a source or a command of their own.
+_ON_THEIR_OWN = {
+    "init": Command(write_configuration),
+    "inspect": Command(inspect_adapters, ["source"]),
+    "export": Command(export_checkpoint),
+    "merge": Command(export_checkpoint, fixed={"format": "merged", "layout": "padded", "with_head": True}),
+    "chat": Command(chat, ["source"], repeated=["prompt"]),
+    "evaluate": Command(evaluate_source, ["source"]),
+}
 
 # The disk is full, or a file may not be written or read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -220,12 +234,8 @@ def _run(command: str, words: Sequence[str], program: str) -> None:
         be_quiet()
     others = [word for word in words if word != "--quiet"]
     others.remove(command)
-    if command in export.NAMES:
-        export.run(others, program, command)
-    elif command in _ON_THEIR_OWN:
-        _ON_THEIR_OWN[command].run(others, program)
-    elif command == "inspect" and inspect.names_a_source(others):
-        inspect.run(others, program)
+    if command in _ON_THEIR_OWN and (command != "inspect" or names_a_source(others)):
+        _ON_THEIR_OWN[command].run(others, f"{program} {command}", COMMANDS[command])
     elif command == "edit" and others[:1] and not others[0].startswith("-"):
         edit.run(others, program)
     else:

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import optim
 
 import lit_sparse
-from lit_sparse.cli.arguments import ConfigFile
+from lit_sparse.cli.config_files import ConfigFile
 from lit_sparse.cli.words import closest, fail
 from lit_sparse.foreign_errors import lacks_model, unknown_choice, unknown_class, unknown_key, without_noise
 

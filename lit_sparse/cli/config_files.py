@@ -1,9 +1,7 @@
-"""Arguments of the command line: configuration files, and options as users spell them."""
+"""Configuration files, of the user and of the package."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ from lit_sparse.errors import UsageError
 
 CONFIGS = "lit_sparse://"
 """Prefix of the configurations that the package contains."""
-
-_BOOLEANS = ("true", "false", "yes", "no", "null")  # values of a switch; any other word after it is not its value
 
 
 class ConfigFile(ActionConfigFile):
@@ -34,28 +30,6 @@ class ConfigFile(ActionConfigFile):
         if file.is_file():  # jsonargparse takes a text of YAML too
             _require_mapping(file)
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
-
-
-def spelled_out(words: Sequence[str], command: Callable[..., object]) -> list[str]:
-    """Options of a command as its parser knows them: ``--require-final`` becomes ``--require_final=true``.
-
-    Args:
-        words: The words after the name of the command.
-        command: The function that the command calls. Options may have dashes in place of underscores, and those with
-            a boolean default need no value.
-    """
-    options = inspect.signature(command).parameters
-    changed = []
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in options:
-            changed.append(word)
-            continue
-        if not equals and isinstance(options[name].default, bool) and following.lower() not in _BOOLEANS:
-            equals, value = "=", "true"
-        changed.append(f"--{name}{equals}{value}")
-    return changed
 
 
 def packaged(name: str) -> Path:
