@@ -18,13 +18,13 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from lit_sparse.cli.config_files import CONFIGS, packaged
-from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
+from lit_sparse.data.conll import with_conll
 from lit_sparse.data.conversations import recognised
 from lit_sparse.data.csv_rows import other_delimiter
 from lit_sparse.data.files import ending, open_bytes
 from lit_sparse.data.quickstart import resolve
-from lit_sparse.data.readers import Kind, Kinds, Reader
-from lit_sparse.data.sources import TABLES, distinct, open_source
+from lit_sparse.data.readers import Reader
+from lit_sparse.data.sources import distinct, open_source
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.account import parse_budget
@@ -108,8 +108,7 @@ def write_configuration(
     data = data or _asked("data", "File of rows, folder of splits, or id of a data set: ")
     backbone = backbone or _asked("backbone", "Pretrained model, a hub id or a folder: ")
     has_template = bool(load_tokenizer(backbone).chat_template)  # and refuse a backbone that is not there
-    conll = Kind(partial(read_conll, words="tokens", tags="ner_tags"), count_sentences)
-    kinds: Kinds = {**TABLES, **dict.fromkeys(ENDINGS, conll)}
+    kinds = with_conll(*_KINDS["token-classification"].columns)
     readers = open_source(data, None, None, None, ("train", "validation", "test", "predict"), kinds)
     if "train" not in readers:
         raise UsageError(f"{data!r} has no split 'train' to learn from; it has {list(readers)}.")

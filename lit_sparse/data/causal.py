@@ -8,8 +8,9 @@ from functools import partial
 from datasets import Dataset
 
 from lit_sparse._version import __version__
-from lit_sparse.data.padding import IGNORED, PadPromptAndResponse
-from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.padding import IGNORED, PadRows
+from lit_sparse.data.readers import Rows
+from lit_sparse.data.rows import Collator
 from lit_sparse.data.tables import fingerprint
 from lit_sparse.data.text import TextData
 from lit_sparse.errors import require_range
@@ -33,7 +34,7 @@ class CausalData(TextData):
         require_range("max_length", self.max_length, at_least=2)  # nothing comes before a first token to predict it
 
     def _collator(self, role: str) -> Collator:
-        return PadPromptAndResponse(self.pad_token_id, left=role == "predict")
+        return PadRows(self.pad_token_id, left=role == "predict")
 
     def _hold_out(self, rows: Dataset, role: str) -> Dataset:
         """The part of ``rows`` that plays ``role``, packed if it is trained on."""

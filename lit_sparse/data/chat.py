@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -12,8 +13,7 @@ from lit_sparse.data.causal import CausalData
 from lit_sparse.data.chat_template import ChatTemplate, Message
 from lit_sparse.data.conversations import Format, read_row, recognised, suited, tools_of
 from lit_sparse.data.padding import IGNORED
-from lit_sparse.data.rows import Rows
-from lit_sparse.data.sources import Place
+from lit_sparse.data.readers import Place, RowError, Rows, per_row, single_rows
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.processors import ChatFormat
 
@@ -106,27 +106,28 @@ class ChatData(CausalData):
         return encoded.select(kept)
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
-        encoded: Rows = {"input_ids": [], "labels": [], "length": []}
-        for i, place in enumerate(places):
-            row = {column: values[i] for column, values in rows.items()}
-            tools = tools_of(row.get("tools"), place)
-            turns, prompt = read_row(row, self._formats[place.split], place, labelled)
-            turns = suited(turns, self._template, place, tools)
-            if labelled:
-                ids, trained = self._conversation(turns, prompt, tools, place)
-            else:
-                ids, trained = self._prompt(turns, tools, place), []
-            lost = labelled and not any(trained)
-            if lost:  # left out when all are counted; an empty list would have no type
-                ids, trained = [self.pad_token_id], [False]
-            encoded["input_ids"].append(ids)
-            encoded["labels"].append([token if own else IGNORED for token, own in zip(ids, trained, strict=False)])
-            encoded["length"].append(0 if lost else len(ids))
-        if not labelled:
-            del encoded["labels"]
+        form = self._formats[places[0].split]
+        found = per_row(partial(self._encode_row, form=form, labelled=labelled), single_rows(rows), places)
+        # Rows without a loss are left out when all are counted; an empty list would have no type.
+        lost = [labelled and not any(trained) for _, trained in found]
+        found = [([self.pad_token_id], [False]) if out else row for row, out in zip(found, lost, strict=True)]
+        encoded: Rows = {
+            "input_ids": [ids for ids, _ in found],
+            "length": [0 if out else len(ids) for (ids, _), out in zip(found, lost, strict=True)],
+        }
+        if labelled:
+            encoded["labels"] = [
+                [token if own else IGNORED for token, own in zip(ids, trained, strict=True)] for ids, trained in found
+            ]
         return encoded
 
-    def _conversation(self, turns: list[Message], prompt: int, tools: list[Any] | None, place: Place) -> Encoded:
+    def _encode_row(self, row: dict[str, Any], form: Format, labelled: bool) -> Encoded:
+        tools = tools_of(row.get("tools"))
+        turns, prompt = read_row(row, form, labelled)
+        turns = suited(turns, self._template, tools)
+        return self._conversation(turns, prompt, tools) if labelled else (self._prompt(turns, tools), [])
+
+    def _conversation(self, turns: list[Message], prompt: int, tools: list[Any] | None) -> Encoded:
         """A conversation up to its last answer; empty if it has none that is not part of the prompt."""
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= prompt]
         if not answers:
@@ -134,18 +135,18 @@ class ChatData(CausalData):
         first = answers[-1] if self.train_on == "last" else prompt
         ids, trained = self._newest(
             turns[: answers[-1] + 1],
-            lambda kept, dropped: self._template.conversation(kept, place, tools, max(first - dropped, 0)),
+            lambda kept, dropped: self._template.conversation(kept, tools, max(first - dropped, 0)),
         )
         return ids[: self._token_limit], trained[: self._token_limit]
 
-    def _prompt(self, turns: list[Message], tools: list[Any] | None, place: Place) -> list[int]:
+    def _prompt(self, turns: list[Message], tools: list[Any] | None) -> list[int]:
         asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if not asked:
-            raise UsageError(f"{place} has no turn before the assistant's: there is nothing to answer.")
-        ids, _ = self._newest(asked, lambda kept, _: (self._template.prompt(kept, place, tools), []))
+            raise RowError("has no turn before the assistant's: there is nothing to answer.")
+        ids, _ = self._newest(asked, lambda kept, _: (self._template.prompt(kept, tools), []))
         if len(ids) > self._token_limit:
-            raise UsageError(
-                f"{place} has a prompt whose system prompt and last turns are {len(ids)} tokens, more than "
+            raise RowError(
+                f"has a prompt whose system prompt and last turns are {len(ids)} tokens, more than "
                 f"max_length={self._token_limit}: raise max_length, or shorten the row."
             )
         return ids

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.files import local_path
-from lit_sparse.data.sources import Place
-from lit_sparse.errors import UsageError
+from lit_sparse.data.readers import RowError
+from lit_sparse.errors import UsageError, reason_of
 from lit_sparse.interchange.processors import ChatFormat
 
 Message = dict[str, Any]
@@ -89,27 +89,25 @@ class ChatTemplate:
         token = None if self.end_id is None else str(self._tokenizer.convert_ids_to_tokens(self.end_id))
         return {"template": self.text, "end": token, "end_id": self.end_id}
 
-    def prompt(self, messages: Sequence[Message], place: Place, tools: list[Any] | None = None) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Tokens of turns, with the generation prompt that asks for the assistant's next one.
 
         Args:
             messages: The turns.
-            place: The row, for errors.
             tools: JSON schemas of the tools that the assistant may call.
 
         Raises:
             UsageError: If the template refuses the turns.
         """
-        return self._split(self._rendered(messages, place, tools, ask=True)).ids
+        return self._split(self._rendered(messages, tools, ask=True)).ids
 
     def conversation(
-        self, messages: Sequence[Message], place: Place, tools: list[Any] | None = None, first: int = 0
+        self, messages: Sequence[Message], tools: list[Any] | None = None, first: int = 0
     ) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation, and which of them the assistant has to write.
 
         Args:
             messages: The turns.
-            place: The row, for errors.
             tools: JSON schemas of the tools that the assistant may call.
             first: Number of the first turn whose tokens count; earlier turns are context, and so are turns with the
                 ``weight`` 0. A turn that no other precedes answers nothing, and is context as well unless the template
@@ -122,10 +120,10 @@ class ChatTemplate:
             UsageError: If the template refuses the turns, or renders earlier turns differently once others follow.
         """
         if _GENERATION.search(self.source(tools)):
-            return self._marked(messages, place, tools, first)
+            return self._marked(messages, tools, first)
         turns = [i for i, turn in enumerate(messages) if _counts(turn) and i >= max(first, 1)]
-        text = self._rendered(messages, place, tools)
-        prompts = {i: self._rendered(messages[:i], place, tools, ask=True) for i in turns}
+        text = self._rendered(messages, tools)
+        prompts = {i: self._rendered(messages[:i], tools, ask=True) for i in turns}
         cuts = [len(prompt) for prompt in prompts.values() if text.startswith(prompt)]
         whole = self._split(text)
         if not self._splits_at(whole, cuts):
@@ -135,25 +133,23 @@ class ChatTemplate:
             if text.startswith(prompt):
                 start = whole.before(len(prompt))
             else:
-                start = self._start_in(whole.ids, self._split(prompt, cuts).ids, messages[:i], place, tools)
-            alone = self._rendered(messages[: i + 1], place, tools)
+                start = self._start_in(whole.ids, self._split(prompt, cuts).ids, messages[:i], tools)
+            alone = self._rendered(messages[: i + 1], tools)
             same = whole.before(len(alone)) if text.startswith(alone) else None
             end = self._end_in(whole.ids, start, whole.ids[:same] if same else self._split(alone, cuts).ids)
             if end is None:
-                raise _not_appended(place, i)
+                raise _not_appended(i)
             trained[start:end] = [True] * (end - start)
         return whole.ids, trained
 
-    def _marked(
-        self, messages: Sequence[Message], place: Place, tools: list[Any] | None, first: int
-    ) -> tuple[list[int], list[bool]]:
-        encoded: Any = self._applied(messages, place, tools, return_dict=True, return_assistant_tokens_mask=True)
+    def _marked(self, messages: Sequence[Message], tools: list[Any] | None, first: int) -> tuple[list[int], list[bool]]:
+        encoded: Any = self._applied(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
         ids, trained = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
         answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
         counted = [i >= first and _counts(messages[i]) for i in answers]
 
         def begin(i: int) -> int:
-            return self._start_in(ids, self.prompt(messages[:i], place, tools), messages[:i], place, tools)
+            return self._start_in(ids, self.prompt(messages[:i], tools), messages[:i], tools)
 
         # What the template marks from the beginning of an answer to that of the next one is its own.
         end = len(ids)
@@ -165,23 +161,20 @@ class ChatTemplate:
                 trained[start:end] = [False] * (end - start)
         return ids, trained
 
-    def _start_in(
-        self, ids: list[int], head: list[int], before: Sequence[Message], place: Place, tools: list[Any] | None
-    ) -> int:
+    def _start_in(self, ids: list[int], head: list[int], before: Sequence[Message], tools: list[Any] | None) -> int:
         """Where an assistant's part begins in a conversation.
 
         Args:
             ids: Tokens of the conversation.
             head: Tokens of the turns before the part, with the generation prompt.
             before: These turns.
-            place: The row, for errors.
             tools: JSON schemas of tools.
         """
         start = _same(ids, head)
         if start < len(head):
-            context = self._split(self._rendered(before, place, tools))
+            context = self._split(self._rendered(before, tools))
             if start <= _same(head, context.ids):
-                raise _not_appended(place, len(before))
+                raise _not_appended(len(before))
             self._warn()  # they part within the generation prompt, which may open the assistant's thinking
         return start
 
@@ -229,18 +222,15 @@ class ChatTemplate:
         after = dropwhile(self._is_space, self._split(tail).ids if mark else [])
         return next(reversed(list(takewhile(self._special.__contains__, after))), None)
 
-    def _rendered(
-        self, messages: Sequence[Message], place: Place, tools: list[Any] | None, *, ask: bool = False
-    ) -> str:
-        return str(self._applied(messages, place, tools, tokenize=False, add_generation_prompt=ask))
+    def _rendered(self, messages: Sequence[Message], tools: list[Any] | None, *, ask: bool = False) -> str:
+        return str(self._applied(messages, tools, tokenize=False, add_generation_prompt=ask))
 
-    def _applied(self, messages: Sequence[Message], place: Place, tools: list[Any] | None, **options: Any) -> Any:
+    def _applied(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(list(messages), tools=tools, **options)
         except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(
-                f"{place} does not suit the chat template ({reason}): change its turns, or give another chat_template."
+            raise RowError(
+                f"does not suit the chat template ({reason_of(error)}): change its turns, or give a chat_template."
             ) from error
 
     def _split(self, text: str, cuts: Sequence[int] = ()) -> _Tokens:
@@ -278,10 +268,10 @@ def _same(a: Sequence[int], b: Sequence[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _not_appended(place: Place, turn: int) -> UsageError:
-    return UsageError(
-        f"{place}: the chat template renders what precedes turn {turn} (counted from 0) in one way to ask for it, and "
-        "in another once it follows, so its tokens cannot be told. Train on the last turn alone, or give a "
+def _not_appended(turn: int) -> RowError:
+    return RowError(
+        f"cannot be trained: the chat template renders what precedes turn {turn} (counted from 0) in one way to ask "
+        "for it, and in another once it follows, so its tokens cannot be told. Train on the last turn alone, or give a "
         "chat_template that only appends."
     )
 

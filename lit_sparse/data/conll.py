@@ -1,14 +1,17 @@
 """Files with a word and its tag on each line, in the format of CoNLL-2003."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
 from lit_sparse.data.files import open_bytes
+from lit_sparse.data.readers import Kind, Kinds
+from lit_sparse.data.sources import TABLES
 from lit_sparse.errors import UsageError
 
-ENDINGS = (".conll", ".bio", ".txt")
+_ENDINGS = (".conll", ".bio", ".txt")
 _DOCUMENT = "-DOCSTART-"  # the line that opens a document
 
 
@@ -27,9 +30,10 @@ def read_conll(files: Sequence[Path], split: str, words: str, tags: str) -> Data
     return concatenate_datasets([_read(file, split, words, tags) for file in files])
 
 
-def count_sentences(file: Path) -> int:
-    """The number of sentences of a file."""
-    return len(_read(file, "predict", "words", "tags"))
+def with_conll(words: str, tags: str) -> Kinds:
+    """The kinds of files of rows, and this one; arguments are those of :func:`read_conll`."""
+    conll = Kind(partial(read_conll, words=words, tags=tags), lambda file: len(_read(file, "predict", words, tags)))
+    return {**TABLES, **dict.fromkeys(_ENDINGS, conll)}
 
 
 def _read(file: Path, split: str, words: str, tags: str) -> Dataset:

@@ -8,7 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_sparse.data.chat_template import ChatTemplate, Message
 from lit_sparse.data.csv_rows import other_delimiter
 from lit_sparse.data.labels import list_in
-from lit_sparse.data.sources import Place, require_text
+from lit_sparse.data.readers import RowError, per_row
+from lit_sparse.data.sources import require_text
 from lit_sparse.errors import UsageError, parse_json
 
 Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca"]
@@ -61,151 +62,139 @@ def recognised(columns: Sequence[str], split: str, labelled: bool, wanted: Forma
     raise UsageError(f"The split {split!r} {reason}. Its columns are {list(columns)}; the formats are {known}.")
 
 
-def read_row(
-    row: Mapping[str, Any],
-    form: Format,
-    place: Place,
-    labelled: bool,
-) -> tuple[list[Message], int]:
+def read_row(row: Mapping[str, Any], form: Format, labelled: bool) -> tuple[list[Message], int]:
     """The turns of a row, with the text of its column ``system`` first, and the number of the first not in its prompt.
 
     Args:
         row: Values by column.
         form: The format of the row.
-        place: The row, for errors.
         labelled: Whether the answer of a row with a prompt is read too.
 
     Raises:
-        UsageError: If a turn has an unknown role, or no text where it needs one, or there are two system prompts.
+        RowError: If a turn has an unknown role, or no text where it needs one, or there are two system prompts.
     """
-    turns, first = _own_turns(row, form, place, labelled)
-    whole = with_system(turns, row, place)
+    turns, first = _own_turns(row, form, labelled)
+    whole = with_system(turns, row)
     return whole, first + len(whole) - len(turns)
 
 
-def with_system(turns: list[Message], row: Mapping[str, Any], place: Place) -> list[Message]:
+def with_system(turns: list[Message], row: Mapping[str, Any]) -> list[Message]:
     """The turns of a row, with the text of its column ``system`` first.
 
     Raises:
-        UsageError: If that is no text, or the turns have another system prompt.
+        RowError: If that is no text, or the turns have another system prompt.
     """
     if row.get("system") in (None, ""):
         return turns
-    system = {"role": "system", "content": require_text(row["system"], "system", place, blank=True)}
+    system = {"role": "system", "content": require_text(row["system"], "system", blank=True)}
     if turns[0]["role"] not in ("system", "developer"):
         return [system, *turns]
     if turns[0]["content"] != system["content"]:
-        raise UsageError(
-            f"{place} has one system prompt in the column 'system' and another as its first turn: keep one."
-        )
+        raise RowError("has one system prompt in the column 'system' and another as its first turn: keep one.")
     return turns
 
 
-def suited(turns: list[Message], template: ChatTemplate, place: Place, tools: list[Any] | None) -> list[Message]:
+def suited(turns: list[Message], template: ChatTemplate, tools: list[Any] | None) -> list[Message]:
     """The turns as the template can take them: where it knows no developer, that is the system.
 
     Args:
         turns: The turns.
         template: The chat template.
-        place: The row, for errors.
         tools: JSON schemas of the tools that the assistant may call.
 
     Raises:
-        UsageError: If a turn calls tools, and the template writes no calls: the assistant would learn to be silent.
+        RowError: If a turn calls tools, and the template writes no calls: the assistant would learn to be silent.
     """
     source = template.source(tools)
     if tools and "tools" not in source:
         rank_zero_warn("The chat template does not mention tools: the column 'tools' has no effect.")
     if "tool_calls" not in source and any(turn.get("tool_calls") for turn in turns):
-        raise UsageError(
-            f"{place} has tool_calls, and the chat template does not write them: give a chat_template that does, or "
-            "remove the row."
+        raise RowError(
+            "has tool_calls, and the chat template does not write them: give a chat_template that does, or remove the "
+            "row."
         )
     if "developer" in source:
         return turns
     return [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
 
 
-def _own_turns(row: Mapping[str, Any], form: Format, place: Place, labelled: bool) -> tuple[list[Message], int]:
-    if form == "messages":
-        return turns_of(row["messages"], "messages", place), 0
-    if form == "sharegpt":
-        return turns_of(row["conversations"], "conversations", place), 0
+def _own_turns(row: Mapping[str, Any], form: Format, labelled: bool) -> tuple[list[Message], int]:
+    if form in ("messages", "sharegpt"):
+        (column,), _ = _COLUMNS[form]
+        return turns_of(row[column], column), 0
     if form == "prompt_completion":
-        prompt = turns_of(row["prompt"], "prompt", place, role="user")
-        answer = turns_of(row["completion"], "completion", place, role="assistant") if labelled else []
+        prompt = turns_of(row["prompt"], "prompt", role="user")
+        answer = turns_of(row["completion"], "completion", role="assistant") if labelled else []
         return prompt + answer, len(prompt)
-    question = require_text(row["instruction"], "instruction", place)
+    question = require_text(row["instruction"], "instruction")
     if str(row.get("input") or "").strip():
-        question += "\n" + require_text(row["input"], "input", place)
+        question += "\n" + require_text(row["input"], "input")
     turns = [{"role": "user", "content": question}]
     if labelled:
-        turns.append({"role": "assistant", "content": require_text(row["output"], "output", place)})
+        turns.append({"role": "assistant", "content": require_text(row["output"], "output")})
     return turns, 1
 
 
-def turns_of(value: object, column: str, place: Place, role: str | None = None) -> list[Message]:
+def turns_of(value: object, column: str, role: str | None = None) -> list[Message]:
     """The turns in a cell: of the form of OpenAI (role, content) or ShareGPT (from, value), as JSON too, or a text.
 
     Args:
         value: The cell.
         column: Its column, for errors.
-        place: Its row, for errors.
         role: Role of a cell that is one text; None: it must hold turns, and a text is their JSON, as in a CSV.
 
     Raises:
-        UsageError: If it holds no turns, or one of them has an unknown role or no text where it needs one.
+        RowError: If it holds no turns, or one of them has an unknown role or no text where it needs one.
     """
     if role is not None and isinstance(value, str):
-        return [{"role": role, "content": require_text(value, column, place)}]
+        return [{"role": role, "content": require_text(value, column)}]
     turns = list_in(value)
     if not turns:
-        found = f"{place} has {value!r} in the column {column!r}, not a list of turns"
-        raise UsageError(f"{found}: fill it in or remove the row.")
-    return [_turn(turn, number, column, place) for number, turn in enumerate(turns)]
+        raise RowError(f"has {value!r} in the column {column!r}, not a list of turns: fill it in or remove the row.")
+    numbers = range(len(turns))
+    return per_row(_turn, turns, [f"has in the column {column!r} a turn {i} (counted from 0) that" for i in numbers])
 
 
-def tools_of(value: object, place: Place) -> list[Any] | None:
+def tools_of(value: object) -> list[Any] | None:
     """The JSON schemas of tools in a cell, which may hold them as JSON text; None if there are none.
 
     Raises:
-        UsageError: If it holds anything else.
+        RowError: If it holds anything else.
     """
     if not value:
         return None
     try:
         found = parse_json(value) if isinstance(value, str) else _without_nulls(value)
     except ValueError as error:
-        raise UsageError(f"{place} has no JSON in the column 'tools' ({error}): write a list of schemas.") from error
+        raise RowError(f"has no JSON in the column 'tools' ({error}): write a list of schemas.") from error
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise UsageError(f"{place} has {value!r} in the column 'tools', not a list of JSON schemas.")
+        raise RowError(f"has {value!r} in the column 'tools', not a list of JSON schemas.")
     return found or None
 
 
-def _turn(value: object, number: int, column: str, place: Place) -> Message:
-    where = f"{place}, column {column!r}, turn {number} (counted from 0)"
+def _turn(value: object) -> Message:
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}, not an object with role and content.")
+        raise RowError(f"is {value!r}, not an object with role and content.")
     turn = _without_nulls(value)
     if "from" in turn and "role" not in turn:
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
         if turn["role"] == "function_call":
-            turn["tool_calls"] = _calls_of(turn.pop("content"), where)
+            turn["tool_calls"] = _calls_of(turn.pop("content"))
         turn["role"] = _SHAREGPT.get(str(turn["role"]), turn["role"])
     if turn.get("role") not in ROLES:
-        raise UsageError(f"{where} has the role {turn.get('role')!r}: the roles are {', '.join(ROLES)}.")
+        raise RowError(f"has the role {turn.get('role')!r}: the roles are {', '.join(ROLES)}.")
     if turn.get("weight", 1) not in (0, 1):
-        raise UsageError(f"{where} has the weight {turn['weight']!r}: a turn is trained (1) or not (0).")
-    text = _text_of(turn.get("content"), where)
+        raise RowError(f"has the weight {turn['weight']!r}: a turn is trained (1) or not (0).")
+    text = _text_of(turn.get("content"))
     calls = turn["role"] == "assistant" and turn.get("tool_calls")
     if text is None and not calls:
-        raise UsageError(f"{where} has no content: fill it in or remove the row.")
+        raise RowError("has no content: fill it in or remove the row.")
     if turn["role"] == "assistant" and not calls and not str(text).strip():
-        raise UsageError(f"{where} is an assistant's turn without text: fill it in or remove the row.")
+        raise RowError("is an assistant's turn without text: fill it in or remove the row.")
     return {**turn, "content": text or ""}
 
 
-def _calls_of(value: object, where: str) -> list[Any]:
+def _calls_of(value: object) -> list[Any]:
     """The calls of tools in the value of a ShareGPT turn: the JSON of one, or of several."""
     try:
         found = parse_json(value) if isinstance(value, str) else value
@@ -213,18 +202,18 @@ def _calls_of(value: object, where: str) -> list[Any]:
         found = None
     calls = found if isinstance(found, list) else [found]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise UsageError(f"{where} calls a tool by {value!r}: write JSON with name and arguments.")
+        raise RowError(f"calls a tool by {value!r}: write JSON with name and arguments.")
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _text_of(content: object, where: str) -> str | None:
+def _text_of(content: object) -> str | None:
     """The text of a turn, its parts joined; None if it has none."""
     if content is None or isinstance(content, str):
         return content
     parts: list[Any] = content if isinstance(content, list) else [content]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise UsageError(f"{where} has content that is not text: {part!r}. Write a text, or parts of type text.")
+            raise RowError(f"has content that is not text: {part!r}. Write a text, or parts of type text.")
     return "".join(part["text"] for part in parts)
 
 

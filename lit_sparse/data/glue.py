@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lit_sparse.data.sources import Reader, open_source
+from lit_sparse.data.readers import Reader
+from lit_sparse.data.sources import open_source
 from lit_sparse.data.text_classification import TextClassificationData
 from lit_sparse.errors import UsageError
 

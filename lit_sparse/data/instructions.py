@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_sparse.data.causal import CausalData
 from lit_sparse.data.padding import IGNORED
-from lit_sparse.data.rows import Rows
-from lit_sparse.data.sources import Place, require_text, require_texts
+from lit_sparse.data.readers import Place, Rows, per_row, single_rows
+from lit_sparse.data.sources import require_text, require_texts
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
 
@@ -71,10 +71,7 @@ class InstructionData(CausalData):
         return [*super()._recipe(), self.template, self.response]
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
-        prompts = [
-            self._prompt({column: values[i] for column, values in rows.items()}, place)
-            for i, place in enumerate(places)
-        ]
+        prompts = per_row(self._prompt, single_rows(rows), places)
         heads = open_ended(self._tokenizer, prompts)
         answers: list[list[int]] = [[]] * len(heads)
         if labelled:
@@ -86,11 +83,11 @@ class InstructionData(CausalData):
             encoded["labels"] = [[IGNORED] * len(head) + answer for head, answer in zip(heads, answers, strict=True)]
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    def _prompt(self, row: dict[str, Any], place: Place) -> str:
+    def _prompt(self, row: dict[str, Any]) -> str:
         template = self.template
         if template is None:
             template = _ALPACA_WITH_INPUT if str(row.get("input") or "").strip() else _ALPACA
-        texts = {name: require_text(row[name], name, place) for name in columns_of(template)}
+        texts = {name: require_text(row[name], name) for name in columns_of(template)}
         return _WholeNames().vformat(template, (), texts)
 
     def _answers(self, prompts: list[str], heads: list[list[int]], responses: list[str]) -> list[list[int]]:

@@ -1,15 +1,18 @@
-"""The classes of a column of labels: their names, and the number of each value."""
+"""Classes of rows: their names, the number of each value, and any number of them per row, in lists or columns."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List
 
-from lit_sparse.data.sources import Place, Reader, distinct, require_columns
+from lit_sparse.data.readers import Place, Reader, RowError, errors_in
+from lit_sparse.data.sources import distinct, require_columns
 from lit_sparse.errors import UsageError, parse_json
 
 _HIDDEN = -1  # stands where a benchmark keeps the labels of its test split to itself
 _SHOWN = 20  # labels in a message
+_ZEROS, _ONES = (0, "0"), (1, "1")  # texts: in a CSV one cell that is no number makes the whole column texts
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Classes:
     names: list[str]
     numbers: dict[Any, int]
 
-    def number_of(self, value: Any, column: str, place: Place | str) -> int:
-        """The number of one value; ``place`` names its row in the error."""
+    def number_of(self, value: Any, column: str) -> int:
+        """The number of one value."""
         if value in self.numbers:
             return self.numbers[value]
         # A column may hold numbers in one file and texts in another, where some label is no number.
@@ -33,9 +36,9 @@ class Classes:
             if str(known) == str(value):
                 return number
         more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
-        raise UsageError(
-            f"{place} has the label {value!r} in the column {column!r}, which is none of the labels "
-            f"{self.names[:_SHOWN]}{more}: mend the row, or give all names in labels."
+        raise RowError(
+            f"has the label {value!r} in the column {column!r}, which is none of the labels {self.names[:_SHOWN]}"
+            f"{more}: mend the row, or give all names in labels."
         )
 
     def recipe(self) -> list[Any]:
@@ -121,21 +124,22 @@ def _distinct_in_lists(rows: Dataset, column: str, reader: Reader) -> list[Any]:
     values = (value for part in rows.select_columns([column]).iter(1000) for value in part[column])
     for number, value in enumerate(values):
         if value is not None:  # it is named when the row is encoded
-            found.update(dict.fromkeys(labels_in(value, column, Place("train", number, len(rows), reader))))
+            with errors_in(Place("train", number, len(rows), reader)):
+                found.update(dict.fromkeys(labels_in(value, column)))
     return list(found)
 
 
-def labels_in(value: Any, column: str, place: Place) -> list[str | int | float]:
+def labels_in(value: Any, column: str) -> list[str | int | float]:
     """The labels in a cell of a column of lists.
 
     Raises:
-        UsageError: If it holds no list of labels.
+        RowError: If it holds no list of labels.
     """
     labels = list_in(value)
     if labels is None or not all(isinstance(x, (str, int, float)) and not isinstance(x, bool) for x in labels):
-        raise UsageError(
-            f"{place} has {value!r} in the column {column!r}, where other rows have a list of labels: mend the row. An "
-            'empty list says that no label applies, and a list in a text is JSON, such as ["a", "b"].'
+        raise RowError(
+            f"has {value!r} in the column {column!r}, where other rows have a list of labels: mend the row. An empty "
+            'list says that no label applies, and a list in a text is JSON, such as ["a", "b"].'
         )
     return labels
 
@@ -148,6 +152,52 @@ def list_in(value: Any) -> list[Any] | None:
         except ValueError:
             return None
     return value if isinstance(value, list) else None
+
+
+def holds_lists(readers: dict[str, Reader], column: str) -> bool | None:
+    """Whether a column holds lists, also as JSON in texts, as in a CSV; None if no split has the column.
+
+    The first split that has it decides, and the training split before others.
+    """
+    for split in sorted(readers, key=lambda split: split != "train"):
+        rows = readers[split]()
+        feature = rows.features.get(column)
+        if feature is None:
+            continue
+        if isinstance(feature, (List, LargeList)) or type(feature).__name__ == "Json":  # older versions have no Json
+            return True
+        texts = distinct(rows, column) if getattr(feature, "dtype", None) == "string" else []
+        given = [text.strip() for text in texts if text is not None]
+        return bool(given) and all(text.startswith("[") and text.endswith("]") for text in given)
+    return None
+
+
+def vector_of_list(value: Any, column: str, classes: Classes) -> list[float]:
+    """As many numbers as there are classes: 1 for those in the list of a cell, 0 for the others.
+
+    Raises:
+        RowError: If there is no list, or it has a label that is none of the classes, or one of them twice.
+    """
+    labels = labels_in(value, column)
+    numbers = [classes.number_of(label, column) for label in labels]
+    if len(set(numbers)) < len(numbers):
+        raise RowError(
+            f"has a label twice in the column {column!r}, {labels}: mend the row. Zeros and ones are read from "
+            "columns, one for each label, which label lists."
+        )
+    return [float(number in numbers) for number in range(len(classes.names))]
+
+
+def vector_of_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[float]:
+    """The zeros and ones in the columns of a row.
+
+    Raises:
+        RowError: If a cell is neither.
+    """
+    for column in columns:
+        if row[column] not in (*_ZEROS, *_ONES):
+            raise RowError(f"has {row[column]!r} in the column {column!r}, which must be 0 or 1: mend the row.")
+    return [float(row[column] in _ONES) for column in columns]
 
 
 def _require_classes(values: list[Any], column: str, reader: Reader, numbers_need_names: bool, hint: str) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
 from lit_sparse.data.padding import IGNORED, pad
-from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import Place, require_texts
+from lit_sparse.data.readers import Place, RowError, Rows, per_row
+from lit_sparse.data.rows import Collator
+from lit_sparse.data.sources import require_texts
 from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError, require_range
 
@@ -68,27 +69,27 @@ class MaskedLMData(TextData):
             self._tokenizer(texts, truncation=True, max_length=self._token_limit, return_special_tokens_mask=labelled)
         )
         if labelled:
-            self._require_tokens(encoded["special_tokens_mask"], texts, places)
+            per_row(self._require_token, zip(encoded["special_tokens_mask"], texts, strict=True), places)
             encoded["number"] = [place.number for place in places]  # seeds the choice of hidden tokens in evaluation
         else:
-            self._require_masks(encoded["input_ids"], texts, places)
+            per_row(self._require_mask, zip(encoded["input_ids"], texts, strict=True), places)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    def _require_tokens(self, special: list[list[int]], texts: list[str], places: Sequence[Place]) -> None:
-        for marks, text, place in zip(special, texts, places, strict=True):
-            if all(marks):
-                raise UsageError(
-                    f"{place} has no token in the column {self.text!r} that could be hidden: the tokenizer makes none "
-                    f"of {text[:50]!r}. Remove the row."
-                )
+    def _require_token(self, marks_and_text: tuple[list[int], str]) -> None:
+        marks, text = marks_and_text
+        if all(marks):
+            raise RowError(
+                f"has no token in the column {self.text!r} that could be hidden: the tokenizer makes none of "
+                f"{text[:50]!r}. Remove the row."
+            )
 
-    def _require_masks(self, ids: list[list[int]], texts: list[str], places: Sequence[Place]) -> None:
-        for tokens, text, place in zip(ids, texts, places, strict=True):
-            if self.mask_token_id not in tokens:
-                raise UsageError(
-                    f"{place} has no {self._tokenizer.mask_token} among the first {self._token_limit} tokens of the "
-                    f"column {self.text!r} ({text[:50]!r}): prediction fills mask tokens, so write one into the text."
-                )
+    def _require_mask(self, ids_and_text: tuple[list[int], str]) -> None:
+        ids, text = ids_and_text
+        if self.mask_token_id not in ids:
+            raise RowError(
+                f"has no {self._tokenizer.mask_token} among the first {self._token_limit} tokens of the column "
+                f"{self.text!r} ({text[:50]!r}): prediction fills mask tokens, so write one into the text."
+            )
 
 
 @dataclass(frozen=True)

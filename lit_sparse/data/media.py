@@ -15,9 +15,10 @@ from torch import Tensor
 from lit_sparse.data import quickstart
 from lit_sparse.data.labels import learn_classes
 from lit_sparse.data.media_folders import find_folders, read_folder
-from lit_sparse.data.rows import Collator, RowData, Rows
-from lit_sparse.data.sources import Place, Reader, refuse_hub_arguments, require_columns
-from lit_sparse.errors import UsageError
+from lit_sparse.data.readers import Place, Reader, RowError, Rows, per_row
+from lit_sparse.data.rows import Collator, RowData
+from lit_sparse.data.sources import refuse_hub_arguments, require_columns
+from lit_sparse.errors import UsageError, reason_of
 
 
 class Medium(ABC):
@@ -143,16 +144,13 @@ class MediaData(RowData, ABC):
             f"{place} ({file['path']})" if file["path"] else str(place)
             for file, place in zip(files, places, strict=True)
         ]
-        for file, origin in zip(files, origins, strict=True):
-            _use_file(self._medium.check, file, origin, self._medium.kind)
+        per_row(partial(_use_file, self._medium.check, self._medium.kind), files, origins)
         if not labelled:
             return {"origin": origins}
+        names = map(self._name_of, rows[self.label])
         return {
             "origin": origins,
-            "labels": [
-                self._classes.number_of(self._name_of(value), self.label, origin)
-                for value, origin in zip(rows[self.label], origins, strict=True)
-            ],
+            "labels": per_row(partial(self._classes.number_of, column=self.label), names, origins),
         }
 
     def _name_of(self, label: Any) -> Any:
@@ -175,9 +173,8 @@ class MediaCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Make a batch."""
-        batch = self.medium.batch(
-            [_use_file(self.medium.decode, row[self.column], row["origin"], self.medium.kind) for row in rows]
-        )
+        decode = partial(_use_file, self.medium.decode, self.medium.kind)
+        batch = self.medium.batch(per_row(decode, (row[self.column] for row in rows), [row["origin"] for row in rows]))
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
@@ -197,20 +194,19 @@ def load_processor(loader: Any, name: str) -> Any:
         return loader.from_pretrained(quickstart.resolve(name))
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(
-            f"The processor {name!r} could not be loaded ({' '.join(str(error).split())}): give its folder, or its hub "
+            f"The processor {name!r} could not be loaded ({reason_of(error)}): give its folder, or its hub "
             f"id while the hub can be reached."
         ) from error
 
 
-def _use_file(use: Callable[[BinaryIO], Any], file: dict[str, Any], origin: str, kind: str) -> Any:
-    """Apply ``use`` to an open file; errors name the file."""
+def _use_file(use: Callable[[BinaryIO], Any], kind: str, file: dict[str, Any]) -> Any:
+    """Apply ``use`` to an open file."""
     if file["bytes"] is None and file["path"] is None:
-        raise UsageError(f"{origin} has no {kind}: fill it in or remove the row.")
+        raise RowError(f"has no {kind}: fill it in or remove the row.")
     try:
         with BytesIO(file["bytes"]) if file["bytes"] is not None else Path(file["path"]).open("rb") as stream:
             return use(stream)
     except UsageError:
         raise
     except Exception as error:  # decoders raise errors of many kinds for a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{origin} cannot be read as {kind} ({reason}): mend or remove it.") from error
+        raise RowError(f"cannot be read as {kind} ({reason_of(error)}): mend or remove it.") from error

@@ -3,14 +3,16 @@
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import Place, Reader, distinct, require_columns, require_text
+from lit_sparse.data.readers import Place, Reader, RowError, Rows, errors_in, per_row, single_rows
+from lit_sparse.data.rows import Collator
+from lit_sparse.data.sources import distinct, require_columns, require_text
 from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError
 
@@ -78,74 +80,65 @@ class MultipleChoiceData(TextData):
             split = "train" if "train" in readers else next(iter(readers))
             rows = readers[split]()
             require_columns(rows, split, [self.choices], readers[split].files)
-            first = Place(split, 0, len(rows), readers[split])
-            texts, _ = _texts_and_names(rows[0][self.choices], self.choices, first)
-            self.num_labels = len(texts)
+            with errors_in(Place(split, 0, len(rows), readers[split])):
+                self.num_labels = len(_texts_and_names(rows[0][self.choices], self.choices)[0])
         else:
             self.num_labels = len(self.choices)
         if self.num_labels < 2:
             raise UsageError(f"choices={self.choices!r} gives {self.num_labels} choices: give at least two.")
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
-        questions, choices, labels = [], [], []
-        for i, place in enumerate(places):
-            row = {column: values[i] for column, values in rows.items()}
-            texts, names = self._choices_of(row, place)
-            questions += [self._question_of(row, place)] * len(texts)
-            choices += texts
-            if labelled:
-                labels.append(self._number_of(row[self.label], names, place))
+        found = per_row(partial(self._parts_of, labelled=labelled), single_rows(rows), places)
+        questions = [question for question, texts, _ in found for _ in texts]
+        choices = [text for _, texts, _ in found for text in texts]
         flat = self._tokenizer(questions, choices, truncation=True, max_length=self._token_limit)
         count = len(choices) // len(places)  # the same in all rows
         encoded: Rows = {k: [v[i : i + count] for i in range(0, len(v), count)] for k, v in flat.items()}
         encoded["length"] = [max(map(len, row)) for row in encoded["input_ids"]]
-        return {**encoded, "labels": labels} if labelled else encoded
+        return {**encoded, "labels": [label for _, _, label in found]} if labelled else encoded
 
-    def _question_of(self, row: dict[str, Any], place: Place) -> str:
+    def _parts_of(self, row: dict[str, Any], labelled: bool) -> tuple[str, list[str], int | None]:
+        """The question, the choices and the number of the right one."""
         # One of several columns may be empty, such as the second half of the context in HellaSwag.
-        parts = [require_text(row[column], column, place, blank=True) for column in self._questions]
-        return require_text(" ".join(filter(None, parts)), ", ".join(self._questions), place)
-
-    def _choices_of(self, row: dict[str, Any], place: Place) -> tuple[list[str], list[str]]:
+        parts = [require_text(row[column], column, blank=True) for column in self._questions]
+        question = require_text(" ".join(filter(None, parts)), ", ".join(self._questions))
         if isinstance(self.choices, str):
-            texts, names = _texts_and_names(row[self.choices], self.choices, place)
+            texts, names = _texts_and_names(row[self.choices], self.choices)
         else:
-            texts = [require_text(row[column], column, place) for column in self.choices]
+            texts = [require_text(row[column], column) for column in self.choices]
             names = list(string.ascii_uppercase[: len(texts)])
         if len(texts) != self.num_labels:
-            raise UsageError(
-                f"{place} has {len(texts)} choices, but the first row has {self.num_labels}: all rows need equally "
-                "many, so remove the row."
+            raise RowError(
+                f"has {len(texts)} choices, but the first row has {self.num_labels}: all rows need equally many, so "
+                "remove the row."
             )
-        return texts, names
+        return question, texts, self._number_of(row[self.label], names) if labelled else None
 
-    def _number_of(self, value: Any, names: list[str], place: Place) -> int:
+    def _number_of(self, value: Any, names: list[str]) -> int:
         if value in names:
             return names.index(value)
         found = int(value) if isinstance(value, str) and value.isdecimal() else value
         if isinstance(found, int) and 0 <= found < len(names):
             return found
-        raise UsageError(
-            f"{place} has the label {value!r} in the column {self.label!r}, which is neither the name of a choice, "
-            f"{names}, nor a number from 0 to {len(names) - 1}: mend or remove the row."
+        raise RowError(
+            f"has the label {value!r} in the column {self.label!r}, which is neither the name of a choice, {names}, "
+            f"nor a number from 0 to {len(names) - 1}: mend or remove the row."
         )
 
 
-def _texts_and_names(value: Any, column: str, place: Place) -> tuple[list[str], list[str]]:
+def _texts_and_names(value: Any, column: str) -> tuple[list[str], list[str]]:
     texts = value.get("text") if isinstance(value, dict) else value
     if not isinstance(texts, list):
-        raise UsageError(
-            f"{place} has no choices in the column {column!r} but {value!r}: give a list of texts, or a "
-            "dictionary with the lists text and label. If each choice has a column, list the columns in choices."
+        raise RowError(
+            f"has no choices in the column {column!r} but {value!r}: give a list of texts, or a dictionary with the "
+            "lists text and label. If each choice has a column, list the columns in choices."
         )
-    texts = [require_text(text, column, place) for text in texts]
+    texts = [require_text(text, column) for text in texts]
     names = value.get("label") if isinstance(value, dict) else None
     if names is None:
         names = list(string.ascii_uppercase[: len(texts)])
     if len(names) != len(texts):
-        raise UsageError(
-            f"{place} has {len(texts)} texts but {len(names)} labels in the column {column!r}: mend or remove the row."
-        )
+        raise RowError(f"has {len(texts)} texts but {len(names)} labels in the column {column!r}: mend or remove it.")
     return texts, names
 
 

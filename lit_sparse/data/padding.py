@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+_ZERO = ("attention_mask", "token_type_ids", "position_ids")
 
 
 def pad(sequences: Sequence[Any], value: int = IGNORED, *, left: bool = False) -> Tensor:
@@ -32,53 +32,29 @@ def pad(sequences: Sequence[Any], value: int = IGNORED, *, left: bool = False) -
 
 @dataclass(frozen=True)
 class PadRows:
-    """Makes a batch of rows by padding them to the longest.
+    """Makes a batch of rows of lists of integers by padding them to the longest.
 
     Args:
-        tokenizer: Pads the columns that are model inputs.
-        integers: Columns of lists of integers to pad with -100, where the rows have them.
-        texts: Columns that become lists, where the rows have them. All other columns are left out.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    integers: tuple[str, ...]
-    texts: tuple[str, ...] = ()
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors of shape (rows, longest row), of type long, and the texts."""
-        names = self.tokenizer.model_input_names
-        inputs = [{name: row[name] for name in names if name in row} for row in rows]
-        batch: dict[str, Any] = dict(DataCollatorWithPadding(self.tokenizer)(inputs))
-        batch |= {name: pad([row[name] for row in rows]) for name in self.integers if name in rows[0]}
-        return batch | {name: [row[name] for row in rows] for name in self.texts if name in rows[0]}
-
-
-@dataclass(frozen=True)
-class PadPromptAndResponse:
-    """Makes a batch of rows for a causal language model.
-
-    Args:
-        pad_token_id: Token to pad ``input_ids`` with; ``attention_mask`` is 0 and ``labels`` are -100 there.
+        pad_token_id: Pads ``input_ids``. Masks, types and positions of tokens are padded with 0, all else with -100.
         left: Whether the padding goes to the left.
-        texts: Columns that become lists of texts.
+        texts: Columns that become lists, where the rows have them.
+        left_out: Columns that batches do not have.
     """
 
     pad_token_id: int
     left: bool = False
     texts: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors of type long, (rows, longest row).
+        """Return tensors of shape (rows, longest row), of type long, and the texts.
 
-        They are ``input_ids``, ``attention_mask``, and ``labels`` if the rows have them. Packed rows have
-        ``position_ids`` in place of the mask, and padding is at position 0.
+        Rows without ``attention_mask`` get one, except for packed rows, which have ``position_ids`` in its place.
         """
-        ids = [row["input_ids"] for row in rows]
-        batch: dict[str, Any] = {"input_ids": pad(ids, self.pad_token_id, left=self.left)}
-        if "position_ids" in rows[0]:
-            batch["position_ids"] = pad([row["position_ids"] for row in rows], 0, left=self.left)
-        else:
-            batch["attention_mask"] = pad([[1] * len(row) for row in ids], 0, left=self.left)
-        if "labels" in rows[0]:
-            batch["labels"] = pad([row["labels"] for row in rows], left=self.left)
-        return batch | {name: [row[name] for row in rows] for name in self.texts}
+        values = {"input_ids": self.pad_token_id, **dict.fromkeys(_ZERO, 0)}
+        names = [name for name in rows[0] if name not in (*self.texts, *self.left_out)]
+        lists = {name: [row[name] for row in rows] for name in names}
+        if not {"attention_mask", "position_ids"} & lists.keys():
+            lists["attention_mask"] = [[1] * len(ids) for ids in lists["input_ids"]]
+        batch: dict[str, Any] = {n: pad(own, values.get(n, IGNORED), left=self.left) for n, own in lists.items()}
+        return batch | {name: [row[name] for row in rows] for name in self.texts if name in rows[0]}

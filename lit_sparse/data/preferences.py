@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -13,9 +14,10 @@ from lit_sparse.data.conversations import suited, tools_of, turns_of, with_syste
 from lit_sparse.data.instructions import InstructionData, columns_of
 from lit_sparse.data.multiple_choice import PadChoices
 from lit_sparse.data.padding import IGNORED
-from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.readers import Place, Reader, RowError, Rows, per_row, single_rows
+from lit_sparse.data.rows import Collator
 from lit_sparse.data.sampling import RowSampler
-from lit_sparse.data.sources import Place, Reader, open_source, require_texts
+from lit_sparse.data.sources import open_source, require_texts
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.processors import ChatFormat
@@ -131,22 +133,16 @@ class PreferenceData(InstructionData):
         return super()._loader(rows, role, sampler)
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
-        each = [{column: values[i] for column, values in rows.items()} for i in range(len(places))]
-        if not labelled:
-            if self._chat is None:
-                return super()._encode(rows, places, labelled)
-            heads = []
-            for row, place in zip(each, places, strict=True):
-                tools = tools_of(row.get("tools"), place)
-                turns = suited(with_system(self._asked_turns(row, place), row, place), self._chat, place, tools)
-                heads.append(self._chat.prompt(turns, place, tools))
-            ids = [self._cut(head, self._token_limit) for head in heads]
-            return {"input_ids": ids, "length": [len(row) for row in ids]}
-        if self._chat is None:
-            pairs = self._text_pairs(each, places)
-        else:
-            pairs = [self._chat_pair(self._chat, row, place) for row, place in zip(each, places, strict=True)]
-        return self._joined(pairs)
+        chat = self._chat
+        if labelled:
+            if chat is None:
+                return self._joined(self._text_pairs(rows, places))
+            return self._joined(per_row(partial(self._chat_pair, chat), single_rows(rows), places))
+        if chat is None:
+            return super()._encode(rows, places, labelled)
+        heads = per_row(partial(self._chat_prompt, chat), single_rows(rows), places)
+        ids = [self._cut(head, self._token_limit) for head in heads]
+        return {"input_ids": ids, "length": [len(row) for row in ids]}
 
     def _joined(self, pairs: list[_Pair]) -> Rows:
         """Rows of tokens and labels, cut to the limit."""
@@ -162,54 +158,54 @@ class PreferenceData(InstructionData):
             encoded["cut"].append((kept, answers) != (heads, whole))
         return encoded
 
-    def _text_pairs(self, rows: list[dict[str, Any]], places: Sequence[Place]) -> list[_Pair]:
-        prompts = [self._prompt(row, place) for row, place in zip(rows, places, strict=True)]
+    def _text_pairs(self, rows: Rows, places: Sequence[Place]) -> list[_Pair]:
+        prompts = per_row(self._prompt, single_rows(rows), places)
         heads = open_ended(self._tokenizer, prompts)
         sides = [
-            self._answers(prompts, heads, require_texts([row[column] for row in rows], column, places))
+            self._answers(prompts, heads, require_texts(rows[column], column, places))
             for column in (self.chosen, self.rejected)
         ]
         return [([head, head], list(answers)) for head, *answers in zip(heads, *sides, strict=True)]
 
-    def _chat_pair(self, chat: ChatTemplate, row: dict[str, Any], place: Place) -> _Pair:
-        chosen, rejected = (self._conversation(row, column, place) for column in (self.chosen, self.rejected))
+    def _chat_prompt(self, chat: ChatTemplate, row: dict[str, Any]) -> list[int]:
+        if self._asked == self.chosen:
+            turns = self._conversation(row, self.chosen)[:-1]
+        else:
+            turns = turns_of(row[self.prompt], self.prompt)
+        tools = tools_of(row.get("tools"))
+        return chat.prompt(suited(with_system(turns, row), chat, tools), tools)
+
+    def _chat_pair(self, chat: ChatTemplate, row: dict[str, Any]) -> _Pair:
+        chosen, rejected = (self._conversation(row, column) for column in (self.chosen, self.rejected))
         if chosen[:-1] != rejected[:-1]:
-            raise UsageError(
-                f"{place} has a chosen and a rejected conversation that differ before their last turns: only the last "
-                "may differ, so cut both after the first difference."
+            raise RowError(
+                "has a chosen and a rejected conversation that differ before their last turns: only the last may "
+                "differ, so cut both after the first difference."
             )
         heads, answers = [], []
-        tools = tools_of(row.get("tools"), place)
+        tools = tools_of(row.get("tools"))
         for conversation in (chosen, rejected):
-            turns = suited(with_system(conversation, row, place), chat, place, tools)
-            ids, trained = chat.conversation(turns, place, tools, first=len(turns) - 1)
+            turns = suited(with_system(conversation, row), chat, tools)
+            ids, trained = chat.conversation(turns, tools, first=len(turns) - 1)
             if True not in trained:
-                raise UsageError(
-                    f"{place} has no answer in what the chat template renders: give another chat_template."
-                )
+                raise RowError("has no answer in what the chat template renders: give another chat_template.")
             start, end = trained.index(True), len(ids) - trained[::-1].index(True)
             heads.append(ids[:start])
             answers.append(ids[start:end])
         return heads, answers
 
-    def _conversation(self, row: dict[str, Any], column: str, place: Place) -> list[Message]:
+    def _conversation(self, row: dict[str, Any], column: str) -> list[Message]:
         """The turns of a prompt and its answer, which is the last of them."""
-        turns = turns_of(row[column], column, place, role="assistant")
+        turns = turns_of(row[column], column, role="assistant")
         if turns[-1]["role"] != "assistant":
-            raise UsageError(
-                f"{place} ends with a turn of {turns[-1]['role']!r} in the column {column!r}: it needs an "
-                "answer of 'assistant'."
+            raise RowError(
+                f"ends with a turn of {turns[-1]['role']!r} in the column {column!r}: it needs one of 'assistant'."
             )
         if turns[0]["role"] == "assistant":
             if self.prompt not in row:
-                raise UsageError(
-                    f"{place} has an answer without a question in the column {column!r}, and there is no column "
+                raise RowError(
+                    f"has an answer without a question in the column {column!r}, and there is no column "
                     f"{self.prompt!r}: name the one of the prompts in prompt."
                 )
-            turns = turns_of(row[self.prompt], self.prompt, place, role="user") + turns
+            turns = turns_of(row[self.prompt], self.prompt, role="user") + turns
         return turns
-
-    def _asked_turns(self, row: dict[str, Any], place: Place) -> list[Message]:
-        if self._asked == self.chosen:
-            return self._conversation(row, self.chosen, place)[:-1]
-        return turns_of(row[self.prompt], self.prompt, place)

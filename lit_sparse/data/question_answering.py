@@ -7,8 +7,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import Place, Reader, require_texts
+from lit_sparse.data.readers import Place, Reader, RowError, Rows, per_row
+from lit_sparse.data.rows import Collator
+from lit_sparse.data.sources import require_texts
 from lit_sparse.data.text import TextData
 from lit_sparse.data.windows import OUTSIDE, PadQuestions, answer_tokens, one_window_a_row
 from lit_sparse.errors import UsageError, require_range
@@ -98,8 +99,10 @@ class QuestionAnsweringData(TextData):
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         texts = [require_texts(rows[column], column, places) for column in (self.question, self.context)]
-        self._require_room(texts[0], places)
-        answers = [self._spans(rows, i, place) for i, place in enumerate(places)] if labelled else None
+        per_row(self._require_room, self._tokenizer(texts[0], add_special_tokens=False)["input_ids"], places)
+        answers = None
+        if labelled:
+            answers = per_row(self._spans, zip(rows[self.answers], texts[1], strict=True), places)
         windows = self._windows(*texts)
         encoded: Rows = {"id": rows[self.id], "context": texts[1], "row": [place.number for place in places]}
         if answers is not None:
@@ -142,39 +145,37 @@ class QuestionAnsweringData(TextData):
             )
         return windows
 
-    def _require_room(self, questions: list[str], places: Sequence[Place]) -> None:
-        """Refuse questions that leave no room for a window to move on."""
-        special = self._tokenizer.num_special_tokens_to_add(pair=True)
-        for ids, place in zip(self._tokenizer(questions, add_special_tokens=False)["input_ids"], places, strict=True):
-            room = self._token_limit - special - len(ids)
-            if room <= self.stride:
-                raise UsageError(
-                    f"{place} has a question of {len(ids)} tokens, which leaves {room} of "
-                    f"max_length={self._token_limit} for the context, but stride={self.stride} of them repeat the "
-                    "window before: raise max_length, lower stride, or remove the row."
-                )
+    def _require_room(self, question: list[int]) -> None:
+        """Refuse tokens of a question that leave no room for a window to move on."""
+        room = self._token_limit - self._tokenizer.num_special_tokens_to_add(pair=True) - len(question)
+        if room <= self.stride:
+            raise RowError(
+                f"has a question of {len(question)} tokens, which leaves {room} of max_length={self._token_limit} for "
+                f"the context, but stride={self.stride} of them repeat the window before: raise max_length, lower "
+                "stride, or remove the row."
+            )
 
-    def _spans(self, rows: Rows, i: int, place: Place) -> list[tuple[str, int]]:
+    def _spans(self, answers_and_context: tuple[Any, str]) -> list[tuple[str, int]]:
         """Text and first character of each answer of a row; none for a question without an answer."""
-        given, context = rows[self.answers][i], rows[self.context][i]
+        given, context = answers_and_context
         complete = isinstance(given, dict) and {"text", "answer_start"} <= set(given)
         texts, starts = (given["text"], given["answer_start"]) if complete else (None, None)
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise UsageError(
-                f"{place} has {given!r} in the column {self.answers!r}, which must be {{'text': [...], "
-                f"'answer_start': [...]}} with as many starts as texts."
+            raise RowError(
+                f"has {given!r} in the column {self.answers!r}, which must be {{'text': [...], 'answer_start': [...]}} "
+                "with as many starts as texts."
             )
         if not texts and not self.unanswerable:
-            raise UsageError(
-                f"{place} has no answer in the column {self.answers!r}: fill it in or remove the row, or set "
-                f"unanswerable to true if there are questions that the context does not answer."
+            raise RowError(
+                f"has no answer in the column {self.answers!r}: fill it in or remove the row, or set unanswerable to "
+                "true if there are questions that the context does not answer."
             )
         for text, start in zip(texts, starts, strict=True):
             found = context[start : start + len(text)] if text and isinstance(start, int) and start >= 0 else None
             if found is None or found != text:
-                raise UsageError(
-                    f"{place} has the answer {text!r} at character {start}, where the context has {found!r}: mend "
-                    f"answer_start, counted from 0 in characters, or remove the row."
+                raise RowError(
+                    f"has the answer {text!r} at character {start}, where the context has {found!r}: mend "
+                    "answer_start, counted from 0 in characters, or remove the row."
                 )
         return list(zip(texts, starts, strict=True))
 

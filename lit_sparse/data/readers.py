@@ -1,16 +1,22 @@
-"""What reads a split, and the rows of it that errors name."""
+"""What reads a split, and the errors that name its rows."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset
 
 from lit_sparse.data.tables import count_rows
+from lit_sparse.errors import UsageError
+
+Rows = dict[str, list[Any]]  # several rows, column by column
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
 class Kind(NamedTuple):
@@ -81,3 +87,30 @@ class Place(NamedTuple):
         file, number = self.reader.locate(self.number, self.total) if self.reader else (None, self.number)
         where = f" in {file}" if file else ""
         return f"Row {number} (counted from 0{where}) of the split {self.split!r}"
+
+
+class RowError(UsageError):
+    """A row cannot be used. The message says why, and :func:`errors_in` puts the row before it."""
+
+
+@contextmanager
+def errors_in(place: Place | str) -> Iterator[None]:
+    """Put a row, or a part of one, before the errors about it."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(f"{place} {error}") from error
+
+
+def per_row(use: Callable[[Value], Result], values: Iterable[Value], places: Sequence[Place | str]) -> list[Result]:
+    """Apply a function to a value of each row, such as its cell in a column; errors name the row."""
+    found = []
+    for value, place in zip(values, places, strict=True):
+        with errors_in(place):
+            found.append(use(value))
+    return found
+
+
+def single_rows(rows: Rows) -> list[dict[str, Any]]:
+    """Rows one by one, each as its values by column."""
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]

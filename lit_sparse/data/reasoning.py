@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from lit_sparse.data.answers import RULES
 from lit_sparse.data.instructions import InstructionData
-from lit_sparse.data.padding import PadPromptAndResponse
-from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import Place, Reader, files_named_by_split, require_texts
+from lit_sparse.data.padding import PadRows
+from lit_sparse.data.readers import Place, Reader, Rows
+from lit_sparse.data.rows import Collator
+from lit_sparse.data.sources import files_named_by_split, require_texts
 from lit_sparse.data.tables import read_files
 from lit_sparse.errors import UsageError, require_choice
 
@@ -123,9 +124,10 @@ class ReasoningData(InstructionData):
         return [*super()._columns(labelled), *([] if labelled else ["answer"])]
 
     def _collator(self, role: str) -> Collator:
-        if self._is_asked(role):
-            return PadPromptAndResponse(self.pad_token_id, left=True, texts=("answers",))
-        return super()._collator(role)
+        if role != "predict" and not self._is_asked(role):
+            return super()._collator(role)
+        texts = () if role == "predict" else ("answers",)
+        return PadRows(self.pad_token_id, left=True, texts=texts, left_out=("answers",))
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         encoded = super()._encode(rows, places, labelled)

@@ -8,8 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from lit_sparse.data import quickstart
-from lit_sparse.data.rows import Rows
-from lit_sparse.data.sources import Reader
+from lit_sparse.data.readers import Reader
 from lit_sparse.data.tables import fingerprint, read_files
 from lit_sparse.data.text_classification import TextClassificationData
 
@@ -53,17 +52,15 @@ class QuickstartReviews(TextClassificationData):
 
 def _read_part(file: Path, split: str) -> Dataset:
     rows = read_files([file], "train")
+    start, end = _PARTS[split]
+
+    def belong(sources: list[str], texts: list[str]) -> list[bool]:
+        return [s == _SOURCE and start <= _position(t) < end for s, t in zip(sources, texts, strict=True)]
+
     # Without it `datasets` names the result by the code of the function.
     name = fingerprint([rows._fingerprint, _SOURCE, split, _PARTS[split]])
-    return rows.filter(partial(_belong_to, split), batched=True, new_fingerprint=name, desc=f"Finding {split}")
-
-
-def _belong_to(split: str, rows: Rows) -> list[bool]:
-    start, end = _PARTS[split]
-    return [
-        source == _SOURCE and start <= _position(text) < end
-        for source, text in zip(rows["source"], rows["text"], strict=True)
-    ]
+    options = {"input_columns": ["source", "text"], "batched": True, "desc": f"Finding {split}"}
+    return rows.filter(belong, new_fingerprint=name, **options)
 
 
 def _position(text: str) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +10,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lit_sparse._version import __version__
+from lit_sparse.data.readers import Place, Reader, Rows
 from lit_sparse.data.sampling import ResumableLoader, RowSampler
-from lit_sparse.data.sources import DataFiles, Place, Reader, named, open_source, require_columns
+from lit_sparse.data.sources import DataFiles, named, open_source, require_columns
 from lit_sparse.data.tables import fingerprint
 from lit_sparse.errors import UsageError, require_range
 
 Collator = Callable[[list[dict[str, Any]]], Any]
-Rows = dict[str, list[Any]]  # several rows, column by column
 
 _HELD_OUT_SEED = 0  # not the argument `seed`: runs that differ in it share one validation set
 
@@ -71,6 +70,7 @@ class RowData(LightningDataModule):
         require_range("batch_size", self.batch_size, at_least=1)
         require_range("eval_batch_size", self.eval_batch_size, at_least=1)
         require_range("num_workers", self.num_workers, at_least=0)
+        require_range("validation_fraction", self.validation_fraction, above=0, below=1)
         self._validation_splits: tuple[str, ...] = ("validation",)
         self._test_splits: tuple[str, ...] = ("test",)
         self.num_labels: int | None = None
@@ -190,7 +190,12 @@ class RowData(LightningDataModule):
 
     def _wanted(self, stage: str, readers: dict[str, Reader]) -> dict[str, Sequence[str]]:
         """Role → the splits that play it in the stage, all of which the source has."""
-        self._check_fraction(readers)
+        present = [split for split in self._validation_splits if split in readers]
+        if self.validation_fraction is not None and present:
+            raise UsageError(
+                f"validation_fraction={self.validation_fraction} is for a source without validation split, but this "
+                f"one has {', '.join(map(repr, present))}: leave out one of the two."
+            )
         tests_only = "predict" not in readers and all(split in readers for split in self._test_splits)
         splits: dict[str, Sequence[str]] = {
             "train": ("train",),
@@ -198,7 +203,8 @@ class RowData(LightningDataModule):
             "test": self._test_splits,
             "predict": self._test_splits if tests_only else ("predict",),
         }
-        fit = ("train",) if self._never_validates() else ("train", "validation")
+        validates = self.trainer is None or self.trainer.limit_val_batches != 0
+        fit = ("train", "validation") if validates else ("train",)
         roles = {"fit": fit, "validate": ("validation",)}.get(stage, (stage,))
         for role in roles:
             missing = [split for split in splits[role] if split not in readers]
@@ -212,18 +218,6 @@ class RowData(LightningDataModule):
                 )
         return {role: splits[role] for role in roles}
 
-    def _never_validates(self) -> bool:
-        return self.trainer is not None and self.trainer.limit_val_batches == 0
-
-    def _check_fraction(self, readers: dict[str, Reader]) -> None:
-        require_range("validation_fraction", self.validation_fraction, above=0, below=1)
-        present = [split for split in self._validation_splits if split in readers]
-        if self.validation_fraction is not None and present:
-            raise UsageError(
-                f"validation_fraction={self.validation_fraction} is for a source without validation split, but this "
-                f"one has {', '.join(map(repr, present))}: leave out one of the two."
-            )
-
     def _encoded(self, rows: Dataset, split: str, role: str) -> Dataset:
         reader = self._split_readers[split]
         if len(rows) == 0:
@@ -232,8 +226,12 @@ class RowData(LightningDataModule):
         labelled = self._is_labelled(rows, role)
         require_columns(rows, split, self._columns(labelled), reader.files)
         made_of = [rows._fingerprint, split, labelled, type(self).__qualname__, self._recipe(), __version__]
+
+        def encode(part: Rows, numbers: list[int]) -> Rows:
+            return self._encode(part, [Place(split, number, len(rows), reader) for number in numbers], labelled)
+
         return rows.map(
-            partial(self._encode_part, labelled=labelled, place=partial(Place, split, total=len(rows), reader=reader)),
+            encode,
             batched=True,
             batch_size=self._rows_at_once,
             with_indices=True,
@@ -242,9 +240,6 @@ class RowData(LightningDataModule):
             new_fingerprint=fingerprint(made_of),
             desc=f"Encoding {split}",
         )
-
-    def _encode_part(self, rows: Rows, numbers: list[int], labelled: bool, place: Callable[[int], Place]) -> Rows:
-        return self._encode(rows, list(map(place, numbers)), labelled)
 
     def _hold_out(self, rows: Dataset, role: str) -> Dataset:
         """The part of ``rows`` that plays ``role`` when the validation split is held out of 'train'."""

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from lit_sparse.data.padding import PadRows
-from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import Place, require_texts
+from lit_sparse.data.readers import Place, Rows
+from lit_sparse.data.rows import Collator
+from lit_sparse.data.sources import require_texts
 from lit_sparse.data.text import TextData
 from lit_sparse.data.tokenizers import Prompt, added_tokens
 from lit_sparse.errors import UsageError, require_range
@@ -57,7 +58,7 @@ class Seq2SeqData(TextData):
         return [*super()._recipe(), self.source, self.target, self.prefix, self.max_target_length]
 
     def _collator(self, role: str) -> Collator:
-        return PadRows(self._tokenizer, ("labels",) if role == "train" else ("labels", "targets"))
+        return PadRows(self.pad_token_id, left_out=("targets",) if role == "train" else ())
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
         sources = [self.prefix + text for text in require_texts(rows[self.source], self.source, places)]

@@ -14,11 +14,10 @@ from datasets.exceptions import DatasetsError
 
 from lit_sparse.data.csv_rows import other_delimiter
 from lit_sparse.data.files import SPLITS, ending, local_path, matching, split_name
-from lit_sparse.data.readers import Kind, Kinds
-from lit_sparse.data.readers import Place as Place
-from lit_sparse.data.readers import Reader as Reader
+from lit_sparse.data.readers import Kind, Kinds, Place, Reader, RowError, per_row
 from lit_sparse.data.tables import ENDINGS, count_rows, read_files
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, reason_of
+from lit_sparse.interchange.metadata import means_path
 
 DataFiles = dict[str, str | list[str]]  # split → file or pattern, or a list: files of one kind, read one after another
 
@@ -119,11 +118,8 @@ def _chat_columns(rows: Dataset) -> list[str]:
     if not nested or not len(rows):
         return []
     first = rows.select_columns(nested)[0]  # no other columns: images would be decoded
-    return [name for name, turns in first.items() if isinstance(turns, list) and turns and _is_turn(turns[0])]
-
-
-def _is_turn(value: object) -> bool:
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+    found = {n: turns[0].keys() for n, turns in first.items() if turns and isinstance(turns[0], dict)}
+    return [name for name, keys in found.items() if {"role", "content"} <= keys or {"from", "value"} <= keys]
 
 
 def distinct(rows: Dataset, column: str, files: Sequence[Path] = ()) -> list[Any]:
@@ -146,19 +142,19 @@ def distinct(rows: Dataset, column: str, files: Sequence[Path] = ()) -> list[Any
         ) from error
 
 
-def require_text(value: object, column: str, place: Place, *, blank: bool = False) -> str:
+def require_text(value: object, column: str, *, blank: bool = False) -> str:
     """Return ``value`` if it is a string and, unless ``blank`` is allowed, more than white space."""
     if not isinstance(value, str) or not (blank or value.strip()):
         advice = "fill it in or remove the row"
         if isinstance(value, (int, float)):
             advice = f'write numbers as texts, such as "{value}" in JSON Lines; a CSV column of numbers has none'
-        raise UsageError(f"{place} has no text in the column {column!r} but {value!r}: {advice}.")
+        raise RowError(f"has no text in the column {column!r} but {value!r}: {advice}.")
     return value
 
 
 def require_texts(values: list[Any], column: str, places: Sequence[Place], *, blank: bool = False) -> list[str]:
     """:func:`require_text` for several rows."""
-    return [require_text(value, column, place, blank=blank) for value, place in zip(values, places, strict=True)]
+    return per_row(partial(require_text, column=column, blank=blank), values, places)
 
 
 def _files_at(path: str, known_splits: Sequence[str], kinds: Kinds) -> dict[str, list[Path]]:
@@ -170,7 +166,7 @@ def _files_at(path: str, known_splits: Sequence[str], kinds: Kinds) -> dict[str,
         return files_named_by_split(place, known_splits, kinds)
     if glob.has_magic(path) and ending(place) in kinds:
         raise UsageError(f"The path {path!r} does not exist: give a pattern of files to a split in data_files.")
-    if ending(place) in kinds or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if ending(place) in kinds or means_path(path):
         raise UsageError(f"The path {path!r} does not exist: give an existing file or folder, or a hub id.")
     return {}
 
@@ -250,6 +246,6 @@ def _load_dataset_of_hub_form(path: str, name: str | None, revision: str | None)
     except (DatasetsError, OSError, ValueError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise UsageError(
-            f"The data set {path!r} could not be loaded ({' '.join(str(cause).split()) or type(cause).__name__}): "
+            f"The data set {path!r} could not be loaded ({reason_of(cause)}): "
             f"check path, name and revision; without a network, give a local copy as path."
         ) from error

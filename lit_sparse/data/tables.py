@@ -21,7 +21,7 @@ from lit_sparse._version import __version__
 from lit_sparse.data.csv_rows import texts_of
 from lit_sparse.data.files import ending
 from lit_sparse.data.json_rows import JsonRows
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, reason_of
 
 _CHUNK_ROWS = 1_000  # rows of parquet that are read at a time
 
@@ -108,7 +108,7 @@ def _named(file: Path, split: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         kind = "json" if "json" in ending(file) else ending(file)[1:]
         raise UsageError(
             f"The split {split!r} is empty or cannot be read as {kind} from {file} ({reason}): mend the file."

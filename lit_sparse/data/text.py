@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from lit_sparse.data.padding import PadPromptAndResponse
+from lit_sparse.data.padding import PadRows
 from lit_sparse.data.rows import Collator, RowData
 from lit_sparse.data.sampling import LengthGroupedSampler, RowSampler
 from lit_sparse.data.tokenizers import Prompt, identify_tokenizer, load_tokenizer, prompt_tokens
@@ -61,7 +61,7 @@ class TextData(RowData):
             prompts: Texts, or messages for the tokenizer's chat template.
         """
         rows = [{"input_ids": prompt_tokens(self._tokenizer, prompt)} for prompt in prompts]
-        return PadPromptAndResponse(self.pad_token_id, left=True)(rows)
+        return PadRows(self.pad_token_id, left=True)(rows)
 
     def _recipe(self) -> list[Any]:
         return [self._tokenizer_hash, self._token_limit]

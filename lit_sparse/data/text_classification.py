@@ -2,16 +2,16 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
-from lit_sparse.data.label_lists import holds_lists, vectors_of_columns, vectors_of_lists
-from lit_sparse.data.labels import Classes, learn_classes
-from lit_sparse.data.rows import Rows
-from lit_sparse.data.sources import Place, Reader, require_texts
+from lit_sparse.data.labels import Classes, holds_lists, learn_classes, vector_of_columns, vector_of_list
+from lit_sparse.data.readers import Place, Reader, RowError, Rows, per_row, single_rows
+from lit_sparse.data.sources import require_texts
 from lit_sparse.data.text import TextData
 from lit_sparse.errors import UsageError
 
@@ -54,22 +54,17 @@ class TextClassificationData(TextData):
         super().__post_init__()
         self._classes = Classes([], {})
         self.multi_label: bool | None = None if isinstance(self.label, str) else True
-        if not isinstance(self.label, str):
-            self._require_several(self.label)
-
-    def _require_several(self, columns: list[str]) -> None:
-        if len(set(columns)) < 2 or len(set(columns)) < len(columns):
-            raise UsageError(f"label is one column, or several different columns of zeros and ones; got {columns}.")
+        if isinstance(self.label, str):
+            return
+        if len(set(self.label)) < 2 or len(set(self.label)) < len(self.label):
+            raise UsageError(f"label is one column, or several different columns of zeros and ones; got {self.label}.")
         if self.labels is not None or self.regression:
-            raise UsageError(
-                f"The columns {columns} in label are the labels: leave out {'labels' if self.labels else 'regression'}."
-            )
+            other = "labels" if self.labels else "regression"
+            raise UsageError(f"The columns {self.label} in label are the labels: leave out {other}.")
 
     def _columns(self, labelled: bool) -> list[str]:
-        return [*self._texts(), *self._label_columns()] if labelled else self._texts()
-
-    def _label_columns(self) -> list[str]:
-        return [self.label] if isinstance(self.label, str) else self.label
+        labels = [self.label] if isinstance(self.label, str) else self.label
+        return [*self._texts(), *labels] if labelled else self._texts()
 
     def _texts(self) -> list[str]:
         return [self.text] if self.text_pair is None else [self.text, self.text_pair]
@@ -108,20 +103,20 @@ class TextClassificationData(TextData):
     def _encoded_labels(self, rows: Rows, places: Sequence[Place]) -> list[Any]:
         column = self.label
         if not isinstance(column, str):
-            return vectors_of_columns(rows, column, places)
+            return per_row(partial(vector_of_columns, columns=column), single_rows(rows), places)
+        label_of: Callable[[Any], Any] = self._number
         if self.multi_label:
-            return vectors_of_lists(rows[column], column, self._classes, places)
-        return [
-            self._number(value, place) if self.regression else self._classes.number_of(value, column, place)
-            for value, place in zip(rows[column], places, strict=True)
-        ]
+            label_of = partial(vector_of_list, column=column, classes=self._classes)
+        elif not self.regression:
+            label_of = partial(self._classes.number_of, column=column)
+        return per_row(label_of, rows[column], places)
 
-    def _number(self, value: object, place: Place) -> float:
+    def _number(self, value: object) -> float:
         # Texts too: in a CSV one value that is no number makes the whole column texts.
         with contextlib.suppress(ValueError):
             if isinstance(value, (int, float, str)) and math.isfinite(float(value)):
                 return float(value)
-        raise UsageError(
-            f"{place} has the label {value!r} in the column {self.label!r}, but regression needs a finite number: mend "
-            "or remove the row."
+        raise RowError(
+            f"has the label {value!r} in the column {self.label!r}, but regression needs a finite number: mend or "
+            "remove the row."
         )

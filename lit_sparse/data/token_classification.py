@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from lit_sparse.data.conll import ENDINGS, count_sentences, read_conll
+from lit_sparse.data.conll import with_conll
 from lit_sparse.data.labels import learn_classes
 from lit_sparse.data.padding import IGNORED, PadRows
-from lit_sparse.data.readers import Kind, Kinds
-from lit_sparse.data.rows import Collator, Rows
-from lit_sparse.data.sources import TABLES, Place, Reader, open_source
+from lit_sparse.data.readers import Place, Reader, RowError, Rows, per_row
+from lit_sparse.data.rows import Collator
+from lit_sparse.data.sources import open_source
 from lit_sparse.data.text import TextData
-from lit_sparse.errors import UsageError
 
 NO_TOKEN = -1  # the position of a word that was cut off, or that the tokenizer drops
 
@@ -61,8 +59,7 @@ class TokenClassificationData(TextData):
         return [*super()._recipe(), self.words, self.tags, self._classes.recipe()]
 
     def _readers(self) -> dict[str, Reader]:
-        conll = Kind(partial(read_conll, words=self.words, tags=self.tags), count_sentences)
-        kinds: Kinds = {**TABLES, **dict.fromkeys(ENDINGS, conll)}
+        kinds = with_conll(self.words, self.tags)
         return open_source(self.path, self.name, self.revision, self.data_files, self._split_names(), kinds)
 
     def _learn_labels(self, readers: dict[str, Reader]) -> None:
@@ -72,12 +69,11 @@ class TokenClassificationData(TextData):
         self.label_names, self.num_labels = self._classes.names, len(self._classes.names)
 
     def _collator(self, role: str) -> Collator:
-        if role == "train":
-            return PadRows(self._tokenizer, ("labels",))
-        return PadRows(self._tokenizer, ("labels", "word_labels", "word_positions"), texts=("words",))
+        words = ("word_labels", "word_positions") if role == "train" else ()
+        return PadRows(self.pad_token_id, texts=("words",), left_out=words)
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
-        sentences = [self._checked_words(words, place) for words, place in zip(rows[self.words], places, strict=True)]
+        sentences = per_row(self._checked_words, rows[self.words], places)
         tokenised = self._tokenizer(
             [" ".join(words) for words in sentences], truncation=True, max_length=self._token_limit
         )
@@ -87,10 +83,7 @@ class TokenClassificationData(TextData):
         ]
         if not labelled:
             return {**encoded, "words": sentences}
-        encoded["word_labels"] = [
-            self._class_ids(tags, len(words), place)
-            for tags, words, place in zip(rows[self.tags], sentences, places, strict=True)
-        ]
+        encoded["word_labels"] = per_row(self._class_ids, zip(rows[self.tags], sentences, strict=True), places)
         encoded["labels"] = [
             _at_positions(labels, positions, length)
             for labels, positions, length in zip(
@@ -99,28 +92,26 @@ class TokenClassificationData(TextData):
         ]
         return encoded
 
-    def _checked_words(self, words: Any, place: Place) -> list[str]:
+    def _checked_words(self, words: Any) -> list[str]:
         if not isinstance(words, list) or not words:
-            raise UsageError(
-                f"{place} has no list of words in the column {self.words!r} but {words!r}: fill it in or remove "
-                "the row."
-            )
+            raise RowError(f"has no list of words in the column {self.words!r} but {words!r}: fill it in or remove it.")
         for number, word in enumerate(words):
             if not isinstance(word, str) or not word:
-                raise UsageError(
-                    f"{place} has {word!r} for word {number} in the column {self.words!r}: fill it in, or remove it "
-                    "together with its tag."
+                raise RowError(
+                    f"has {word!r} for word {number} in the column {self.words!r}: fill it in, or remove it together "
+                    "with its tag."
                 )
         return words
 
-    def _class_ids(self, tags: Any, count: int, place: Place) -> list[int]:
-        if not isinstance(tags, list) or len(tags) != count:
+    def _class_ids(self, tags_and_words: tuple[Any, list[str]]) -> list[int]:
+        tags, words = tags_and_words
+        if not isinstance(tags, list) or len(tags) != len(words):
             found = f"{len(tags)} tags" if isinstance(tags, list) else repr(tags)
-            raise UsageError(
-                f"{place} has {count} words in the column {self.words!r} but {found} in {self.tags!r}: each word needs "
+            raise RowError(
+                f"has {len(words)} words in the column {self.words!r} but {found} in {self.tags!r}: each word needs "
                 "one tag."
             )
-        return [self._classes.number_of(tag, self.tags, place) for tag in tags]
+        return [self._classes.number_of(tag, self.tags) for tag in tags]
 
 
 def first_tokens(words: Sequence[str], char_to_token: Any) -> list[int]:

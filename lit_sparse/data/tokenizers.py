@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_sparse.data import quickstart
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, reason_of
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text to continue, or messages with ``role`` and ``content`` to answer."""
@@ -32,7 +32,7 @@ def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> PreTrainedToken
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # a damaged file may raise any of these
         raise UsageError(
-            f"The tokenizer {name!r} could not be loaded ({' '.join(str(error).split())}): give its folder, or "
+            f"The tokenizer {name!r} could not be loaded ({reason_of(error)}): give its folder, or "
             f"its hub id while the hub can be reached."
         ) from error
     if tokenizer.pad_token is None:
@@ -94,7 +94,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
             turns = [dict(turn) for turn in prompt]
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason_of(error)
             raise UsageError(f"The messages {list(prompt)} do not suit the chat template: {reason}.") from error
     if not ids:
         raise UsageError("A prompt is empty, and the tokenizer adds no token to begin with: give a text.")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lit_sparse.data.padding import pad
-from lit_sparse.data.rows import Collator, Rows
+from lit_sparse.data.readers import Rows
+from lit_sparse.data.rows import Collator
 
 OUTSIDE = -1  # the offset of tokens outside the context
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.padding import IGNORED, PadPromptAndResponse
+from lit_sparse.data.padding import IGNORED, PadRows
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.errors import UsageError
 
@@ -65,7 +65,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]])
 
 def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced]) -> dict[str, Tensor]:
     """A batch with labels on the answers alone, padded on the right."""
-    padding = PadPromptAndResponse(int(tokenizer.pad_token_id))
+    padding = PadRows(int(tokenizer.pad_token_id))
     return padding([{"input_ids": row.input_ids, "labels": [IGNORED] * row.start + row.answer} for row in rows])
 
 
@@ -81,7 +81,7 @@ def batches(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], size: int, left: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Padded batches of ``input_ids`` and ``attention_mask``, on the model's device."""
-    padding = PadPromptAndResponse(int(tokenizer.pad_token_id), left=left)
+    padding = PadRows(int(tokenizer.pad_token_id), left=left)
     for first in range(0, len(rows), size):
         batch = padding([{"input_ids": ids} for ids in rows[first : first + size]])
         yield {name: tensor.to(model.device) for name, tensor in batch.items()}

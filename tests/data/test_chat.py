@@ -357,7 +357,7 @@ FIRST = turns_of(CHATS[0])[0]
         ({"text": "a"}, {"format": "alpaca"}, "does not have the columns of the format 'alpaca'"),
         ({"messages": []}, {}, "^Row 1 .* has .* in the column 'messages', not a list of turns.*remove the row"),
         ({"messages": "who"}, {}, "^Row 1 .* has 'who' in the column 'messages', not a list"),
-        ({"messages": ["who"]}, {}, r"^Row 1 .*, column 'messages', turn 0 .* is 'who', not an object"),
+        ({"messages": ["who"]}, {}, r"^Row 1 .* in the column 'messages' a turn 0 .* is 'who', not an object"),
         (
             {"messages": [FIRST, {"role": "bot", "content": "a"}]},
             {},

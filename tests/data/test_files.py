@@ -11,7 +11,8 @@ import pytest
 from hypothesis import strategies as st
 
 from lit_sparse import UsageError
-from lit_sparse.data.sources import Place, open_source
+from lit_sparse.data.readers import Place
+from lit_sparse.data.sources import open_source
 from lit_sparse.data.tables import ENDINGS, count_rows, read_files
 
 

@@ -1,4 +1,4 @@
-"""lit_sparse.data.label_lists in TextClassificationData: any number of labels per row, in lists or in columns."""
+"""lit_sparse.data.labels in TextClassificationData: any number of labels per row, in lists or in columns."""
 
 import json
 

@@ -19,7 +19,7 @@ from transformers import (
 
 import lit_sparse as ls
 from lit_sparse.data.causal import packed
-from lit_sparse.data.padding import PadPromptAndResponse
+from lit_sparse.data.padding import PadRows
 from lit_sparse.modules.packing import as_model_inputs
 
 SMALL = {"num_key_value_heads": 2}
@@ -45,7 +45,7 @@ def batches(max_length=12):
     def collated(columns):
         columns = {name: values for name, values in columns.items() if name != "length"}
         table = zip(*columns.values(), strict=True)
-        return PadPromptAndResponse(0)([dict(zip(columns, row, strict=True)) for row in table])
+        return PadRows(0)([dict(zip(columns, row, strict=True)) for row in table])
 
     apart, together = collated(rows()), collated(packed(rows(), max_length))
     assert len(together["input_ids"]) < len(apart["input_ids"])
