@@ -28,7 +28,7 @@ from lit_sparse.editing.metrics import (
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import batches, encode, predict
 from lit_sparse.errors import UsageError, parse_json
-from lit_sparse.modules.language_modeling import most_likely_continuation
+from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING, continuation
 
 _TEXT_LENGTH = 128  # tokens of a text that its perplexity is measured on
 
@@ -208,7 +208,7 @@ class Measurer:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         new: list[list[int]] = []
         for batch in batches(self._model, self._tokenizer, [rows[i] for i in order], self._batch_size, left=True):
-            new += most_likely_continuation(self._model, batch, max_new_tokens).tolist()
+            new += continuation(self._model, batch, max_new_tokens, num_beams=1, **WITHOUT_SAMPLING).tolist()
         kept = [ids[: next((i for i, token in enumerate(ids) if token in ends), None)] for ids in new]
         texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in kept]
         by_row = dict(zip(order, texts, strict=True))

@@ -174,16 +174,28 @@ class SparseModule(EvaluationLoop):
     def configure_model(self) -> None:
         """Load the backbone, inject the method, add ``new_tokens`` and start from ``start_from``, once."""
         if self.model is None:
+            self._ask_data()
             self.model = self._adapted()
             # Before a strategy shards the model.
             self._frozen_sample = frozen_sample(self)
+            self._check_model()
         keep_chat_format(self.model, getattr(self._data, "chat_format", None))
         keep_processor(self.model, getattr(self._data, "named_processor", None))
+
+    def _ask_data(self) -> None:
+        """Take arguments that were not given from the Trainer's data module, before the backbone is loaded."""
+
+    def _prepare_head(self, model: nn.Module) -> None:
+        """Change the head of a backbone that was loaded or built, before adapters are injected."""
+
+    def _check_model(self) -> None:
+        """Check the model with its adapters, and keep in the hyperparameters what was learned from the data."""
 
     def _adapted(self) -> nn.Module:
         if self.start_from is not None and self.method.init_weights == "gora":
             raise UsageError("start_from and init_weights 'gora' are two starts of A and B: remove one of them.")
         model = self._built[0].train() if self._built else self.load_model()
+        self._prepare_head(model)
         inject(model, self.method)
         if self.new_tokens is not None:
             text_model(model)  # refuses a model without text before a tokenizer is looked for

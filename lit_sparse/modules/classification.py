@@ -51,13 +51,13 @@ class Classification(LabelledModule):
         super().__init__(backbone, method, **options)
         self.metrics = metrics
 
-    def configure_model(self) -> None:
-        """Learn labels and metrics from the data module, load and inject."""
-        if self.model is not None:
-            return
+    def _ask_data(self) -> None:
+        super()._ask_data()
         if self.metrics is None:
             self.metrics = list(getattr(self._data, "metrics", None) or ()) or None
-        super().configure_model()
+
+    def _check_model(self) -> None:
+        super()._check_model()
         self.hparams.update(metrics=self.metrics)
         self.make_metrics()  # raises for a metric of another kind of task before anything is trained
 
@@ -154,9 +154,8 @@ class SequenceClassification(Classification):
         one = "regression" if single else "single_label_classification"
         config.problem_type = _SEVERAL if self.multi_label else one
 
-    def configure_model(self) -> None:
-        """Make the model as any classifier's, and tell it what rows are padded with."""
-        super().configure_model()
+    def _check_model(self) -> None:
+        super()._check_model()
         self.multi_label = self._several
         self.hparams.update(multi_label=self.multi_label)
         # A decoder such as GPT-2 classifies by the last token before the padding.

@@ -48,25 +48,16 @@ class LabelledModule(SparseModule):
     def load_model(self) -> nn.Module:
         """Load the backbone with a new head of ``num_labels`` outputs, unless it has one of that size."""
         self.backbone_args = {**self._head_arguments(), **self.backbone_args}
-        model = super().load_model()
-        self._prepare_head(model)
-        return model
-
-    def configure_model(self) -> None:
-        """Learn the labels from the data module, load and inject."""
-        if self.model is not None:
-            return
-        self._ask_data()
-        for model in self._built:
-            self._prepare_head(model)
-        super().configure_model()
-        # In the checkpoint, so that it loads without a data module.
-        self.hparams.update(num_labels=self._known_num_labels(), label_names=self.label_names)
+        return super().load_model()
 
     def _prepare_head(self, model: nn.Module) -> None:
-        """Give the head of a model that was loaded or built the labels of the data."""
+        """Give the head the labels of the data."""
         if self.label_names is not None:
             name_classes(model, self.label_names, self.method.train_head)
+
+    def _check_model(self) -> None:
+        # In the checkpoint, so that it loads without a data module.
+        self.hparams.update(num_labels=self._known_num_labels(), label_names=self.label_names)
 
     def _ask_data(self) -> None:
         """Take what was not given from the data module, and refuse what contradicts it."""

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lit_sparse.callbacks.measuring import Mean, Metrics
+from lit_sparse.data.padding import IGNORED
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.modules.packing import as_model_inputs, is_packed, require_rows_apart
-
-IGNORED = -100
-"""The label of tokens without loss: prompts, tokens that are not masked, and padding."""
 
 # Sampling switched off must take its settings along, or transformers warns of each of them.
 WITHOUT_SAMPLING: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -33,19 +31,13 @@ class LanguageModel(SparseModule):
 
     _label_dimensions: ClassVar[tuple[int, ...]] = (2,)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Refuse the data of another task, which has one label for each row, or pairs of answers."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The model's own loss."""
         self._require_labels(batch)
-
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """As for training."""
-        self._require_labels(batch)
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """As for training."""
-        self._require_labels(batch)
+        return super().training_step(batch, batch_idx)
 
     def _require_labels(self, batch: Any) -> None:
+        """Refuse the data of another task, which has one label for each row, or pairs of answers."""
         labels = batch.get("labels") if isinstance(batch, Mapping) else None  # a BatchEncoding is no dict
         if labels is not None and labels.ndim not in self._label_dimensions:
             found = "one for every row" if labels.ndim < 2 else "them for pairs of answers"
@@ -61,6 +53,7 @@ class LanguageModel(SparseModule):
 
     def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
         """Update metrics by the labelled tokens of a batch."""
+        self._require_labels(batch)
         logits, labels = self._scored(batch)
         counted = labels != IGNORED
         tokens = counted.sum()
@@ -75,11 +68,6 @@ class LanguageModel(SparseModule):
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of shape (rows, tokens, vocabulary), and the labels (rows, tokens) that each is to predict."""
         return self(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
-
-    def _generate(self, batch: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-        """Generate from inputs by the model's own ``generation_config``: greedily unless that says otherwise."""
-        tokens: Tensor = self._require_model().generate(**batch, max_new_tokens=max_new_tokens)  # type: ignore[operator]
-        return tokens
 
     def _predicted(self, batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Any]:
         """A prediction: the generated ``tokens``, and ``prompt`` and ``text`` if the data module can decode."""
@@ -161,7 +149,8 @@ class CausalLM(LanguageModel):
         """
         data = data or self.trainer.datamodule  # type: ignore[attr-defined]
         prompts = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask")}
-        new = most_likely_continuation(self._require_model(), prompts, self.max_new_tokens, self.num_beams)
+        options = {"num_beams": self.num_beams, **WITHOUT_SAMPLING}
+        new = continuation(self._require_model(), prompts, self.max_new_tokens, **options)
         texts = data.decode(new)
         right = [data.is_right(text, answer, name) for text, answer in zip(texts, batch["answers"], strict=True)]
         return torch.tensor(right, dtype=torch.float32, device=new.device)
@@ -176,7 +165,7 @@ class CausalLM(LanguageModel):
             tokens, and its continuation as ``text``.
         """
         prompts = {k: v for k, v in batch.items() if k != "labels"}
-        return self._predicted(batch, self._generate(prompts, self.max_new_tokens)[:, batch["input_ids"].shape[1] :])
+        return self._predicted(batch, continuation(self._require_model(), prompts, self.max_new_tokens))
 
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = super()._scored(batch)
@@ -189,20 +178,22 @@ class CausalLM(LanguageModel):
         return {**found, f"{stage}_accuracy": torch.stack(each).mean()} if each else found
 
 
-def most_likely_continuation(model: Any, prompts: dict[str, Tensor], max_new_tokens: int, num_beams: int = 1) -> Tensor:
-    """Continue prompts greedily or by beams, without sampling.
+def continuation(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int, **options: Any) -> Tensor:
+    """Let a model write on.
 
     Args:
-        model: A causal language model.
-        prompts: ``input_ids`` and ``attention_mask``, padded on the left.
-        max_new_tokens: Longest continuation.
-        num_beams: Beams of the search; 1 is greedy.
+        model: A causal language model, or an encoder-decoder.
+        inputs: Prompts, padded on the left, or the sources of an encoder-decoder.
+        max_new_tokens: Longest text that is written, in tokens.
+        options: Further arguments of ``generate``, in place of those in the model's ``generation_config``, which is
+            greedy unless it says otherwise.
 
     Returns:
-        The new tokens alone, of shape ``(rows, longest continuation)``.
+        The new tokens alone, of shape ``(rows, longest new text)``.
     """
-    tokens: Tensor = model.generate(**prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, **WITHOUT_SAMPLING)
-    return tokens[:, prompts["input_ids"].shape[1] :]
+    tokens: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+    # An encoder-decoder writes after the token that starts every decoder.
+    return tokens[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :]
 
 
 class _Perplexity(Mean):

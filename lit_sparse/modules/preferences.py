@@ -86,12 +86,6 @@ class PreferenceLM(CausalLM):
         self.label_smoothing = label_smoothing
         self.gamma = 0.5 if gamma is None else gamma
 
-    def configure_model(self) -> None:
-        """Load and inject as any module, if the loss has its reference then."""
-        if self.model is None and self.loss in _WITH_REFERENCE:
-            self._require_reference()
-        super().configure_model()
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         """The mean loss of the pairs."""
         if batch["labels"].ndim != 3:
@@ -158,7 +152,10 @@ class PreferenceLM(CausalLM):
         with torch.no_grad(), in_mode(model, training=False), disable_adapters(model, head=on):
             yield
 
-    def _require_reference(self) -> None:
+    def _ask_data(self) -> None:
+        """Refuse a loss whose reference is lost once the backbone is loaded."""
+        if self.loss not in _WITH_REFERENCE:
+            return
         if self.method.init_weights == "pissa":
             raise UsageError(
                 f"The loss {self.loss!r} compares with the pretrained model, whose weights init_weights 'pissa' "

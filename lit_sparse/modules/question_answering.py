@@ -57,15 +57,11 @@ class QuestionAnswering(SparseModule):
         self.max_answer_length = max_answer_length
         self.null_threshold = null_threshold
 
-    def configure_model(self) -> None:
-        """Ask the data whether there are unanswerable questions, load and inject."""
-        if self.model is not None:
-            return
+    def _ask_data(self) -> None:
         if self.null_threshold is None and getattr(self._data, "unanswerable", False):
             self.null_threshold = 0.0
         # In the checkpoint, so that it answers alike without a data module.
         self.hparams.update(null_threshold=self.null_threshold)
-        super().configure_model()
 
     def make_metrics(self) -> Metrics:
         """The loss of the windows, and SQuAD's metrics."""

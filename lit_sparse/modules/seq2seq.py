@@ -10,9 +10,10 @@ from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM
 
 from lit_sparse.callbacks.measuring import Mean, Metrics
+from lit_sparse.data.padding import IGNORED
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.base import SparseMethod
-from lit_sparse.modules.language_modeling import IGNORED, LanguageModel
+from lit_sparse.modules.language_modeling import LanguageModel, continuation
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -54,11 +55,7 @@ class Seq2SeqLM(LanguageModel):
         self.max_new_tokens = max_new_tokens
         self.generate_in_fit = generate_in_fit
 
-    def configure_model(self) -> None:
-        """Load and inject an encoder-decoder."""
-        if self.model is not None:
-            return
-        super().configure_model()
+    def _check_model(self) -> None:
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise UsageError(
                 f"Seq2SeqLM needs an encoder-decoder such as T5 or BART, but {type(self.model).__name__} is none: use "
@@ -90,7 +87,7 @@ class Seq2SeqLM(LanguageModel):
 
     def _written(self, batch: dict[str, Tensor]) -> Tensor:
         sources = {k: v for k, v in batch.items() if k not in ("labels", "targets")}
-        return self._generate(sources, self.max_new_tokens)[:, 1:]  # without the token that starts every decoder
+        return continuation(self._require_model(), sources, self.max_new_tokens)
 
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         # With labels: the model itself makes its decoder's input of them.

@@ -12,11 +12,10 @@ from torchmetrics import Metric
 from transformers import AutoModelForTokenClassification
 
 from lit_sparse.callbacks.measuring import Metrics
+from lit_sparse.data.padding import IGNORED
 from lit_sparse.errors import UsageError
 from lit_sparse.modules.labels import LabelledModule
 
-IGNORED = -100
-"""The label of tokens that start no word, and the position of words that are padding."""
 OUTSIDE = "O"
 """The tag of words outside of entities."""
 
@@ -45,11 +44,8 @@ class TokenClassification(LabelledModule):
 
     auto_class = AutoModelForTokenClassification
 
-    def configure_model(self) -> None:
-        """Learn the tags from the data module, load, inject, and check that they can be scored."""
-        if self.model is not None:
-            return
-        super().configure_model()
+    def _check_model(self) -> None:
+        super()._check_model()
         model: Any = self.model
         names = self.label_names or list(model.config.id2label.values())
         if OUTSIDE in names and not _are_iob(names):

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from lit_sparse.data.tokenizers import Prompt, prompt_tokens
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
+from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING, continuation
 from lit_sparse.serving.language_models import LanguageModel
 
 
@@ -39,12 +39,12 @@ class Decoding:
             raise UsageError("top_p is for sampling, and temperature is 0, which is greedy: set a temperature.")
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``generate``."""
-        common: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": 1}
+        """Arguments of ``generate``, but for the number of tokens."""
         if self.temperature:
             # top_k 0: transformers would otherwise sample from the 50 most likely tokens.
-            return {**common, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {**common, **WITHOUT_SAMPLING}
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            return {"num_beams": 1, **sampling}
+        return {"num_beams": 1, **WITHOUT_SAMPLING}
 
 
 @torch.no_grad()
@@ -71,11 +71,7 @@ def answer(source: LanguageModel, prompt: Prompt, decoding: Decoding, streamer: 
             f"{limit:,} that the model can take. Shorten it, or lower max_new_tokens."
         )
     tokens = torch.tensor([ids], device=source.model.device)
-    made = source.model.generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pad_token_id=source.tokenizer.pad_token_id,
-        streamer=streamer,
-        **decoding.options(),
-    )
-    return str(source.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    options = {"pad_token_id": source.tokenizer.pad_token_id, "streamer": streamer, **decoding.options()}
+    made = continuation(source.model, inputs, decoding.max_new_tokens, **options)
+    return str(source.tokenizer.decode(made[0], skip_special_tokens=True))
