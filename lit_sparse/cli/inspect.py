@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import save
-from lit_sparse.reporting.pictures import pictures
+from lit_sparse.reporting.plotting import pictures
 from lit_sparse.reporting.report import write_page
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.table import text_table

@@ -27,7 +27,6 @@ from lit_sparse.cli.commands import Command
 from lit_sparse.cli.evaluate import evaluate_source
 from lit_sparse.cli.init import write_configuration
 from lit_sparse.cli.inspect import inspect_adapters, names_a_source
-from lit_sparse.cli.listing import listing
 from lit_sparse.cli.main import COMMANDS
 from lit_sparse.cli.noise import lead_around_bars
 from lit_sparse.cli.parser import SparseParser, refused_by_lightning
@@ -105,7 +104,7 @@ class SparseCLI(LightningCLI):
         options = {"description": COMMANDS[self._command], "usage": "%(prog)s [-c CONFIG] [--KEY VALUE ...]"}
         super()._add_subcommands(parser, **{self._command: {**kwargs.get(self._command, {}), **options}})
         made: Any = self._subcommand_parsers[self._command]
-        made.listing = listing
+        made.lists_classes = True
         for group in made._action_groups:
             keys = {action.dest.partition(".")[0] for action in group._group_actions}
             group.title = next((title for key, title in _TITLES.items() if key in keys), group.title)

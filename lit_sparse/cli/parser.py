@@ -6,32 +6,46 @@ import contextlib
 import inspect
 import pydoc
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from argparse import _SubParsersAction
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch import callbacks
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, callbacks
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import Strategy
 from torch import optim
 
 import lit_sparse
 from lit_sparse.cli.config_files import ConfigFile
 from lit_sparse.cli.words import closest, fail
 from lit_sparse.foreign_errors import lacks_model, unknown_choice, unknown_class, unknown_key, without_noise
+from lit_sparse.methods.base import SparseMethod
 
 # In the help of jsonargparse: every subclass that any package defines, hundreds of torch.nn.Module.
 _SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*(?=\))")
 _MARKS = re.compile(r":\w+:`~?(?:lit_sparse\.)?([^`]+)`|``([^`]+)``")
+# Title, option and base of each kind.
+_KINDS: tuple[tuple[str, str, type], ...] = (
+    ("Modules", "--model", LightningModule),
+    ("Data", "--data", LightningDataModule),
+    ("Methods", "--model.method", SparseMethod),
+    ("Callbacks", "--trainer.callbacks+", Callback),
+    ("Strategies", "--trainer.strategy", Strategy),
+)
+_ARGUMENTS = """--model.help CLASS and --data.help CLASS list the arguments of a class, and
+--model CLASS --model.method.help CLASS those of a method."""
 
 
 class SparseParser(LightningArgumentParser):
     """Report an error in one line, and accept no abbreviations: ``max_epoch`` would pass for ``max_epochs``."""
 
-    listing: Callable[[], str] | None = None
-    """Makes what the help shows above the options."""
+    lists_classes = False
+    """Whether the help lists the public classes of this package above the options."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
@@ -51,8 +65,8 @@ class SparseParser(LightningArgumentParser):
     def format_help(self, formatter: Any = None) -> str:
         """The help, without the classes of other packages and the marks of docstrings."""
         text = _SUBCLASSES.sub("", super().format_help(formatter))
-        if self.listing:
-            text = text.replace("\noptions:\n", f"\n{self.listing()}\n\noptions:\n", 1)
+        if self.lists_classes:
+            text = text.replace("\noptions:\n", f"\n{_listing()}\n\noptions:\n", 1)
         return plain(text)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -106,6 +120,21 @@ def refused_by_lightning(error: Exception) -> bool:
 def plain(text: str) -> str:
     """A text of a docstring without the marks of code and of links."""
     return _MARKS.sub(r"\1\2", text)
+
+
+def _listing() -> str:
+    """A line for each class, by kind, as wide as the terminal."""
+    public = {name: getattr(lit_sparse, name) for name in dir(lit_sparse)}
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = ["CLASS is one of these, or the class path of your own; a bare name suffices in a configuration too."]
+    for title, option, base in _KINDS:
+        kinds = {n: kind for n, kind in public.items() if isinstance(kind, type) and issubclass(kind, base)}
+        lines += ["", f"{title}, {option} CLASS:"]
+        for name, kind in kinds.items():
+            if kind is not base:
+                summary = plain((inspect.getdoc(kind) or "").partition("\n\n")[0])
+                lines.append(f"  {name:<23} {textwrap.shorten(summary, width - 26, placeholder=' …')}")
+    return "\n".join([*lines, "", _ARGUMENTS])
 
 
 def _arguments(class_path: str) -> set[str]:

@@ -16,7 +16,7 @@ from lit_sparse.adapters.naming import common_start
 from lit_sparse.errors import UsageError
 from lit_sparse.figures.canvas import inline_svg
 from lit_sparse.figures.curves import curve_figure, panels
-from lit_sparse.reporting.pictures import pictures
+from lit_sparse.reporting.plotting import pictures
 from lit_sparse.reporting.run_logs import scores
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.stored import StoredAdapters
