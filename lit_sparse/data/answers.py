@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 
-class AnswerRule(Protocol):
+class AnswerRule(ABC):
     """Finds an answer in a text."""
 
+    @abstractmethod
     def find(self, text: str) -> str | None:
         """The plain answer, None if there is none."""
 
     def right(self, text: str, answer: str) -> bool:
         """Whether the text gives this answer."""
+        found = self.find(text)
+        return found is not None and found.lower() == answer.strip().lower()
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(AnswerRule):
     """One of several words, such as ``answer2`` or ``true``: the first of them in the text.
 
     Args:
@@ -36,13 +39,9 @@ class Choice:
         found = re.search(rf"\b(?:{'|'.join(map(re.escape, self.words))})\b", text.lower())
         return found[0] if found else None
 
-    def right(self, text: str, answer: str) -> bool:
-        """Whether the first of the words is the answer."""
-        return self.find(text) == answer.strip().lower()
-
 
 @dataclass(frozen=True)
-class Letter:
+class Letter(AnswerRule):
     """The letter of an option, A to E.
 
     The rule takes the letter after the last ``answer is`` or ``answer:``. Without such words it takes the last letter
@@ -65,13 +64,9 @@ class Letter:
                 return found[-1]
         return None
 
-    def right(self, text: str, answer: str) -> bool:
-        """Whether the letter is the answer."""
-        return self.find(text) == answer.strip().upper()
-
 
 @dataclass(frozen=True)
-class Number:
+class Number(AnswerRule):
     """A number: the last one in the text, as in LLM-Adapters.
 
     Commas between thousands are left out. A minus sign counts unless it is a subtraction, as in ``5-3``.
