@@ -12,14 +12,7 @@ from lit_sparse.callbacks.measuring import Metrics
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.labels import LabelledModule
-from lit_sparse.modules.metrics import (
-    CLASSIFICATION,
-    MULTI_LABEL,
-    REGRESSION,
-    THRESHOLD,
-    build_metrics,
-    predictions,
-)
+from lit_sparse.modules.metrics import MULTI_LABEL, REGRESSION, THRESHOLD, build_metrics, predictions
 
 _SEVERAL = "multi_label_classification"  # the problem_type of transformers' configurations
 
@@ -64,7 +57,7 @@ class Classification(LabelledModule):
     def make_metrics(self) -> Metrics:
         """The loss, and the metrics that were named."""
         count = self._known_num_labels()
-        default = MULTI_LABEL[:3] if self._several else REGRESSION if count == 1 else CLASSIFICATION[:1]
+        default = list(MULTI_LABEL)[:3] if self._several else list(REGRESSION) if count == 1 else ["accuracy"]
         return {**super().make_metrics(), **build_metrics(self.metrics or default, count, self._several)}
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -22,11 +21,27 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lit_sparse.errors import UsageError
 
-REGRESSION = ("pearson", "spearman")
-CLASSIFICATION = ("accuracy", "f1", "matthews")
-MULTI_LABEL = ("accuracy", "f1_macro", "f1_micro", "auroc")
+Kinds = Mapping[str, Callable[[int], Metric]]
+
 THRESHOLD = 0.5
 """Of several labels, those whose probability is above this are predicted."""
+
+# Name → what makes the metric of a number of labels. torchmetrics checks labels by waiting for the device at every
+# batch; the loss refuses them before.
+REGRESSION: Kinds = {"pearson": lambda _: PearsonCorrCoef(), "spearman": lambda _: SpearmanCorrCoef()}
+CLASSIFICATION: Kinds = {
+    "accuracy": lambda n: MulticlassAccuracy(n, average="micro", validate_args=False),
+    "f1": lambda n: (
+        BinaryF1Score(validate_args=False) if n == 2 else MulticlassF1Score(n, average="macro", validate_args=False)
+    ),
+    "matthews": lambda n: _Matthews(n, validate_args=False),
+}
+MULTI_LABEL: Kinds = {
+    "accuracy": lambda n: MultilabelAccuracy(n, threshold=THRESHOLD, average="micro", validate_args=False),
+    "f1_macro": lambda n: MultilabelF1Score(n, threshold=THRESHOLD, average="macro", validate_args=False),
+    "f1_micro": lambda n: MultilabelF1Score(n, threshold=THRESHOLD, average="micro", validate_args=False),
+    "auroc": lambda n: _Auroc(n, average="none", validate_args=False),
+}
 
 
 def build_metrics(names: Sequence[str], num_labels: int, multi_label: bool = False) -> dict[str, Metric]:
@@ -50,7 +65,7 @@ def build_metrics(names: Sequence[str], num_labels: int, multi_label: bool = Fal
         kind = "regression (one label)" if num_labels == 1 else f"classification with {num_labels} labels"
         kind += ", any number of them per row" if multi_label else ""
         raise UsageError(f"metrics {unfit} do not exist for {kind}; there are {list(known)}.")
-    return {name: _of_several(name, num_labels) if multi_label else _metric(name, num_labels) for name in names}
+    return {name: known[name](num_labels) for name in names}
 
 
 def predictions(logits: Tensor, num_labels: int, multi_label: bool = False) -> Tensor:
@@ -58,30 +73,6 @@ def predictions(logits: Tensor, num_labels: int, multi_label: bool = False) -> T
     if multi_label:
         return logits.float().sigmoid()
     return logits.float().squeeze(-1) if num_labels == 1 else logits.argmax(-1)
-
-
-def _metric(name: str, num_labels: int) -> Metric:
-    # torchmetrics checks labels by waiting for the device at every batch; the loss refuses them before.
-    if name == "accuracy":
-        return MulticlassAccuracy(num_labels, average="micro", validate_args=False)
-    if name == "f1" and num_labels == 2:
-        return BinaryF1Score(validate_args=False)
-    if name == "f1":
-        return MulticlassF1Score(num_labels, average="macro", validate_args=False)
-    if name == "matthews":
-        return _Matthews(num_labels, validate_args=False)
-    if name == "pearson":
-        return PearsonCorrCoef()
-    return SpearmanCorrCoef()
-
-
-def _of_several(name: str, num_labels: int) -> Metric:
-    if name == "accuracy":
-        return MultilabelAccuracy(num_labels, threshold=THRESHOLD, average="micro", validate_args=False)
-    if name == "auroc":
-        return _Auroc(num_labels, average="none", validate_args=False)
-    average: Any = name.removeprefix("f1_")
-    return MultilabelF1Score(num_labels, threshold=THRESHOLD, average=average, validate_args=False)
 
 
 class _Auroc(MultilabelAUROC):
