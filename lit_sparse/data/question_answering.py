@@ -14,8 +14,6 @@ from lit_sparse.data.text import TextData
 from lit_sparse.data.windows import OUTSIDE, PadQuestions, answer_tokens, one_window_a_row
 from lit_sparse.errors import UsageError, require_range
 
-_POSITIONS = ("start_positions", "end_positions")
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class QuestionAnsweringData(TextData):
@@ -98,28 +96,26 @@ class QuestionAnsweringData(TextData):
         return pad_windows if role == "train" else PadQuestions(pad_windows)
 
     def _encode(self, rows: Rows, places: Sequence[Place], labelled: bool) -> Rows:
-        texts = [require_texts(rows[column], column, places) for column in (self.question, self.context)]
-        per_row(self._require_room, self._tokenizer(texts[0], add_special_tokens=False)["input_ids"], places)
-        answers = None
+        questions, contexts = (require_texts(rows[column], column, places) for column in (self.question, self.context))
+        per_row(self._require_room, self._tokenizer(questions, add_special_tokens=False)["input_ids"], places)
+        encoded: Rows = {"id": rows[self.id], "context": contexts, "row": [place.number for place in places]}
+        owners, windows = self._windows(questions, contexts)
         if labelled:
-            answers = per_row(self._spans, zip(rows[self.answers], texts[1], strict=True), places)
-        windows = self._windows(*texts)
-        encoded: Rows = {"id": rows[self.id], "context": texts[1], "row": [place.number for place in places]}
-        if answers is not None:
+            answers = per_row(self._spans, zip(rows[self.answers], contexts, strict=True), places)
             encoded["answers"] = [[text for text, _ in spans] for spans in answers]
-        for i, parts in enumerate(windows):
-            if answers is not None:
-                for part in parts:
-                    first = answers[i][0] if answers[i] else None
-                    place = answer_tokens(part["offsets"], first) or (part["null_positions"],) * 2
-                    part.update(zip(_POSITIONS, place, strict=True))
-            for name in parts[0]:
-                encoded.setdefault(name, []).append([part[name] for part in parts])
+            first = [answers[owner][0] if answers[owner] else None for owner in owners]
+            found = map(answer_tokens, windows["offsets"], first)
+            ends = [place or (null, null) for place, null in zip(found, windows["null_positions"], strict=True)]
+            windows["start_positions"], windows["end_positions"] = map(list, zip(*ends, strict=True))
+        for name, values in windows.items():
+            encoded[name] = [[] for _ in places]
+            for owner, value in zip(owners, values, strict=True):
+                encoded[name][owner].append(value)
         return {**encoded, "length": [sum(map(len, ids)) for ids in encoded["input_ids"]]}
 
-    def _windows(self, questions: list[str], contexts: list[str]) -> list[list[dict[str, Any]]]:
-        """The windows of each question."""
-        tokenised = self._tokenizer(
+    def _windows(self, questions: list[str], contexts: list[str]) -> tuple[list[int], Rows]:
+        """The number of the question of each window, and the windows."""
+        found = self._tokenizer(
             questions,
             contexts,
             truncation="only_second",
@@ -128,22 +124,17 @@ class QuestionAnsweringData(TextData):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        windows: list[list[dict[str, Any]]] = [[] for _ in questions]
-        inputs = [name for name in self._tokenizer.model_input_names if name in tokenised]
-        for i, owner in enumerate(tokenised["overflow_to_sample_mapping"]):
-            ids, cls = tokenised["input_ids"][i], self._tokenizer.cls_token_id
-            offsets = [
+        windows: Rows = {name: found[name] for name in self._tokenizer.model_input_names if name in found}
+        windows["offsets"] = [
+            [
                 offset if sequence == 1 and offset[0] < offset[1] else (OUTSIDE, OUTSIDE)
-                for offset, sequence in zip(tokenised["offset_mapping"][i], tokenised.sequence_ids(i), strict=True)
+                for offset, sequence in zip(offsets, found.sequence_ids(i), strict=True)
             ]
-            windows[owner].append(
-                {
-                    **{name: tokenised[name][i] for name in inputs},
-                    "offsets": offsets,
-                    "null_positions": ids.index(cls) if cls in ids else 0,
-                }
-            )
-        return windows
+            for i, offsets in enumerate(found["offset_mapping"])
+        ]
+        cls = self._tokenizer.cls_token_id
+        windows["null_positions"] = [ids.index(cls) if cls in ids else 0 for ids in found["input_ids"]]
+        return found["overflow_to_sample_mapping"], windows
 
     def _require_room(self, question: list[int]) -> None:
         """Refuse tokens of a question that leave no room for a window to move on."""
