@@ -97,10 +97,6 @@ class Classification(LabelledModule):
             return {"prediction": found, "probabilities": logits.float().softmax(-1)}
         return {"prediction": found}
 
-    def _names(self) -> list[str]:
-        config: Any = getattr(self.model, "config", None)
-        return self.label_names or [config.id2label[number] for number in range(self._known_num_labels())]
-
 
 class SequenceClassification(Classification):
     """Sequence classification, or regression with one label, of single texts or pairs.

@@ -87,6 +87,10 @@ class LabelledModule(SparseModule):
                 return count
         raise UsageError("The number of labels is not known: give num_labels, or fit with a data module that has it.")
 
+    def _names(self) -> list[str]:
+        config: Any = getattr(self.model, "config", None)
+        return self.label_names or [config.id2label[number] for number in range(self._known_num_labels())]
+
 
 def name_classes(model: nn.Module, names: Sequence[str], train_head: bool | list[str]) -> None:
     """Give the classes of a model the names of the data's, so that each output belongs to the class of its name.

@@ -46,8 +46,7 @@ class TokenClassification(LabelledModule):
 
     def _check_model(self) -> None:
         super()._check_model()
-        model: Any = self.model
-        names = self.label_names or list(model.config.id2label.values())
+        names = self._names()
         if OUTSIDE in names and not _are_iob(names):
             rank_zero_warn(
                 f"The tags {names} are not all written as O, B-… and I-…, so there are no entities to score: only "
