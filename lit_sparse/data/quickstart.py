@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +89,8 @@ def _unpacked(model: str) -> Path:
     """The folder of a model in the hub's format, made from a GGUF file."""
     from huggingface_hub import constants
 
+    from lit_sparse.interchange.export import new_folder
+
     package, name, sha256 = _PACKED[model]
     place = Path(constants.HF_HOME) / "lit_sparse" / f"{model}-{sha256[:12]}"
     if (place / "config.json").is_file():
@@ -102,21 +102,16 @@ def _unpacked(model: str) -> Path:
                 f"{SCHEME}{model} needs the package {reader}, which is not installed: run {_INSTALL_PACKED}"
             )
     _check_weights(file, sha256, _INSTALL_PACKED)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
     try:
-        with torch.device("cpu"):  # the caller may be building models on the meta device
+        with torch.device("cpu"), new_folder(place) as draft:  # the caller may be building models on the meta device
             _unpack(file, draft)
-        Path(draft).rename(place)
-    except OSError:
+    except (OSError, UsageError):
         if not (place / "config.json").is_file():  # otherwise another process was faster
             raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return place
 
 
-def _unpack(file: Path, folder: str) -> None:
+def _unpack(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
