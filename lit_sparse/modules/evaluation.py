@@ -42,12 +42,10 @@ class EvaluationLoop(LightningModule):
         self._start_sets("test", len(self.trainer.num_test_batches))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Update the metrics of a validation set."""
+        """Update the metrics of a validation or test set."""
         self.measure(batch, self._metrics[dataloader_idx], self._data, self._set_names[dataloader_idx])
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Update the metrics of a test set."""
-        self.measure(batch, self._metrics[dataloader_idx], self._data, self._set_names[dataloader_idx])
+    test_step = validation_step
 
     def _log_loss(self, loss: Tensor) -> None:
         """Log the loss of a training step. The bar shows it when loggers are written to, on a CPU after every batch."""
