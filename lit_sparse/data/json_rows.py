@@ -39,7 +39,7 @@ class JsonRows:
 
     def _widen(self, name: str, new: pa.DataType | None) -> None:
         old = self._types.get(name, pa.null())
-        if old is None or new is None or (_holds_objects(old) and _holds_objects(new) and old != new):
+        if old is None or new is None or _holds_objects(new):
             self._types[name] = None
             return
         try:
@@ -124,16 +124,15 @@ def _document(file: Path) -> Iterator[dict[str, Any]]:
 def _types_of(values: list[Any]) -> list[pa.DataType | None]:
     """The type that holds all values, or the different types of single values."""
     kind = _type_of(values)
-    if kind is None:
-        return list(dict.fromkeys(_type_of(value) for value in values))
-    # A type of objects has the keys of all of them, in one order, and turns 1 into 1.0 where another object has 2.5.
-    # Turns of a conversation and schemas of tools must stay as they were written.
-    altered = _holds_objects(kind.value_type) and _json(pa.array(values, kind.value_type).to_pylist()) != _json(values)
-    return [None if altered else kind.value_type]
+    return [kind.value_type] if kind is not None else list(dict.fromkeys(map(_type_of, values)))
 
 
 def _holds_objects(kind: pa.DataType) -> bool:
-    """Whether a type is of lists of objects, and `datasets` can store them as JSON instead."""
+    """Whether a type is of lists of objects, which `datasets` can store as JSON instead.
+
+    A type of objects has the keys of all of them, in one order, and turns 1 into 1.0 where another object has 2.5.
+    Turns of a conversation and schemas of tools must stay as they were written.
+    """
     return pa.types.is_list(kind) and pa.types.is_struct(kind.value_type) and hasattr(datasets, "Json")
 
 
