@@ -81,8 +81,8 @@ class LowRankLinear(LowRankLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and "forward" not in base.__dict__  # replaced on the object, as accelerate does to move weights
             and not any(_GLOBAL_HOOKS)
-            # A compiler fuses by itself; the others do not take a hand-written backward.
-            and not torch.compiler.is_compiling()
+            # An exported graph is to have operators of torch alone; the others do not take a hand-written backward.
+            and not torch.compiler.is_exporting()
             and forward_ad._current_level < 0
             and not torch._C._get_tracing_state()
             and not torch._C._are_functorch_transforms_active()
