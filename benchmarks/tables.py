@@ -116,6 +116,14 @@ def of_startup(content: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {name} | {seconds:.2f} |" for name, seconds in content["results"].items())])
 
 
+def of_entries(content: dict[str, Any]) -> str:
+    """Milliseconds of each way to compute with few changed entries, by the shape of the weight."""
+    shapes = list(next(iter(content["results"].values())))
+    lines = [f"| ms | {' | '.join(shapes)} |", "|---|" + "---|" * len(shapes)]
+    rows = ((name, *(f"{found[shape]:.1f}" for shape in shapes)) for name, found in content["results"].items())
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 Cells = dict[str, dict[str, Any]]
 """Runs of quality.py and forgetting.py, by their keys."""
 
@@ -288,7 +296,7 @@ def _by_budget(cells: Cells) -> dict[tuple[str, str, float], dict[int, dict[str,
 
 
 def _groups(by: dict[tuple[str, str, float], dict[int, dict[str, Any]]]) -> list[tuple[str, float]]:
-    order = ("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "RoseLoRA")
+    order = ("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "RoseLoRA", "SHiRA")
     return sorted({group[1:] for group in by}, key=lambda group: (-group[1], order.index(group[0])))
 
 
@@ -551,6 +559,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compaction": of_compaction,
     "overhead": of_overhead,
     "startup": of_startup,
+    "entries": of_entries,
     "quality": of_quality,
     "budgets": of_budgets,
     "forgetting": of_forgetting,

@@ -143,17 +143,17 @@ def with_floor(model: nn.Module) -> Variant:
     return Variant(model, [{"params": trained(model)}])
 
 
-def with_method(model: nn.Module, method: ls.SparseMethod) -> Variant:
+def with_method(model: nn.Module, method: ls.Method) -> Variant:
     """Adapters of ours, with everything that happens around a step."""
     ls.inject(model, method)
-    fill(adapter.lora_B_t for _, adapter in ls.adapters_in(model))
+    fill(a.values if isinstance(a, ls.DeltaLinear) else a.lora_B_t for _, a in ls.adapters_in(model))
     variant = Variant(model, ls.parameter_groups(model, method))
     variant.before = ls.SparseSteps(method, model, variant.optimizer, total_steps=1000).observe
     return variant
 
 
 def fill(weights: Any) -> None:
-    """B is zero at the start, and products with zeros may be cheaper than others."""
+    """B, or a change without factors, is zero at the start, and products with zeros may be cheaper than others."""
     for weight in weights:
         nn.init.normal_(weight, std=1e-3)
 
@@ -264,7 +264,7 @@ def _released_mask(pairs: list[tuple[nn.Parameter, int]], averages: dict[nn.Para
         weight.masked_fill_(average < limit, 0.0)
 
 
-def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.SparseMethod]:
+def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.Method]:
     # Nothing dies while it is measured: a threshold of nearly zero, and masks at their final density.
     masks = {"density": 0.05, "begin": 0, "end": 0, **options}
     return {
@@ -275,6 +275,8 @@ def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.SparseMethod
         # In its schedule all the time, at whose end the choice of entries would stay.
         "RoseLoRA, changed": ls.RoseLoRA(rank=rank, alpha=16, dropout=dropout, changed=0.05, begin=0, end=1.0),
         "gated RoseLoRA": ls.GatedRoseLoRA(rank=rank, alpha=16, dropout=dropout, threshold=1e-7, **masks),
+        # Whatever the rank. LIFT has the same steps: its entries are chosen by the largest, and stay.
+        "SHiRA": ls.SHiRA(changed=0.02),
     }
 
 

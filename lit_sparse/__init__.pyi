@@ -5,6 +5,7 @@ from lit_sparse._version import __version__ as __version__
 from lit_sparse.adapters.base import LowRankAdapter as LowRankAdapter
 from lit_sparse.adapters.compaction import compact as compact
 from lit_sparse.adapters.compiled import compile_blocks as compile_blocks
+from lit_sparse.adapters.delta import DeltaLinear as DeltaLinear
 from lit_sparse.adapters.injection import adapters_in as adapters_in
 from lit_sparse.adapters.injection import disable_adapters as disable_adapters
 from lit_sparse.adapters.injection import inject as inject
@@ -59,8 +60,11 @@ from lit_sparse.interchange.sparse_folder import load_adapter as load_adapter
 from lit_sparse.interchange.sparse_folder import save_adapter as save_adapter
 from lit_sparse.methods.base import SparseMethod as SparseMethod
 from lit_sparse.methods.gated_roselora import GatedRoseLoRA as GatedRoseLoRA
+from lit_sparse.methods.lift import LIFT as LIFT
 from lit_sparse.methods.lora import LoRA as LoRA
+from lit_sparse.methods.method import Method as Method
 from lit_sparse.methods.roselora import RoseLoRA as RoseLoRA
+from lit_sparse.methods.shira import SHiRA as SHiRA
 from lit_sparse.methods.sora import SoRA as SoRA
 from lit_sparse.methods.start import start_from_gradients as start_from_gradients
 from lit_sparse.methods.step import Step as Step

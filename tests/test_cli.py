@@ -323,12 +323,14 @@ def test_a_command_is_described_in_its_own_help(capsys, command, options):
 def test_the_help_of_fit_lists_every_public_class_on_one_line(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     shown = helped(capsys, "fit", "--help")
-    kinds = (LightningModule, LightningDataModule, ls.SparseMethod, Callback)
+    kinds = (LightningModule, LightningDataModule, ls.Method, Callback)
     public = {name: getattr(ls, name) for name in dir(ls)}
     wanted = [n for n, kind in public.items() if isinstance(kind, type) and issubclass(kind, kinds)]
     assert {"SequenceClassification", "TextClassificationData", "RoseLoRA", "SparsityMonitor"} <= set(wanted)
     for name in wanted:
-        assert len(re.findall(rf"^  {name} +\S.*$", shown, re.MULTILINE)) == (name != "SparseMethod"), name
+        assert len(re.findall(rf"^  {name} +\S.*$", shown, re.MULTILINE)) == (name not in ("Method", "SparseMethod")), (
+            name
+        )
     assert not re.search(r"known\s+subclasses|standardizes|Base class for all|:class:|``", shown)
     assert max(map(len, shown.partition("options:")[0].splitlines())) <= 100
 

@@ -1,4 +1,4 @@
-"""What all adapters share: A, B and gate, rank-major, and how they change a frozen weight."""
+"""What all adapters share: how they change a frozen weight; and those of low rank, with A, B and gate, rank-major."""
 
 from __future__ import annotations
 
@@ -27,17 +27,100 @@ class KeepsPrecision(nn.Module):
         return applied  # type: ignore[no-any-return]
 
 
-class LowRankAdapter(KeepsPrecision):
+class Adapter(KeepsPrecision):
+    """Changes a frozen weight, seen as a matrix of shape ``(out_features, in_features)``, by parameters of its own.
+
+    The parameters are float32 when the frozen weight is float16, bfloat16 or quantized, and stay float32 under
+    ``module.half()``, ``module.to(dtype)`` and Lightning's true half precision, because the 8 bits of a bfloat16
+    mantissa lose updates of size lr.
+
+    Args:
+        in_features: Columns of the matrix.
+        out_features: Rows of the matrix.
+        copies: Number of matrices in the weight (experts).
+    """
+
+    def __init__(self, in_features: int, out_features: int, copies: int = 1) -> None:
+        super().__init__()
+        guard_saving(Adapter)
+        self.in_features, self.out_features = in_features, out_features
+        self.copies = copies
+        self.enabled = True
+        self.overrides: Mapping[str, float] = {}
+        """Arguments that this layer has in place of the method's."""
+        self.took_from_weight = False
+        """Whether the adapter started as a part of the frozen weight, which only holds the rest since then."""
+        self.compiled = False
+        """Whether :func:`~lit_sparse.compile_blocks` compiled the model."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        guard_saving(Adapter)  # a pickle may be loaded where nothing was injected
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen layer."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight. Backbones such as T5 read its dtype."""
+        return self.layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.layer.bias  # type: ignore[return-value]
+
+    @property
+    def size(self) -> int:
+        """What a method gave the adapter at the start, by which checkpoints tell whether they fit: ranks or entries."""
+        raise NotImplementedError
+
+    @property
+    def start_size(self) -> int:
+        """Parameters at the start, without gates."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """The matrix that merging adds to the frozen weight, in the orientation and shape of that weight."""
+        raise NotImplementedError
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``(out_features, in_features)``."""
+        return weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`_as_matrix`."""
+        return matrix
+
+
+class ReplacesLayer(Adapter):
+    """An adapter that replaces the layer it adapts, and holds that layer as :attr:`base`."""
+
+    base: nn.Module
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen layer."""
+        return self.base
+
+    def __getattr__(self, name: str) -> Any:
+        # Backbones read attributes of the layer: num_embeddings, padding_idx, kernel_size.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class LowRankAdapter(Adapter):
     """Adds ``scale · B diag(gate) A`` to a frozen weight, seen as a matrix of shape ``(out_features, in_features)``.
 
     B is stored rank-major, as :attr:`lora_B_t` of shape ``(rank, out_features)``: every rank is then one
     contiguous row in A and in B, which makes the thin matrix products and the per-rank updates fast, and every kind of
     layer looks the same to methods. :attr:`lora_B` is the same memory in the orientation of the papers and of PEFT.
 
-    The parameters are float32 when the frozen weight is float16, bfloat16 or quantized, and stay float32 under
-    ``module.half()``, ``module.to(dtype)`` and Lightning's true half precision, because the 8 bits of a bfloat16
-    mantissa lose updates of size lr. The forward pass rounds them to the dtype of the frozen layer's output, as
-    autocast does.
+    The forward pass rounds the parameters to the dtype of the frozen layer's output, as autocast does.
 
     A sub-class for a kind of layer defines the matrix and the forward pass.
 
@@ -74,25 +157,15 @@ class LowRankAdapter(KeepsPrecision):
         gated: bool = False,
         copies: int = 1,
     ) -> None:
-        super().__init__()
-        guard_saving(LowRankAdapter)
+        super().__init__(in_features, out_features, copies)
         require_range("rank", rank, at_least=1)
         require_range("dropout", dropout, at_least=0, below=1)
-        self.in_features, self.out_features = in_features, out_features
-        self.copies = copies
         self.max_rank = rank
         """Number of ranks (of each copy) at the start, before :func:`~lit_sparse.compact` removed any."""
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.enabled = True
         self.gate_function: Callable[[Tensor, bool], Tensor] | None = None
         """A method's :meth:`~lit_sparse.SparseMethod.effective_gate`; None where the parameter itself is the gate."""
-        self.overrides: Mapping[str, float] = {}
-        """Arguments that this layer has in place of the method's."""
-        self.took_from_weight = False
-        """Whether A and B started as a part of the frozen weight, which only holds the rest since then."""
-        self.compiled = False
-        """Whether :func:`~lit_sparse.compile_blocks` compiled the model."""
 
         def new(*shape: int) -> nn.Parameter:
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -110,24 +183,15 @@ class LowRankAdapter(KeepsPrecision):
         if self.gate is not None:
             nn.init.ones_(self.gate)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        guard_saving(LowRankAdapter)  # a pickle may be loaded where nothing was injected
+    @property
+    def size(self) -> int:
+        """Ranks (of each copy) at the start."""
+        return self.max_rank
 
     @property
-    def layer(self) -> nn.Module:
-        """The frozen layer."""
-        raise NotImplementedError
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight. Backbones such as T5 read its dtype."""
-        return self.layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.layer.bias  # type: ignore[return-value]
+    def start_size(self) -> int:
+        """Entries of A and B at the start."""
+        return self.copies * self.max_rank * (self.in_features + self.out_features)
 
     @property
     def rank(self) -> int:
@@ -186,17 +250,9 @@ class LowRankAdapter(KeepsPrecision):
     def _delta_matrix(self) -> Tensor:
         return self.scaled_lora_B_t().t() @ self.lora_A
 
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        """The weight as ``(out_features, in_features)``."""
-        return weight
 
-    def _as_weight(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`_as_matrix`."""
-        return matrix
-
-
-class LowRankLayer(LowRankAdapter):
-    """An adapter that replaces the layer it adapts, and holds that layer as :attr:`base`.
+class LowRankLayer(LowRankAdapter, ReplacesLayer):
+    """An adapter of low rank that replaces the layer it adapts.
 
     Args:
         base: Frozen layer with a ``weight``.
@@ -209,8 +265,6 @@ class LowRankLayer(LowRankAdapter):
         UsageError: If ``rank`` < 1 or ``dropout`` is outside [0, 1).
     """
 
-    base: nn.Module
-
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, gated: bool = False) -> None:
         super().__init__(base.weight, *self._features(base), rank, scale, dropout, gated)  # type: ignore[arg-type]
         self.base = base.requires_grad_(False)
@@ -219,15 +273,3 @@ class LowRankLayer(LowRankAdapter):
     def _features(base: Any) -> tuple[int, int]:
         """Columns and rows of the matrix."""
         raise NotImplementedError
-
-    @property
-    def layer(self) -> nn.Module:
-        """The frozen layer."""
-        return self.base
-
-    def __getattr__(self, name: str) -> Any:
-        # Backbones read attributes of the layer: num_embeddings, padding_idx, kernel_size.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -18,12 +18,12 @@ def _members(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len(child) and all(map(_is_block, child)):
             yield from child
-        elif not isinstance(child, LowRankAdapter):
+        elif not isinstance(child, Adapter):
             yield from _members(child)
 
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a member of a list consists of layers, rather than being one layer."""
-    if isinstance(module, LowRankAdapter):
+    if isinstance(module, Adapter):
         return False
     return any(module.children()) and any(True for _ in module.parameters())

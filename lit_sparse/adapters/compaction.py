@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compiled import LEAST_RANKS, allow_other_ranks
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.injection import low_rank_in
 from lit_sparse.adapters.optimizer_state import keep_rows, require_cuttable
 from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.errors import UsageError
@@ -40,10 +40,10 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
         Full layer name to remaining rank.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, none was trained, or the state of ``optimizer`` cannot be cut,
-            such as quantized moments and the history of LBFGS. Nothing is changed then.
+        UsageError: If there is no adapter in ``model`` or one without ranks, none was trained, or the state of
+            ``optimizer`` cannot be cut, such as quantized moments and the history of LBFGS. Nothing is changed then.
     """
-    adapters = dict(adapters_in(model))
+    adapters = low_rank_in(model, "compact removes ranks")
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to compact. Inject a method first.")
     if not torch.stack([adapter.lora_B_t.any() for adapter in adapters.values()]).any():

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.blocks import blocks_of
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import require_choice
@@ -76,7 +76,7 @@ def compile_blocks(model: nn.Module, device_type: str | None = None, **options: 
         adapter.compiled = True
 
 
-def allow_other_ranks(adapters: Iterable[LowRankAdapter]) -> None:
+def allow_other_ranks(adapters: Iterable[Adapter]) -> None:
     """Make the numbers of ranks variables of the graphs that are compiled from now on."""
     for adapter in adapters:
         if adapter.compiled:

@@ -63,6 +63,11 @@ class LayerFactors:
         return self.lora_B_t.shape[1]
 
     @property
+    def start_size(self) -> int:
+        """Entries of A and B at the start of training."""
+        return len(self.ranks) * self.max_rank * (self.in_features + self.out_features)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of A, B and gate."""
         return sum(tensor.nbytes for tensor in (self.lora_A, self.lora_B_t, self.gate) if tensor is not None)
@@ -94,6 +99,6 @@ def gate_record(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]
     gates = {
         name: adapter.gate_function(state[f"{name}.gate"], False)
         for name, adapter in adapters_in(model)
-        if adapter.gate_function is not None and f"{name}.gate" in state
+        if isinstance(adapter, LowRankAdapter) and adapter.gate_function is not None and f"{name}.gate" in state
     }
     return {"gates": gates} if gates else {}

@@ -82,7 +82,7 @@ class _FusedLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
-        with _no_autocast(grad_y):  # dtypes are fixed by now
+        with no_autocast(grad_y):  # dtypes are fixed by now
             return _FusedLinear._backward(ctx, grad_y)
 
     @staticmethod
@@ -193,5 +193,6 @@ def autocasts(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within the context, autocast is off for the device of ``tensor``."""
     return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else nullcontext()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
+from lit_sparse.adapters.base import Adapter, LowRankAdapter, ReplacesLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.head import keep_precision, pretrained_bodies, task_head
 from lit_sparse.adapters.naming import clean_name
@@ -23,9 +23,14 @@ from lit_sparse.errors import UsageError
 
 if TYPE_CHECKING:
     from lit_sparse.methods.base import SparseMethod
+    from lit_sparse.methods.method import Method
 
 
-def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]:
+@overload
+def inject(model: nn.Module, method: SparseMethod) -> dict[str, LowRankAdapter]: ...
+@overload
+def inject(model: nn.Module, method: Method) -> dict[str, Any]: ...
+def inject(model: nn.Module, method: Method) -> dict[str, Any]:
     """Wrap the layers that ``method`` targets in adapters, in place.
 
     All parameters are frozen, except those of the adapters and of the task head (``method.train_head``). A layer with
@@ -74,18 +79,39 @@ def take_out(model: nn.Module) -> None:
 
     Parameters stay frozen as injection left them.
     """
-    kinds = LowRankLayer | AdaptedExperts | TokenRows
+    kinds = ReplacesLayer | AdaptedExperts | TokenRows
     replace_modules(model, {m: m.base for m in model.modules() if isinstance(m, kinds)})
 
 
-def adapters_in(model: nn.Module) -> Iterator[tuple[str, LowRankAdapter]]:
+def adapters_in(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Iterate over ``(name, adapter)`` of every adapter in ``model``, each once, found by type.
 
     Names do not depend on wrappers such as FSDP's.
     """
     for name, module in model.named_modules():
-        if isinstance(module, LowRankAdapter):
+        if isinstance(module, Adapter):
             yield clean_name(name), module
+
+
+def low_rank_in(model: nn.Module, needs: str, instead: str = "") -> dict[str, LowRankAdapter]:
+    """The adapters by name, for what needs their A and B.
+
+    Args:
+        model: Model with adapters, or without any.
+        needs: A clause on what needs A and B, such as ``compact removes ranks``.
+        instead: A sentence on what to do without them.
+
+    Raises:
+        UsageError: If there is an adapter without A and B.
+    """
+    found = dict(adapters_in(model))
+    factored = {name: adapter for name, adapter in found.items() if isinstance(adapter, LowRankAdapter)}
+    if len(factored) < len(found):
+        raise UsageError(
+            f"{needs}, and the adapters of {type(model).__name__} have no A and B: they change single entries of the "
+            f"weights. {instead or 'Take a low-rank method for it.'}"
+        )
+    return factored
 
 
 @contextmanager
@@ -106,8 +132,8 @@ def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
             because a parameter was unfrozen after injection or PiSSA changed the frozen weights.
     """
     # One walk: a loss with a reference comes here at every step.
-    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter | TokenRows)]
-    if not any(isinstance(adapter, LowRankAdapter) for adapter in adapters):
+    adapters = [module for module in model.modules() if isinstance(module, Adapter | TokenRows)]
+    if not any(isinstance(adapter, Adapter) for adapter in adapters):
         raise UsageError(f"{type(model).__name__} holds no adapter to disable. Inject a method first.")
     before = [adapter.enabled for adapter in adapters]
     with originals(model) if head else nullcontext():
@@ -120,7 +146,7 @@ def disable_adapters(model: nn.Module, head: bool = True) -> Iterator[None]:
                 adapter.enabled = enabled
 
 
-def _replacements(adapters: Mapping[str, LowRankAdapter]) -> dict[nn.Module, nn.Module]:
+def _replacements(adapters: Mapping[str, Adapter]) -> dict[nn.Module, nn.Module]:
     """Frozen module to the module that replaces it."""
     replacements: dict[nn.Module, nn.Module] = {}
     experts: dict[nn.Module, dict[str, LowRankExperts]] = {}

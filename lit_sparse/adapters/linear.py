@@ -39,8 +39,7 @@ class LowRankLinear(LowRankLayer):
     def _features(base: Any) -> tuple[int, int]:
         if not isinstance(base, FrozenLinear):
             raise UsageError(f"LowRankLinear adapts nn.Linear and Conv1D; got {type(base).__name__}.")
-        # Not the shape of an nn.Linear's weight, which may be packed.
-        return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+        return features_of(base)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
@@ -67,29 +66,37 @@ class LowRankLinear(LowRankLayer):
         return fused_linear(rows, weight, bias, self.lora_A, self.lora_B_t, gate, self.scale, dropout)
 
     def _can_fuse(self, rows: Tensor) -> bool:
-        """Whether calling ``base`` would only multiply by its weight, without hooks."""
-        base = self.base
-        weight = base.weight
-        casts = autocasts(rows) and torch.float64 not in (rows.dtype, weight.dtype)
-        return (
-            type(base) in (nn.Linear, Conv1D)  # a sub-class may compute something else
-            and type(weight) in (nn.Parameter, Tensor)  # quantized and sharded weights have classes of their own
-            and not weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
-            and (rows.dtype == weight.dtype or casts)
-            and type(self.dropout) in (nn.Identity, nn.Dropout)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and "forward" not in base.__dict__  # replaced on the object, as accelerate does to move weights
-            and not any(_GLOBAL_HOOKS)
-            # An exported graph is to have operators of torch alone; the others do not take a hand-written backward.
-            and not torch.compiler.is_exporting()
-            and forward_ad._current_level < 0
-            and not torch._C._get_tracing_state()
-            and not torch._C._are_functorch_transforms_active()
-        )
+        return type(self.dropout) in (nn.Identity, nn.Dropout) and may_fuse(self.base, rows)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if isinstance(self.base, Conv1D) else weight
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.t() if isinstance(self.base, Conv1D) else matrix
+
+
+def features_of(base: FrozenLinear) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    # Not the shape of an nn.Linear's weight, which may be packed.
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+
+def may_fuse(base: FrozenLinear, rows: Tensor) -> bool:
+    """Whether calling ``base`` would only multiply by its weight, without hooks, and a hand-written backward serves."""
+    weight = base.weight
+    casts = autocasts(rows) and torch.float64 not in (rows.dtype, weight.dtype)
+    return (
+        type(base) in (nn.Linear, Conv1D)  # a sub-class may compute something else
+        and type(weight) in (nn.Parameter, Tensor)  # quantized and sharded weights have classes of their own
+        and not weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and (rows.dtype == weight.dtype or casts)
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and "forward" not in base.__dict__  # replaced on the object, as accelerate does to move weights
+        and not any(_GLOBAL_HOOKS)
+        # An exported graph is to have operators of torch alone; the others do not take a hand-written backward.
+        and not torch.compiler.is_exporting()
+        and forward_ad._current_level < 0
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
+from lit_sparse.adapters.base import Adapter, ReplacesLayer
 from lit_sparse.adapters.experts import AdaptedExperts
 from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.adapters.originals import forget_originals, restore_originals
@@ -38,10 +38,10 @@ class _Merged:
 
 @torch.no_grad()
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
-    """Add every adapter's product to its frozen weight, and restore the plain layers, in place.
+    """Add every adapter's change to its frozen weight, and restore the plain layers, in place.
 
     The sum is formed in the adapters' precision, float32 or better, and rounded once to the weight's. Entries outside
-    the support of BA do not change, bit for bit. Parameters stay frozen as injection left them.
+    the support of the change do not change, bit for bit. Parameters stay frozen as injection left them.
 
     Quantized layers, adapted or not, are first dequantized into the dtype of the model's other frozen weights, because
     a packed weight has too few bits for the sum. The model then needs the memory of one that was never quantized, and
@@ -78,7 +78,7 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
         )
     if keep and any(True for _ in token_rows_in(model)):
         raise UsageError("Merging writes the rows of new tokens into the embeddings, which unmerge cannot undo.")
-    packed = {a: a.base for a in adapters.values() if isinstance(a, LowRankLayer) and a.base in plain}
+    packed = {a: a.base for a in adapters.values() if isinstance(a, ReplacesLayer) and a.base in plain}
     for adapter, base in packed.items():
         adapter.base = plain.pop(base)
     try:
@@ -91,10 +91,10 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     for name, folded in adapters.items():
         merged = _merged(folded)
         if keep:
-            own = "weight" if isinstance(folded, LowRankLayer) else name.rpartition(".")[2]
+            own = "weight" if isinstance(folded, ReplacesLayer) else name.rpartition(".")[2]
             undo.setdefault(folded.layer, {})[own] = _changed(folded.weight, merged)
         folded.weight.copy_(merged)
-    replacements: dict[nn.Module, nn.Module] = {a: a.base for a in adapters.values() if isinstance(a, LowRankLayer)}
+    replacements: dict[nn.Module, nn.Module] = {a: a.base for a in adapters.values() if isinstance(a, ReplacesLayer)}
     replacements |= {module: module.base for module in model.modules() if isinstance(module, AdaptedExperts)}
     for _, layer in token_rows_in(model):
         layer.fold()
@@ -112,7 +112,7 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def unmerge(model: nn.Module) -> dict[str, LowRankAdapter]:
+def unmerge(model: nn.Module) -> dict[str, Adapter]:
     """Undo ``merge(model, keep=True)``: restore every weight bit for bit, and the adapters.
 
     Args:
@@ -197,24 +197,25 @@ def _changed(weight: Tensor, merged: Tensor) -> _Changed:
     return _Changed(indices, weight.detach().take(indices))
 
 
-def _require_finite(adapters: Mapping[str, LowRankAdapter], rows: Sequence[tuple[str, TokenRows]]) -> None:
+def _require_finite(adapters: Mapping[str, Adapter], rows: Sequence[tuple[str, TokenRows]]) -> None:
     """Raise a UsageError if a merge would write a NaN or an infinity into a weight."""
     spoilt = []
     for name, adapter in adapters.items():
         # In the adapter's dtype, since float8 has no isfinite.
-        before, after = (t.to(adapter.lora_A.dtype) for t in (adapter.weight, _merged(adapter)))
+        dtype = torch.promote_types(adapter.weight.dtype, torch.float32)
+        before, after = (t.to(dtype) for t in (adapter.weight, _merged(adapter)))
         if not (after.isfinite() | ~before.isfinite()).all():
             spoilt.append(name)
     spoilt += [name for name, layer in rows if not layer.rows.isfinite().all()]
     if spoilt:
         raise UsageError(
-            f"{listed(spoilt)} would have weights that are not finite, so nothing is merged: A, B or gate hold a NaN "
+            f"{listed(spoilt)} would have weights that are not finite, so nothing is merged: the adapters hold a NaN "
             "or an infinity, or the sum is too large for the dtype of the weights. Take a checkpoint from before, or a "
             "wider dtype."
         )
 
 
-def _merged(adapter: LowRankAdapter) -> Tensor:
+def _merged(adapter: Adapter) -> Tensor:
     weight, delta = adapter.weight, adapter.delta_weight()
     merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
     # A plain sum would turn a frozen -0.0 into +0.0.

@@ -90,6 +90,29 @@ def mix_rows(optimizer: Optimizer, parameter: nn.Parameter, matrices: Tensor) ->
         value.copy_(mixed.view_as(value))
 
 
+def move_entries(optimizer: Optimizer, parameter: nn.Parameter, sources: Tensor) -> None:
+    """Let what an optimizer keeps for each entry follow entries that moved; it is zero for new ones.
+
+    Args:
+        optimizer: Any.
+        parameter: Shape ``(count,)``.
+        sources: For each entry, where it stood before, or -1.
+
+    Raises:
+        UsageError: If the optimizer keeps something else than a number for each entry, such as quantized moments.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            continue
+        if type(value) is not Tensor or value.shape != parameter.shape or not value.is_floating_point():
+            raise UsageError(
+                f"Entries cannot move while {type(optimizer).__name__} trains: it keeps {key!r} of shape "
+                f"{tuple(value.shape)} and {value.dtype} for {len(parameter)} entries. Use AdamW, or leave out "
+                "update_every."
+            )
+        value.copy_(value[sources.clamp(min=0)].where(sources >= 0, 0))
+
+
 def _has_rows(value: Any, parameter: Tensor) -> bool | None:
     """Whether ``value`` has a row for each of the parameter's; None if its type and shape do not tell.
 

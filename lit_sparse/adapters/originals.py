@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.head import leave_head_precision
 from lit_sparse.adapters.token_rows import TokenRows
 from lit_sparse.errors import UsageError, listed
@@ -112,7 +112,7 @@ def _like(original: Tensor, current: Tensor) -> Tensor:
 
 
 def _require_all_kept(model: nn.Module, modules: list[nn.Module], kept: dict[int, Tensor]) -> None:
-    own = [module for module in modules if isinstance(module, LowRankAdapter | TokenRows)]
+    own = [module for module in modules if isinstance(module, Adapter | TokenRows)]
     known = {*kept, *(id(p) for module in own for p in module._parameters.values())}
     trained = {id(p) for module in modules for p in module._parameters.values() if p is not None and p.requires_grad}
     if not trained <= known:
@@ -122,7 +122,7 @@ def _require_all_kept(model: nn.Module, modules: list[nn.Module], kept: dict[int
             "were not kept. Name their modules in the method's train_head instead of unfreezing them, or disable only "
             "adapters (head=False)."
         )
-    changed = [module for module in own if isinstance(module, LowRankAdapter) and module.took_from_weight]
+    changed = [module for module in own if isinstance(module, Adapter) and module.took_from_weight]
     if changed:
         raise UsageError(
             f"{len(changed)} adapters took their start out of the frozen weights (init_weights 'pissa'), which are no "

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
+from lit_sparse.adapters.delta import DeltaLinear
+from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.functional import product_density, product_sparsity_bound
@@ -20,39 +22,49 @@ class LayerSparsity:
 
     Args:
         name: Full name of the layer.
-        rank: Live ranks, see :func:`live_ranks`. Experts' ranks are added up.
-        max_rank: Ranks at the start. Densities of A and B are shares of their entries.
-        density_A: Share of non-zero entries of A, dead ranks counted as zero.
+        rank: Live ranks, see :func:`live_ranks`. Experts' ranks are added up. 0 without factors.
+        max_rank: Ranks at the start, 0 without factors. Densities of A and B are shares of their entries.
+        density_A: Share of non-zero entries of A, dead ranks counted as zero; None without factors.
         density_B: The same of B.
-        density_BA: Share of the frozen weight's entries that BA can change (its support).
-        density_BA_bound: The most that share can be by Proposition 1 of RoseLoRA.
-        remaining_parameters: Non-zero entries of A and B in live ranks, what a sparse file must hold.
+        density_BA: Share of the frozen weight's entries that BA, or a change without factors, reaches (its support).
+        density_BA_bound: The most that share can be by Proposition 1 of RoseLoRA; None without factors.
+        remaining_parameters: Non-zero entries of A and B in live ranks, or of the change, what a sparse file must hold.
         adapted_parameters: Entries of the frozen weight.
     """
 
     name: str
     rank: int
     max_rank: int
-    density_A: float
-    density_B: float
+    density_A: float | None
+    density_B: float | None
     density_BA: float
-    density_BA_bound: float
+    density_BA_bound: float | None
     remaining_parameters: int
     adapted_parameters: int
 
 
 @torch.no_grad()
-def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
+def sparsity_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """Metrics over all adapters, cheap enough to log while training: no host sync, layers of one width together.
 
     Args:
-        adapters: At least one.
+        adapters: At least one, all of one kind.
 
     Returns:
-        Scalars on the adapters' device: ``mean_rank`` (live ranks per layer), ``zero_gates`` (share of dead ranks),
+        Scalars on the adapters' device. Without factors, ``density_BA`` (the share of the weights that change) and
+        ``remaining_parameters``. With them, ``mean_rank`` (live ranks per layer), ``zero_gates`` (share of dead ranks),
         ``density_A``, ``density_B`` (share of non-zero entries, dead ranks counted as zero) and
         ``remaining_parameters``.
     """
+    deltas = [adapter for adapter in adapters if isinstance(adapter, DeltaLinear)]
+    if deltas:
+        changed = torch.cat([adapter.values.detach() for adapter in deltas]).count_nonzero()
+        weights = sum(adapter.in_features * adapter.out_features for adapter in deltas)
+        return {"density_BA": changed / weights, "remaining_parameters": changed}
+    return _sparsity_of_factors([adapter for adapter in adapters if isinstance(adapter, LowRankAdapter)])
+
+
+def _sparsity_of_factors(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
     per_rank_A = _nonzero_per_rank([a.lora_A for a in adapters])
     per_rank_B = _nonzero_per_rank([a.lora_B_t for a in adapters])
     live = _live(adapters, per_rank_A, per_rank_B)
@@ -70,7 +82,24 @@ def sparsity_of(adapters: Sequence[LowRankAdapter]) -> dict[str, Tensor]:
 @torch.no_grad()
 def layer_sparsity(model: nn.Module) -> list[LayerSparsity]:
     """What is left of every adapter of ``model``, in the model's order; forms BA's support, so not for every step."""
-    return [sparsity_of_layer(LayerFactors.of(name, adapter)) for name, adapter in adapters_in(model)]
+    return [sparsity_of_layer(parts_of(name, adapter)) for name, adapter in adapters_in(model)]
+
+
+def parts_of(name: str, adapter: Adapter) -> LayerFactors | LayerEntries:
+    """What a file would hold of an adapter, sharing its memory."""
+    if isinstance(adapter, DeltaLinear):
+        return LayerEntries.of(name, adapter)
+    if isinstance(adapter, LowRankAdapter):
+        return LayerFactors.of(name, adapter)
+    raise TypeError(f"{type(adapter).__name__} is of an unknown kind.")
+
+
+@torch.no_grad()
+def is_changed(adapters: Sequence[Adapter]) -> bool:
+    """Whether any adapter changes anything: it has a live rank, or a value that is not zero. Waits for the device."""
+    deltas = [adapter.values.detach() for adapter in adapters if isinstance(adapter, DeltaLinear)]
+    factors = [adapter for adapter in adapters if isinstance(adapter, LowRankAdapter)]
+    return any(bool(values.any()) for values in deltas) or bool(factors and live_ranks_of_all(factors).any())
 
 
 @torch.no_grad()
@@ -104,8 +133,11 @@ def live_ranks_of_all(adapters: Sequence[LowRankAdapter | LayerFactors]) -> Tens
 
 
 @torch.no_grad()
-def sparsity_of_layer(layer: LayerFactors) -> LayerSparsity:
+def sparsity_of_layer(layer: LayerFactors | LayerEntries) -> LayerSparsity:
     """What is left of one layer."""
+    if isinstance(layer, LayerEntries):
+        changed = int(layer.values.count_nonzero())
+        return LayerSparsity(layer.name, 0, 0, None, None, changed / layer.weights, None, changed, layer.weights)
     live = live_ranks(layer)
     A, B_t = layer.lora_A * live.unsqueeze(1), layer.lora_B_t * live.unsqueeze(1)
     nonzero_A, nonzero_B = int(A.count_nonzero()), int(B_t.count_nonzero())

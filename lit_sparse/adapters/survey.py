@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.experts import AdaptedExperts, ExpertWeight, expert_weights
 from lit_sparse.adapters.head import output_embeddings, pretrained_bodies
 from lit_sparse.adapters.layers import Layer
@@ -94,7 +94,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
         if not any(p.requires_grad for p in candidate.parameters()):
             reasons[name] = candidate.refusal or candidate.passed_over or "is not named by target_modules"
     for module in model.modules():
-        if isinstance(module, LowRankAdapter):
+        if isinstance(module, Adapter):
             seen.update(id(p) for p in module.layer.parameters())
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
@@ -111,7 +111,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """The layers without an adapter, each under the name that its adapter would have."""
-    adapted = {(id(m.layer), id(m.weight)) for m in model.modules() if isinstance(m, LowRankAdapter)}
+    adapted = {(id(m.layer), id(m.weight)) for m in model.modules() if isinstance(m, Adapter)}
     wrapped = {id(m.base) for m in model.modules() if isinstance(m, AdaptedExperts)}
     for name, module in model.named_modules():
         if not name:

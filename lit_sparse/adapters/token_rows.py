@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_sparse.adapters.base import KeepsPrecision, LowRankAdapter
+from lit_sparse.adapters.base import Adapter, KeepsPrecision
 from lit_sparse.adapters.naming import clean_name
 from lit_sparse.adapters.quantized import is_quantized
 from lit_sparse.adapters.replacing import replace_modules
@@ -120,7 +120,7 @@ def add_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: Seq
     """
     if not tokens or len(set(tokens)) < len(tokens) or not all(isinstance(t, str) and t.strip() for t in tokens):
         raise UsageError(f"new_tokens are texts of tokens, each once; got {list(tokens)}.")
-    if not any(isinstance(module, LowRankAdapter) for module in model.modules()):
+    if not any(isinstance(module, Adapter) for module in model.modules()):
         raise UsageError(f"{type(model).__name__} holds no adapters: inject a method first, then add tokens.")
     known = set(tokenizer.get_vocab())
     trial = copy.deepcopy(tokenizer)  # nothing takes added tokens out again
@@ -254,7 +254,7 @@ def _layers(model: nn.Module, only: str | None) -> dict[str, Any]:
 def _refusal(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, TokenRows):
         return "trains rows of tokens already"
-    if isinstance(layer, LowRankAdapter):
+    if isinstance(layer, Adapter):
         return "target_modules adapts: leave it out there"
     if not isinstance(layer, nn.Embedding | nn.Linear) or is_quantized(layer):
         return f"is quantized or of a kind without rows ({type(layer).__name__})"

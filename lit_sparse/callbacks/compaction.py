@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import keep_ranks
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.injection import low_rank_in
 from lit_sparse.adapters.optimizer_state import require_cuttable_after_a_step
 from lit_sparse.adapters.statistics import live_ranks_of_all
 from lit_sparse.callbacks.sparsify import Sparsify
@@ -68,7 +68,7 @@ class CompactRanks(StepCallback):
             raise UsageError(
                 f"CompactRanks changes the shapes that {type(averaging[0]).__name__} averages. Remove one of the two."
             )
-        adapters = dict(adapters_in(pl_module))
+        adapters = low_rank_in(pl_module, "CompactRanks removes ranks")
         if not adapters:
             raise UsageError(f"{type(pl_module).__name__} has no adapter to compact. Call lit_sparse.inject first.")
         parameters = [p for adapter in adapters.values() for p in adapter.parameters(recurse=False)]
@@ -77,7 +77,7 @@ class CompactRanks(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the record of the ranks, or continue that of the checkpoint."""
         super().on_train_start(trainer, pl_module)
-        self._adapters = dict(adapters_in(pl_module))
+        self._adapters = low_rank_in(pl_module, "CompactRanks removes ranks")
         fits = {name: len(seen) for name, seen in self._seen.items()} == {
             name: len(adapter.lora_A) for name, adapter in self._adapters.items()
         }

@@ -13,7 +13,7 @@ from rich import box, get_console
 from rich.table import Table
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.naming import common_start, places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity
 from lit_sparse.callbacks.sparsify import Sparsify, progress_of
@@ -28,7 +28,7 @@ _MOST_METRICS = 8
 
 
 def print_ending(
-    trainer: Trainer, pl_module: LightningModule, layers: Sequence[LayerSparsity], adapters: Sequence[LowRankAdapter]
+    trainer: Trainer, pl_module: LightningModule, layers: Sequence[LayerSparsity], adapters: Sequence[Adapter]
 ) -> None:
     """Print it below the progress bar.
 
@@ -93,15 +93,19 @@ def _kinds(layers: Sequence[LayerSparsity]) -> tuple[str, Table]:
     """A title, and a row for each kind of layer, narrow enough for 80 columns.
 
     Ranks are shown where some are dead, densities where they are not those of the live ranks, as under RoseLoRA.
+    Changes without factors have neither, and the share of the weights that changes is shown.
     """
     names = [layer.name for layer in layers]
     kinds: dict[str, list[LayerSparsity]] = {}
     for layer, (kind, _) in zip(layers, places(names).values(), strict=True):
         kinds.setdefault(kind, []).append(layer)
-    masked = any(abs(x.density_A * x.max_rank - x.rank) + abs(x.density_B * x.max_rank - x.rank) > 1e-6 for x in layers)
-    ranked = not masked or any(layer.rank < layer.max_rank for layer in layers)
-    heads = ["layers", *(["ranks", "each"] if ranked else []), *(["A", "B", "BA"] if masked else []), "left"]
-    shown = [*(["live ranks"] if ranked else []), *(["densities of A, B and BA"] if masked else []), "parameters left"]
+    factored = any(layer.max_rank for layer in layers)
+    masked = any(abs((d or 0) * x.max_rank - x.rank) > 1e-6 for x in layers for d in (x.density_A, x.density_B))
+    ranked = factored and (not masked or any(layer.rank < layer.max_rank for layer in layers))
+    heads = ["layers", *(["ranks", "each"] if ranked else []), *(["A", "B", "BA"] if masked else [])]
+    shown = [*(["live ranks"] if ranked else []), *(["densities of A, B and BA"] if masked else [])]
+    heads += ["left"] if factored else ["changed", "left"]
+    shown += ["parameters left"] if factored else ["share of the weights that changes", "parameters left"]
     title = f"Adapters in {common_start(names).rstrip('.') or 'the model'}: {', '.join(shown)}"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("kind of layer", overflow="fold")
@@ -113,11 +117,16 @@ def _kinds(layers: Sequence[LayerSparsity]) -> tuple[str, Table]:
             "layers": str(len(members)),
             "ranks": f"{sum(ranks):,}/{sum(layer.max_rank for layer in members):,}",
             "each": str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}",
-            **{d: f"{sum(getattr(x, f'density_{d}') for x in members) / len(members):.3f}" for d in ("A", "B", "BA")},
+            **{d: _mean(members, f"density_{d}") for d in ("A", "B", "BA")},
+            "changed": _mean(members, "density_BA"),
             "left": f"{sum(layer.remaining_parameters for layer in members):,}",
         }
         table.add_row(kind, *(cells[head] for head in heads))
     return title, table
+
+
+def _mean(layers: Sequence[LayerSparsity], field: str) -> str:
+    return f"{sum(getattr(layer, field) or 0 for layer in layers) / len(layers):.3f}"
 
 
 def _best(trainer: Trainer) -> str:

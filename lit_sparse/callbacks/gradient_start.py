@@ -1,4 +1,4 @@
-"""GoRA's start of a run of the Trainer, from its own training batches."""
+"""The start of a run of the Trainer from gradients of its own training batches: GoRA's, or a mask of SHiRA's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.start import Start, has_started, start_from_gradients
+from lit_sparse.methods.method import Method
+from lit_sparse.methods.start import start_from_gradients
 from lit_sparse.strategies.sharded import ReplicatedAdapters
 
 
-def start_run(trainer: Trainer, module: LightningModule, method: SparseMethod) -> None:
+def start_run(trainer: Trainer, module: LightningModule, method: Method) -> None:
     """Start new adapters from gradients of the loss of ``training_step``, if the method says so.
 
     Adapters of a resumed run have started. Call it when the strategy is set up, before the first step.
@@ -28,25 +28,25 @@ def start_run(trainer: Trainer, module: LightningModule, method: SparseMethod) -
         UsageError: Under FSDP, which shards the weights, with weight averaging, whose average has the former ranks,
             with manual optimization, or as :func:`~lit_sparse.start_from_gradients`.
     """
-    if not isinstance(method, Start) or method.init_weights != "gora":
+    if method.gradient_start is None:
         return
     strategy = trainer.strategy
     if isinstance(strategy, ReplicatedAdapters):
         raise UsageError(
-            "init_weights 'gora' needs the gradients of whole weights, which FSDP shards. Use a single device or ddp, "
-            "or set init_weights to 'lora'."
+            f"{method.gradient_start} needs the gradients of whole weights, which FSDP shards. Use a single device or "
+            "ddp, or another start."
         )
-    if has_started([adapter for _, adapter in adapters_in(module)]):
+    if method.has_started([adapter for _, adapter in adapters_in(module)]):
         return
     if not module.automatic_optimization:
         raise UsageError(
-            "init_weights 'gora' takes the loss from training_step, which here steps the optimizer itself: call "
+            f"{method.gradient_start} takes the loss from training_step, which here steps the optimizer itself: call "
             "lit_sparse.start_from_gradients(model, method, batches) in configure_model."
         )
     for averaging in callbacks_of(trainer, WeightAveraging):
         raise UsageError(
-            f"{type(averaging).__name__} has copied the adapters before init_weights 'gora' gives them their ranks. "
-            "Remove it, or set init_weights to 'lora'."
+            f"{type(averaging).__name__} has copied the adapters before {method.gradient_start} has its gradients. "
+            "Remove it, or choose another start."
         )
     with _silent(module):
         start_from_gradients(module, method, _batches(trainer), lambda batch: _loss(trainer, module, *batch))

@@ -6,14 +6,14 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.imports import RequirementCache
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.naming import places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity, sparsity_of
@@ -35,6 +35,8 @@ _PREFIX = "sparsity/"
 class SparsityMonitor(StepCallback):
     """Log rank, gates, densities and remaining parameters to every logger of the Trainer.
 
+    - Without factors, as under SHiRA, during training and after each epoch: ``sparsity/density_BA``, the share of the
+      weights that changes, and ``sparsity/remaining_parameters``. Otherwise:
     - During training and after each epoch: ``sparsity/mean_rank``, ``sparsity/zero_gates``, ``sparsity/density_A``,
       ``sparsity/density_B``, ``sparsity/remaining_parameters``; in the progress bar ``density`` (of A and B together).
     - After each epoch also ``sparsity/density_BA`` and its bound by Proposition 1 of RoseLoRA,
@@ -54,7 +56,7 @@ class SparsityMonitor(StepCallback):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__(every_n_steps)
-        self._adapters: list[LowRankAdapter] = []
+        self._adapters: list[Adapter] = []
         self._kinds: dict[str, list[int]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,19 +80,22 @@ class SparsityMonitor(StepCallback):
         # Straight to the loggers: Lightning drops what a module logs between its own rounds. It numbers steps from 0.
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step - 1)
-        entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in self._adapters)
+        factored = [adapter for adapter in self._adapters if isinstance(adapter, LowRankAdapter)]
+        entries = sum(a.lora_A.numel() + a.lora_B_t.numel() for a in factored)
+        left = numbers[f"{_PREFIX}remaining_parameters"] / entries if factored else numbers[f"{_PREFIX}density_BA"]
         # On the host: Lightning reads what the bar shows after every batch.
-        density = torch.tensor(numbers[f"{_PREFIX}remaining_parameters"] / entries)
+        density = torch.tensor(left)
         pl_module.log("density", density, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Log all metrics through the module, so that other callbacks can monitor them."""
-        layers = layer_sparsity(pl_module)
         metrics = {k: v.float() for k, v in sparsity_of(self._adapters).items()}
-        for key in ("density_BA", "density_BA_bound"):
-            metrics[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
-        for kind, indices in self._kinds.items():
-            metrics[f"rank/{kind}"] = torch.tensor(sum(layers[i].rank for i in indices) / len(indices))
+        if "mean_rank" in metrics:
+            layers = layer_sparsity(pl_module)
+            for key in ("density_BA", "density_BA_bound"):
+                metrics[key] = torch.tensor(sum(getattr(layer, key) for layer in layers) / len(layers))
+            for kind, indices in self._kinds.items():
+                metrics[f"rank/{kind}"] = torch.tensor(sum(layers[i].rank for i in indices) / len(indices))
         values = {f"{_PREFIX}{k}": v.to(pl_module.device) for k, v in metrics.items()}
         # The values are the same in all processes, but without sync_dist Lightning warns of each.
         pl_module.log_dict(values, batch_size=1, sync_dist=True)
@@ -110,12 +115,13 @@ class SparsityMonitor(StepCallback):
             _log_figures(trainer, layers, self._adapters)
 
 
-def _log_figures(trainer: Trainer, layers: Sequence[LayerSparsity], adapters: Sequence[LowRankAdapter]) -> None:
+def _log_figures(trainer: Trainer, layers: Sequence[LayerSparsity], adapters: Sequence[Adapter]) -> None:
     loggers = [log for log in map(_figure_logger, trainer.loggers) if log is not None]
     if not loggers:
         return
-    figures = {"ranks": rank_figure(layers)}
-    gates = [gate for gate in (adapter.effective_gate() for adapter in adapters) if gate is not None]
+    figures = {"ranks": rank_figure(layers)} if any(layer.max_rank for layer in layers) else {}
+    factored = [adapter for adapter in adapters if isinstance(adapter, LowRankAdapter)]
+    gates = [gate for gate in (adapter.effective_gate() for adapter in factored) if gate is not None]
     if gates:
         figures["gates"] = gate_figure(gates)
     for name, figure in figures.items():
@@ -145,4 +151,6 @@ def read_table(path: Path) -> list[LayerSparsity]:
     """Read what :func:`write_table` wrote."""
     kinds = {"name": str, **dict.fromkeys(("rank", "max_rank", "remaining_parameters", "adapted_parameters"), int)}
     with path.open(newline="", encoding="utf-8") as file:
-        return [LayerSparsity(**{k: kinds.get(k, float)(v) for k, v in row.items()}) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    read: Any = lambda name, value: kinds.get(name, float)(value) if value else None  # noqa: E731
+    return [LayerSparsity(**{name: read(name, value) for name, value in row.items()}) for row in rows]

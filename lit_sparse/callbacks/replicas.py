@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.support import StepCallback
 from lit_sparse.errors import TrainingError
@@ -62,7 +62,7 @@ class VerifyReplicas(StepCallback):
                     )
 
 
-def _hashes(adapter: LowRankAdapter) -> dict[str, str]:
+def _hashes(adapter: Adapter) -> dict[str, str]:
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in adapter.named_parameters(recurse=False)}
     tensors.update(adapter.named_buffers(recurse=False))
     bits = {name: tensor.cpu().contiguous().flatten().view(torch.uint8) for name, tensor in tensors.items()}

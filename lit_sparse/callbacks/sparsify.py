@@ -18,7 +18,7 @@ from lit_sparse.callbacks.gradient_start import start_run
 from lit_sparse.callbacks.run_end import finish_plain_checkpoints
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.progress import Progress, warn_if_nothing_is_left
 from lit_sparse.methods.stepping import SparseSteps, adapter_optimizer, adapters_of, require_trained_weights
 from lit_sparse.strategies.support import keep_buffers_local, require_exact
@@ -53,7 +53,7 @@ class Sparsify(Callback):
             evaluates other weights than those it trains.
     """
 
-    def __init__(self, method: SparseMethod) -> None:
+    def __init__(self, method: Method) -> None:
         self.method = method
         self._steps: SparseSteps | None = None
         self._steps_before = 0
@@ -102,6 +102,11 @@ class Sparsify(Callback):
         start_run(trainer, pl_module, self.method)
         require_trained_weights(self.method, adapter_optimizer(trainer.optimizers, adapters))
         self._averages = keep_averages_sparse(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
+        if self._averages and self.method.moves_entries:
+            raise UsageError(
+                "WeightAveraging would average changes of different entries, which "
+                f"{type(self.method).__name__} moves. Remove it, or leave out update_every."
+            )
         keep_buffers_local(trainer.strategy.model, adapters.items())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,6 +25,7 @@ from lit_sparse.cli.config_files import ConfigFile
 from lit_sparse.cli.words import closest, fail
 from lit_sparse.foreign_errors import lacks_model, unknown_choice, unknown_class, unknown_key, without_noise
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 
 # In the help of jsonargparse: every subclass that any package defines, hundreds of torch.nn.Module.
 _SUBCLASSES = re.compile(r",\s+known\s+subclasses:[^)]*(?=\))")
@@ -33,7 +34,7 @@ _MARKS = re.compile(r":\w+:`~?(?:lit_sparse\.)?([^`]+)`|``([^`]+)``")
 _KINDS: tuple[tuple[str, str, type], ...] = (
     ("Modules", "--model", LightningModule),
     ("Data", "--data", LightningDataModule),
-    ("Methods", "--model.method", SparseMethod),
+    ("Methods", "--model.method", Method),
     ("Callbacks", "--trainer.callbacks+", Callback),
     ("Strategies", "--trainer.strategy", Strategy),
 )
@@ -131,7 +132,7 @@ def _listing() -> str:
         kinds = {n: kind for n, kind in public.items() if isinstance(kind, type) and issubclass(kind, base)}
         lines += ["", f"{title}, {option} CLASS:"]
         for name, kind in kinds.items():
-            if kind is not base:
+            if kind not in (base, SparseMethod):
                 summary = plain((inspect.getdoc(kind) or "").partition("\n\n")[0])
                 lines.append(f"  {name:<23} {textwrap.shorten(summary, width - 26, placeholder=' …')}")
     return "\n".join([*lines, "", _ARGUMENTS])

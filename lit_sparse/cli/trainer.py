@@ -20,7 +20,7 @@ from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.editor import Editor
 from lit_sparse.editing.measuring import text_table
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.reporting.dry_run import describe
 from lit_sparse.verbosity import show
@@ -62,13 +62,13 @@ class SparseTrainer(Trainer):
             model.configure_model()
         if isinstance(model, Editor):
             # An Editor injects adapters for each edit only.
-            if not isinstance(model.method, SparseMethod):
+            if not isinstance(model.method, Method):
                 raise UsageError(f"inspect lists adapters, but {type(model.method).__name__} uses none.")
             with torch.device("meta"):
                 inject(model.model, model.method)
         backbone = model.model if isinstance(model, SparseModule | Editor) else None
         method = getattr(model, "method", None)
-        text = describe(backbone or model, method if isinstance(method, SparseMethod) else None)
+        text = describe(backbone or model, method if isinstance(method, Method) else None)
         sys.stdout.write(text + "\n")
 
     def edit(self, model: Editor, datamodule: EditingData) -> None:

@@ -26,7 +26,7 @@ from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.teacher_forcing import in_turns
 from lit_sparse.editing.training import FineTuning, Trained
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.modules.optimization import make_optimizer
 
@@ -89,7 +89,7 @@ class Editor(LightningModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod | FineTuning,
+        method: Method | FineTuning,
         output: str,
         steps: int = 25,
         requests_per_step: int | None = None,

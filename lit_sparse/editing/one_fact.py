@@ -18,7 +18,7 @@ from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import collate
 from lit_sparse.editing.training import FineTuning, train
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.roselora import RoseLoRA
 from lit_sparse.modules.backbone import load_backbone
 
@@ -31,7 +31,7 @@ def edit_fact(
     prompt: str,
     target: str,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
-    method: SparseMethod | FineTuning | None = None,
+    method: Method | FineTuning | None = None,
     steps: int = 25,
     optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0),
     stop_loss: float | None = 0.1,

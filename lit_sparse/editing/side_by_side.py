@@ -23,6 +23,7 @@ from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.training import FineTuning, Trained, require_adapters_alone, train
 from lit_sparse.interchange.patches import patch_of
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.stepping import SparseSteps
 from lit_sparse.modules.optimization import make_optimizer, relative_groups
 
@@ -50,7 +51,7 @@ class _Many:
 def train_each(
     model: nn.Module,
     edits: Sequence[Sequence[Mapping[str, Tensor]]],
-    method: SparseMethod | FineTuning,
+    method: Method | FineTuning,
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
@@ -74,7 +75,7 @@ def train_each(
         UsageError: As ``train``.
     """
     half = 0
-    if len(edits) > 1 and isinstance(method, SparseMethod):
+    if len(edits) > 1 and isinstance(method, Method):
         try:
             together = _side_by_side(
                 model, [_whole(batches) for batches in edits], method, steps, optimizer, stop_loss, seeds
@@ -106,7 +107,7 @@ def _whole(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
 def _side_by_side(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
-    method: SparseMethod,
+    method: Method,
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
@@ -134,6 +135,8 @@ def _side_by_side(
             other than linear layers, the optimizer does not step each entry by itself, or the model draws random
             numbers or mixes the rows of a batch.
     """
+    if not isinstance(method, SparseMethod):
+        raise CannotShareError(f"{type(method).__name__} has no ranks")
     if not method.acts_by_rank:
         raise CannotShareError(f"{type(method).__name__} compares the ranks of all layers")
     width = max(batch["labels"].shape[1] for batch in batches)

@@ -14,14 +14,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.experts import ExpertWeight
 from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of, patch_of_deltas
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.stepping import SparseSteps
 from lit_sparse.modules.optimization import make_optimizer, relative_groups
 
@@ -87,7 +87,7 @@ class _Trainable:
 def train(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
-    method: SparseMethod | FineTuning,
+    method: Method | FineTuning,
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
@@ -109,8 +109,8 @@ def train(
     trainable = _weights(model, method) if isinstance(method, FineTuning) else _adapters(model, method)
     with torch.enable_grad(), in_mode(model, training=True), trainable as change:
         made = make_optimizer(optimizer, change.groups)
-        sparse = SparseSteps(method, model, made, steps) if isinstance(method, SparseMethod) else None
-        settled = method.settled_after(steps) if isinstance(method, SparseMethod) else 0
+        sparse = SparseSteps(method, model, made, steps) if isinstance(method, Method) else None
+        settled = method.settled_after(steps) if isinstance(method, Method) else 0
         turn: deque[Tensor] = deque(maxlen=len(batches))
         start = time.perf_counter()
         taken = 0
@@ -141,7 +141,7 @@ def _mean(losses: Iterable[Tensor]) -> float:
 
 
 @contextmanager
-def _adapters(model: nn.Module, method: SparseMethod) -> Iterator[_Trainable]:
+def _adapters(model: nn.Module, method: Method) -> Iterator[_Trainable]:
     """Inject the method's adapters, and take them out again."""
     adapters = inject(model, method)
     try:
@@ -152,7 +152,7 @@ def _adapters(model: nn.Module, method: SparseMethod) -> Iterator[_Trainable]:
         take_out(model)
 
 
-def require_adapters_alone(model: nn.Module, method: SparseMethod, adapters: Mapping[str, LowRankAdapter]) -> None:
+def require_adapters_alone(model: nn.Module, method: Method, adapters: Mapping[str, Adapter]) -> None:
     """Refuse a method that also trains other parameters than those of its adapters."""
     own = {id(p) for adapter in adapters.values() for p in adapter.parameters(recurse=False)}
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]

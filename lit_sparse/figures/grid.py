@@ -18,8 +18,10 @@ def rank_figure(layers: Sequence[LayerSparsity]) -> Figure:
     """The live ranks of every layer.
 
     Raises:
-        UsageError: If there is no layer, or matplotlib is not installed.
+        UsageError: If there is no layer or none has ranks, or matplotlib is not installed.
     """
+    if layers and not any(layer.max_rank for layer in layers):
+        raise UsageError("These adapters have no ranks to draw: they are changes of single entries. See plot_support.")
     left, held = sum(layer.rank for layer in layers), sum(layer.max_rank for layer in layers)
     highest = max((layer.max_rank for layer in layers), default=0)
     values = {layer.name: layer.rank for layer in layers}

@@ -1,4 +1,4 @@
-"""Spy plot of BA: the entries of the frozen weight that it changes, and by how much."""
+"""Spy plot of a change: the entries of the frozen weight that it reaches, and by how much."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-_CELLS = 320
+CELLS = 320
+"""Largest number of rows and of columns of cells."""
 
 
-def support_figure(title: str, lora_A: Tensor, scaled_B_t: Tensor) -> Figure:
-    """The entries of one BA: larger ones darker, blank outside of its support.
+def support_figure(title: str, shape: tuple[int, int], sizes: Tensor, touched: Tensor) -> Figure:
+    """The entries of one change: larger ones darker, blank outside of its support.
 
     Args:
         title: Title of the figure.
-        lora_A: Shape ``(rank, in_features)``.
-        scaled_B_t: Bᵀ with scale and gate, shape ``(rank, out_features)``.
+        shape: Rows and columns of the change.
+        sizes: Size of the entries in each of its cells.
+        touched: Whether an entry of the cell is in the support.
 
     Raises:
         UsageError: If matplotlib is not installed.
     """
-    outputs, inputs = scaled_B_t.shape[1], lora_A.shape[1]
-    shape = min(1.6, max(0.35, outputs / inputs))
-    figure = new_figure(5.4, 0.9 + 3.2 * shape)
+    outputs, inputs = shape
+    height = min(1.6, max(0.35, outputs / inputs))
+    figure = new_figure(5.4, 0.9 + 3.2 * height)
     axes = figure.add_subplot()
-    sizes, touched = support_cells(lora_A, scaled_B_t, _CELLS)
     drawn = torch.where(touched, sizes, float("nan"))
     extent = (0, inputs, outputs, 0)
     # A few large entries would make all others pale.
     top = float(sizes[touched].quantile(0.99)) if bool(touched.any()) and touched.sum() < 2**24 else float(sizes.max())
-    aspect: Literal["equal", "auto"] = "equal" if shape == outputs / inputs else "auto"
+    aspect: Literal["equal", "auto"] = "equal" if height == outputs / inputs else "auto"
     image = axes.imshow(
         drawn.numpy(), _colours(), aspect=aspect, vmin=0, vmax=top or 1, extent=extent, interpolation="nearest"
     )

@@ -48,7 +48,7 @@ class ExportReport:
         folder: The folder.
         format: ``peft``, ``gguf``, ``sparse``, ``delta`` or ``merged``.
         bytes: Size of the files of weights.
-        remaining_parameters: Non-zero entries of A and B in live ranks.
+        remaining_parameters: Non-zero entries of A and B in live ranks, or of changes without factors.
         head_parameters: Parameters trained whole, without rows of tokens.
         difference: Largest difference of any output from the live model's.
         tolerance: Largest difference that was accepted.
@@ -78,6 +78,7 @@ class ExportReport:
         return "\n".join((numbers, *self.notes))
 
 
+_SHIRA = "single entries of the weights in PEFT's format, which calls it SHiRA"
 _CONTENTS = {
     "peft": "a LoRA in PEFT's format, of the ranks that are left",
     "gguf": "a LoRA in llama.cpp's format, of the ranks that are left",
@@ -117,25 +118,27 @@ def model_card(
     base, place = here or base_model or known, repository or str(report.folder)
     title = base_model or (known if known != name else None) or type(model).__name__
     code = snippet(form, model, base, place, repository is not None, files, vocabulary)
-    method = provenance.method
+    method, ranked = provenance.method, any(layer.max_rank for layer in layers)
     front = ModelCardData(
         base_model=base_model,
         library_name=form if form in ("peft", "gguf") else "transformers",
         license=provenance.license,
-        tags=["lit-sparse", "lora", *([method.lower()] if method else [])],
+        tags=["lit-sparse", *(["lora"] if ranked else []), *([method.lower()] if method else [])],
     )
     arguments = [(key, f"`{value!r}`") for key, value in provenance.arguments.items() if value is not None]
-    ranks = [(layer.name, layer.rank, layer.max_rank, layer.remaining_parameters) for layer in layers]
+    heads = ["layer", *(["rank", "trained rank"] if ranked else []), "remaining parameters"]
+    rows = [
+        [layer.name, *([layer.rank, layer.max_rank] if ranked else []), layer.remaining_parameters] for layer in layers
+    ]
     labels = labels_of(model) or []
     parts = [
         f"---\n{front.to_yaml()}\n---\n\n# {method or 'Sparse adapters'} on {title}\n",
-        f"This folder holds {_CONTENTS[form]}, written by lit_sparse.\n",
+        f"This folder holds {_CONTENTS[form] if ranked or form != 'peft' else _SHIRA}, written by lit_sparse.\n",
         f"## Method\n\n{method} with\n\n{_table(('argument', 'value'), arguments)}" if method else "",
         f"## Metrics\n\n{_table(('metric', 'value', 'rows'), _measured(provenance.metrics))}"
         if provenance.metrics
         else "",
-        f"## What remains\n\n{report.state[0].upper()}{report.state[1:]}; {report.whole}.\n\n"
-        + _table(("layer", "rank", "trained rank", "remaining parameters"), ranks),
+        f"## What remains\n\n{report.state[0].upper()}{report.state[1:]}; {report.whole}.\n\n" + _table(heads, rows),
         f"## Labels\n\n{', '.join(f'{i}: {label}' for i, label in enumerate(labels))}\n" if labels else "",
         _chat_section(model, prompt) if prompt is not None else "",
         f"## How to load\n\n```{'bash' if form == 'gguf' else 'python'}\n{code}\n```\n",

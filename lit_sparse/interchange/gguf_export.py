@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.factors import LayerFactors
+from lit_sparse.adapters.injection import low_rank_in
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.card import ExportReport
@@ -76,7 +77,10 @@ def export_gguf(model: nn.Module, folder: str | os.PathLike[str], **options: Unp
             changed by PiSSA, the folder is not empty, or outputs differ by more than the tolerance. Nothing is then
             left behind.
     """
-    adapters = require_trained(model, original="a LoRA")
+    require_trained(model, original="a LoRA")
+    adapters = low_rank_in(
+        model, "llama.cpp's LoRA holds A and B", "Use export_merged and llama.cpp's convert_hf_to_gguf.py."
+    )
     if rows_of(model):
         raise UsageError(
             "New tokens have no place in a LoRA file of llama.cpp: use export_merged and llama.cpp's "

@@ -34,7 +34,7 @@ def inject_layers(
         Full layer name to adapter.
     """
     settings: dict[str, dict[str, Any]]
-    settings = {_exactly(name): {"rank": max(layer.ranks), "alpha": layer.alpha} for name, layer in layers.items()}
+    settings = {exactly(name): {"rank": max(layer.ranks), "alpha": layer.alpha} for name, layer in layers.items()}
     common = next(iter(settings.values()))
     overrides = {pattern: own for pattern, own in settings.items() if own != common}
     method = LoRA(target_modules="|".join(settings), **common, overrides=overrides or None, **arguments)
@@ -142,7 +142,7 @@ def require_untied(
             )
 
 
-def _exactly(name: str) -> str:
+def exactly(name: str) -> str:
     """A pattern for ``target_modules`` and ``overrides`` that means one layer."""
     # In a group, since the bare name would also match longer names that end with it.
     return f"(?:{re.escape(name)})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.remains import weight_name
 
@@ -41,7 +41,7 @@ Patch = dict[str, Entries]
 
 
 @torch.no_grad()
-def patch_of(adapters: Mapping[str, LowRankAdapter]) -> Patch:
+def patch_of(adapters: Mapping[str, Adapter]) -> Patch:
     """The non-zero entries of what merging would add to the frozen weights."""
     deltas = {weight_name(name, adapter): adapter.delta_weight() for name, adapter in adapters.items()}
     return patch_of_deltas(deltas)

@@ -1,37 +1,39 @@
-"""Write adapters as the plain LoRA that PEFT and serving engines load."""
+"""Write adapters as the plain LoRA that PEFT and serving engines load, or as PEFT's SHiRA."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
 from lit_sparse.adapters.convolution import LowRankConv2d
+from lit_sparse.adapters.delta import DeltaLinear
 from lit_sparse.adapters.embedding import LowRankEmbedding
 from lit_sparse.adapters.experts import LowRankExperts
 from lit_sparse.adapters.factors import LayerFactors
+from lit_sparse.adapters.injection import low_rank_in
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.token_rows import vocabulary_layers
 from lit_sparse.errors import UsageError, listed, require_choice
 from lit_sparse.interchange.card import ExportReport
 from lit_sparse.interchange.engines import engine_notes
 from lit_sparse.interchange.export import ExportOptions, exporting, save_tensors
+from lit_sparse.interchange.peft_config import common_config
 from lit_sparse.interchange.peft_folder import CONFIG, PREFIX, ROWS, WEIGHTS, differs_in_peft
 from lit_sparse.interchange.peft_parameters import stored_names, to_peft
 from lit_sparse.interchange.peft_readback import ELSE, has_peft, read_back
+from lit_sparse.interchange.peft_shira import write_shira
 from lit_sparse.interchange.remains import (
     folded,
     padded,
     plain_copy,
-    plain_name,
     require_trained,
     trained_whole,
     whole_modules,
@@ -45,15 +47,6 @@ if TYPE_CHECKING:
 
 Layout = Literal["ragged", "padded"]
 
-# PEFT's task type, transformers' models for it, and the modules that PEFT's model for the task always saves whole.
-_TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("SEQ_CLS", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", ("classifier", "score")),
-    ("TOKEN_CLS", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", ("classifier", "score")),
-    ("QUESTION_ANS", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", ("qa_outputs",)),
-    ("SEQ_2_SEQ_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ()),
-    ("CAUSAL_LM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ()),
-)
-
 
 def export_peft(
     model: nn.Module,
@@ -62,7 +55,7 @@ def export_peft(
     with_head: bool = True,
     **options: Unpack[ExportOptions],
 ) -> ExportReport:
-    """Write the adapters as a plain LoRA in PEFT's format.
+    """Write the adapters as a plain LoRA, or as a SHiRA, in PEFT's format.
 
     Gate and scale are folded into B, so that every layer's scale is 1. Engines compute that scale differently: PEFT and
     transformers divide ``alpha_pattern`` by ``rank_pattern``, vLLM and TGI ``lora_alpha`` by ``r`` for all layers,
@@ -71,13 +64,17 @@ def export_peft(
     smaller, leaves out layers without a rank, and is for PEFT and transformers only. So are weights of experts, which
     are written as ``target_parameters``, with the same rank for all experts of a weight.
 
+    Adapters without factors, as those of :class:`~lit_sparse.SHiRA`, are no LoRA, and are written as PEFT's SHiRA, for
+    PEFT alone.
+
     PEFT reads the folder back into a copy of the model, or :func:`~lit_sparse.load_peft` where PEFT is not installed.
     The folder is kept only if the outputs agree.
 
     Args:
         model: The Hugging Face model with its adapters; left as it is.
         folder: To write; must not exist, or be empty.
-        layout: ``padded``: all layers with the largest rank that remains. ``ragged``: each layer with its own.
+        layout: Of a LoRA. ``padded``: all layers with the largest rank that remains. ``ragged``: each layer with its
+            own.
         with_head: Write the modules trained whole, as ``modules_to_save``.
         **options: See :class:`~lit_sparse.ExportOptions`.
 
@@ -92,8 +89,15 @@ def export_peft(
     adapters = require_trained(model, original="a LoRA")
     _require_expressible(model, adapters)
     _require_expressible_rows(model)
+    deltas = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, DeltaLinear)}
+    if deltas and (layout != "padded" or rows_of(model)):
+        what = "layout is for A and B" if layout != "padded" else "PEFT's SHiRA has no rows of new tokens"
+        raise UsageError(f"These adapters are changes of single entries, which PEFT stores as SHiRA: {what}. {ELSE}")
     with exporting("peft", model, folder, options) as draft:
-        notes = _write(model, adapters, layout, with_head, draft.folder)
+        if deltas:
+            notes = _write_entries(model, deltas, with_head, draft.folder)
+        else:
+            notes = _write(model, low_rank_in(model, "PEFT's LoRA holds A and B"), layout, with_head, draft.folder)
         if not has_peft():
             notes.append("PEFT was not installed when this folder was written: lit_sparse's own reader checked it.")
         draft.record({"layout": layout, "with_head": with_head, "notes": notes})
@@ -114,9 +118,7 @@ def _write(
     for name, layer in written.items():
         tensors |= _tensors(f"{PREFIX}{places.get(name, name)}", adapters[name], layer)
     saved = _saved_modules(model) if with_head else []
-    for module in saved:
-        state = model.get_submodule(module).state_dict()
-        tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in state.items()}
+    tensors |= _whole(model, saved)
     rows = rows_of(model)
     tensors |= {f"{PREFIX}{name}{ROWS}": stored.rows for name, stored in rows.items()}
     save_tensors(tensors, draft / WEIGHTS)
@@ -125,6 +127,18 @@ def _write(
     (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size, ragged_size = (sum(layer.nbytes for layer in found.values()) for found in (written, ragged))
     return engine_notes(layout, max(ranks.values()), size, ragged_size, saved, experts=bool(places))
+
+
+def _write_entries(model: nn.Module, adapters: Mapping[str, DeltaLinear], with_head: bool, draft: Path) -> list[str]:
+    """Write weights and configuration of a SHiRA; notes on what can read them."""
+    saved = _saved_modules(model) if with_head else []
+    return write_shira(adapters, common_config(model, list(adapters), saved, ()), _whole(model, saved), draft)
+
+
+def _whole(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
+    """The tensors of modules that are saved whole."""
+    states = {module: model.get_submodule(module).state_dict() for module in saved}
+    return {f"{PREFIX}{m}.{key}": tensor for m, state in states.items() for key, tensor in state.items()}
 
 
 def _tensors(name: str, adapter: LowRankAdapter, layer: LayerFactors) -> dict[str, Tensor]:
@@ -142,45 +156,20 @@ def _config(
     model: nn.Module, ranks: Mapping[str, int], saved: list[str], parameters: Collection[str]
 ) -> dict[str, Any]:
     largest = max(ranks.values())
-    names = list(dict.fromkeys(plain_name(model, name) for name, _ in model.named_modules() if name))
-    task, unasked = _task(model)
-    if any(_excluded(name, unasked) for name in ranks) or any(n.endswith(unasked) for n in names if n not in saved):
-        task = None  # PEFT's model for the task would not adapt these layers, or miss those modules
-    _require_saved_exactly(saved, names, ranks)
     pattern = {_pattern_key(name, ranks): rank for name, rank in ranks.items() if rank != largest}
-    frozen = [m for name in ranks if isinstance(m := getattr(model.get_submodule(name), "base", None), nn.Module)]
     return {
         "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
+        **common_config(model, list(ranks), saved, parameters),
         "r": largest,
         "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in frozen),
         "init_lora_weights": True,
-        "target_modules": _targets(names, [name for name in ranks if name not in parameters]),
         "target_parameters": sorted(parameters) or None,
-        "modules_to_save": saved or None,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
-
-
-def _task(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    kind = type(model).__name__
-    for task, models, unasked in _TASKS:
-        if kind in _flat(getattr(modeling_auto, models).values()):
-            return task, unasked
-    if kind in _flat(modeling_auto.MODEL_MAPPING_NAMES.values()) and model.main_input_name == "input_ids":
-        return "FEATURE_EXTRACTION", ()
-    return None, ()
-
-
-def _flat(names: Iterable[str | Sequence[str]]) -> set[str]:
-    return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
 
 
 def _pattern_key(name: str, names: Collection[str]) -> str:
@@ -189,30 +178,7 @@ def _pattern_key(name: str, names: Collection[str]) -> str:
     return f"^{re.escape(name)}" if others else name
 
 
-def _targets(names: Collection[str], layers: list[str]) -> list[str] | str:
-    """The full names; if another layer's name ends with one of them, one pattern for all."""
-    meant = set(layers)
-    found = {name for name in names if name in meant or any(name.endswith(f".{target}") for target in meant)}
-    return layers if found == meant else "|".join(re.escape(name) for name in layers)
-
-
-def _excluded(name: str, saved: Collection[str]) -> bool:
-    """PEFT's rule: nothing is adapted in a module that is saved whole."""
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
-
-
-def _require_saved_exactly(saved: Collection[str], names: Collection[str], ranks: Collection[str]) -> None:
-    # PEFT compares the ends of names, even within a word.
-    mistaken = [name for name in names if name not in saved and any(name.endswith(module) for module in saved)]
-    mistaken += [name for name in ranks if _excluded(name, saved)]
-    if mistaken:
-        raise UsageError(
-            f"The head {listed(saved)} cannot be written for PEFT, which would take {listed(mistaken)} for it. Export "
-            f"with_head=False, or: {ELSE}"
-        )
-
-
-def _require_expressible(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> None:
+def _require_expressible(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     reasons: dict[str, list[str]] = {}
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -245,7 +211,9 @@ def _require_expressible_rows(model: nn.Module) -> None:
             raise UsageError(f"PEFT cannot express the rows of new tokens: {name!r} {reason}. {ELSE}")
 
 
-def _inexpressible(adapter: LowRankAdapter) -> str | None:
+def _inexpressible(adapter: Adapter) -> str | None:
+    if isinstance(adapter, DeltaLinear):
+        return "is a Conv1D, which PEFT's SHiRA does not know" if isinstance(adapter.base, Conv1D) else None
     if isinstance(adapter, LowRankConv2d):
         if adapter.base.groups > 1:
             return "is a convolution with groups"
@@ -263,7 +231,7 @@ def _saved_modules(model: nn.Module) -> list[str]:
         if any(name.startswith(f"{module}.") for module in saved):
             continue
         owner = name.rpartition(".")[0]
-        if not owner or any(isinstance(m, LowRankAdapter) for m in model.get_submodule(owner).modules()):
+        if not owner or any(isinstance(m, Adapter) for m in model.get_submodule(owner).modules()):
             raise UsageError(
                 f"{name!r} is trained beside adapters in one module, and PEFT saves whole modules only. Export "
                 f"with_head=False, or: {ELSE}"

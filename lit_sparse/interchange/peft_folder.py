@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.errors import UsageError, listed, parse_json
-from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
+from lit_sparse.interchange.metadata import METADATA, read_metadata
+from lit_sparse.interchange.metadata import read_tensors as read_file
 from lit_sparse.interchange.peft_parameters import from_peft, parameter_names
 from lit_sparse.interchange.vocabulary import StoredRows
 
@@ -35,6 +36,7 @@ _UNDERSTOOD = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     "target_parameters",
     "trainable_token_indices",
+    *("mask_type", "random_seed", "init_weights"),  # of SHiRA
     *("fan_in_fan_out", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
 }
 # Other initializations (pissa, olora, corda, loftq …) change the frozen weights, which the folder does not hold.
@@ -102,8 +104,8 @@ class PeftLoRA:
 def read_peft(folder: str | os.PathLike[str]) -> PeftLoRA:
     """Read a folder in PEFT's format; arguments and errors as those of :func:`load_peft`."""
     path = Path(folder)
-    config = _read_config(path)
-    tensors = _read_tensors(path)
+    config = read_config(path)
+    tensors = read_tensors(path)
     named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     if len({name.startswith(PREFIX) for name in tensors}) > 1:  # so that one name would stand for two tensors
         bare = [name for name in tensors if not name.startswith(PREFIX)]
@@ -172,7 +174,8 @@ def _texts(path: Path) -> dict[int, str]:
         raise UsageError(f"{path / METADATA} is damaged: {error}.") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, kind: str = "LORA") -> dict[str, Any]:
+    """Read and check the settings of an adapter of one kind; errors as those of :func:`load_peft`."""
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{str(path)!r} is no folder of a PEFT adapter: it has no {CONFIG}. Give a local folder.")
@@ -182,8 +185,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} holds a {type(config).__name__}, not the settings of an adapter.")
-    if config.get("peft_type") != "LORA":
-        raise UsageError(f"{file} describes {config.get('peft_type')!r}; only LORA can be loaded.")
+    if config.get("peft_type") != kind:
+        raise UsageError(f"{file} describes {config.get('peft_type')!r}; only {kind} can be loaded here.")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{file} trains biases (bias: {config['bias']!r}), which stay frozen here.")
     for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
@@ -206,7 +209,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter; errors as those of :func:`load_peft`."""
     file = path / WEIGHTS
     if not file.is_file():
         pickled = (path / "adapter_model.bin").is_file()
@@ -214,7 +218,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} has no {WEIGHTS}"
             + (", only a pickle, which may run code when it is read. Save it again with PEFT." if pickled else ".")
         )
-    tensors = read_tensors(file)
+    tensors = read_file(file)
     spoilt = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if spoilt:
         raise UsageError(f"{file} holds values that are not finite, in {listed(spoilt)}.")

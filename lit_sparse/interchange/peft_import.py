@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.injection import adapters_in
-from lit_sparse.adapters.patterns import matches_tail
+from lit_sparse.adapters.delta import DeltaLinear
+from lit_sparse.adapters.injection import adapters_in, low_rank_in
+from lit_sparse.adapters.patterns import NamePatterns, matches_tail
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.survey import survey
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
@@ -26,14 +29,15 @@ from lit_sparse.interchange.loading import (
     warn_if_another_backbone,
 )
 from lit_sparse.interchange.peft_check import require_complete
-from lit_sparse.interchange.peft_folder import PeftLoRA, read_peft
+from lit_sparse.interchange.peft_folder import CONFIG, PeftLoRA, read_peft
+from lit_sparse.interchange.peft_shira import PeftSHiRA, inject_shira, is_shira, read_shira
 from lit_sparse.interchange.vocabulary import put_rows
 
 _BASE_LAYER = re.compile(r"(\.token_adapter)?\.base_layer\.")
 
 
-def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LowRankAdapter]:
-    """Start from a dense LoRA in PEFT's format, in place.
+def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Start from a dense LoRA, or load a SHiRA, in PEFT's format, in place.
 
     A model with freshly injected adapters, of any method, gets the folder's A and B, and gates of 1: it then computes
     what PEFT's model did, and training goes on sparsely from there. PEFT's scale is folded into B; the method keeps its
@@ -41,7 +45,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Low
     takes effect at the first step.
 
     A model without adapters gets a :class:`~lit_sparse.LoRA` with the folder's layers and ranks, for inference or for
-    dense training.
+    dense training, or the entries of the folder's SHiRA.
 
     The folder's task head (``modules_to_save``) replaces the model's, which must be trained. Rows of tokens
     (``trainable_token_indices``) are trained here too; embeddings grow to hold them.
@@ -58,7 +62,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Low
             weights of experts, or does not fit the model (layers, shapes, ranks, a frozen head, tensors without a
             place), or if the adapters were trained already.
     """
-    return install(model, read_peft(folder))
+    path = Path(folder)
+    return _install_shira(model, read_shira(path)) if is_shira(path) else install(model, read_peft(path))
 
 
 @torch.no_grad()
@@ -66,7 +71,7 @@ def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
     """Put a LoRA into a model; arguments and errors as those of :func:`load_peft`."""
     require_whole(model)
     warn_if_another_backbone(model, lora.config.get("base_model_name_or_path"), lora.folder)
-    adapters, config = dict(adapters_in(model)), lora.config
+    adapters, config = low_rank_in(model, f"{lora.folder} holds A and B"), lora.config
     _require_new(model, adapters)
     require_complete(model, lora, adapters)
     if adapters:
@@ -86,6 +91,28 @@ def install(model: nn.Module, lora: PeftLoRA) -> dict[str, LowRankAdapter]:
     put_rows(model, lora.tokens)
     held = [*adapters.values(), *(layer for _, layer in token_rows_in(model))]
     _load_whole(model, lora, {id(p) for module in held for p in module.parameters(recurse=False)})
+    return adapters
+
+
+@torch.no_grad()
+def _install_shira(model: nn.Module, shira: PeftSHiRA) -> dict[str, DeltaLinear]:
+    if any(True for _ in adapters_in(model)):
+        raise UsageError(
+            f"{shira.folder} holds a SHiRA, from which no other adapters can start: load it into a model without any, "
+            "or export it as merged and give that folder as backbone."
+        )
+    require_whole(model)
+    warn_if_another_backbone(model, shira.config.get("base_model_name_or_path"), shira.folder)
+    patterns, tails = (NamePatterns(f"{shira.folder / CONFIG}: the pattern", tails=tails) for tails in (False, True))
+    lora = PeftLoRA(shira.folder, shira.config, {}, set(), shira.whole, {}, patterns, tails)
+    targeted = {name for name, layer in survey(model).items() if lora.targets(name)}
+    if shira.config["target_modules"] != "all-linear" and targeted != set(shira.values):
+        raise UsageError(
+            f"{shira.folder} holds entries of {listed(shira.values)}, and {CONFIG} names {listed(targeted)}: the "
+            "folder is damaged, or of another model."
+        )
+    adapters = inject_shira(model, shira, lora.heads(model))
+    _load_whole(model, lora, {id(adapter.values) for adapter in adapters.values()})
     return adapters
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter, LowRankLayer
+from lit_sparse.adapters.base import Adapter, LowRankAdapter, ReplacesLayer
 from lit_sparse.adapters.experts import AdaptedExperts, LowRankExperts
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in, take_out
@@ -64,7 +64,7 @@ def without_empty(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]
     return {name: layer for name, layer in layers.items() if any(layer.ranks)} or padded(dict([*layers.items()][:1]))
 
 
-def require_trained(model: nn.Module, original: str | None = None) -> dict[str, LowRankAdapter]:
+def require_trained(model: nn.Module, original: str | None = None) -> dict[str, Adapter]:
     """The adapters of a model that can be exported.
 
     Args:
@@ -106,7 +106,7 @@ def require_trained(model: nn.Module, original: str | None = None) -> dict[str, 
     return adapters
 
 
-def weight_name(name: str, adapter: LowRankAdapter) -> str:
+def weight_name(name: str, adapter: Adapter) -> str:
     """Full name, in the plain model, of the weight that the adapter of this name adapts."""
     return name if isinstance(adapter, LowRankExperts) else f"{name}.weight"
 
@@ -138,7 +138,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     parts: list[str] = []
     owner: nn.Module | None = model
     for part in name.split("."):
-        if not (part == "base" and isinstance(owner, LowRankLayer | AdaptedExperts | TokenRows)):
+        if not (part == "base" and isinstance(owner, ReplacesLayer | AdaptedExperts | TokenRows)):
             parts.append(part)
         owner = owner._modules.get(part) if owner is not None else None
     return ".".join(parts)
@@ -164,7 +164,7 @@ def plain_copy(model: nn.Module, forget_head: bool = True) -> nn.Module:
 
 def _whole(module: nn.Module, prefix: str) -> Iterator[str]:
     parameters = list(module.parameters())
-    adapted = any(isinstance(m, LowRankAdapter) for m in module.modules())
+    adapted = any(isinstance(m, Adapter) for m in module.modules())
     if prefix and parameters and not adapted and all(p.requires_grad for p in parameters):
         yield prefix
         return

@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
+from lit_sparse.adapters.injection import adapters_in, low_rank_in
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.adapters.survey import survey
@@ -64,7 +64,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], **options: Un
         UsageError: If there is no adapter, the frozen weights were changed by PiSSA, the folder is not empty, or
             outputs differ by more than the tolerance. Nothing is then left behind.
     """
-    adapters = require_trained(model, original="the adapter")
+    require_trained(model, original="the adapter")
+    adapters = low_rank_in(model, "The format sparse holds A and B", "Use export_delta (format delta).")
     with exporting("sparse", model, folder, options) as draft:
         draft.record(_write_sparse(model, adapters, draft.folder))
         draft.compare(_read(model, draft.folder))
@@ -166,7 +167,7 @@ def _write_sparse(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draf
     return _with_head(model, tensors, shapes, draft)
 
 
-def _write_delta(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draft: Path) -> dict[str, Any]:
+def _write_delta(model: nn.Module, adapters: Mapping[str, Adapter], draft: Path) -> dict[str, Any]:
     patch = patch_of(adapters)
     shapes = {weight_name(name, adapter): list(adapter.weight.shape) for name, adapter in adapters.items()}
     changed = sum(int(entries.values.count_nonzero()) for entries in patch.values())

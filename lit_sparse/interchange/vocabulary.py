@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.token_rows import (
     TokenRows,
     embedding_count,
@@ -188,7 +188,7 @@ def _rows_of(model: nn.Module, group: list[tuple[str, Any]], added: set[int]) ->
     own = next((layer for _, layer in group if isinstance(layer, TokenRows)), None)
     texts = dict(zip(own.ids.tolist(), own.texts or [""] * len(own.ids), strict=True)) if own is not None else {}
     missing = sorted(added - set(texts))
-    if missing and any(isinstance(layer, LowRankAdapter) for _, layer in group):
+    if missing and any(isinstance(layer, Adapter) for _, layer in group):
         raise UsageError(
             f"The vocabulary of {type(model).__name__} was resized by hand, and {group[0][0]!r} is adapted: adapters "
             "of a larger matrix fit no copy of the pretrained model. Use export_merged (format merged)."

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_sparse.adapters.base import LowRankAdapter
-from lit_sparse.adapters.statistics import LayerSparsity, live_ranks_of_all, sparsity_of
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
+from lit_sparse.adapters.statistics import LayerSparsity, is_changed, live_ranks_of_all, sparsity_of
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Progress:
         total = "" if self.total is None else f" of {self.total:,}"
         return f"step {self.step:,}{total}, sparsity {'final' if self.final else 'not final'}"
 
-    def record(self, adapters: Sequence[LowRankAdapter]) -> dict[str, Any]:
-        """Plain values for a file: the fields, live ranks, non-zero parameters in them, and their share of A and B."""
-        entries = sum(a.copies * a.max_rank * (a.in_features + a.out_features) for a in adapters)
-        ranks = int(live_ranks_of_all(adapters).sum())
+    def record(self, adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """Plain values for a file: the fields, live ranks, non-zero parameters, and their share of those at first."""
+        entries = sum(adapter.start_size for adapter in adapters)
+        factors = [adapter for adapter in adapters if isinstance(adapter, LowRankAdapter)]
+        ranks = int(live_ranks_of_all(factors).sum()) if factors else 0
         parameters = int(sparsity_of(adapters)["remaining_parameters"])
         return {**asdict(self), "ranks": ranks, "parameters": parameters, "density": parameters / entries}
 
@@ -62,7 +63,7 @@ class Trained:
     """The size of the adapters at the start of a run. Exports leave out dead ranks and layers without live ranks.
 
     Args:
-        ranks: Ranks of all adapters.
+        ranks: Ranks of all adapters; 0 for changes without factors.
         weights: Entries of all frozen weights that were adapted.
     """
 
@@ -85,17 +86,19 @@ def left(layers: Sequence[LayerSparsity], trained: Trained | None = None) -> str
     began = trained or Trained.of(layers)
     ranks, parameters = sum(layer.rank for layer in layers), sum(layer.remaining_parameters for layer in layers)
     share = 100 * sum(layer.density_BA * layer.adapted_parameters for layer in layers) / began.weights
-    return (
-        f"{parameters:,} parameters in {ranks:,} of {began.ranks:,} ranks, {share:.2f} % of the adapted weights changed"
-    )
+    held = f" in {ranks:,} of {began.ranks:,} ranks" if began.ranks else ""
+    return f"{parameters:,} parameters{held}, {share:.2f} % of the adapted weights changed"
 
 
-def warn_if_nothing_is_left(adapters: Sequence[LowRankAdapter]) -> None:
-    """Warn if no adapter has a live rank."""
-    if adapters and not bool(live_ranks_of_all(adapters).any()):
+def warn_if_nothing_is_left(adapters: Sequence[Adapter]) -> None:
+    """Warn if no adapter changes anything."""
+    if adapters and not is_changed(adapters):
+        ranked = isinstance(adapters[0], LowRankAdapter)
         rank_zero_warn(
             "No rank is left: the adapters change nothing. Prune less (by a lower threshold or sparsity_weight, or a "
             "higher density), or train longer."
+            if ranked
+            else "All changes are zero: the adapters change nothing. Train longer."
         )
 
 

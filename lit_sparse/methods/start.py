@@ -20,6 +20,7 @@ from lit_sparse.adapters.injection import adapters_in, disable_adapters
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import allotted_ranks, compressed_gradient
 from lit_sparse.methods.base import InitWeights, SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run
 
 
@@ -45,9 +46,34 @@ class Start(SparseMethod):
         require_range("gora_batches", self.gora_batches, at_least=1)
         require_range("gora_gamma", self.gora_gamma, above=0)
 
+    @property
+    def gradient_start(self) -> str | None:
+        """GoRA takes gradients."""
+        return "init_weights 'gora'" if self.init_weights == "gora" else None
+
+    @property
+    def start_batches(self) -> int:
+        """Batches for GoRA."""
+        return self.gora_batches
+
+    def has_started(self, adapters: Sequence[LowRankAdapter]) -> bool:
+        """Whether any B is not zero."""
+        return bool(torch.stack([adapter.lora_B_t.detach().any() for adapter in adapters]).any())
+
+    def start(self, adapters: Mapping[str, LowRankAdapter], gradients: Mapping[Tensor, Tensor]) -> dict[str, int]:
+        """Allot ranks by the importance of layers, and set B: GoRA."""
+        held = list(adapters.values())
+        units = [a.copies * math.sqrt(a.in_features + a.out_features) for a in held]
+        highest = [min(a.in_features, a.out_features) for a in held]
+        ranks = allotted_ranks(_importances(held, gradients), units, [a.rank for a in held], highest)
+        for (name, adapter), rank in zip(adapters.items(), ranks, strict=True):
+            _give_rank(self, name, adapter, rank)
+            _descend(adapter, gradients[adapter.weight], self.gora_gamma)
+        return dict(zip(adapters, ranks, strict=True))
+
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check that a run by gradients has started from them."""
-        if self.init_weights == "gora" and not run.done and not has_started(adapters):
+        if self.init_weights == "gora" and not run.done and not self.has_started(adapters):
             raise UsageError(
                 "init_weights is 'gora', but every B is still zero. In a training loop of your own, call "
                 "lit_sparse.start_from_gradients(model, method, batches) after inject, before the optimizer is made."
@@ -56,13 +82,14 @@ class Start(SparseMethod):
 
 
 def start_from_gradients(
-    model: nn.Module, method: Start, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
+    model: nn.Module, method: Method, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
 ) -> dict[str, int]:
-    """Start new adapters from the gradients of the frozen weights: GoRA.
+    """Start new adapters from the gradients of the frozen weights, averaged over some batches.
 
-    The gradients G of some batches are averaged. Layers get their ranks by their importance, the mean |W ∘ G|, from
-    half to four times ``method.rank``, under the budget of a uniform rank. B is such that scale · BA approximates a
-    step of gradient descent by the rows of a random A. The frozen weights keep their values.
+    GoRA (``init_weights: gora``): layers get their ranks by their importance, the mean |W ∘ G|, from half to four times
+    ``method.rank``, under the budget of a uniform rank. B is such that scale · BA approximates a step of gradient
+    descent by the rows of a random A. SHiRA (``mask: gradient`` and ``snip``): each layer's entries are those with the
+    largest |G| or |W ∘ G|. The frozen weights keep their values.
 
     Under the Trainer, :class:`~lit_sparse.Sparsify` calls it when training starts. In a loop of your own, call it after
     :func:`~lit_sparse.inject`, before the optimizer is made and before DDP wraps the model, which then broadcasts A and
@@ -71,40 +98,45 @@ def start_from_gradients(
 
     Args:
         model: Model with new adapters, whole, on the device and in the mode (train or eval) in which it is to compute.
-        method: The injected method. The first ``gora_batches`` batches are used.
+        method: The injected method. The first ``gora_batches`` or ``mask_batches`` batches are used.
         batches: Training batches, on the model's device.
         loss: The loss of a batch; None: ``model(**batch).loss``.
 
     Returns:
-        Full layer name to rank. Modules of this library take them from the checkpoint when they resume; a module of
-        your own must be injected with these ranks in ``overrides``.
+        Full layer name to rank, or to the number of entries. Modules of this library take ranks from the checkpoint
+        when they resume; a module of your own must be injected with these ranks in ``overrides``.
 
     Raises:
         UsageError: If the method starts otherwise, the adapters are not new, there are no batches, or gradients are
             not finite or all zero.
 
     Source:
-        He et al. 2025 (arXiv:2502.12171), Eqs. (5)–(10).
+        He et al. 2025 (arXiv:2502.12171), Eqs. (5)–(10), for GoRA; Bhardwaj et al. 2024 (arXiv:2406.13175) for SHiRA.
     """
     adapters = dict(adapters_in(model))
-    if method.init_weights != "gora":
-        raise UsageError(f"start_from_gradients is for init_weights 'gora'; {method!r} has {method.init_weights!r}.")
+    if method.gradient_start is None:
+        raise UsageError(
+            f"start_from_gradients is for init_weights 'gora', and for SHiRA's masks 'gradient' and 'snip'; {method!r} "
+            "starts without gradients."
+        )
     held = list(adapters.values())
-    if not held or has_started(held):
+    if not held or method.has_started(held):
         raise UsageError(f"{type(model).__name__} has no new adapters: inject into a freshly loaded model, then start.")
-    chosen = islice(batches, method.gora_batches)
+    chosen = islice(batches, method.start_batches)
     weights = list(dict.fromkeys(a.weight for a in held))  # in the same order in all processes, unlike a set
     gradients = _mean_gradients(model, weights, chosen, loss or (lambda batch: model(**batch).loss))
-    units = [a.copies * math.sqrt(a.in_features + a.out_features) for a in held]
-    highest = [min(a.in_features, a.out_features) for a in held]
-    ranks = allotted_ranks(_importances(held, gradients), units, [a.rank for a in held], highest)
-    for (name, adapter), rank in zip(adapters.items(), ranks, strict=True):
-        _give_rank(method, name, adapter, rank)
-        _descend(adapter, gradients[adapter.weight], method.gora_gamma)
-    return dict(zip(adapters, ranks, strict=True))
+    if not gradients:
+        raise UsageError(f"There are no training batches to start from: {method.gradient_start} needs at least one.")
+    finite = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    if not finite or not any(bool(gradient.any()) for gradient in gradients.values()):
+        raise UsageError(
+            f"The gradients of the frozen weights are not finite, or all are zero: {method.gradient_start} cannot "
+            "start from them. Check the loss on the first training batches."
+        )
+    return method.start(adapters, gradients)
 
 
-def take_ranks(model: nn.Module, method: SparseMethod, record: Any) -> None:
+def take_ranks(model: nn.Module, method: Method, record: Any) -> None:
     """Give adapters the ranks that GoRA allotted in the run of a checkpoint; of other methods they stay.
 
     Args:
@@ -113,23 +145,20 @@ def take_ranks(model: nn.Module, method: SparseMethod, record: Any) -> None:
         record: What the checkpoint says of adapters, with ``ranks`` by name. What cannot be is left to later checks.
     """
     ranks = record.get("ranks") if isinstance(record, dict) else None
-    if method.init_weights != "gora" or not isinstance(ranks, dict):
+    if not isinstance(method, SparseMethod) or method.init_weights != "gora" or not isinstance(ranks, dict):
         return
     for name, adapter in adapters_in(model):
+        if not isinstance(adapter, LowRankAdapter):
+            continue
         rank, most = ranks.get(name), min(adapter.in_features, adapter.out_features)
         if isinstance(rank, int) and 1 <= rank <= most and rank != adapter.max_rank:
             _give_rank(method, name, adapter, rank)
 
 
-def has_started(adapters: Sequence[LowRankAdapter]) -> bool:
-    """Whether any B is not zero; waits for the device."""
-    return bool(torch.stack([adapter.lora_B_t.detach().any() for adapter in adapters]).any())
-
-
 def _mean_gradients(
     model: nn.Module, weights: Sequence[Tensor], batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> dict[Tensor, Tensor]:
-    """The mean gradient of each weight over the batches of all processes, float32 in main memory."""
+    """The mean gradient of each weight over the batches of all processes, float32 in main memory; none of no batch."""
     sums = {weight: torch.zeros(weight.shape) for weight in weights}
     count = torch.zeros(1)
 
@@ -151,7 +180,7 @@ def _mean_gradients(
     device = next(iter(weights)).device
     counts = _together(count, device, dist.all_reduce)
     if not counts:
-        raise UsageError("There are no training batches to start from: init_weights 'gora' needs at least one.")
+        return {}
     return {weight: _together(total, device, dist.all_reduce) / counts for weight, total in sums.items()}
 
 
@@ -167,13 +196,10 @@ def _together(values: Tensor, device: torch.device, collective: Callable[[Tensor
 def _importances(adapters: Sequence[LowRankAdapter], gradients: Mapping[Tensor, Tensor]) -> list[float]:
     """Mean |W ∘ G| of each layer, summed over its experts; those of the first process, so that ranks are equal."""
     means = [a.copies * (a.weight.detach().cpu() * gradients[a.weight]).abs().mean() for a in adapters]
-    found = _together(torch.stack(means), adapters[0].weight.device, partial(dist.broadcast, src=0))
-    if not bool(found.isfinite().all()) or not bool(found.any()):
-        raise UsageError(
-            "The gradients of the frozen weights are not finite, or all are zero: init_weights 'gora' cannot start "
-            "from them. Check the loss on the first training batches."
-        )
-    return found.tolist()
+    found: list[float] = _together(
+        torch.stack(means), adapters[0].weight.device, partial(dist.broadcast, src=0)
+    ).tolist()
+    return found
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.placement import require_one_device
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run, Step
 
 _NOTHING = object()
@@ -59,7 +59,7 @@ class SparseSteps:
 
     def __init__(
         self,
-        method: SparseMethod,
+        method: Method,
         model: nn.Module,
         optimizer: Optimizer,
         total_steps: int | None,
@@ -157,7 +157,7 @@ class SparseSteps:
         return [float(group.get("initial_lr", group["lr"]))] * self._total
 
 
-def adapters_of(method: SparseMethod, model: nn.Module) -> dict[str, LowRankAdapter]:
+def adapters_of(method: Method, model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by name, found by type.
 
     Raises:
@@ -180,7 +180,7 @@ def adapters_of(method: SparseMethod, model: nn.Module) -> dict[str, LowRankAdap
     return adapters
 
 
-def adapter_optimizer(optimizers: Sequence[Optimizer], adapters: Mapping[str, LowRankAdapter]) -> Optimizer:
+def adapter_optimizer(optimizers: Sequence[Optimizer], adapters: Mapping[str, Adapter]) -> Optimizer:
     """The one optimizer that holds every trained parameter of the adapters.
 
     Raises:
@@ -213,13 +213,13 @@ def adapter_optimizer(optimizers: Sequence[Optimizer], adapters: Mapping[str, Lo
     return holders[0]
 
 
-def require_trained_weights(method: SparseMethod, optimizer: Optimizer) -> None:
+def require_trained_weights(method: Method, optimizer: Optimizer) -> None:
     """Refuse a schedule-free optimizer, whose ``eval()`` swaps in averaged weights that the method never zeroed.
 
     Raises:
         UsageError: If ``method`` changes weights after a step and the optimizer has a mode for evaluation.
     """
-    prunes = type(method).after_step is not SparseMethod.after_step
+    prunes = type(method).after_step is not Method.after_step
     if prunes and all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
         raise UsageError(
             f"{type(optimizer).__name__} evaluates an average of the weights it trains (its eval() swaps them), and "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import shrink
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.injection import low_rank_in
 from lit_sparse.adapters.merging import require_on
 from lit_sparse.adapters.placement import require_whole
 from lit_sparse.adapters.statistics import live_ranks, sparsity_of
@@ -60,7 +60,7 @@ def truncate(model: nn.Module, budget: float | str) -> dict[str, int]:
         PARA, "Post-Optimization Adaptive Rank Allocation for LoRA" (arXiv:2604.27796).
     """
     require_whole(model)
-    adapters = dict(adapters_in(model))
+    adapters = low_rank_in(model, "truncate cuts singular values of BA")
     if not adapters:
         raise UsageError(f"{type(model).__name__} holds no adapter to truncate. Inject a method, or call load_peft.")
     require_on(model, "truncate")

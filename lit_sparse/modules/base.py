@@ -38,7 +38,7 @@ from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.processors import chat_format_of, keep_chat_format, keep_processor, processor_of
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import checkpoint_activations, load_backbone, without_cache
@@ -90,7 +90,7 @@ class SparseModule(EvaluationLoop):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lr_schedule: LrSchedule = "linear",
         warmup: float = 0.06,

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.cloud_io import _load as load_remote
 from torch import Tensor, nn
 
 from lit_sparse._version import __version__
+from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import shrink
 from lit_sparse.adapters.frozen import frozen_sample
 from lit_sparse.adapters.injection import adapters_in
@@ -46,8 +47,8 @@ def describe(
         "version": __version__,
         "backbone": backbone,
         "method": method,
-        "ranks": {name: adapter.max_rank for name, adapter in adapters_in(model)},
-        "ranks_left": {name: adapter.rank for name, adapter in adapters_in(model)},
+        "ranks": {name: adapter.size for name, adapter in adapters_in(model)},
+        "ranks_left": {n: adapter.rank for n, adapter in adapters_in(model) if isinstance(adapter, LowRankAdapter)},
         "backbone_sample": sample,
         "progress": None if progress is None else progress.record([a for _, a in adapters_in(model)]),
         "token_rows": token_record(model),
@@ -143,8 +144,9 @@ def require_fit(
             f"The checkpoint was trained with {trained_with}, but the method here is {own}. Use the same method."
         )
     adapters = dict(adapters_in(model))
-    ranks = {name: adapter.max_rank for name, adapter in adapters.items()}
+    ranks = {name: adapter.size for name, adapter in adapters.items()}
     if saved["ranks"] != ranks:
+        what = "rank" if all(isinstance(a, LowRankAdapter) for a in adapters.values()) else "the number of entries"
         cause = f"It was trained with {saved['method']['init_args']}; use the same arguments."
         if saved["method"]["init_args"].items() <= method["init_args"].items():
             cause = (
@@ -152,13 +154,14 @@ def require_fit(
                 f", this is {backbone!r}. Give the backbone that it was trained on."
             )
         raise UsageError(
-            f"The checkpoint's adapters differ from the model's: {_difference(saved['ranks'], ranks)}. {cause}"
+            f"The checkpoint's adapters differ from the model's: {_difference(saved['ranks'], ranks, what)}. {cause}"
         )
     _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
     _require_backbone(frozen_sample(model), backbone, saved)
     for name, left in saved.get("ranks_left", {}).items():
-        if left < adapters[name].rank:
-            shrink(adapters[name], left)
+        adapter = adapters[name]
+        if isinstance(adapter, LowRankAdapter) and left < adapter.rank:
+            shrink(adapter, left)
 
 
 def _require_backbone(sample: Tensor | None, name: str, saved: Mapping[str, Any]) -> None:
@@ -200,11 +203,11 @@ def _tokens(record: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     return next((entry["texts"] or entry["ids"] for entry in record.values()), [])
 
 
-def _difference(saved: dict[str, int], own: dict[str, int]) -> str:
+def _difference(saved: dict[str, int], own: dict[str, int], what: str) -> str:
     for name in own:
         if name not in saved:
             return f"it has none at {name!r}"
         if saved[name] != own[name]:
-            return f"{name!r} has rank {saved[name]} there and {own[name]} here"
+            return f"{name!r} has {what} {saved[name]} there and {own[name]} here"
     extra = next(name for name in saved if name not in own)
     return f"it has one at {extra!r}, the model has not"

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_sparse.callbacks.measuring import Metrics
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.labels import LabelledModule
 from lit_sparse.modules.metrics import MULTI_LABEL, REGRESSION, THRESHOLD, build_metrics, predictions
 
@@ -36,7 +36,7 @@ class Classification(LabelledModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         *,
         metrics: list[str] | None = None,
         **options: Any,
@@ -116,7 +116,7 @@ class SequenceClassification(Classification):
     auto_class = AutoModelForSequenceClassification
 
     def __init__(
-        self, backbone: str | nn.Module, method: SparseMethod, *, multi_label: bool | None = None, **options: Any
+        self, backbone: str | nn.Module, method: Method, *, multi_label: bool | None = None, **options: Any
     ) -> None:
         super().__init__(backbone, method, **options)
         self.multi_label = multi_label

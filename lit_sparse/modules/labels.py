@@ -12,7 +12,7 @@ from torch import nn
 from lit_sparse.adapters.head import task_head
 from lit_sparse.errors import UsageError, listed, require_range
 from lit_sparse.interchange.snippet import labels_of
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.base import SparseModule
 
 
@@ -32,7 +32,7 @@ class LabelledModule(SparseModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         *,
         num_labels: int | None = None,
         label_names: list[str] | None = None,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lit_sparse.callbacks.measuring import Mean, Metrics
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.base import SparseModule
 from lit_sparse.modules.packing import as_model_inputs, is_packed, require_rows_apart
 
@@ -100,7 +100,7 @@ class CausalLM(LanguageModel):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         *,
         max_new_tokens: int = 64,
         num_beams: int = 1,

@@ -14,10 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.injection import adapters_in, low_rank_in
 from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 
 LrSchedule = Literal["linear", "cosine", "constant"]
 
@@ -25,7 +26,7 @@ _RATIO = "lr_ratio"
 """Key of a group whose learning rate is this multiple of the optimizer's."""
 
 
-def parameter_groups(model: nn.Module, method: SparseMethod, lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, method: Method, lr: float | None = None) -> list[dict[str, Any]]:
     """Optimizer groups of everything that is trained.
 
     Matrices have the optimizer's weight decay. Biases, the weights of norms and the rows of new tokens, which start
@@ -56,14 +57,14 @@ def parameter_groups(model: nn.Module, method: SparseMethod, lr: float | None = 
     return groups
 
 
-def relative_groups(model: nn.Module, method: SparseMethod) -> list[dict[str, Any]]:
+def relative_groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
     """The groups of :func:`parameter_groups` for :func:`make_optimizer`, which knows the optimizer's learning rate."""
     own = method.parameter_groups([adapter for _, adapter in adapters_in(model)])
     taken = {p for group in own for p in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
     rows = {layer.rows for _, layer in token_rows_in(model)}
-    ratio = method.loraplus_lr_ratio
-    raised = {adapter.lora_B_t for _, adapter in adapters_in(model)} if ratio != 1 else set()
+    ratio = method.loraplus_lr_ratio if isinstance(method, SparseMethod) else 1.0
+    raised = {a.lora_B_t for a in low_rank_in(model, "LoRA+ trains B faster").values()} if ratio != 1 else set()
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1 and p not in rows and p not in raised]},
         {"params": [p for p in rest if p in raised], _RATIO: ratio},

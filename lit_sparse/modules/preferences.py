@@ -14,7 +14,7 @@ from lit_sparse.adapters.modes import in_mode
 from lit_sparse.callbacks.measuring import Mean, Metrics
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.functional import answer_log_probabilities, dpo_loss, ipo_loss, orpo_loss, simpo_loss
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.language_modeling import CausalLM
 
 _WITH_REFERENCE = ("dpo", "ipo")
@@ -64,7 +64,7 @@ class PreferenceLM(CausalLM):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         *,
         loss: Literal["dpo", "ipo", "orpo", "simpo"] = "dpo",
         beta: float | None = None,

@@ -13,7 +13,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from lit_sparse.callbacks.measuring import Metrics
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.base import SparseModule
 
 _APART = ("question", "offsets", "null_positions", "row", "id", "context")  # columns that the model does not take
@@ -46,7 +46,7 @@ class QuestionAnswering(SparseModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         *,
         max_answer_length: int = 30,
         null_threshold: float | None = None,

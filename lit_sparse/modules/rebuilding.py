@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_sparse.errors import UsageError, reason_of
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 
 Kind = TypeVar("Kind")
 Module = TypeVar("Module", bound=nn.Module)
@@ -27,7 +27,7 @@ _CODE = ("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
-def keep_arguments(module: LightningModule, method: SparseMethod, optimizer: Any, backbone: str | None) -> None:
+def keep_arguments(module: LightningModule, method: Method, optimizer: Any, backbone: str | None) -> None:
     """Keep the arguments of a SparseModule as plain values, so that its checkpoints load with ``weights_only``.
 
     Args:
@@ -105,7 +105,7 @@ def read_hyperparameters(file: str | os.PathLike[str]) -> Any:
         raise UsageError(f"{str(file)!r} cannot be read as hyperparameters: {reason_of(error)}.") from error
 
 
-def method_record(method: SparseMethod) -> dict[str, Any]:
+def method_record(method: Method) -> dict[str, Any]:
     """Class path and arguments of a method, as a checkpoint names it."""
     return {"class_path": path_of(type(method)), "init_args": method.init_args()}
 
@@ -115,13 +115,13 @@ def path_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def saved_method(saved: Mapping[str, Any]) -> SparseMethod:
+def saved_method(saved: Mapping[str, Any]) -> Method:
     """The method that a checkpoint names by class path and arguments.
 
     Raises:
         UsageError: If its class is not known or does not take the arguments.
     """
-    kind, arguments = _named(saved, SparseMethod)
+    kind, arguments = _named(saved, Method)
     try:
         return kind(**arguments)
     except TypeError as error:

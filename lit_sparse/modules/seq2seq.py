@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 from lit_sparse.callbacks.measuring import Mean, Metrics
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 from lit_sparse.modules.language_modeling import LanguageModel, continuation
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -44,7 +44,7 @@ class Seq2SeqLM(LanguageModel):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: SparseMethod,
+        method: Method,
         *,
         max_new_tokens: int = 128,
         generate_in_fit: bool = False,

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.survey import left_out
 from lit_sparse.errors import UsageError
-from lit_sparse.methods.base import SparseMethod
+from lit_sparse.methods.method import Method
 
 
-def describe(model: nn.Module, method: SparseMethod | None = None) -> str:
+def describe(model: nn.Module, method: Method | None = None) -> str:
     """List what of ``model`` is adapted, trained whole, and left as it is.
 
     Args:
@@ -53,11 +53,14 @@ def describe(model: nn.Module, method: SparseMethod | None = None) -> str:
     )
 
 
-def _kind_of(adapter: LowRankAdapter) -> str:
+def _kind_of(adapter: Adapter) -> str:
+    shape = f"{adapter.in_features} → {adapter.out_features}"
+    if not isinstance(adapter, LowRankAdapter):
+        return f"{type(adapter).__name__.removesuffix('Linear')} {shape}, {adapter.size:,} entries"
     experts = f"{adapter.copies} × " if adapter.copies > 1 else ""
     gated = ", gated" if adapter.gate is not None else ""
     kind = type(adapter).__name__.removeprefix("LowRank")
-    return f"{kind} {experts}{adapter.in_features} → {adapter.out_features}, rank {adapter.rank}{gated}"
+    return f"{kind} {experts}{shape}, rank {adapter.rank}{gated}"
 
 
 def _table(title: str, layers: Iterable[tuple[str, str, int | None]]) -> list[str]:

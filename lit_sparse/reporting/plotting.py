@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.statistics import layer_sparsity
 from lit_sparse.callbacks.monitor import read_table
@@ -14,7 +15,7 @@ from lit_sparse.figures.canvas import save
 from lit_sparse.figures.curves import curve_figure, panels
 from lit_sparse.figures.gates import gate_figure
 from lit_sparse.figures.grid import grid_figure, rank_figure
-from lit_sparse.figures.support import support_figure
+from lit_sparse.figures.support import CELLS, support_cells, support_figure
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.stored import StoredAdapters
 
@@ -98,7 +99,7 @@ def pictures(adapters: StoredAdapters, layer: str | None) -> dict[str, Figure]:
         UsageError: If matplotlib is not installed, or there is no such layer.
     """
     chosen = adapters.layer(layer) if adapters.layers or layer is not None else None
-    found = {"ranks": rank_figure(adapters.table)}
+    found = {"ranks": rank_figure(adapters.table)} if any(layer.max_rank for layer in adapters.table) else {}
     if adapters.layers:
         norms = {name: float(factors.change_norms.norm()) for name, factors in adapters.layers.items()}
         found["change"] = grid_figure(norms, "Frobenius norm of ΔW", "norm", max(norms.values()), "{:.2g}")
@@ -111,9 +112,12 @@ def pictures(adapters: StoredAdapters, layer: str | None) -> dict[str, Figure]:
     return found
 
 
-def _support(layer: LayerFactors) -> Figure:
-    """The support of one layer's BA; of experts, that of the expert with the largest change."""
+def _support(layer: LayerFactors | LayerEntries) -> Figure:
+    """The support of one layer's change; of experts, that of the expert with the largest change."""
+    if isinstance(layer, LayerEntries):
+        return support_figure(layer.name, layer.shape, *layer.cells(CELLS))
     expert = int(layer.change_norms.argmax())
     A, B_t = (matrix.split(layer.ranks)[expert] for matrix in (layer.lora_A, layer.scaled_lora_B_t()))
     which = f", expert {expert} of {len(layer.ranks)}" if len(layer.ranks) > 1 else ""
-    return support_figure(f"{layer.name}{which}", A, B_t)
+    shape = (layer.out_features, layer.in_features)
+    return support_figure(f"{layer.name}{which}", shape, *support_cells(A, B_t, CELLS))

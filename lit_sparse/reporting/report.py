@@ -30,7 +30,7 @@ _CAPTIONS = {
     "change": ("Where the model changes", "A layer may keep many ranks and change little, or the other way round."),
     "curves": ("The run", "What was logged; the dotted line is the step of this checkpoint."),
     "gates": ("Gates", "A rank whose gate is exactly zero adds nothing and is dropped on export."),
-    "support": ("Entries of ΔW", "Blank where no rank reaches: merging leaves those weights untouched, bit for bit."),
+    "support": ("Entries of ΔW", "Blank where nothing is added: merging leaves those weights untouched, bit for bit."),
 }
 _WIDE = 9.0  # inches; a wider figure takes a row of the page to itself
 
@@ -67,6 +67,7 @@ def write_page(adapters: StoredAdapters, drawn: Mapping[str, Figure], output: Pa
     )
     environment.filters["breakable"] = lambda name: escape(name).replace(".", Markup(".<wbr>"))
     table = table_of(adapters)
+    ranked = any(max_rank for _, max_rank, _ in table.rows.values())
     text = environment.get_template("page.html").render(
         title=_title(adapters),
         adapters=adapters,
@@ -75,9 +76,10 @@ def write_page(adapters: StoredAdapters, drawn: Mapping[str, Figure], output: Pa
         tiles=_tiles(adapters),
         figures=list(_figures(adapters, drawn)),
         table=table,
+        ranked=ranked,
         heads=[
             ("layer", "name of the layer"),
-            ("rank", "live ranks, of those at the start"),
+            *([("rank", "live ranks, of those at the start")] if ranked else []),
             *((column.head, column.meaning) for column in table.columns),
         ],
         common=common_start(table.rows),
@@ -108,18 +110,19 @@ def _facts(adapters: StoredAdapters) -> dict[str, str | None]:
 def _tiles(adapters: StoredAdapters) -> list[dict[str, Any]]:
     together, layers = totals(adapters), len(adapters.table)
     empty = f"{together.empty_layers} of {layers} layers have none" if together.empty_layers else f"in {layers} layers"
-    factors = adapters.layers.values()
-    held = sum(len(f.ranks) * f.max_rank * (f.in_features + f.out_features) for f in factors)
+    held = sum(layer.start_size for layer in adapters.layers.values())
     remaining = together.remaining_parameters
-    of_all = f"of {_short(held)} in A and B at the start" if held else "entries of A and B that are not zero"
+    of_all = f"of {_short(held)} at the start" if held else "entries that are not zero"
     tiles: list[tuple[str, str, str, float | None]] = [
         (name.replace("_", " "), f"{score:.4g}", f"logged at step {step:,}", None)
         for name, (step, score) in list(scores(adapters.curves, adapters.step).items())[:2]
     ]
+    if together.max_rank:
+        share = together.rank / together.max_rank
+        tiles.append(("ranks left", f"{together.rank}", f"of {together.max_rank}; {empty}", share))
     tiles += [
-        ("ranks left", f"{together.rank}", f"of {together.max_rank}; {empty}", together.rank / together.max_rank),
         ("parameters left", _short(remaining), of_all, remaining / held if held else None),
-        ("weights changed", f"{100 * together.changed:.3g} %", "of the adapted weights, by BA", together.changed),
+        ("weights changed", f"{100 * together.changed:.3g} %", "of the adapted weights", together.changed),
     ]
     if together.nbytes is not None:
         words = f"{_size(4 * remaining)} in what is left, as float32"

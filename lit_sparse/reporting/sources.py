@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.patterns import NamePatterns
-from lit_sparse.adapters.statistics import sparsity_of_layer
+from lit_sparse.adapters.statistics import parts_of, sparsity_of_layer
 from lit_sparse.callbacks.monitor import read_table
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.stored_folder import read_factors
-from lit_sparse.methods.base import names_layer
+from lit_sparse.methods.method import names_layer
 from lit_sparse.methods.progress import Progress, Trained
 from lit_sparse.modules.checkpoint import KEY, PREFIX, load
 from lit_sparse.modules.rebuilding import read_hyperparameters
@@ -82,17 +83,17 @@ def _contents(folder: Path) -> str:
     return f"it has {names[:6]}" if names else "it is empty"
 
 
-def _with_factors(layers: dict[str, LayerFactors], **entries: Any) -> StoredAdapters:
+def _with_layers(layers: dict[str, LayerFactors | LayerEntries], **entries: Any) -> StoredAdapters:
     return StoredAdapters(table=[sparsity_of_layer(layer) for layer in layers.values()], layers=layers, **entries)
 
 
 def _read_model(model: nn.Module) -> StoredAdapters:
-    layers = {name: LayerFactors.of(name, adapter) for name, adapter in adapters_in(model)}
+    layers = {name: parts_of(name, adapter) for name, adapter in adapters_in(model)}
     if not layers:
         raise UsageError(f"{type(model).__name__} holds no adapter. Inject a method first.")
     backbone = getattr(model, "name_or_path", None) or getattr(model, "backbone", None)
     named = backbone if isinstance(backbone, str) else None
-    return _with_factors(layers, name=type(model).__name__, kind="a model", backbone=named)
+    return _with_layers(layers, name=type(model).__name__, kind="a model", backbone=named)
 
 
 def _read_checkpoint(path: Path) -> StoredAdapters:
@@ -102,9 +103,11 @@ def _read_checkpoint(path: Path) -> StoredAdapters:
     record = checkpoint.get(KEY, {})
     layers = _layers_of({**checkpoint["state_dict"], **_computed_gates(checkpoint)}, record, path)
     if not layers:
-        raise UsageError(f"{str(path)!r} holds no adapters: no lora_A and lora_B_t in its state_dict.")
+        raise UsageError(
+            f"{str(path)!r} holds no adapters: no lora_A and lora_B_t, and no values and indices, in its state_dict."
+        )
     logged = find_metrics(path)
-    return _with_factors(
+    return _with_layers(
         layers,
         name=str(path),
         kind="a checkpoint",
@@ -123,15 +126,20 @@ def _computed_gates(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {f"{name}.gate": gate for name, gate in found[0].items()} if found else {}
 
 
-def _layers_of(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path) -> dict[str, LayerFactors]:
+def _layers_of(
+    weights: Mapping[str, Tensor], record: Mapping[str, Any], path: Path
+) -> dict[str, LayerFactors | LayerEntries]:
     """The adapters in a state_dict, each under one of its names."""
     # A layer that the module holds under several names is stored under each; our record has one of them.
     names = record.get("ranks") or _once(weights)
     left: Mapping[str, int] = record.get("ranks_left") or record.get("ranks") or {}
     arguments = record.get("method", {}).get("init_args", {})
     known = NamePatterns(f"{path}: overrides")
-    layers = {}
+    layers: dict[str, LayerFactors | LayerEntries] = {}
     for name in names:
+        if f"{name}.indices" in weights:
+            layers[name] = _entries(name, weights, path)
+            continue
         A, B_t = weights.get(f"{name}.lora_A"), weights.get(f"{name}.lora_B_t")
         if A is None or B_t is None or A.ndim != 2 or A.shape[0] != B_t.shape[0]:
             raise UsageError(f"{str(path)!r} holds no matching lora_A and lora_B_t of {name!r}: it is damaged.")
@@ -152,12 +160,20 @@ def _layers_of(weights: Mapping[str, Tensor], record: Mapping[str, Any], path: P
     return layers
 
 
+def _entries(name: str, weights: Mapping[str, Tensor], path: Path) -> LayerEntries:
+    values, indices, shape = (weights.get(f"{name}.{part}") for part in ("values", "indices", "shape"))
+    if values is None or indices is None or shape is None or values.shape != indices.shape or shape.numel() != 2:
+        raise UsageError(f"{str(path)!r} holds no matching values, indices and shape of {name!r}: it is damaged.")
+    rows, columns = shape.tolist()
+    return LayerEntries(name=name, indices=indices, values=values, shape=(rows, columns))
+
+
 def _once(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Names of layers with an A to its number of rows; the first name where several share one tensor."""
+    """Names of layers with an A, or with values at indices, to its length; the first where several share one tensor."""
     found: dict[object, tuple[str, int]] = {}
     for key, tensor in weights.items():
         name, _, last = key.rpartition(".")
-        if last == "lora_A":
+        if last == "lora_A" or (last == "values" and f"{name}.indices" in weights):
             found.setdefault(tensor.data_ptr() or name, (name, tensor.shape[0]))
     return dict(found.values())
 
@@ -195,7 +211,7 @@ def _read_sparse(path: Path) -> StoredAdapters:
 def _from_folder(
     path: Path,
     kind: str,
-    layers: Mapping[str, LayerFactors],
+    layers: Mapping[str, LayerFactors | LayerEntries],
     method: str | None,
     arguments: Mapping[str, Any],
     backbone: str | None,
@@ -204,7 +220,7 @@ def _from_folder(
     trained = entries.get("trained")
     ranks, weights = (trained.get("ranks"), trained.get("weights")) if isinstance(trained, dict) else (None, None)
     counted = isinstance(ranks, int) and isinstance(weights, int) and weights > 0
-    return _with_factors(
+    return _with_layers(
         {name: layers[name] for name in sorted(layers, key=_by_numbers)},
         name=str(path),
         kind=kind,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.adapters.statistics import LayerSparsity
@@ -25,7 +26,7 @@ class StoredAdapters:
         name: The source as the user named it.
         kind: What the source is, for a sentence.
         table: What is left of each layer.
-        layers: Full layer name to A, B and gate; empty where only a table is stored.
+        layers: Full layer name to A, B and gate, or to changed entries; empty where only a table is stored.
         method: Class name of the method, if it is known.
         arguments: The method's arguments.
         backbone: Name of the backbone, if it is known.
@@ -38,7 +39,7 @@ class StoredAdapters:
     name: str
     kind: str
     table: list[LayerSparsity]
-    layers: dict[str, LayerFactors] = field(default_factory=dict)
+    layers: dict[str, LayerFactors | LayerEntries] = field(default_factory=dict)
     method: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     backbone: str | None = None
@@ -52,7 +53,7 @@ class StoredAdapters:
         """The gates of all layers that have gates."""
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 
-    def layer(self, name: str | None) -> LayerFactors:
+    def layer(self, name: str | None) -> LayerFactors | LayerEntries:
         """Find a layer.
 
         Args:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.adapters.naming import common_start
 from lit_sparse.adapters.statistics import LayerSparsity, live_ranks
@@ -28,7 +29,7 @@ class Column:
 
     head: str
     meaning: str
-    value: Callable[[LayerSparsity, LayerFactors | None], float | None]
+    value: Callable[[LayerSparsity, LayerFactors | LayerEntries | None], float | None]
     form: str
 
     def cell(self, value: float | None) -> str:
@@ -36,11 +37,15 @@ class Column:
         return UNKNOWN if value is None else self.form.format(value)
 
 
-def _norm(factors: LayerFactors | None, part: Literal["lora_A", "lora_B_t"]) -> float | None:
-    return None if factors is None else float(getattr(factors, part)[live_ranks(factors)].double().norm())
+def _norm(factors: LayerFactors | LayerEntries | None, part: Literal["lora_A", "lora_B_t"]) -> float | None:
+    return (
+        None
+        if not isinstance(factors, LayerFactors)
+        else float(getattr(factors, part)[live_ranks(factors)].double().norm())
+    )
 
 
-def _change(factors: LayerFactors | None) -> float | None:
+def _change(factors: LayerFactors | LayerEntries | None) -> float | None:
     return None if factors is None else float(factors.change_norms.norm())
 
 
@@ -48,13 +53,18 @@ _COLUMNS = (
     Column("alpha", "numerator of the scale", lambda _, f: None if f is None else f.alpha, "{:g}"),
     Column("A", "share of A that is not zero", lambda layer, _: layer.density_A, "{:.3f}"),
     Column("B", "share of B that is not zero", lambda layer, _: layer.density_B, "{:.3f}"),
-    Column("BA", "share of the frozen weight that BA can change", lambda layer, _: layer.density_BA, "{:.3f}"),
+    Column("BA", "share of the frozen weight that can change", lambda layer, _: layer.density_BA, "{:.3f}"),
     Column("bound", "upper bound of that share (RoseLoRA's Prop. 1)", lambda x, _: x.density_BA_bound, "{:.3f}"),
     Column("|A|", "Frobenius norm of A in live ranks", lambda _, f: _norm(f, "lora_A"), "{:#.3g}"),
     Column("|B|", "Frobenius norm of B in live ranks", lambda _, f: _norm(f, "lora_B_t"), "{:#.3g}"),
-    Column("|ΔW|", "Frobenius norm of scale · B diag(gate) A", lambda _, f: _change(f), "{:#.3g}"),
+    Column("|ΔW|", "Frobenius norm of the change, such as scale · B diag(gate) A", lambda _, f: _change(f), "{:#.3g}"),
     Column("left", "remaining parameters", lambda layer, _: layer.remaining_parameters, "{:,d}"),
-    Column("bytes", "stored size of A, B and gate", lambda _, f: None if f is None else f.nbytes, "{:,d}"),
+    Column(
+        "bytes",
+        "stored size of A, B and gate, or of values and places",
+        lambda _, f: None if f is None else f.nbytes,
+        "{:,d}",
+    ),
 )
 
 
@@ -90,7 +100,7 @@ class Totals:
     Args:
         rank: Live ranks.
         max_rank: Ranks at the start.
-        empty_layers: Layers without any live rank.
+        empty_layers: Layers without any live rank or changed entry.
         remaining_parameters: Non-zero entries of A and B in live ranks.
         changed: Share of the adapted weights that BA can change.
         nbytes: Stored size of A, B and gates; None if only a table is stored.
@@ -111,7 +121,7 @@ def totals(adapters: StoredAdapters) -> Totals:
     return Totals(
         rank=sum(layer.rank for layer in layers),
         max_rank=began.ranks,
-        empty_layers=sum(layer.rank == 0 for layer in layers),
+        empty_layers=sum(layer.remaining_parameters == 0 for layer in layers),
         remaining_parameters=sum(layer.remaining_parameters for layer in layers),
         changed=sum(layer.density_BA * layer.adapted_parameters for layer in layers) / began.weights,
         nbytes=sum(layer.nbytes for layer in adapters.layers.values()) if adapters.layers else None,
@@ -122,13 +132,14 @@ def text_table(adapters: StoredAdapters) -> str:
     """The table and its totals as lines of text."""
     table, together = table_of(adapters), totals(adapters)
     common = common_start(table.rows)
-    lines = [["layer", "rank", *(column.head for column in table.columns)]]
+    ranked = together.max_rank > 0
+    lines = [["layer", *(["rank"] if ranked else []), *(column.head for column in table.columns)]]
     for name, (rank, max_rank, values) in table.rows.items():
         cells = [column.cell(value) for column, value in zip(table.columns, values, strict=True)]
-        lines.append([name[len(common) :], f"{rank}/{max_rank}", *cells])
+        lines.append([name[len(common) :], *([f"{rank}/{max_rank}"] if ranked else []), *cells])
     last = {"left": together.remaining_parameters, "bytes": together.nbytes}
     sums = [f"{last[column.head]:,}" if column.head in last else "" for column in table.columns]
-    lines.append(["all layers", f"{together.rank}/{together.max_rank}", *sums])
+    lines.append(["all layers", *([f"{together.rank}/{together.max_rank}"] if ranked else []), *sums])
     written = aligned(lines)
     rule = "─" * max(map(len, written))
     return "\n".join(
@@ -170,7 +181,7 @@ def notes(adapters: StoredAdapters) -> list[str]:
     found = []
     if not adapters.layers:
         found.append("Norms, gates and the support of BA are not in the logs: give a checkpoint to see them.")
-    elif any(layer.scale is None for layer in adapters.layers.values()):
+    elif any(isinstance(layer, LayerFactors) and layer.scale is None for layer in adapters.layers.values()):
         found.append("The file names no scale and no experts: norms of BA are without it, and a layer is one matrix.")
     if adapters.arguments.get("init_weights") == "pissa":
         found.append("PiSSA changed the frozen weights at the start, beyond what is counted here.")

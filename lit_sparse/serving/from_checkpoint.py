@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.injection import low_rank_in
 from lit_sparse.adapters.statistics import live_ranks_of_all
 from lit_sparse.data.quickstart import hub_id, resolve
 from lit_sparse.errors import UsageError
@@ -212,7 +212,7 @@ def _provenance(checkpoint: Mapping[str, Any], module: SparseModule, license_nam
 
 def _truncated(model: nn.Module, budget: float | str) -> str:
     """Truncate the adapters; a clause for the card and the report."""
-    adapters = [adapter for _, adapter in adapters_in(model)]
+    adapters = list(low_rank_in(model, "budget cuts singular values of BA").values())
     before = int(live_ranks_of_all(adapters).sum())
     truncate(model, budget)
     return (

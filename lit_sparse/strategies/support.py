@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter
 from lit_sparse.errors import UsageError
 from lit_sparse.strategies.sharded import ReplicatedAdapters
 
@@ -52,7 +52,7 @@ def require_exact(strategy: Strategy) -> None:
     )
 
 
-def keep_buffers_local(model: nn.Module | None, adapters: Iterable[tuple[str, LowRankAdapter]]) -> None:
+def keep_buffers_local(model: nn.Module | None, adapters: Iterable[tuple[str, Adapter]]) -> None:
     """Keep DDP from broadcasting the buffers of adapters, such as sensitivities, before every forward pass.
 
     Every process computes the same buffers from synchronized gradients; they are as large as the adapters.

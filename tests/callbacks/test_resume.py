@@ -29,6 +29,7 @@ from lit_sparse.callbacks.resume import GRADIENTS, RANDOM_STATES
 METHODS = {
     "SoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.03, "dropout": 0.2, "freeze_zero_after": 3},
     "RoseLoRA": {"rank": 4, "density": 0.2, "begin": 0.1, "end": 0.6, "dropout": 0.2},
+    "SHiRA": {"changed": 0.1, "mask": "snip", "mask_batches": 3},
 }
 BATCHES, EPOCHS = 9, 4  # an odd number of batches: the last step of an epoch has one batch instead of two
 
@@ -131,7 +132,9 @@ def logged(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "compact"), [("SoRA", False), ("RoseLoRA", False), ("SoRA", True)])
+@pytest.mark.parametrize(
+    ("method", "compact"), [("SoRA", False), ("RoseLoRA", False), ("SHiRA", False), ("SoRA", True)]
+)
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(method, compact, project):
     """Dropout, shuffled rows, accumulation over two batches, validations and checkpoints in the middle of epochs."""
     name = f"{method}{compact}"

@@ -21,15 +21,20 @@ METHODS = [
     ls.RoseLoRA(rank=4, density=0.2, begin=1, end=6),
     ls.LoRA(rank=2, init_weights="gora", gora_batches=2),
     ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.2, begin=0.0, end=0.5, loraplus_lr_ratio=3.0),
+    ls.SHiRA(changed=0.1, mask="random"),
+    ls.SHiRA(changed=0.1, mask="snip", mask_batches=2),
+    ls.LIFT(changed=0.1, filter_rank=4, update_every=3),
 ]
 BUFFERS = {  # beside the parameters
     "LoRA": set(),
     "SoRA": {"steps_at_zero"},
     "RoseLoRA": {"sensitivity_A", "sensitivity_B_t"},
     "GatedRoseLoRA": {"sensitivity_A", "sensitivity_B_t"},
+    "SHiRA": {"indices", "shape"},
+    "LIFT": {"indices", "shape"},
 }
 by_method = pytest.mark.parametrize(
-    "method", METHODS, ids=lambda method: f"{type(method).__name__}-{method.init_weights}"
+    "method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'mask', method.init_weights)}"
 )
 
 
@@ -65,7 +70,8 @@ def logits_of(module, loader):
 def test_a_checkpoint_holds_what_is_trained_and_nothing_frozen(method, tiny_bert, saved):
     module = classifier(tiny_bert, method)
     checkpoint = torch.load(saved(module), weights_only=True)
-    own = {"lora_A", "lora_B_t", *(["gate"] if method.gated else []), *BUFFERS[type(method).__name__]}
+    factors = {"lora_A", "lora_B_t", *(["gate"] if method.gated else [])}
+    own = (factors if isinstance(method, ls.SparseMethod) else {"values"}) | BUFFERS[type(method).__name__]
     adapters = {f"{name}.{part}" for name, _ in ls.adapters_in(module) for part in own}
     assert len(adapters) == 13 * len(own)
     head = {"model.classifier.weight", "model.classifier.bias"}

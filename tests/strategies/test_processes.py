@@ -60,6 +60,45 @@ def test_every_strategy_equals_one_process(arch: str) -> None:
         assert pruned, case
 
 
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_single_entries_are_trained_alike_by_every_strategy_and_resumed(arch: str) -> None:
+    case = {"arch": arch, "method": "shira", "steps": 20}
+    start(1, [{**case, "strategy": "auto", "tag": "alone"}])
+    saved = [{**case, "strategy": s, "tag": s, "save_at": 10, "save": f"{s}.ckpt"} for s in STRATEGIES]
+    start(2, [*saved, {**case, "strategy": "fsdp2", "tag": "resumed", "resume": "ddp.ckpt"}])
+    for tag in (*STRATEGIES, "resumed"):
+        first, second, alone = final(tag, 0), final(tag, 1), final("alone")
+        assert difference(first, second) == 0, tag
+        assert difference(first, alone) <= 1e-6, tag
+    assert all(bool(value.any()) for name, value in final("alone").items() if name.endswith("values"))
+
+
+def test_entries_of_the_rank_reduced_weight_are_trained_alike_and_move_alike() -> None:
+    cases = [{"arch": "bert", "method": method, "steps": 12} for method in ("lift", "lift_moving")]
+    start(1, [{**case, "strategy": "auto", "tag": f"alone_{case['method']}"} for case in cases])
+    fixed = [{**cases[0], "strategy": s, "tag": s} for s in STRATEGIES]
+    saved = {**cases[1], "strategy": "ddp", "tag": "moving", "save_at": 7, "save": "lift.ckpt"}
+    start(2, [*fixed, saved, {**cases[1], "strategy": "ddp", "tag": "resumed", "resume": "lift.ckpt"}])
+    for tag in (*STRATEGIES, "moving"):
+        alone = final("alone_lift_moving" if tag == "moving" else "alone_lift")
+        assert difference(final(tag, 0), final(tag, 1)) == 0, tag
+        assert difference(final(tag), alone) <= 1e-6, tag
+    assert difference(final("moving"), final("resumed")) == 0
+    with pytest.raises(AssertionError, match="update_every decomposes whole weights, which FSDP shards"):
+        start(2, [{**cases[1], "strategy": "fsdp2", "tag": "refused"}])
+
+
+def test_processes_choose_entries_by_the_gradients_of_all_their_batches() -> None:
+    case = {"arch": "bert", "method": "shira_snip", "steps": 6}
+    start(1, [{**case, "strategy": "auto", "tag": "alone"}])
+    saved = {**case, "strategy": "ddp", "tag": "ddp", "save_at": 3, "save": "snip.ckpt"}
+    start(2, [saved, {**case, "strategy": "ddp", "tag": "resumed", "resume": "snip.ckpt"}])
+    assert difference(final("ddp", 0), final("ddp", 1)) == 0
+    assert difference(final("ddp"), final("resumed")) == 0
+    with pytest.raises(AssertionError, match="mask 'snip' needs the gradients of whole weights, which FSDP shards"):
+        start(2, [{**case, "strategy": "fsdp2", "tag": "refused"}])
+
+
 def test_compiled_blocks_are_sharded_and_compacted() -> None:
     case = {"arch": "llama", "method": "refit", "steps": 30}
     compiled = {**case, "compile": {"backend": "aot_eager"}}
