@@ -21,7 +21,8 @@ class DeltaLinear(ReplacesLayer):
 
     The values are float32 or better. In half precision, W0 and a value are added before they are rounded, as in
     training with float32 master weights, so that merging changes no output. ΔW is never dense between two layers: a
-    pass forms the weight of its layer, and drops it. (A compiler keeps that weight for the backward pass.)
+    pass forms the weight of its layer, and drops it. (Where the frozen layer has hooks, and in compiled graphs, torch
+    keeps that weight for the backward pass.)
 
     Args:
         base: Frozen ``nn.Linear`` or ``Conv1D``, not quantized.
