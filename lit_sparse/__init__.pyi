@@ -20,6 +20,7 @@ from lit_sparse.callbacks.compaction import CompactRanks as CompactRanks
 from lit_sparse.callbacks.ending import summary as summary
 from lit_sparse.callbacks.finite_loss import FiniteLoss as FiniteLoss
 from lit_sparse.callbacks.forgetting import ForgettingProbe as ForgettingProbe
+from lit_sparse.callbacks.forgetting_cap import ForgettingCap as ForgettingCap
 from lit_sparse.callbacks.monitor import SparsityMonitor as SparsityMonitor
 from lit_sparse.callbacks.predictions import PredictionWriter as PredictionWriter
 from lit_sparse.callbacks.replicas import VerifyReplicas as VerifyReplicas

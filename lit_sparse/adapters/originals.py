@@ -64,6 +64,15 @@ def originals(model: nn.Module) -> Iterator[None]:
             holder[name] = current
 
 
+def trained_and_original(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each fully trained tensor, once, with the value from before injection.
+
+    Raises:
+        UsageError: If these values are not known.
+    """
+    return list({id(current): (current, original) for _, _, current, original in _swaps(model)}.values())
+
+
 @torch.no_grad()
 def restore_originals(model: nn.Module) -> None:
     """Give fully trained modules the values and dtypes from before injection, for good.

@@ -16,6 +16,7 @@ from torch import nn
 from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.naming import common_start, places
 from lit_sparse.adapters.statistics import LayerSparsity, layer_sparsity
+from lit_sparse.callbacks.forgetting_cap import ForgettingCap
 from lit_sparse.callbacks.sparsify import Sparsify, progress_of
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
@@ -46,6 +47,7 @@ def print_ending(
     lines = [f"The run ended at {sentence(progress, layers)}." if progress else f"{left(layers)}."]
     goals = (callback.method.goal(adapters) for callback in callbacks_of(trainer, Sparsify))
     lines += [goal for goal in goals if goal is not None]
+    lines += [cap.report for cap in callbacks_of(trainer, ForgettingCap) if cap.report is not None]
     metrics = [f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if name[:3] == "val"]
     if metrics:
         lines.append(f"The last validation: {', '.join(metrics[:_MOST_METRICS])}.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -90,13 +91,21 @@ class ForgettingProbe(Callback):
         self.before = state_dict["before"]
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        with self._attached(trainer):
+            return self.measure(pl_module, self._batches(trainer), self.data)
+
+    @contextmanager
+    def _attached(self, trainer: Trainer) -> Iterator[None]:
         self.data.trainer = trainer  # the tokenizer may be that of the module's backbone
         try:
-            loaders = self._loaders(trainer)
-            several = loaders if isinstance(loaders, list | tuple) else [loaders]
-            return self.measure(pl_module, (batch for loader in several for batch in loader), self.data)
+            yield
         finally:
             self.data.trainer = None
+
+    def _batches(self, trainer: Trainer) -> Iterable[Any]:
+        loaders = self._loaders(trainer)
+        several = loaders if isinstance(loaders, list | tuple) else [loaders]
+        return (batch for loader in several for batch in loader)
 
     def _loaders(self, trainer: Trainer) -> Any:
         data, during = self.data, trainer.state.fn

@@ -1,4 +1,4 @@
-"""What several callbacks need: find other callbacks, come last among them, act once per optimizer step."""
+"""What several callbacks need: find other callbacks, come first or last, act once per optimizer step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def callbacks_of(trainer: Trainer, kind: type[_Kind]) -> list[_Kind]:
 def move_last(trainer: Trainer, callback: Callback) -> None:
     """Move a callback to the end of the Trainer's list, so that its hooks run after those of the others."""
     trainer.callbacks = [*(c for c in trainer.callbacks if c is not callback), callback]  # type: ignore[attr-defined]
+
+
+def move_first(trainer: Trainer, callback: Callback) -> None:
+    """Move a callback to the start of the Trainer's list, so that its hooks run before those of the others."""
+    trainer.callbacks = [callback, *(c for c in trainer.callbacks if c is not callback)]  # type: ignore[attr-defined]
 
 
 class StepCallback(Callback):

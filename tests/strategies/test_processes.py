@@ -99,6 +99,26 @@ def test_processes_choose_entries_by_the_gradients_of_all_their_batches() -> Non
         start(2, [{**case, "strategy": "fsdp2", "tag": "refused"}])
 
 
+def test_a_cap_of_forgetting_binds_alike_in_all_processes() -> None:
+    cases = [
+        {"arch": "llama", "method": method, "steps": 20, "tolerance": 0.003, "tag": method}
+        for method in ("sora", "roselora")
+    ]
+    start(1, [{**case, "strategy": "auto", "tag": f"alone_{case['tag']}"} for case in cases])
+    runs = [{**c, "strategy": s, "tag": f"{s}_{c['tag']}"} for c in cases for s in STRATEGIES]
+    saved = {**cases[0], "strategy": "fsdp2", "tag": "saved", "save_at": 12, "save": "capped.ckpt"}
+    start(2, [*runs, saved, {**saved, "tag": "resumed", "save_at": 0, "resume": "capped.ckpt"}])
+    for case, strategy in itertools.product(cases, STRATEGIES):
+        alone, tag = final(f"alone_{case['tag']}"), f"{strategy}_{case['tag']}"
+        first, second = (json.loads(Path(f"{tag}_{process}.json").read_text()) for process in (0, 1))
+        assert first == second, tag
+        assert first[1] < 1, tag
+        assert difference(final(tag, 0), final(tag, 1)) == 0, tag
+        assert difference(final(tag), alone) <= 1e-6, tag
+        assert zeros_differ(final(tag), alone) == [], tag
+    assert difference(final("saved"), final("resumed")) == 0
+
+
 def test_compiled_blocks_are_sharded_and_compacted() -> None:
     case = {"arch": "llama", "method": "refit", "steps": 30}
     compiled = {**case, "compile": {"backend": "aot_eager"}}

@@ -12,6 +12,7 @@ from datasets import Dataset
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -49,6 +50,15 @@ STRATEGIES: dict[str, Any] = {
     "fsdp2": ls.SparseFSDP2Strategy,
     "fsdp2_offload": lambda: ls.SparseFSDP2Strategy(cpu_offload=True),
 }
+
+
+class OtherRows(L.LightningDataModule):
+    """What is not trained on: rows in an order of their own, with labels for every model."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        tokens = torch.randint(2, 64, (6, 8), generator=torch.Generator().manual_seed(2))
+        rows = [{"input_ids": row, "labels": row} for row in tokens]
+        return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
 
 
 class InOrder(RowData):
@@ -221,6 +231,8 @@ def main(run: dict[str, Any]) -> None:
         callbacks.append(SaveAt(run["save_at"], run["save"]))
     if "traffic" in run:
         callbacks.append(CountTraffic(run["traffic"]))
+    if "tolerance" in run:
+        callbacks.append(ls.ForgettingCap(OtherRows(), run["tolerance"]))
     if "compact_every" in run:
         callbacks.append(ls.CompactRanks(run["compact_every"]))
     trainer = L.Trainer(
@@ -243,6 +255,10 @@ def main(run: dict[str, Any]) -> None:
     data = packed_rows(run["rows"], run["tokenizer"], batch) if "rows" in run else InOrder(GLOBAL_BATCH * steps, batch)
     trainer.fit(module, datamodule=data, ckpt_path=run.get("resume"))
     assert trainer.global_step == steps
+    if "tolerance" in run:
+        Path(f"{run['tag']}_{trainer.global_rank}.json").write_text(
+            json.dumps([callbacks[-1].after, callbacks[-1].scale])
+        )
     state = {clean_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
     state |= {f"{n}.{own}": b for n, a in ls.adapters_in(module) for own, b in a.named_buffers(recurse=False)}
     torch.save(state, f"{run['tag']}_{trainer.global_rank}.pt")
