@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.callbacks.measuring import measured
 from lit_sparse.errors import UsageError, require_choice
+from lit_sparse.strategies.support import root_gathered
 
 Measure = Callable[[LightningModule, Iterable[Any], LightningDataModule], dict[str, float]]
 """A function of module, batches and their data module that returns metrics by name."""
@@ -91,7 +92,7 @@ class ForgettingProbe(Callback):
         self.before = state_dict["before"]
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        with self._attached(trainer):
+        with self._attached(trainer), root_gathered(trainer.strategy.model):
             return self.measure(pl_module, self._batches(trainer), self.data)
 
     @contextmanager

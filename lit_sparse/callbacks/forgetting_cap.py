@@ -21,6 +21,7 @@ from lit_sparse.callbacks.forgetting import ForgettingProbe, Measure
 from lit_sparse.callbacks.measuring import measured
 from lit_sparse.callbacks.support import callbacks_of, move_first
 from lit_sparse.errors import TrainingError, UsageError, require_range
+from lit_sparse.strategies.support import root_gathered
 
 _PASSES = 16
 """Most measurements of one bisection: it finds factors down to 2⁻¹⁶."""
@@ -236,7 +237,8 @@ class ForgettingCap(ForgettingProbe):
 
         def validated() -> dict[str, float]:
             batches = (b for loader, limit in zip(flat, limits, strict=True) for b in islice(loader, limit))
-            return measured(pl_module, batches, data, sharded=True)
+            with root_gathered(trainer.strategy.model):
+                return measured(pl_module, batches, data, sharded=True)
 
         way = WayBack(pl_module)
         way.go(1 + 1 / self.scale)

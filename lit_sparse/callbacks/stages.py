@@ -20,6 +20,7 @@ from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.figures.canvas import save
 from lit_sparse.figures.stages import stage_figure
 from lit_sparse.functional import threshold_stages
+from lit_sparse.strategies.support import root_gathered
 
 _MATPLOTLIB = RequirementCache("matplotlib")
 
@@ -167,7 +168,8 @@ class ThresholdStages(Callback):
                 f"Stage {stage + 1} ended without a validation: lower the Trainer's check_val_every_n_epoch."
             )
         batches, data = trainer.train_dataloader or (), getattr(trainer, "datamodule", None)
-        trained = measured(pl_module, batches, data, sharded=True)
+        with root_gathered(trainer.strategy.model):
+            trained = measured(pl_module, batches, data, sharded=True)
         self.rows.append({**self._best, **{f"train_{name}": value for name, value in trained.items()}})
         if trainer.is_global_zero:
             self._write()

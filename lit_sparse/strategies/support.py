@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_sparse.adapters.base import Adapter
@@ -50,6 +52,22 @@ def require_exact(strategy: Strategy) -> None:
         f"Sparse updates are not tested under {type(strategy).__name__}. Use a single device, ddp, or "
         f"{' or '.join(REPLACED.values())}."
     )
+
+
+def root_gathered(model: nn.Module | None) -> AbstractContextManager[None]:
+    """Let a module be called outside of the Trainer's steps, under any strategy.
+
+    FSDP gathers weights outside of the blocks, such as embeddings, only when its wrapper is called.
+
+    Args:
+        model: The module as the strategy wrapped it.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        whole: AbstractContextManager[None] = FullyShardedDataParallel.summon_full_params(
+            model, recurse=False, writeback=False
+        )
+        return whole
+    return nullcontext()
 
 
 def keep_buffers_local(model: nn.Module | None, adapters: Iterable[tuple[str, Adapter]]) -> None:
