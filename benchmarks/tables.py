@@ -24,7 +24,7 @@ from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines", "gpu")]
-METHODS = ("LoRA", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
+METHODS = ("LoRA", "LoRA, cap 0.1", "LoRA, cap 0.3", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
 
 
