@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[..., ls.SparseMethod]] = {
     "LoRA": ls.LoRA,
     "LoRA, PiSSA": functools.partial(ls.LoRA, init_weights="pissa"),
     "LoRA, GoRA": functools.partial(ls.LoRA, init_weights="gora"),
+    "LoRA, LoRA-GA": functools.partial(ls.LoRA, init_weights="lora_ga"),
     "LoRA+": functools.partial(ls.LoRA, loraplus_lr_ratio=4.0, use_rslora=True, dropout=0.1),
     "SoRA, threshold": functools.partial(ls.SoRA, threshold=0.02, l1_weight=0.1, freeze_zero_after=2, refit=4),
     "SoRA, weight": functools.partial(ls.SoRA, sparsity_weight=0.5, gate_lr=0.05, operator="released"),
@@ -127,7 +128,7 @@ class Loop:
         self.method = make(names, rank=4, train_head=False if "out" in names else ["out"])
         self.model = model_of(kind, self.method, device)
         self.ids = torch.randint(11, (6, 8), generator=torch.Generator().manual_seed(1)).to(device, non_blocking=True)
-        if self.method.init_weights == "gora":
+        if self.method.init_weights in ("gora", "lora_ga"):
             ls.start_from_gradients(self.model, self.method, [self.ids], functools.partial(loss_of, self.model))
         groups = ls.parameter_groups(self.model, self.method, lr=0.02)
         self.optimizer = torch.optim.AdamW(groups, lr=0.02, **optimizer)

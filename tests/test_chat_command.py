@@ -175,7 +175,7 @@ def test_wrong_sources_and_options_get_one_line(plain, chatty, refused, tmp_path
         ([f"{plain['peft']}/adapter_model.safetensors"], f"give the folder, {plain['peft']!r}"),
         ([plain["merged"], "--compare"], f"compare switches adapters off, and {plain['merged']!r} has none"),
         ([plain["delta"], "--compare"], f"compare switches adapters off, and {plain['delta']!r} has none"),
-        ([save_checkpoint(pissa, tmp_path / "pissa.ckpt"), "--compare"], "(init_weights 'pissa')"),
+        ([save_checkpoint(pissa, tmp_path / "pissa.ckpt"), "--compare"], "(init_weights 'pissa' or 'lora_ga')"),
         ([plain["merged"], "--backbone", plain["base"]], "is a whole model: leave it out"),
         ([plain["merged"], "--system", "be kind"], "has no chat template for a system message"),
         ([plain["merged"], "--top_p", "0.9"], "temperature is 0, which is greedy: set a temperature"),

@@ -87,7 +87,7 @@ def test_a_run_waits_for_the_gpu_only_where_it_may(method: str, kind: str, tmp_p
         assert unexpected(gpu.waits) == []
         assert {t.device for t in tensors_of(loop).values()} == {GPU}
 
-        if loop.method.init_weights != "pissa":  # of which only the whole model is exported
+        if not loop.method.changes_weights:  # of which only the whole model is exported
             ls.save_adapter(loop.model, tmp_path, batch={"ids": loop.ids})
             fresh = KINDS[kind][0]().to(GPU)
             ls.load_adapter(fresh, tmp_path)

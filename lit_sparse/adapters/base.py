@@ -166,6 +166,8 @@ class LowRankAdapter(Adapter):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.gate_function: Callable[[Tensor, bool], Tensor] | None = None
         """A method's :meth:`~lit_sparse.SparseMethod.effective_gate`; None where the parameter itself is the gate."""
+        self.start: tuple[Tensor, Tensor] | None = None
+        """The A and Bᵀ that LoRA-GA took out of the frozen weight, on the CPU: what checkpoints need to do it again."""
 
         def new(*shape: int) -> nn.Parameter:
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -239,6 +241,20 @@ class LowRankAdapter(Adapter):
         self.lora_A.copy_((roots * right[:, : self.rank]).flatten(0, 1))
         self.lora_B_t.copy_((roots * left.mT[:, : self.rank] / self.scale).flatten(0, 1))
         self.weight.copy_(self.weight.to(self.lora_A.dtype) - self.delta_weight())
+        self.took_from_weight = True
+
+    @torch.no_grad()
+    def take_start(self, lora_A: Tensor, lora_B_t: Tensor) -> None:
+        """Take ``scale · BA`` of the start of a run out of the frozen weight; A and B stay what they are.
+
+        Args:
+            lora_A: A of the start, shape ``(copies · ranks, in_features)``.
+            lora_B_t: Bᵀ of the start, shape ``(copies · ranks, out_features)``.
+        """
+        A, B_t = (part.to(self.lora_A).unflatten(0, (self.copies, -1)) for part in (lora_A, lora_B_t))
+        taken = self._as_weight(((self.scale * B_t).mT @ A).view_as(self._as_matrix(self.weight)))
+        self.weight.copy_(self.weight.to(taken.dtype) - taken)
+        self.start = (lora_A.detach().cpu().clone(), lora_B_t.detach().cpu().clone())
         self.took_from_weight = True
 
     def extra_repr(self) -> str:

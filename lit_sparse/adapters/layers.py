@@ -31,7 +31,7 @@ def require_start(init_weights: str, name: str, layer: Layer, rank: int) -> None
     """Check that A and B can start from the weight of a layer as ``init_weights`` says.
 
     Raises:
-        UsageError: If the weight is quantized, or PiSSA's has fewer than ``rank`` singular values.
+        UsageError: If the weight is quantized, or it has too few singular values.
     """
     if init_weights == "lora":
         return
@@ -42,9 +42,12 @@ def require_start(init_weights: str, name: str, layer: Layer, rank: int) -> None
             f"init_weights {init_weights!r} starts from the {source} of the frozen weight; that of {name!r} is "
             "quantized. Set init_weights to 'lora', or do not quantize the backbone."
         )
+    if init_weights == "gora":
+        return
     present = min(weight.shape[1:] if isinstance(layer, ExpertWeight) else weight.flatten(1).shape)
-    if init_weights == "pissa" and rank > present:
+    needed = rank if init_weights == "pissa" else 2 * rank
+    if needed > present:
         raise UsageError(
-            f"PiSSA with rank {rank} needs as many singular values; the weight of {name!r}, of shape "
-            f"{tuple(weight.shape)}, has {present}. Lower rank, or set another for this layer in overrides."
+            f"init_weights {init_weights!r} with rank {rank} needs {needed} singular values; the weight of {name!r}, "
+            f"of shape {tuple(weight.shape)}, has {present}. Lower rank, or set another for this layer in overrides."
         )

@@ -134,7 +134,7 @@ def _require_all_kept(model: nn.Module, modules: list[nn.Module], kept: dict[int
     changed = [module for module in own if isinstance(module, Adapter) and module.took_from_weight]
     if changed:
         raise UsageError(
-            f"{len(changed)} adapters took their start out of the frozen weights (init_weights 'pissa'), which are no "
-            "longer the pretrained ones. Load the pretrained model a second time, or disable adapters alone by "
-            "head=False."
+            f"{len(changed)} adapters took their start out of the frozen weights (init_weights 'pissa' or 'lora_ga'), "
+            "which are no longer the pretrained ones. Load the pretrained model a second time, or disable adapters "
+            "alone by head=False."
         )

@@ -58,7 +58,7 @@ class ForgettingCap(ForgettingProbe):
     Raises:
         UsageError: If ``tolerance`` is not above 0. When the run is set up: with a second cap or weight averaging. When
             training starts: if the module cannot take the data, they give no finite loss, or the pretrained weights
-            cannot be reached by shrinking (``init_weights`` ``pissa``, new tokens).
+            cannot be reached by shrinking (``init_weights`` ``pissa`` or ``lora_ga``, new tokens).
         TrainingError: At the end of the run, if the tolerance is below the rounding errors of the loss.
     """
 

@@ -1,4 +1,4 @@
-"""The start of a run of the Trainer from gradients of its own training batches: GoRA's, or a mask of SHiRA's."""
+"""The start of a run of the Trainer from gradients of its own training batches: of A and B, or a mask of SHiRA's."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def start_run(trainer: Trainer, module: LightningModule, method: Method) -> None
     Adapters of a resumed run have started. Call it when the strategy is set up, before the first step.
 
     Raises:
-        UsageError: Under FSDP, which shards the weights, with weight averaging, whose average has the former ranks,
-            with manual optimization, or as :func:`~lit_sparse.start_from_gradients`.
+        UsageError: Under FSDP, which shards the weights, with weight averaging, which copied the former adapters, with
+            manual optimization, or as :func:`~lit_sparse.start_from_gradients`.
     """
     if method.gradient_start is None:
         return

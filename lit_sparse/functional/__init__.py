@@ -6,6 +6,7 @@ from lit_sparse.functional.density import product_density as product_density
 from lit_sparse.functional.density import product_sparsity_bound as product_sparsity_bound
 from lit_sparse.functional.gora import allotted_ranks as allotted_ranks
 from lit_sparse.functional.gora import compressed_gradient as compressed_gradient
+from lit_sparse.functional.lora_ga import gradient_factors as gradient_factors
 from lit_sparse.functional.masks import kept_entries as kept_entries
 from lit_sparse.functional.masks import top_fraction_mask as top_fraction_mask
 from lit_sparse.functional.preferences import answer_log_probabilities as answer_log_probabilities

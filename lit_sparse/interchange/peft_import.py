@@ -121,8 +121,8 @@ def _require_new(model: nn.Module, adapters: Mapping[str, LowRankAdapter]) -> No
     if used:
         raise UsageError(
             f"{len(used)} adapters of {type(model).__name__} are not as new, the first at {used[0]!r}: its B is not "
-            "zero. Load into a freshly loaded model, and inject without init_weights 'pissa', which changes the "
-            "frozen weights."
+            "zero. Load into a freshly loaded model, and inject without init_weights 'pissa', which changes the frozen "
+            "weights."
         )
 
 

@@ -76,8 +76,8 @@ def require_trained(model: nn.Module, original: str | None = None) -> dict[str, 
         Full name to adapter.
 
     Raises:
-        UsageError: If it is a LightningModule, it holds no adapter or a disabled one, all of it is frozen, or PiSSA
-            changed weights that must be the original ones.
+        UsageError: If it is a LightningModule, it holds no adapter or a disabled one, all of it is frozen, or their
+            start changed weights that must be the original ones.
     """
     kind = type(model).__name__
     if isinstance(model, LightningModule):
@@ -99,8 +99,8 @@ def require_trained(model: nn.Module, original: str | None = None) -> dict[str, 
     changed = [name for name, adapter in adapters.items() if adapter.took_from_weight]
     if changed and original is not None:
         raise UsageError(
-            f"{len(changed)} adapters started from the singular vectors of the frozen weights (init_weights 'pissa'), "
-            f"the first at {changed[0]!r}. That changed the weights, and {original} would only fit the changed ones. "
+            f"{len(changed)} adapters started as a part of the frozen weights (init_weights 'pissa' or 'lora_ga'), the "
+            f"first at {changed[0]!r}. That changed the weights, and {original} would only fit the changed ones. "
             "Export the whole model as merged."
         )
     return adapters

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run, require_ratio
 
-InitWeights = Literal["lora", "pissa", "gora"]
+InitWeights = Literal["lora", "pissa", "gora", "lora_ga"]
 GateInit = Literal["gaussian", "ones"]
 
 
@@ -61,7 +61,7 @@ class SparseMethod(Method):
         require_range("alpha", self.alpha, above=0)
         require_range("dropout", self.dropout, at_least=0, below=1)
         require_range("loraplus_lr_ratio", self.loraplus_lr_ratio, above=0)
-        require_choice("init_weights", self.init_weights, ("lora", "pissa", "gora"))
+        require_choice("init_weights", self.init_weights, get_args(InitWeights))
         if self.gate_init is not None:
             require_choice("gate_init", self.gate_init, ("gaussian", "ones"))
         if self.init_weights != "lora" and self.gated and not self.gates_start_at_one:
@@ -75,7 +75,7 @@ class SparseMethod(Method):
 
         Raises:
             UsageError: If a pattern matches none of them, or ``init_weights`` cannot start from the weight of one: it
-                is quantized, or for PiSSA has fewer singular values than there are ranks.
+                is quantized, or has too few singular values for the ranks.
         """
         found = super().settings(layers)
         for name, layer in layers.items():
@@ -98,6 +98,7 @@ class SparseMethod(Method):
             nn.init.normal_(adapter.gate)
         if self.init_weights == "pissa":
             adapter.start_from_principal()
+        adapter.took_from_weight = self.changes_weights
         return adapter
 
     def effective_gate(self, gate: Tensor, training: bool) -> Tensor:  # noqa: ARG002

@@ -163,6 +163,11 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
         """Optimizer groups of the parameters that need options of their own; the rest is trained as usual."""
         return []
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the frozen weights give up what A and B start from."""
+        return self.init_weights in ("pissa", "lora_ga")
+
     def mismatch(self, adapter: Any) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
         raise NotImplementedError

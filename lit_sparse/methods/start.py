@@ -18,7 +18,7 @@ from lit_sparse.adapters.compaction import replace_values
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.injection import adapters_in, disable_adapters
 from lit_sparse.errors import UsageError, require_range
-from lit_sparse.functional import allotted_ranks, compressed_gradient
+from lit_sparse.functional import allotted_ranks, compressed_gradient, gradient_factors
 from lit_sparse.methods.base import InitWeights, SparseMethod
 from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run
@@ -31,29 +31,34 @@ class Start(SparseMethod):
     Args:
         init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
             frozen weight (Meng et al. 2024, arXiv:2404.02948), and only the rest of it stays frozen. ``gora``: ranks
-            and B come from gradients of the first training batches (:func:`~lit_sparse.start_from_gradients`). With
-            gates, gate_init must be ``ones``, and a PiSSA rank whose gate reaches zero is lost to the model.
-        gora_batches: Batches, of each process, whose gradients are averaged.
+            and B come from gradients of the first training batches (:func:`~lit_sparse.start_from_gradients`).
+            ``lora_ga``: A and B are singular vectors of these gradients, and the frozen weight gives up scale · BA.
+            With gates, gate_init must be ``ones``. A rank of ``pissa`` or ``lora_ga`` whose gate reaches zero is lost
+            to the model.
+        gora_batches: Batches, of each process, whose gradients are averaged; for ``lora_ga`` too.
         gora_gamma: γ, the size of GoRA's start: scale · BA has about γ times the norm of the gradient.
+        lora_ga_gamma: γ of LoRA-GA, the paper's 16: A and B are singular vectors times ⁴√out_features / √γ.
     """
 
     init_weights: InitWeights = "lora"
     gora_batches: int = 64
     gora_gamma: float = 0.05
+    lora_ga_gamma: float = 16.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("gora_batches", self.gora_batches, at_least=1)
         require_range("gora_gamma", self.gora_gamma, above=0)
+        require_range("lora_ga_gamma", self.lora_ga_gamma, above=0)
 
     @property
     def gradient_start(self) -> str | None:
-        """GoRA takes gradients."""
-        return "init_weights 'gora'" if self.init_weights == "gora" else None
+        """GoRA and LoRA-GA take gradients."""
+        return f"init_weights {self.init_weights!r}" if self.init_weights in ("gora", "lora_ga") else None
 
     @property
     def start_batches(self) -> int:
-        """Batches for GoRA."""
+        """Batches for GoRA and LoRA-GA."""
         return self.gora_batches
 
     def has_started(self, adapters: Sequence[LowRankAdapter]) -> bool:
@@ -61,8 +66,12 @@ class Start(SparseMethod):
         return bool(torch.stack([adapter.lora_B_t.detach().any() for adapter in adapters]).any())
 
     def start(self, adapters: Mapping[str, LowRankAdapter], gradients: Mapping[Tensor, Tensor]) -> dict[str, int]:
-        """Allot ranks by the importance of layers, and set B: GoRA."""
+        """GoRA: allot ranks by the importance of layers, and set B. LoRA-GA: take A and B out of the weights."""
         held = list(adapters.values())
+        if self.init_weights == "lora_ga":
+            for adapter in held:
+                _follow(adapter, gradients[adapter.weight], self.lora_ga_gamma)
+            return {name: adapter.rank for name, adapter in adapters.items()}
         units = [a.copies * math.sqrt(a.in_features + a.out_features) for a in held]
         highest = [min(a.in_features, a.out_features) for a in held]
         ranks = allotted_ranks(_importances(held, gradients), units, [a.rank for a in held], highest)
@@ -73,10 +82,11 @@ class Start(SparseMethod):
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
         """Check that a run by gradients has started from them."""
-        if self.init_weights == "gora" and not run.done and not self.has_started(adapters):
+        if self.gradient_start is not None and not run.done and not self.has_started(adapters):
             raise UsageError(
-                "init_weights is 'gora', but every B is still zero. In a training loop of your own, call "
-                "lit_sparse.start_from_gradients(model, method, batches) after inject, before the optimizer is made."
+                f"init_weights is {self.init_weights!r}, but every B is still zero. In a training loop of your own, "
+                "call lit_sparse.start_from_gradients(model, method, batches) after inject, before the optimizer is "
+                "made."
             )
         return super().check(adapters, run)
 
@@ -88,8 +98,10 @@ def start_from_gradients(
 
     GoRA (``init_weights: gora``): layers get their ranks by their importance, the mean |W ∘ G|, from half to four times
     ``method.rank``, under the budget of a uniform rank. B is such that scale · BA approximates a step of gradient
-    descent by the rows of a random A. SHiRA (``mask: gradient`` and ``snip``): each layer's entries are those with the
-    largest |G| or |W ∘ G|. The frozen weights keep their values.
+    descent by the rows of a random A. LoRA-GA (``init_weights: lora_ga``): A has the first r right singular vectors of
+    G, B the next r left ones, and the frozen weight gives up scale · BA, so that the model computes what it did. SHiRA
+    (``mask: gradient`` and ``snip``): each layer's entries are those with the
+    largest |G| or |W ∘ G|. But for LoRA-GA, the frozen weights keep their values.
 
     Under the Trainer, :class:`~lit_sparse.Sparsify` calls it when training starts. In a loop of your own, call it after
     :func:`~lit_sparse.inject`, before the optimizer is made and before DDP wraps the model, which then broadcasts A and
@@ -104,20 +116,22 @@ def start_from_gradients(
 
     Returns:
         Full layer name to rank, or to the number of entries. Modules of this library take ranks from the checkpoint
-        when they resume; a module of your own must be injected with these ranks in ``overrides``.
+        when they resume; a module of your own must be injected with these ranks in ``overrides``, and keep
+        the frozen weights of LoRA-GA.
 
     Raises:
         UsageError: If the method starts otherwise, the adapters are not new, there are no batches, or gradients are
             not finite or all zero.
 
     Source:
-        He et al. 2025 (arXiv:2502.12171), Eqs. (5)–(10), for GoRA; Bhardwaj et al. 2024 (arXiv:2406.13175) for SHiRA.
+        He et al. 2025 (arXiv:2502.12171), Eqs. (5)–(10), for GoRA; Wang et al. 2024 (arXiv:2407.05000) for
+        LoRA-GA; Bhardwaj et al. 2024 (arXiv:2406.13175) for SHiRA.
     """
     adapters = dict(adapters_in(model))
     if method.gradient_start is None:
         raise UsageError(
-            f"start_from_gradients is for init_weights 'gora', and for SHiRA's masks 'gradient' and 'snip'; {method!r} "
-            "starts without gradients."
+            "start_from_gradients is for init_weights 'gora' and 'lora_ga', and for SHiRA's masks 'gradient' and "
+            f"'snip'; {method!r} starts without gradients."
         )
     held = list(adapters.values())
     if not held or method.has_started(held):
@@ -153,6 +167,24 @@ def take_ranks(model: nn.Module, method: Method, record: Any) -> None:
         rank, most = ranks.get(name), min(adapter.in_features, adapter.out_features)
         if isinstance(rank, int) and 1 <= rank <= most and rank != adapter.max_rank:
             _give_rank(method, name, adapter, rank)
+
+
+def start_record(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The A and Bᵀ that LoRA-GA took out of the frozen weights, by layer: checkpoints hold none of these weights."""
+    held = ((name, getattr(adapter, "start", None)) for name, adapter in adapters_in(model))
+    return {name: list(start) for name, start in held if start is not None}
+
+
+def take_starts(model: nn.Module, record: Mapping[str, Sequence[Tensor]]) -> None:
+    """Take the start of a checkpoint's run out of pretrained weights, unless it was taken from them before.
+
+    Args:
+        model: Model with adapters, for which the checkpoint was found to fit.
+        record: What :func:`start_record` gave.
+    """
+    for name, adapter in adapters_in(model):
+        if name in record and isinstance(adapter, LowRankAdapter) and adapter.start is None:
+            adapter.take_start(*record[name])
 
 
 def _mean_gradients(
@@ -213,6 +245,17 @@ def _give_rank(method: SparseMethod, name: str, adapter: LowRankAdapter, rank: i
         replace_values(parameter, fresh.get_parameter(own).data)
     adapter._buffers.update(fresh._buffers)
     adapter.max_rank, adapter.scale, adapter.overrides = fresh.max_rank, fresh.scale, fresh.overrides
+
+
+@torch.no_grad()
+def _follow(adapter: LowRankAdapter, gradient: Tensor, gamma: float) -> None:
+    """Set A and B, of each expert by themselves, and take them out of the frozen weight."""
+    matrices = adapter._as_matrix(gradient.to(adapter.lora_A))
+    shape = (adapter.copies, adapter.out_features, adapter.in_features)
+    lora_A, lora_B_t = gradient_factors(matrices.reshape(shape), adapter.rank, gamma)
+    adapter.lora_A.copy_(lora_A.flatten(0, 1))
+    adapter.lora_B_t.copy_(lora_B_t.flatten(0, 1))
+    adapter.take_start(adapter.lora_A, adapter.lora_B_t)
 
 
 @torch.no_grad()

@@ -109,8 +109,8 @@ def _require_truncatable(adapters: Mapping[str, LowRankAdapter]) -> None:
     changed = [name for name, adapter in adapters.items() if adapter.took_from_weight]
     if changed:
         raise UsageError(
-            f"The adapters at {listed(changed)} started from the singular vectors of the frozen weights (init_weights "
-            "'pissa'): truncation would cut what belongs to the weights. Train with init_weights 'lora'."
+            f"The adapters at {listed(changed)} started as a part of the frozen weights (init_weights 'pissa' or "
+            "'lora_ga'): truncation would cut what belongs to the weights. Train with init_weights 'lora'."
         )
     spoilt = [n for n, a in adapters.items() if not all(p.isfinite().all() for p in a.parameters(recurse=False))]
     if spoilt:

@@ -39,7 +39,7 @@ from lit_sparse.errors import UsageError, require_choice
 from lit_sparse.interchange.peft_import import load_peft
 from lit_sparse.interchange.processors import chat_format_of, keep_chat_format, keep_processor, processor_of
 from lit_sparse.methods.method import Method
-from lit_sparse.methods.start import take_ranks
+from lit_sparse.methods.start import take_ranks, take_starts
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import checkpoint_activations, load_backbone, without_cache
 from lit_sparse.modules.evaluation import EvaluationLoop
@@ -192,8 +192,11 @@ class SparseModule(EvaluationLoop):
         """Check the model with its adapters, and keep in the hyperparameters what was learned from the data."""
 
     def _adapted(self) -> nn.Module:
-        if self.start_from is not None and self.method.init_weights == "gora":
-            raise UsageError("start_from and init_weights 'gora' are two starts of A and B: remove one of them.")
+        if self.start_from is not None and self.method.init_weights in ("gora", "lora_ga"):
+            raise UsageError(
+                f"start_from and init_weights {self.method.init_weights!r} are two starts of A and B: remove one of "
+                "them."
+            )
         model = self._built[0].train() if self._built else self.load_model()
         self._prepare_head(model)
         inject(model, self.method)
@@ -260,6 +263,7 @@ class SparseModule(EvaluationLoop):
         take_ranks(self, self.method, checkpoint.get(checkpoints.KEY))
         new_tokens = self._trainer is None or self.new_tokens is not None  # the Trainer's data module reads new_tokens
         checkpoints.require_fit(self, self.backbone, method_record(self.method), checkpoint, new_tokens)
+        take_starts(self, checkpoint[checkpoints.KEY].get("starts", {}))
         complete_average(self, checkpoint)
         if chat_format_of(self.model) is None:  # data of this run has its own
             keep_chat_format(self.model, checkpoint[checkpoints.KEY].get("chat_format"))

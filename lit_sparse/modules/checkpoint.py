@@ -21,6 +21,7 @@ from lit_sparse.adapters.token_rows import same_tokens, token_record, train_rows
 from lit_sparse.errors import UsageError
 from lit_sparse.foreign_errors import refused_global
 from lit_sparse.methods.progress import Progress
+from lit_sparse.methods.start import start_record
 
 KEY = "lit_sparse"
 """The checkpoint entry that says which backbone and adapters it belongs to."""
@@ -52,6 +53,7 @@ def describe(
         "backbone_sample": sample,
         "progress": None if progress is None else progress.record([a for _, a in adapters_in(model)]),
         "token_rows": token_record(model),
+        "starts": start_record(model),
     }
 
 
@@ -157,7 +159,10 @@ def require_fit(
             f"The checkpoint's adapters differ from the model's: {_difference(saved['ranks'], ranks, what)}. {cause}"
         )
     _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
-    _require_backbone(frozen_sample(model), backbone, saved)
+    if all(
+        adapter.start is None for adapter in adapters.values()
+    ):  # else this model's weights are not the pretrained ones
+        _require_backbone(frozen_sample(model), backbone, saved)
     for name, left in saved.get("ranks_left", {}).items():
         adapter = adapters[name]
         if isinstance(adapter, LowRankAdapter) and left < adapter.rank:

@@ -156,10 +156,10 @@ class PreferenceLM(CausalLM):
         """Refuse a loss whose reference is lost once the backbone is loaded."""
         if self.loss not in _WITH_REFERENCE:
             return
-        if self.method.init_weights == "pissa":
+        if self.method.changes_weights:
             raise UsageError(
-                f"The loss {self.loss!r} compares with the pretrained model, whose weights init_weights 'pissa' "
-                "changes: set init_weights to 'lora', or loss to 'orpo' or 'simpo'."
+                f"The loss {self.loss!r} compares with the pretrained model, whose weights init_weights "
+                f"{self.method.init_weights!r} changes: set init_weights to 'lora', or loss to 'orpo' or 'simpo'."
             )
         if self.start_from is not None:
             raise UsageError(

@@ -183,6 +183,7 @@ def notes(adapters: StoredAdapters) -> list[str]:
         found.append("Norms, gates and the support of BA are not in the logs: give a checkpoint to see them.")
     elif any(isinstance(layer, LayerFactors) and layer.scale is None for layer in adapters.layers.values()):
         found.append("The file names no scale and no experts: norms of BA are without it, and a layer is one matrix.")
-    if adapters.arguments.get("init_weights") == "pissa":
-        found.append("PiSSA changed the frozen weights at the start, beyond what is counted here.")
+    start = {"pissa": "PiSSA", "lora_ga": "LoRA-GA"}.get(str(adapters.arguments.get("init_weights")))
+    if start is not None:
+        found.append(f"{start} changed the frozen weights at the start, beyond what is counted here.")
     return found

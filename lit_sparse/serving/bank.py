@@ -200,8 +200,9 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         raise UsageError(f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: a bank cannot use them.")
     saved = checkpoint[checkpoints.KEY]["method"]
     method = saved_method(saved)
-    if method.init_weights == "pissa":
-        raise UsageError(f"{str(path)!r} was trained with init_weights 'pissa', which changed the shared weights.")
+    if method.changes_weights:
+        start = method.init_weights
+        raise UsageError(f"{str(path)!r} was trained with init_weights {start!r}, which changed the shared weights.")
     _make_room(model, {name.removeprefix(checkpoints.PREFIX): tensor for name, tensor in weights.items()}, path)
     inject(model, method)
     wrapped = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})

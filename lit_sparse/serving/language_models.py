@@ -54,7 +54,7 @@ class LanguageModel:
         if any(adapter.took_from_weight for adapter in adapters):
             raise UsageError(
                 f"compare switches adapters off, and those of {self.name!r} started as a part of the weights "
-                "(init_weights 'pissa'). Ask the backbone itself for its answers."
+                "(init_weights 'pissa' or 'lora_ga'). Ask the backbone itself for its answers."
             )
 
 

@@ -169,7 +169,7 @@ def test_adapters_that_took_from_the_weights_leave_no_pretrained_model():
     model = build_tiny(BertForSequenceClassification)
     ls.inject(model, ls.LoRA(["query"], rank=2, init_weights="pissa"))
     for use in (lambda: ls.disable_adapters(model, head=True).__enter__(), lambda: ls.unload(model)):
-        with pytest.raises(UsageError, match=r"'pissa'\), which are no longer the pretrained ones"):
+        with pytest.raises(UsageError, match=r"'lora_ga'\), which are no longer the pretrained ones"):
             use()
 
 

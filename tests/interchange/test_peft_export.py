@@ -334,7 +334,7 @@ def test_weights_that_pissa_changed_are_refused(tmp_path):
     ls.inject(model, ls.LoRA(["query"], rank=2, init_weights="pissa"))
     for write in (ls.export_peft, ls.save_adapter, ls.export_delta):
         with pytest.raises(
-            ls.UsageError, match=r"2 adapters started from the singular vectors.*Export the whole model"
+            ls.UsageError, match=r"2 adapters started as a part of the frozen weights.*Export the whole model"
         ):
             write(model, tmp_path / "lora")
 

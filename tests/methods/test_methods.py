@@ -38,7 +38,7 @@ GATES = {
     "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "singular",
     "begin": 0.5, "end": 0.5,
 }  # fmt: skip
-START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05}
+START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05, "lora_ga_gamma": 16.0}
 MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
 

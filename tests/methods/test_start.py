@@ -225,7 +225,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(ls.UsageError, match="Net has no new adapters"):
         ls.start_from_gradients(net, method, data, loss_of(net))
     ls.inject(net, method)
-    with pytest.raises(ls.UsageError, match=r"is for init_weights 'gora', and .* LoRA\(.*starts without gradients"):
+    with pytest.raises(
+        ls.UsageError, match=r"is for init_weights 'gora' and 'lora_ga', .* LoRA\(.*starts without gradients"
+    ):
         ls.start_from_gradients(net, ls.LoRA(), data, loss_of(net))
     with pytest.raises(ls.UsageError, match="There are no training batches to start from"):
         ls.start_from_gradients(net, method, [], loss_of(net))

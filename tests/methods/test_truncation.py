@@ -313,7 +313,7 @@ REFUSED = {
     "merged": (lambda: ls.merge(layers()), 0.5, "holds no adapter to truncate"),
     "switched off": (switched_off, 0.5, r"switched off at \['linear'\]. Call truncate outside"),
     "meta": (on_meta, 0.5, "parameters on the meta device"),
-    "pissa": (from_principal, 0.5, r"\['0'\] started from the singular vectors of the frozen weights"),
+    "pissa": (from_principal, 0.5, r"\['0'\] started as a part of the frozen weights"),
     "nan": (spoilt, 0.5, r"not finite at \['linear'\]"),
     "untrained": (untrained, 0.5, "Nothing would be left: all of BA is zero, as before training"),
     "zeros": (of_zeros_where_it_is_cheap, 5, "pays for no rank of the layers where it is not"),

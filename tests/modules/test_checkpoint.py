@@ -20,6 +20,7 @@ METHODS = [
     ls.SoRA(rank=4, sparsity_weight=2.0, freeze_zero_after=2),
     ls.RoseLoRA(rank=4, density=0.2, begin=1, end=6),
     ls.LoRA(rank=2, init_weights="gora", gora_batches=2),
+    ls.LoRA(rank=2, init_weights="lora_ga", gora_batches=2),
     ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.2, begin=0.0, end=0.5, loraplus_lr_ratio=3.0),
     ls.SHiRA(changed=0.1, mask="random"),
     ls.SHiRA(changed=0.1, mask="snip", mask_batches=2),

@@ -29,6 +29,8 @@ METHODS = {
     "budget": lambda: ls.SoRA(rank=4, budget=0.5, begin=2, end=6),
     "RoseLoRA": lambda: ls.RoseLoRA(rank=4, density=0.3, begin=2, end=6),
     "GatedRoseLoRA": lambda: ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.3, begin=2, end=6),
+    "SHiRA": lambda: ls.SHiRA(changed=0.05, mask="random"),
+    "LIFT": lambda: ls.LIFT(changed=0.05, filter_rank=4, update_every=3),
     "GoRA": lambda: ls.LoRA(rank=4, init_weights="gora", gora_batches=2, gora_gamma=0.1),
 }
 by_method = pytest.mark.parametrize("method", METHODS)
@@ -116,6 +118,7 @@ def test_the_end_is_within_the_tolerance(method, knowing_llama, dogs, rivers, ri
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # a budget does not hold after one step
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     tolerance=st.sampled_from([1e-4, 1e-3, 1e-2, 0.1, 1.0]),
@@ -157,7 +160,9 @@ def test_shrinking_wakes_no_rank_and_no_entry(method, knowing_llama, dogs, train
         assert torch.equal(adapter.delta_weight() == 0, before[name] == 0)
     after = trained(module)
     assert all(torch.equal(after[name] == 0, value == 0) for name, value in state.items())
-    assert all(torch.equal(after[name], value) for name, value in state.items() if not name.endswith("lora_B_t"))
+    assert all(
+        torch.equal(after[name], value) for name, value in state.items() if not name.endswith(("lora_B_t", "values"))
+    )
     way.go(WayBack.whole)
     assert all(torch.equal(trained(module)[name], value) for name, value in state.items())
 

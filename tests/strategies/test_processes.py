@@ -197,8 +197,9 @@ def test_four_processes_under_ddp() -> None:
     assert zeros_differ(final("ddp"), alone) == []
 
 
-def test_processes_start_alike_from_the_gradients_of_all_their_batches() -> None:
-    case = {"arch": "bert", "method": "gora", "steps": 6}
+@pytest.mark.parametrize("method", ["gora", "lora_ga"])
+def test_processes_start_alike_from_the_gradients_of_all_their_batches(method: str) -> None:
+    case = {"arch": "bert", "method": method, "steps": 6}
     start(1, [{**case, "strategy": "auto", "tag": "alone"}])
     saved = {**case, "strategy": "ddp", "tag": "ddp", "save_at": 3, "save": "gora.ckpt"}
     start(2, [saved, {**case, "strategy": "ddp", "tag": "resumed", "resume": "gora.ckpt"}])
@@ -206,7 +207,7 @@ def test_processes_start_alike_from_the_gradients_of_all_their_batches() -> None
     assert difference(final("ddp"), final("resumed")) == 0
     ranks = {name: len(value) for name, value in final("alone").items() if name.endswith("lora_A")}
     assert {name: len(value) for name, value in final("ddp").items() if name in ranks} == ranks
-    assert len(set(ranks.values())) > 2
+    assert len(set(ranks.values())) > 2 or method == "lora_ga"
 
 
 @pytest.mark.parametrize("method", ["sora", "roselora"])
