@@ -175,8 +175,10 @@ class ForgettingCap(ForgettingProbe):
         try:
             with disable_adapters(pl_module):
                 found = self._measured(trainer, pl_module)
-        except (UsageError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise
+        except UsageError as error:
+            raise UsageError(f"ForgettingCap cannot measure {module} on {data}. {error}") from error
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(

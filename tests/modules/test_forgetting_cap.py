@@ -316,11 +316,11 @@ IDS = torch.arange(5, 11).view(1, 6)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "nothing to measure CausalLM by: no batches, or none with labels"),
+        ([], "cannot measure CausalLM on NoLabels. There is nothing to measure CausalLM by: no batches"),
         ([{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}], "no batches, or none with labels"),
         ([{"input_ids": IDS}], "CausalLM cannot take the rows of NoLabels"),
         ([{"pixel_values": torch.ones(1, 3, 4, 4)}], "cannot take the rows of NoLabels"),
-        ([{"input_ids": IDS, "labels": torch.ones(1).long()}], "cannot take the rows of NoLabels"),
+        ([{"input_ids": IDS, "labels": torch.ones(1).long()}], "on NoLabels. CausalLM needs a label for every token"),
         ([{"input_ids": IDS + 10**6, "labels": IDS}], "cannot take the rows of NoLabels"),
     ],
     ids=["empty", "no labels", "none at all", "images", "classes", "another vocabulary"],
