@@ -51,16 +51,19 @@ def print_ending(
     metrics = [f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if name[:3] == "val"]
     if metrics:
         lines.append(f"The last validation: {', '.join(metrics[:_MOST_METRICS])}.")
+    merged = any(adapter.took_from_weight for adapter in adapters)  # the only form that holds changed weights
     best, saved = _best(trainer), _shortened(_last_saved(trainer))
     if best:
         lines.append(best)
     if saved:
-        lines.append(f"Saved in {saved}. To see each layer, and to write files for PEFT:")
+        target = "the merged model" if merged else "files for PEFT"
+        lines.append(f"Saved in {saved}. To see each layer, and to write {target}:")
     for line in lines:
         console.print(line, highlight=False)
     if saved:
         file = shlex.quote(saved)
-        commands = [f"inspect {file}", f"export --ckpt_path {file} --format peft --output FOLDER"]
+        form = "merged" if merged else "peft"
+        commands = [f"inspect {file}", f"export --ckpt_path {file} --format {form} --output FOLDER"]
         commands += [f"chat {file}"] if _continues_texts(pl_module) else []
         for command in commands:
             console.print(f"  lit-sparse {command}", highlight=False, soft_wrap=True)

@@ -166,8 +166,9 @@ def test_a_resumed_run_ends_bit_for_bit_as_if_uninterrupted(bert, tmp_path):
     trainer.fit(resumed, DataLoader(ROWS, batch_size=8), ckpt_path=str(tmp_path / "end.ckpt"))  # the same module again
 
 
-def test_only_merged_models_are_exported(bert, tmp_path):
-    module, trainer = run(bert)
+def test_only_merged_models_are_exported(bert, tmp_path, capsys):
+    module, trainer = run(bert, callbacks=[ls.SparseCheckpoint(str(tmp_path))], enable_checkpointing=True)
+    assert "--format merged" in capsys.readouterr().out
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     with pytest.raises(ls.UsageError, match="would only fit the changed ones"):
         export_checkpoint(str(tmp_path / "end.ckpt"), str(tmp_path / "peft"))
