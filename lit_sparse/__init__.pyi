@@ -29,6 +29,8 @@ from lit_sparse.callbacks.resume import ExactResume as ExactResume
 from lit_sparse.callbacks.samples import GenerationSamples as GenerationSamples
 from lit_sparse.callbacks.sparsify import Sparsify as Sparsify
 from lit_sparse.callbacks.stages import ThresholdStages as ThresholdStages
+from lit_sparse.combining.combine import CombineReport as CombineReport
+from lit_sparse.combining.combine import combine as combine
 from lit_sparse.data.audio import AudioData as AudioData
 from lit_sparse.data.chat import ChatData as ChatData
 from lit_sparse.data.glue import GLUE as GLUE

@@ -19,6 +19,7 @@ LEVELS = [
     {"data"},
     {"modules"},
     {"editing", "reporting", "serving"},
+    {"combining"},
     {"__init__"},  # offers the public names of all of the above
     {"cli"},
     {"__main__"},

@@ -22,12 +22,14 @@ class Command(NamedTuple):
         function: The function. If it returns something, that is shown.
         words: Its arguments that are words without ``--``; one that is a list takes several words.
         repeated: Its arguments whose options may be given several times.
+        numbers: Its arguments whose options take several numbers.
         fixed: Its arguments that are no options, and their values.
     """
 
     function: Callable[..., object]
     words: Sequence[str] = ()
     repeated: Sequence[str] = ()
+    numbers: Sequence[str] = ()
     fixed: Mapping[str, Any] = MappingProxyType({})
 
     def run(self, words: Sequence[str], program: str, summary: str | None = None) -> None:
@@ -47,7 +49,10 @@ class Command(NamedTuple):
             parser.add_argument(name, type=str, help=about[name], **several)
         for name in self.repeated:
             parser.add_argument(f"--{name}", action="append", type=str, help=about[name])
-        parser.add_function_arguments(self.function, skip={*self.words, *self.repeated, *self.fixed})
+        for name in self.numbers:
+            parser.add_argument(f"--{name}", nargs="+", type=float, help=about[name])
+        skipped = {*self.words, *self.repeated, *self.numbers, *self.fixed}
+        parser.add_function_arguments(self.function, skip=skipped)
         given = parser.parse_args(spelled_out(words, self.function)).as_dict()
         found = self.function(**given, **self.fixed)
         if found is not None:

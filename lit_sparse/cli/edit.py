@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -94,21 +95,37 @@ def change_fact(
         show(f"Wrote {output}.")
 
 
-def combine_edits(edits: Sequence[str], output: str) -> None:
+def combine_edits(
+    edits: Sequence[str],
+    output: str,
+    weights: Sequence[float] | None = None,
+    rule: Literal["concatenate", "ties", "dare"] = "concatenate",
+    density: float = 0.2,
+    seed: int = 0,
+) -> None:
     """Add edits up to one, and write it.
 
     Args:
         edits: Files of edits, or folders of them.
         output: File to write.
+        weights: Factor of each edit; null: 1 for all.
+        rule: concatenate: the sum. ties: trim each edit, elect a sign for each entry, and take the mean of the edits
+            that agree. dare: drop entries at random, and rescale the others.
+        density: Share of its entries that ties or dare keeps of each edit.
+        seed: Of the entries that dare draws.
 
     Raises:
-        UsageError: If a file cannot be read, the edits were made for different models, or the file exists.
+        UsageError: If a file cannot be read, the edits were made for different models, an argument is outside its
+            range, or the file exists.
     """
     _require_new(output)
     found = [load_edit(file) for name in edits for file in files_of(name)]
-    together, conflicts = combine(found)
+    together, conflicts = combine(found, weights, rule, density, seed)
     together.save(output)
-    show(f"Wrote {output}: {len(found)} edits, {together.changed:,} entries; {conflicts:,} are changed more than once.")
+    show(
+        f"Wrote {output}: {len(found)} edits, {together.changed:,} entries; {conflicts.shared:,} are changed more than "
+        f"once, {conflicts.opposed:,} of them in opposite directions."
+    )
 
 
 def apply_edits(model: str, edits: Sequence[str], output: str) -> None:
@@ -183,7 +200,7 @@ def list_edits(sources: Sequence[str]) -> None:
 _COMMANDS = {
     "fact": Command(change_fact, repeated=["rephrase", "neighbour"]),
     "apply": Command(apply_edits, ["model", "edits"]),
-    "combine": Command(combine_edits, ["edits"]),
+    "combine": Command(combine_edits, ["edits"], numbers=["weights"]),
     "list": Command(list_edits, ["sources"]),
     "remove": Command(remove_edits, ["model", "names"]),
 }

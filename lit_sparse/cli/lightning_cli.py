@@ -32,6 +32,7 @@ from lit_sparse.cli.noise import lead_around_bars
 from lit_sparse.cli.parser import SparseParser, refused_by_lightning
 from lit_sparse.cli.trainer import OneLineBar, SaveRunConfig, SparseTrainer
 from lit_sparse.cli.words import closest, fail
+from lit_sparse.combining.combine import combine
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
@@ -44,6 +45,7 @@ _ON_THEIR_OWN = {
     "inspect": Command(inspect_adapters, ["source"]),
     "export": Command(export_checkpoint),
     "merge": Command(export_checkpoint, fixed={"format": "merged", "layout": "padded", "with_head": True}),
+    "combine": Command(combine, ["sources"], numbers=["weights"]),
     "chat": Command(chat, ["source"], repeated=["prompt"]),
     "evaluate": Command(evaluate_source, ["source"]),
 }

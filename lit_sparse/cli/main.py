@@ -25,6 +25,7 @@ _GROUPS: Mapping[str, Mapping[str, str]] = {
         "inspect": "List what a configuration adapts, or adapters that are stored.",
         "export": "Export the adapters of a checkpoint.",
         "merge": "Write the whole model of a checkpoint with its adapters merged.",
+        "combine": "Add up several adapters of one backbone to one.",
     },
     "Language models": {
         "chat": "Talk with a checkpoint, an adapter's folder or a whole model.",

@@ -18,8 +18,20 @@ from torch import nn
 from lit_sparse._version import __version__
 from lit_sparse.editing.bases import require_base, require_editable, sample_of
 from lit_sparse.editing.requests import EditRequest, Probe
-from lit_sparse.errors import UsageError, parse_json
-from lit_sparse.interchange.patches import Entries, Patch, add, patch_from, put, require_fit, standing, tensors_of
+from lit_sparse.errors import UsageError, parse_json, require_range
+from lit_sparse.functional.combining import Conflicts, Rule
+from lit_sparse.interchange.patches import (
+    Entries,
+    Patch,
+    add,
+    combined,
+    patch_from,
+    put,
+    require_fit,
+    require_weights,
+    standing,
+    tensors_of,
+)
 
 SUFFIX = ".safetensors"
 _KEY = "lit_sparse_edit"
@@ -170,31 +182,38 @@ class EditedModel:
             put(self.model, edited)
 
 
-def combine(edits: Sequence[Edit]) -> tuple[Edit, int]:
+def combine(
+    edits: Sequence[Edit],
+    weights: Sequence[float] | None = None,
+    rule: Rule = "concatenate",
+    density: float = 0.2,
+    seed: int = 0,
+) -> tuple[Edit, Conflicts]:
     """Add several edits up to one.
 
     Args:
         edits: At least one, all made for the same model.
+        weights: Factor of each edit; None: 1 for all.
+        rule: ``concatenate``: the sum; or ``ties`` or ``dare``, as :func:`~lit_sparse.combine` merges patches.
+        density: Share of its entries that TIES or DARE keeps of each edit.
+        seed: Of the entries that DARE draws.
 
     Returns:
-        The sum, and the number of entries that more than one edit changes: there the facts may disturb each other.
+        The sum, and how many entries more than one edit changes: there the facts may disturb each other.
 
     Raises:
-        UsageError: If there is no edit, or the edits were made for different models.
+        UsageError: If there is no edit, the edits were made for different models, or an argument is outside its range.
     """
+    require_weights(weights, len(edits))
+    require_range("density", density, above=0, at_most=1)
     bases = sorted({edit.base_model for edit in edits})
     if len(bases) != 1:
         raise UsageError(f"Only edits of one model can be combined; these {len(edits)} were made for {bases}.")
-    patch: Patch = {}
-    conflicts = 0
-    for edit in edits:
-        for name, entries in edit.patch.items():
-            patch[name], shared = _summed(patch.get(name), entries)
-            conflicts += shared
+    patch, found = combined([edit.patch for edit in edits], weights, rule, density, seed)
     requests = tuple(request for edit in edits for request in edit.requests)
     metrics = tuple(values for edit in edits for values in edit.metrics)
-    base = {name: entries for edit in edits for name, entries in edit.base.items()}
-    return Edit(patch, requests, metrics, edits[0].method, bases[0], edits[0].weights, base), conflicts
+    base = {name: entries for edit in edits for name, entries in edit.base.items() if name in patch}
+    return Edit(patch, requests, metrics, edits[0].method, bases[0], edits[0].weights, base), found
 
 
 def _on(device: torch.device, entries: Entries) -> Entries:
@@ -213,14 +232,3 @@ def _extended(known: Entries | None, more: Entries) -> tuple[Entries, int]:
     new = ~torch.isin(more.indices, known.indices)
     indices = torch.cat([known.indices, more.indices[new]])
     return Entries(indices, torch.cat([known.values, more.values[new]])), int((~new).sum())
-
-
-def _summed(known: Entries | None, more: Entries) -> tuple[Entries, int]:
-    """The sum of two changes, and the number of shared places."""
-    if known is None:
-        return more, 0
-    places, slots = torch.cat([known.places, more.places]).unique(return_inverse=True)
-    values = torch.cat([known.values, more.values])
-    total = values.new_zeros(len(places)).index_add_(0, slots, values)
-    whole = known.indices is None or more.indices is None
-    return Entries(None if whole else places, total), known.count + more.count - len(places)

@@ -1,6 +1,9 @@
 """The formulas of the methods: functions of tensors and numbers, in place if the name ends in ``_``."""
 
 from lit_sparse.functional.budget import within_budget as within_budget
+from lit_sparse.functional.combining import drop_and_rescale as drop_and_rescale
+from lit_sparse.functional.combining import ties_mean as ties_mean
+from lit_sparse.functional.combining import trim_threshold as trim_threshold
 from lit_sparse.functional.density import density as density
 from lit_sparse.functional.density import product_density as product_density
 from lit_sparse.functional.density import product_sparsity_bound as product_sparsity_bound

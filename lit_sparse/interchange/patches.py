@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import Adapter
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, require_range
+from lit_sparse.functional.combining import Conflicts, Rule, conflicts, merged, trim_threshold
 from lit_sparse.interchange.remains import weight_name
 
 
@@ -114,6 +116,58 @@ def standing(model: nn.Module, patch: Patch) -> Patch:
     return found
 
 
+@torch.no_grad()
+def combined(
+    patches: Sequence[Patch],
+    weights: Sequence[float] | None = None,
+    rule: Rule = "concatenate",
+    density: float = 0.2,
+    seed: int = 0,
+) -> tuple[Patch, Conflicts]:
+    """Merge several patches of one model into one.
+
+    Args:
+        patches: At least one.
+        weights: Factor of each patch; None: 1 for all.
+        rule: ``concatenate``: the sum. ``ties`` and ``dare``: see :mod:`lit_sparse.functional.combining`. A share of
+            the entries means a share of those that a patch changes.
+        density: Share of the entries that TIES or DARE keeps of each patch, in (0, 1].
+        seed: Of the entries that DARE draws.
+
+    Returns:
+        The patch, and how many entries the patches share.
+    """
+    factors = [1.0] * len(patches) if weights is None else weights
+    generator = torch.Generator().manual_seed(seed)
+    thresholds = [
+        trim_threshold(functools.partial(_values, patch, factor), density) if rule == "ties" else 0.0
+        for patch, factor in zip(patches, factors, strict=True)
+    ]
+    patch: Patch = {}
+    found = Conflicts(0, 0)
+    for name in dict.fromkeys(name for one in patches for name in one):
+        own = [number for number, one in enumerate(patches) if name in one]
+        entries = [patches[number][name] for number in own]
+        places, slots = torch.cat([part.places.cpu() for part in entries]).unique(return_inverse=True)
+        changes = torch.zeros(len(own), len(places), dtype=torch.promote_types(entries[0].values.dtype, torch.float32))
+        for row, part, slot in zip(changes, entries, slots.split([part.count for part in entries]), strict=True):
+            row[slot] = part.values.cpu().to(row)
+        changes *= torch.tensor([factors[number] for number in own], dtype=changes.dtype).unsqueeze(1)
+        found += conflicts(changes)
+        values = merged(changes, rule, [thresholds[number] for number in own], density, generator)
+        whole, left = any(part.indices is None for part in entries), values != 0
+        if whole:
+            patch[name] = Entries(None, values)
+        elif bool(left.any()):
+            patch[name] = Entries(places[left], values[left])
+    return patch, found
+
+
+def _values(patch: Patch, factor: float) -> Iterator[Tensor]:
+    for entries in patch.values():
+        yield entries.values.cpu().to(torch.promote_types(entries.values.dtype, torch.float32)) * factor
+
+
 def tensors_of(patch: Patch) -> dict[str, Tensor]:
     """A patch as tensors to store: ``.values`` and ``.indices`` of each weight, in the smallest integers."""
     tensors: dict[str, Tensor] = {}
@@ -159,6 +213,14 @@ def require_fit(model: nn.Module, patch: Patch, what: str) -> None:
                 f"{what} changes entries of {name!r} that {type(model).__name__} has not (its weight has {size}): it "
                 "was made for a model of another size."
             )
+
+
+def require_weights(weights: Sequence[float] | None, count: int) -> None:
+    """Raise a UsageError unless there is a finite weight for each of ``count`` sources, or none at all."""
+    if weights is not None and len(weights) != count:
+        raise UsageError(f"There are {count} sources and {len(weights)} weights: give one weight for each source.")
+    for weight in weights or ():
+        require_range("A weight", weight, at_least=-1e6, at_most=1e6)
 
 
 def index_dtype(count: int) -> torch.dtype:

@@ -53,11 +53,17 @@ def common_config(model: nn.Module, layers: list[str], saved: list[str], paramet
     }
 
 
+def task_of(kind: str) -> str | None:
+    """PEFT's name of the task of a class of models; None if it has none."""
+    found = (task for task, models, _ in _TASKS if kind in _flat(getattr(modeling_auto, models).values()))
+    return next(found, None)
+
+
 def _task(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     kind = type(model).__name__
-    for task, models, unasked in _TASKS:
-        if kind in _flat(getattr(modeling_auto, models).values()):
-            return task, unasked
+    task = task_of(kind)
+    if task is not None:
+        return task, next(unasked for name, _, unasked in _TASKS if name == task)
     if kind in _flat(modeling_auto.MODEL_MAPPING_NAMES.values()) and model.main_input_name == "input_ids":
         return "FEATURE_EXTRACTION", ()
     return None, ()

@@ -34,13 +34,20 @@ def folded(name: str, adapter: LowRankAdapter) -> LayerFactors:
     Returns:
         Factors with scale 1 and without gates, on the CPU, in the adapter's precision (float32 or better).
     """
-    layer, live = LayerFactors.of(name, adapter), live_ranks(adapter)
+    return without_dead_ranks(LayerFactors.of(name, adapter))
+
+
+@torch.no_grad()
+def without_dead_ranks(layer: LayerFactors) -> LayerFactors:
+    """What :func:`folded` gives, of stored factors."""
+    live = live_ranks(layer)
+    counts = [int(part.sum()) for part in live.split(layer.ranks)]
     return LayerFactors(
-        name=name,
+        name=layer.name,
         lora_A=layer.lora_A[live].cpu(),
         lora_B_t=layer.scaled_lora_B_t().to(layer.lora_B_t.dtype)[live].cpu(),
-        ranks=tuple(live.view(adapter.copies, adapter.rank).sum(1).tolist()),
-        max_rank=adapter.max_rank,
+        ranks=tuple(counts),
+        max_rank=layer.max_rank,
     )
 
 

@@ -96,7 +96,30 @@ def from_pretrained(
     """
     path = _local(folder)
     entries = read_metadata(path)
-    form, labels = entries.get("format"), entries.get("labels")
+    form = entries.get("format")
+    base = str(path) if form == "merged" else backbone or entries.get("base_model_name_or_path")
+    model = plain_model(path, entries, base, trust_remote_code)
+    if form != "merged":
+        (load_peft if form == "peft" else load_adapter)(model, path)
+    tokenizer = load_tokenizer(str(path) if has_processor(path) else str(base))
+    return Pretrained(model.eval().requires_grad_(False), tokenizer, entries.get("labels"))
+
+
+def plain_model(
+    folder: Path, entries: Mapping[str, Any], base: str | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model that an exported folder is for, without its adapters.
+
+    Args:
+        folder: The folder.
+        entries: Its metadata.
+        base: Hub id or folder of the pretrained model.
+        trust_remote_code: Whether code that comes with the backbone may run.
+
+    Raises:
+        UsageError: If the folder is of another program or format, ``base`` is not known, or the model cannot be loaded.
+    """
+    form = entries.get("format")
     kind = getattr(transformers, str(entries.get("model_class")), None)
     # A folder chooses a model, and nothing else to be called.
     is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
@@ -106,17 +129,12 @@ def from_pretrained(
             f"its {METADATA} has the format {form!r} and the class {entries.get('model_class')!r}. Load its parts by "
             "load_peft or load_adapter."
         )
-    base = str(path) if form == "merged" else backbone or entries.get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{str(folder)!r} does not name the model that it was trained on: give it as backbone.")
     arguments: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     if form != "merged":
         arguments |= _head(entries)
-    model = load_backbone(base, kind, dtype="auto", **arguments)
-    if form != "merged":
-        (load_peft if form == "peft" else load_adapter)(model, path)
-    tokenizer = load_tokenizer(str(path) if has_processor(path) else base)
-    return Pretrained(model.eval().requires_grad_(False), tokenizer, labels)
+    return load_backbone(base, kind, dtype="auto", **arguments)
 
 
 def _without_labels(found: Any) -> Any:

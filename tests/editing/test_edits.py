@@ -266,18 +266,24 @@ def test_the_sum_of_edits(many):
     add(other, together.patch)
     torch.testing.assert_close(one.weight, other.weight)
     if len(many) == 1:
-        assert conflicts == 0
+        assert conflicts == (0, 0)
 
 
 def test_conflicts_are_counted():
     first = Edit({"weight": Entries(torch.tensor([1, 5, 7]), torch.ones(3))})
-    second = Edit({"weight": Entries(torch.tensor([5, 7, 9]), torch.ones(3))})
+    second = Edit({"weight": Entries(torch.tensor([5, 7, 9]), torch.tensor([1.0, -2.0, 1.0]))})
     third = Edit({"bias": Entries(torch.tensor([1]), torch.ones(1))})
     together, conflicts = combine([first, second, third])
-    assert conflicts == 2
+    assert conflicts == (2, 1)
     assert together.patch["weight"].indices.tolist() == [1, 5, 7, 9]
-    assert together.patch["weight"].values.tolist() == [1, 2, 2, 1]
+    assert together.patch["weight"].values.tolist() == [1, 2, -1, 1]
     assert together.changed == 5
+    weighted, _ = combine([first, second, third], [2, 0.5, 1], rule="ties", density=1.0)
+    assert weighted.patch["weight"].values.tolist() == [2, 1.25, 2, 0.5]
+    dropped, _ = combine([first, third], rule="dare", density=0.5, seed=1)
+    assert set(dropped.patch["weight"].values.tolist()) == {2.0}
+    with pytest.raises(UsageError, match="There are 2 sources and 1 weights"):
+        combine([first, second], [1.0])
     with pytest.raises(UsageError, match="Only edits of one model"):
         combine([])
     with pytest.raises(UsageError, match=r"these 2 were made for \['a', 'b'\]"):

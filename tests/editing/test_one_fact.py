@@ -181,7 +181,7 @@ def test_the_command_shows_answers_before_and_after(folder, capsys):
     shared = sum(
         len(set(one.patch[name].places.tolist()) & set(entries.places.tolist())) for name, entries in two.patch.items()
     )
-    assert f"2 edits, {both.changed:,} entries; {shared:,} are changed more than once." in out
+    assert f"2 edits, {both.changed:,} entries; {shared:,} are changed more than once, " in out
     command(capsys, "apply", folder, "both.safetensors", "--output", "edited")
     expected = plain(folder)
     EditedModel(expected).add(both)

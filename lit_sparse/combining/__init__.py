@@ -1,0 +1,1 @@
+"""Several stored adapters added up to one."""
