@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,18 @@ class Routes:
     """Which adapter each row of the batch goes through; all layers of a model share one.
 
     Args:
-        copies: Number of the adapter, for each row of the batch: shape ``(rows,)``, dtype long.
+        copies: Number of the adapter, for each row of the batch: shape ``(rows,)``, dtype long, on the model's device.
     """
 
     copies: Tensor
+
+
+def _rows_of(routes: Routes, x: Tensor) -> int:
+    """The number of rows; raises a CannotShareError if ``x`` has not as many."""
+    rows = len(routes.copies)
+    if x.dim() < 2 or len(x) != rows:
+        raise CannotShareError(f"an adapted layer gets an input of shape {tuple(x.shape)} for {rows} rows")
+    return rows
 
 
 class RowwiseLinear(LowRankLinear):
@@ -51,18 +61,19 @@ class RowwiseLinear(LowRankLinear):
             self.register_buffer(name, torch.cat([getattr(part, name) for part in parts]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(rows, tokens, in_features)`` to ``(rows, tokens, out_features)``.
+        """Map ``(rows, ..., in_features)`` to ``(rows, ..., out_features)``.
 
         Raises:
             CannotShareError: If the input has another shape, so that its rows cannot be told apart.
         """
-        copies = self.routes.copies
-        if x.dim() != 3 or len(x) != len(copies):
-            raise CannotShareError(f"an adapted layer gets an input of shape {tuple(x.shape)} for {len(copies)} rows")
+        rows = _rows_of(self.routes, x)
         y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
         lora_A = self._of_rows(self.lora_A).to(y.dtype)
         lora_B_t = self._of_rows(self.scaled_lora_B_t(self.training)).to(y.dtype)
-        return torch.baddbmm(y, torch.bmm(x.to(y.dtype), lora_A.mT).to(y.dtype), lora_B_t)
+        hidden = torch.bmm(x.reshape(rows, -1, self.in_features).to(y.dtype), lora_A.mT).to(y.dtype)
+        return torch.baddbmm(y.reshape(rows, -1, self.out_features), hidden, lora_B_t).view(y.shape)
 
     def _of_rows(self, matrix: Tensor) -> Tensor:
         """The matrix of each row's adapter, shape ``(rows, rank, features)``."""
@@ -78,3 +89,45 @@ class RowwiseLinear(LowRankLinear):
         """
         for name, parameter in part.named_parameters(recurse=False):
             parameter.copy_(getattr(self, name)[copy * self.rank : (copy + 1) * self.rank])
+
+
+class RowwiseChoice(nn.Module):
+    """Layers of any kind, one for each adapter, of which each row of a batch has the output of its own.
+
+    All of them compute all rows, so it is for the few layers that are not :class:`RowwiseLinear`: task heads and
+    embeddings.
+
+    Args:
+        versions: The layer of each adapter; one layer may stand for several.
+        routes: The adapter of each row.
+    """
+
+    def __init__(self, versions: Sequence[nn.Module], routes: Routes) -> None:
+        super().__init__()
+        self.versions = nn.ModuleList(versions)
+        self.routes = routes
+
+    def __getattr__(self, name: str) -> Any:
+        # Backbones read attributes of a layer, such as its weight's dtype.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            first: nn.ModuleList = super().__getattr__("versions")  # type: ignore[assignment]
+            return getattr(first[0], name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(rows, ...)`` to ``(rows, ...)``.
+
+        Raises:
+            CannotShareError: If the input has another shape, so that its rows cannot be told apart.
+        """
+        rows = _rows_of(self.routes, x)
+        found: dict[nn.Module, Tensor] = {}
+        for version in self.versions:
+            if version not in found:
+                dtype = next(version.parameters()).dtype
+                found[version] = version(x.to(dtype) if x.is_floating_point() else x)
+        outputs = [found[version] for version in self.versions]
+        dtype = functools.reduce(torch.promote_types, (output.dtype for output in outputs))
+        each = torch.stack([output.to(dtype) for output in outputs])
+        return each[self.routes.copies, torch.arange(rows, device=each.device)]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.frozen import require_match
 from lit_sparse.adapters.injection import adapters_in, inject
 from lit_sparse.adapters.originals import forget_originals
+from lit_sparse.adapters.rowwise import Routes
 from lit_sparse.adapters.token_rows import embedding_count
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import read_peft
@@ -23,27 +22,12 @@ from lit_sparse.interchange.peft_import import install
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.rebuilding import saved_method
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """One difference between the plain model and the model with an adapter.
-
-    Args:
-        owner: The dictionary of a module's children, parameters, buffers or attributes.
-        key: The name in the dictionary.
-        plain: The plain model's value.
-        own: The adapter's value.
-    """
-
-    owner: dict[str, Any]
-    key: str
-    plain: Any
-    own: Any
+from lit_sparse.serving.places import Place, everything, put
+from lit_sparse.serving.rows import routed, row_places
 
 
 class AdapterBank:
-    """Adapters of several runs for one backbone, one of which is in use at a time, for inference.
+    """Adapters of several runs for one backbone, for inference: one in use at a time, or another for each row.
 
     The adapters may differ in layers, ranks and methods, and each brings its own task head. Heads may have different
     numbers of labels; the model's own loss then does not fit. All adapters share the frozen weights: a bank takes the
@@ -67,7 +51,9 @@ class AdapterBank:
         self.model = model.requires_grad_(False)
         self.in_use: str | None = None
         """Name of the adapter in use, None for the plain backbone."""
-        self._places: dict[str, list[_Place]] = {}
+        self._places: dict[str, list[Place]] = {}
+        self._rowwise: tuple[list[str], list[Place], Routes] | None = None
+        self._in_rows = False
 
     @property
     def names(self) -> list[str]:
@@ -90,11 +76,11 @@ class AdapterBank:
         if not path.exists():
             raise UsageError(f"{str(path)!r} does not exist. Give a folder in PEFT's format, or a checkpoint file.")
         with self.using(None):
-            before = list(_everything(self.model))
+            before = list(everything(self.model))
             try:
                 (_load_folder if path.is_dir() else _load_checkpoint)(self.model, path)
                 forget_originals(self.model, known=False)
-                places = [_Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
+                places = [Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
             finally:
                 self.model.requires_grad_(False)
                 for owner, key, plain in before:
@@ -108,10 +94,12 @@ class AdapterBank:
             name: Name of the adapter; None: the plain backbone with its own head.
 
         Raises:
-            UsageError: If there is no such adapter, or the one in use is no longer in the model.
+            UsageError: If there is no such adapter, the one in use is no longer in the model, or within :meth:`rows`.
         """
         if name is not None:
             self._require(name)
+        if self._in_rows:
+            raise UsageError("The adapters of a bank cannot be changed within rows(…): leave it first.")
         if self.in_use is not None:
             places = self._places[self.in_use]
             if any(isinstance(place.own, nn.Module) and place.owner[place.key] is not place.own for place in places):
@@ -120,10 +108,10 @@ class AdapterBank:
                     "have changed: load the backbone again, and make a new bank."
                 )
             for place in places:
-                _put(place, place.plain)
+                put(place, place.plain)
         self.in_use = name
         for place in self._places[name] if name is not None else ():
-            _put(place, place.own)
+            put(place, place.own)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
@@ -142,6 +130,59 @@ class AdapterBank:
         finally:
             self.use(before)
 
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[nn.Module]:
+        """Within the context, each row of a batch goes through an adapter of its own, with its own task head.
+
+        The outputs are those of the rows by themselves, each under :meth:`using`, to rounding. The frozen layers
+        compute all rows at once. Linear layers multiply each row by the A and B of its adapter; of other adapted layers
+        and of heads, each adapter's computes the whole batch. ``generate`` works too, with beams or several answers for
+        each row. The first use of an adapter here copies its A and B.
+
+        Args:
+            names: Name of the adapter of each row of the batch, in order; None: the plain backbone with its own head.
+
+        Yields:
+            The model.
+
+        Raises:
+            UsageError: If there is no such adapter, the model is in training mode, the batch has another number of
+                rows, heads have other numbers of outputs, or the model mixes the rows of a batch, as experts do.
+        """
+        for name in names:
+            if name is not None:
+                self._require(name)
+        if self.model.training:
+            raise UsageError("The rows of a batch go through several adapters for inference only: call model.eval().")
+        with self.using(None):
+            numbers, places, routes = self._places_of_rows([n for n in self.names if n in names])
+            device = next(self.model.parameters()).device
+            copies = [0 if name is None else 1 + numbers.index(name) for name in names]
+            for place in places:
+                put(place, place.own)
+            self._in_rows = True
+            try:
+                with routed(self.model, torch.tensor(copies, device=device), routes):
+                    yield self.model
+            finally:
+                self._in_rows = False
+                for place in places:
+                    put(place, place.plain)
+
+    def _places_of_rows(self, names: list[str]) -> tuple[list[str], list[Place], Routes]:
+        """Names of adapters, and the layers that hold these together, kept for the next batch."""
+        if self._rowwise is None or not set(names) <= set(self._rowwise[0]):
+            before = [] if self._rowwise is None else self._rowwise[0]
+            routes = Routes(torch.empty(0, dtype=torch.long))
+            together = [name for name in self.names if name in names or name in before]
+            try:
+                places = row_places(self.model, {name: self._places[name] for name in together}, routes)
+            except UsageError:  # with those of an earlier batch
+                together = names
+                places = row_places(self.model, {name: self._places[name] for name in together}, routes)
+            self._rowwise = together, places, routes
+        return self._rowwise
+
     def remove(self, name: str) -> None:
         """Remove an adapter; if it is in use, the model becomes the plain backbone.
 
@@ -149,39 +190,17 @@ class AdapterBank:
             name: Name of the adapter.
 
         Raises:
-            UsageError: If there is no such adapter.
+            UsageError: If there is no such adapter, or within :meth:`rows`.
         """
         self._require(name)
-        if name == self.in_use:
+        if name == self.in_use or self._in_rows:
             self.use(None)
         del self._places[name]
+        self._rowwise = None
 
     def _require(self, name: str) -> None:
         if name not in self._places:
             raise UsageError(f"The bank has no adapter {name!r}; it has {self.names}.")
-
-
-def _everything(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Every child, parameter, buffer and number of outputs of the model: (dictionary, key, value)."""
-    for module in list(model.modules()):
-        for owner in (module._modules, module._parameters, module._buffers):
-            for key, value in list(owner.items()):
-                yield owner, key, value
-        if isinstance(module, nn.Linear):
-            yield vars(module), "out_features", module.out_features
-
-
-def _put(place: _Place, new: Any) -> None:
-    """Replace a value; the new one follows the device and training mode of the old one."""
-    old = place.owner[place.key]
-    if isinstance(new, nn.Module):
-        new.train(old.training)
-        device = next(old.parameters()).device
-        if any(p.device != device for p in new.parameters()):
-            new.to(device)
-    elif isinstance(new, Tensor):
-        new.data = new.data.to(old.device)
-    place.owner[place.key] = new
 
 
 def _load_folder(model: nn.Module, path: Path) -> None:
@@ -230,7 +249,7 @@ def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
     plain: dict[str, Tensor] = dict(
         chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     )
-    everything = list(_everything(model))
+    places = list(everything(model))
     for name, tensor in tensors.items():
         if name not in plain:
             continue  # belongs to an adapter, which is injected later
@@ -246,6 +265,6 @@ def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         new: Tensor = torch.zeros(tensor.shape, dtype=old.dtype, device=old.device)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new)
-        for place, key, value in everything:
+        for place, key, value in places:
             if value is old:  # under all names of a shared tensor
                 place[key] = new
