@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from backbones import build_tiny, save_tiny_bert, save_tiny_gpt2, save_tiny_llama, save_tiny_t5
+from torch._dynamo.utils import counters
 from trained import save_checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -199,6 +200,60 @@ def test_layers_do_not_wait_for_the_device(tmp_path, monkeypatch):
             width = layer.in_features
             layer(torch.ones(4, 3, width))
         monkeypatch.undo()
+
+
+def test_a_weighted_sum_of_adapters(tmp_path):
+    """Against the sum of the changes written into the weights; by itself, and for a row."""
+    bank = bank_of(bert(tmp_path / "bert"), tmp_path)
+    weights = {"gated": 0.5, "masked": -2.0, "dense": 1.0}
+    bank.add_sum("sum", weights, head="masked")
+    expected = bert(tmp_path / "bert")().eval()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            with bank.using(name) as model:
+                for layer, adapter in ls.adapters_in(model):
+                    expected.get_submodule(layer).weight += weight * adapter.delta_weight()
+                if name == "masked":
+                    expected.classifier.load_state_dict(model.classifier.state_dict())
+        with bank.using("sum") as model:
+            torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+        found = mixed(bank, ["sum", None, "gated", "sum"], input_ids=IDS)
+        torch.testing.assert_close(found[::3], expected(IDS).logits[::3], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ls.UsageError, match="has an adapter 'sum' already"):
+        bank.add_sum("sum", {"gated": 1.0})
+    with pytest.raises(ls.UsageError, match="no adapter 'other'"):
+        bank.add_sum("more", {"gated": 1.0}, head="other")
+    with pytest.raises(ls.UsageError, match=r"Nothing is left of \{'gated': 0\}"):
+        bank.add_sum("more", {"gated": 0})
+    assert bank.names == [*METHODS, "sum"]
+
+
+def test_an_adapter_of_the_same_shapes_needs_no_other_graph(tmp_path):
+    """Compiled blocks: one graph for all adapters alike, and one for all mixtures of them."""
+    torch._dynamo.reset()
+    counters.clear()
+    methods = {name: ls.LoRA("all-linear", rank=4) for name in ("one", "two", "three")}
+    bank = bank_of(bert(tmp_path / "bert"), tmp_path, methods)
+    names = [["one", "two", None, "one"], ["two", None, None, "one"], ["three", "one", "two", None]]
+    expected = [mixed(bank, some, input_ids=IDS) for some in names]
+    alone = [one_by_one(bank, [name] * 4, input_ids=IDS) for name in methods]
+    ls.compile_blocks(bank.model, backend="aot_eager")
+    with torch.no_grad():
+        for name, logits in zip(methods, alone, strict=True):
+            with bank.using(name) as model:
+                torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+        bank.remove("two")
+        bank.add("two", tmp_path / "one.ckpt")
+        with bank.using("two") as model:
+            torch.testing.assert_close(model(IDS).logits, alone[0], rtol=1e-4, atol=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+        bank.remove("two")
+        bank.add("two", tmp_path / "two.ckpt")
+        mixed(bank, ["one", "two", "three", None], input_ids=IDS)  # so that all three are in the layers
+        for some, logits in zip(names, expected, strict=True):
+            torch.testing.assert_close(mixed(bank, some, input_ids=IDS), logits, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
 
 
 def test_what_cannot_be_mixed_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,6 +83,41 @@ class LayerFactors:
         parts = zip(self.lora_A.double().split(self.ranks), self.scaled_lora_B_t().split(self.ranks), strict=True)
         squares = torch.stack([((A @ A.mT) * (B_t @ B_t.mT)).sum() for A, B_t in parts])  # ‖BA‖² = ⟨BᵀB, AAᵀ⟩
         return squares.clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def stacked(
+    changes: Sequence[Mapping[str, LayerFactors]], weights: Sequence[float], names: Iterable[str]
+) -> dict[str, LayerFactors]:
+    """The exact sum of several changes: ``Σ w_i B_i A_i = [w_1 B_1, w_2 B_2, …] · [A_1; A_2; …]``.
+
+    Args:
+        changes: The layers of each change, with scale 1 and without gates.
+        weights: Of each change.
+        names: The layers to add up.
+
+    Returns:
+        Layers that keep a rank, with as many as the changes have together.
+    """
+    found: dict[str, LayerFactors] = {}
+    for name in names:
+        own = [(layers[name], w) for layers, w in zip(changes, weights, strict=True) if name in layers and w]
+        copies = range(len(own[0][0].ranks)) if own else range(0)
+        split = [(layer.lora_A.split(layer.ranks), layer.lora_B_t.split(layer.ranks), w) for layer, w in own]
+        A = [torch.cat([rows_A[copy] for rows_A, _, _ in split]) for copy in copies]
+        B_t = [torch.cat([rows_B_t[copy] * w for _, rows_B_t, w in split]) for copy in copies]
+        if any(map(len, A)):
+            found[name] = layer_of(name, A, B_t)
+    return found
+
+
+def layer_of(name: str, A: Sequence[Tensor], B_t: Sequence[Tensor]) -> LayerFactors:
+    """A layer of scale 1 with these matrices, one for each expert or one alone."""
+    ranks, rows_A, rows_B_t = tuple(map(len, A)), torch.cat(list(A)), torch.cat(list(B_t))
+    largest = max(ranks)
+    return LayerFactors(
+        name=name, lora_A=rows_A, lora_B_t=rows_B_t, ranks=ranks, max_rank=largest, alpha=float(largest)
+    )
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_sparse.adapters.factors import LayerFactors
+from lit_sparse.adapters.factors import LayerFactors, stacked
 from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.adapters.survey import survey
-from lit_sparse.combining.factors import refactored, stacked
+from lit_sparse.combining.factors import refactored
 from lit_sparse.combining.patches import conflict_sentence, write_sum
 from lit_sparse.combining.recipe import Recipe
 from lit_sparse.combining.sources import AUTO_CLASSES, LABELLED, Addend, read_addend, require_fit, same_head
@@ -152,7 +152,7 @@ def _put_sum(
     if recipe.rule in ("ties", "dare"):
         layers, square, shared = refactored(addends, recipe, names)
     else:
-        layers = stacked(addends, recipe.weights, names)
+        layers = stacked([addend.layers for addend in addends], recipe.weights, names)
         square = _square(layers)
     if not layers:
         raise UsageError("Nothing is left: no source changes a weight, or all weights are 0.")

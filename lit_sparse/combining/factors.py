@@ -1,4 +1,4 @@
-"""Add up low-rank changes: by their factors, or entry by entry and then by singular values."""
+"""Merge low-rank changes entry by entry, and write the result by its singular values."""
 
 from __future__ import annotations
 
@@ -8,36 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_sparse.adapters.factors import LayerFactors
+from lit_sparse.adapters.factors import LayerFactors, layer_of
 from lit_sparse.combining.recipe import Recipe
 from lit_sparse.combining.sources import Addend
 from lit_sparse.functional.combining import Conflicts, conflicts, merged, trim_threshold
 
 Layers = dict[str, LayerFactors]
-
-
-@torch.no_grad()
-def stacked(addends: Sequence[Addend], weights: Sequence[float], names: Sequence[str]) -> Layers:
-    """The exact sum: ``Σ w_i B_i A_i = [w_1 B_1, w_2 B_2, …] · [A_1; A_2; …]``.
-
-    Args:
-        addends: The sources.
-        weights: Of each source.
-        names: The layers to add up, in the model's order.
-
-    Returns:
-        Layers that keep a rank, with as many as the sources have together.
-    """
-    found: Layers = {}
-    for name in names:
-        own = [(a.layers[name], w) for a, w in zip(addends, weights, strict=True) if name in a.layers and w]
-        copies = range(len(own[0][0].ranks)) if own else range(0)
-        split = [(layer.lora_A.split(layer.ranks), layer.lora_B_t.split(layer.ranks), w) for layer, w in own]
-        A = [torch.cat([rows_A[copy] for rows_A, _, _ in split]) for copy in copies]
-        B_t = [torch.cat([rows_B[copy] * w for _, rows_B, w in split]) for copy in copies]
-        if any(map(len, A)):
-            found[name] = _layer(name, A, B_t)
-    return found
 
 
 @torch.no_grad()
@@ -77,7 +53,7 @@ def refactored(addends: Sequence[Addend], recipe: Recipe, names: Sequence[str]) 
             A.append(rows_A)
             B_t.append(rows_B_t)
         if any(map(len, A)):
-            layers[name] = _layer(name, A, B_t)
+            layers[name] = layer_of(name, A, B_t)
     return layers, square, shared
 
 
@@ -95,12 +71,3 @@ def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     count = min(rank, int((values > values.max() * max(matrix.shape) * torch.finfo(values.dtype).eps).sum()))
     roots = values[:count].sqrt().unsqueeze(1)
     return roots * right[:count], roots * left.mT[:count]
-
-
-def _layer(name: str, A: Sequence[Tensor], B_t: Sequence[Tensor]) -> LayerFactors:
-    """A layer of scale 1 with these matrices."""
-    ranks, rows_A, rows_B_t = tuple(map(len, A)), torch.cat(list(A)), torch.cat(list(B_t))
-    largest = max(ranks)
-    return LayerFactors(
-        name=name, lora_A=rows_A, lora_B_t=rows_B_t, ranks=ranks, max_rank=largest, alpha=float(largest)
-    )

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lit_sparse.adapters.frozen import require_match
-from lit_sparse.adapters.injection import adapters_in, inject
+from lit_sparse.adapters.factors import LayerFactors, stacked
+from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.originals import forget_originals
 from lit_sparse.adapters.rowwise import Routes
-from lit_sparse.adapters.token_rows import embedding_count
 from lit_sparse.errors import UsageError
-from lit_sparse.interchange.peft_folder import read_peft
-from lit_sparse.interchange.peft_import import install
-from lit_sparse.methods.start import take_ranks
-from lit_sparse.modules import checkpoint as checkpoints
-from lit_sparse.modules.rebuilding import saved_method
+from lit_sparse.interchange.loading import inject_layers
+from lit_sparse.interchange.remains import folded
+from lit_sparse.serving.bank_sources import load
 from lit_sparse.serving.places import Place, everything, put
 from lit_sparse.serving.rows import routed, row_places
 
@@ -70,15 +66,45 @@ class AdapterBank:
         Raises:
             UsageError: If the name is taken, or the source cannot be read or does not fit the backbone.
         """
+        self._add(name, lambda: load(self.model, Path(source)))
+
+    def add_sum(self, name: str, weights: Mapping[str, float], head: str | None = None) -> None:
+        """Add the weighted sum of adapters that are in the bank, exact to rounding: A and B are stacked.
+
+        It has the ranks of all of them together. :func:`~lit_sparse.combine` writes such a sum to a folder, and has
+        rules that keep fewer.
+
+        Args:
+            name: Name of the sum in the bank.
+            weights: Name of an adapter → factor of its change.
+            head: Name of the adapter whose task head the sum has; None: the backbone's own head.
+
+        Raises:
+            UsageError: If the name is taken, there is no such adapter, or nothing is left.
+        """
+        changes: list[dict[str, LayerFactors]] = []
+        for own in (*weights, *([] if head is None else [head])):
+            self._require(own)
+        for own in weights:
+            with self.using(own):
+                changes.append({layer: folded(layer, adapter) for layer, adapter in adapters_in(self.model)})
+        names = dict.fromkeys(layer for change in changes for layer in change)
+        layers = stacked(changes, list(weights.values()), names)
+        if not layers:
+            raise UsageError(f"Nothing is left of {dict(weights)}: no adapter changes a weight, or all weights are 0.")
+        self._add(name, lambda: inject_layers(self.model, layers, "the bank", train_head=[]))
+        if head is not None:
+            heads = [place for place in self._places[head] if not isinstance(place.plain, nn.Module)]
+            self._places[name] = [*self._places[name], *heads]
+
+    def _add(self, name: str, put_in: Callable[[], object]) -> None:
+        """Keep what ``put_in`` changes in the plain model, and make the model plain again."""
         if name in self._places:
             raise UsageError(f"The bank has an adapter {name!r} already. Remove it, or give another name.")
-        path = Path(source)
-        if not path.exists():
-            raise UsageError(f"{str(path)!r} does not exist. Give a folder in PEFT's format, or a checkpoint file.")
         with self.using(None):
             before = list(everything(self.model))
             try:
-                (_load_folder if path.is_dir() else _load_checkpoint)(self.model, path)
+                put_in()
                 forget_originals(self.model, known=False)
                 places = [Place(h, key, plain, h[key]) for h, key, plain in before if h[key] is not plain]
             finally:
@@ -201,70 +227,3 @@ class AdapterBank:
     def _require(self, name: str) -> None:
         if name not in self._places:
             raise UsageError(f"The bank has no adapter {name!r}; it has {self.names}.")
-
-
-def _load_folder(model: nn.Module, path: Path) -> None:
-    lora = read_peft(path)
-    heads = tuple(f"{name}." for name in lora.heads(model))
-    _make_room(model, {name: tensor for name, tensor in lora.whole.items() if name.startswith(heads)}, path)
-    _require_rows(model, path, [rows.ids for rows in lora.tokens.values()])
-    install(model, lora)
-
-
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    checkpoint = checkpoints.read(path)
-    weights: dict[str, Tensor] = checkpoint["state_dict"]
-    outside = checkpoints.outside_backbone(checkpoint)
-    if outside:
-        raise UsageError(f"{str(path)!r} holds {outside[:3]}, which lie outside the backbone: a bank cannot use them.")
-    saved = checkpoint[checkpoints.KEY]["method"]
-    method = saved_method(saved)
-    if method.changes_weights:
-        start = method.init_weights
-        raise UsageError(f"{str(path)!r} was trained with init_weights {start!r}, which changed the shared weights.")
-    _make_room(model, {name.removeprefix(checkpoints.PREFIX): tensor for name, tensor in weights.items()}, path)
-    inject(model, method)
-    wrapped = nn.ModuleDict({checkpoints.PREFIX.rstrip("."): model})
-    take_ranks(wrapped, method, checkpoint[checkpoints.KEY])
-    _require_rows(model, path, [entry["ids"] for entry in checkpoint[checkpoints.KEY].get("token_rows", {}).values()])
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    checkpoints.require_fit(wrapped, name, saved, checkpoint)
-    require_match(
-        wrapped, wrapped.load_state_dict(weights, strict=False), f"The weights in {str(path)!r} do not fit {name!r}"
-    )
-
-
-def _require_rows(model: nn.Module, path: Path, tokens: Iterable[Iterable[int]]) -> None:
-    """Refuse an adapter with tokens beyond the shared embeddings."""
-    largest = max((i for ids in tokens for i in ids), default=-1)
-    if largest >= 0 and largest >= embedding_count(model):
-        raise UsageError(
-            f"{str(path)!r} has a row for the token {largest}, and the backbone that the bank shares has "
-            f"{embedding_count(model)}. Call model.resize_token_embeddings({largest + 1}) before you make the bank."
-        )
-
-
-def _make_room(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Replace the tensors that an adapter has values for by new ones, so that the plain ones keep theirs."""
-    plain: dict[str, Tensor] = dict(
-        chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    )
-    places = list(everything(model))
-    for name, tensor in tensors.items():
-        if name not in plain:
-            continue  # belongs to an adapter, which is injected later
-        old = plain[name]
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if tensor.shape != old.shape:
-            if not isinstance(owner, nn.Linear) or tensor.shape[1:] != old.shape[1:]:
-                raise UsageError(
-                    f"{str(path)!r} has {name!r} of shape {tuple(tensor.shape)}, the backbone {tuple(old.shape)}; only "
-                    "the number of a linear layer's outputs may differ."
-                )
-            owner.out_features = tensor.shape[0]
-        new: Tensor = torch.zeros(tensor.shape, dtype=old.dtype, device=old.device)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new)
-        for place, key, value in places:
-            if value is old:  # under all names of a shared tensor
-                place[key] = new
