@@ -504,6 +504,22 @@ def of_preferences(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_combining(content: dict[str, Any]) -> str:
+    """What each task has left of its adapter in the sums, by the weight of both adapters."""
+    rows = content["results"]
+    tasks = [key for key in rows[0] if key not in ("method", "rule", "weight", "bytes")]
+    weights = list(dict.fromkeys(row["weight"] for row in rows))
+    head = " | ".join(f"{task}, weights {weight:g}" for weight in weights for task in tasks)
+    lines = [f"| | KiB | {head} |", "|---" * (2 + len(weights) * len(tasks)) + "|"]
+    by: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault((row["method"], row["rule"]), {})[row["weight"]] = row
+    for (method, rule), found in by.items():
+        scores = [f"{found[w][task]:.3f}" if w in found else "" for w in weights for task in tasks]
+        lines.append(f"| {method}, {rule} | {next(iter(found.values()))['bytes'] / 1024:,.0f} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
 def _share(value: float | None, pairs: int = 60) -> str:
     """A share of some pairs with its standard error."""
     return "" if value is None else f"{value:.2f} ± {math.sqrt(value * (1 - value) / pairs):.2f}"
@@ -570,6 +586,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "engines": of_engines,
     "gpu": of_gpu,
     "precision": of_precision,
+    "combining": of_combining,
 }
 
 

@@ -228,6 +228,7 @@ def test_a_weighted_sum_of_adapters(tmp_path):
     assert bank.names == [*METHODS, "sum"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_same_shapes_needs_no_other_graph(tmp_path):
     """Compiled blocks: one graph for all adapters alike, and one for all mixtures of them."""
     torch._dynamo.reset()

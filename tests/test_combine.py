@@ -8,14 +8,12 @@ import peft
 import pytest
 import torch
 from backbones import save_tiny_bert, save_tiny_llama
-from hypothesis import given
-from hypothesis import strategies as st
 from trained import as_trained, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
-from lit_sparse.functional.combining import Conflicts, trim_threshold
+from lit_sparse.functional.combining import Conflicts
 from lit_sparse.interchange.peft_folder import read_peft
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 6, 7, 9]])
@@ -267,14 +265,6 @@ def test_a_budget_cuts_the_merged_change(equal, tmp_path):
     assert sum(int(torch.linalg.matrix_rank(delta, rtol=1e-5)) for delta in cut.values()) == 16
     assert report.error == pytest.approx(float((values[16:] ** 2).sum() / (values**2).sum()) ** 0.5, rel=1e-3)
     assert re.search(r"\(TIES\) and written by its largest singular values, which leave out \d+\.\d+% of", str(report))
-
-
-@given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=40), st.floats(0.01, 1), st.integers(1, 3))
-def test_the_threshold_is_the_smallest_kept_magnitude(values, density, parts):
-    change = torch.tensor(values)
-    nonzero = sorted((abs(v) for v in values if v), reverse=True)
-    found = trim_threshold(lambda: change.chunk(parts), density)
-    assert found == (nonzero[max(1, int(density * len(nonzero))) - 1] if nonzero else 0.0)
 
 
 # Heads

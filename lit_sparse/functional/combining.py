@@ -70,6 +70,10 @@ def trim_threshold(parts: Callable[[], Iterable[Tensor]], density: float) -> flo
 
     Returns:
         The smallest magnitude that is kept; 0 for a change without entries.
+
+    Example:
+        >>> trim_threshold(lambda: [torch.tensor([0.5, -2.0, 0.0]), torch.tensor([1.0, 0.25])], 0.5)
+        1.0
     """
 
     def counts(of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -99,6 +103,10 @@ def ties_mean(changes: Tensor) -> Tensor:
 
     Returns:
         Shape ``(entries,)``.
+
+    Example:
+        >>> ties_mean(torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 0.0]])).tolist()
+        [2.0, 2.0, 0.0]
     """
     elected = changes.sum(0).sign()
     agree = (changes.sign() == elected) & (elected != 0)
