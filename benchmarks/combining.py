@@ -1,12 +1,13 @@
 """How much of two adapters is left in their sum, by the rules of lit_sparse.combine and of PEFT, at equal bytes.
 
-Run:  python benchmarks/combining.py [--rows 3000] [--json FILE]
+Run:  python benchmarks/combining.py [--rows 1500] [--json FILE]
 
 Two tasks for one encoder, MiniLM-L6, on the sentences of the quickstart: whether a review is positive, and whether it
-is long, of 20 words or more (the probing task of Conneau et al. 2018, with two classes). A LoRA and a RoseLoRA of rank 8
-with a head learn each. Their adapters are added up without training, and each task is measured with its own head on 500
-sentences that were not trained on. The weight is the factor of both adapters. Sums by singular values have the bytes of
-one adapter, and stacked ones those of two. The table of docs/quality.md is made of benchmarks/results/combining.json.
+is long, of 20 words or more (the probing task of Conneau et al. 2018, with two classes). A LoRA and a RoseLoRA of rank
+8 with a head learn each. Their adapters are added up without training, and each task is measured with its own head on
+400 sentences that were not trained on. The weight is the factor of both adapters. Sums by singular values have the
+bytes of one adapter, and stacked ones those of two. The table of docs/quality.md is made of
+benchmarks/results/combining.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from lit_sparse.data.quickstart import resolve, reviews_csv
 
 MODEL = "quickstart://all-MiniLM-L6-v2"
 TASKS = ("sentiment", "length")
-RANK, HELD_OUT, LONG = 8, 500, 20
+RANK, HELD_OUT, LONG = 8, 400, 20
 METHODS = {
     "LoRA": functools.partial(ls.LoRA, rank=RANK, alpha=16),
     "RoseLoRA": functools.partial(ls.RoseLoRA, rank=RANK, alpha=16, density=0.1, begin=0.2, end=0.8),
@@ -149,8 +150,8 @@ def size_of(model: nn.Module) -> int:
     return sum(p.nbytes for n, p in model.named_parameters() if ".sum." in n)
 
 
-def ours(folder: Path, sources: list[str], weight: float) -> Iterator[tuple[str, Any]]:
-    for name, arguments in OURS.items():
+def ours(folder: Path, sources: list[str], weight: float, rules: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for name, arguments in ((name, OURS[name]) for name in rules):
         output = Path(tempfile.mkdtemp(dir=folder))
         ls.combine(sources, output, [weight] * 2, layout="ragged", **arguments)
         model = plain()
@@ -182,7 +183,9 @@ def measured(folder: Path, method: str) -> list[dict[str, Any]]:
             {"method": method, "rule": f"{task} alone", "weight": 1.0, "bytes": size_of(model), **scores.of(model)}
         )
     for weight in WEIGHTS:
-        for rule, model in chain(ours(folder, sources, weight), of_peft(sources, weight) if method == "LoRA" else ()):
+        rules = list(OURS) if method == "LoRA" else ["concatenate", "svd"]
+        peers = of_peft(sources, weight) if method == "LoRA" else ()
+        for rule, model in chain(ours(folder, sources, weight, rules), peers):
             rows.append({"method": method, "rule": rule, "weight": weight, "bytes": size_of(model), **scores.of(model)})
             print(rows[-1], flush=True)
     return rows
@@ -190,7 +193,7 @@ def measured(folder: Path, method: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--json", type=str)
     options = parser.parse_args()
     torch.set_num_threads(1)

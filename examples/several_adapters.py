@@ -47,6 +47,10 @@ def main() -> None:
         with bank.using(name), torch.no_grad():
             found = backbone(tokens).logits.argmax(1)
         print(f"{name}: accuracy {(found == labels).float().mean():.2f}")
+    with bank.rows(["upper", "inner"] * 128), torch.no_grad():  # every other row through the same adapter
+        found = backbone(tokens).logits.argmax(1)
+    mixed = torch.stack(list(tasks.values()), 1)[torch.arange(256), torch.arange(256) % 2]
+    print(f"in one batch: accuracy {(found == mixed).float().mean():.2f}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Provenance:
         metrics: Name to value, as the checkpoint keeps them.
         license: License of the export, by its identifier on the hub.
         progress: How far the run was.
-        truncation: A clause on how the adapters were truncated after the run; None: they were not.
+        truncation: A clause on how the adapters were truncated or added up after the run; None: they were not.
     """
 
     base_model: str | None = None
@@ -52,7 +52,7 @@ class ExportReport:
         head_parameters: Parameters trained whole, without rows of tokens.
         difference: Largest difference of any output from the live model's.
         tolerance: Largest difference that was accepted.
-        state: A sentence on the run's progress, on what is left of the adapters, and on a truncation after the run.
+        state: A sentence on the run's progress, on what is left of the adapters, and on what was done to them after the run.
         whole: A sentence on what is stored beside the adapters.
         notes: Sentences that a user of the folder must know.
     """
