@@ -7,9 +7,15 @@ import sys
 import peft
 import pytest
 import torch
-from backbones import save_tiny_bert, save_tiny_llama
+from backbones import build_tiny, save_tiny_bert, save_tiny_llama
 from trained import as_trained, save_checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralForCausalLM,
+    RobertaForSequenceClassification,
+    ViTForImageClassification,
+)
 
 import lit_sparse as ls
 from lit_sparse.cli.main import main
@@ -170,6 +176,39 @@ def test_adapters_of_all_kinds_add_up(bert, tmp_path):
         for name, adapter in ls.adapters_in(model):
             expected[name] = expected.get(name, 0) + weight * adapter.delta_weight().double()
     assert_close(deltas(tmp_path / "sum"), {name: delta for name, delta in expected.items() if delta.any()})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", ["concatenate", "ties"])
+@pytest.mark.parametrize(
+    ("model_class", "options", "targets"),
+    [
+        (MixtralForCausalLM, {"num_key_value_heads": 4, "tie_word_embeddings": False}, "all-linear"),
+        (RobertaForSequenceClassification, {}, ["word_embeddings", "query"]),
+        (ViTForImageClassification, {}, ["projection", "q_proj"]),
+    ],
+)
+def test_experts_embeddings_and_convolutions(rule, model_class, options, targets, tmp_path):
+    torch.manual_seed(0)
+    build_tiny(model_class, **options).save_pretrained(tmp_path / "base")
+    sources, expected = [], {}
+    for seed, weight in enumerate(WEIGHTS):
+        model = model_class.from_pretrained(tmp_path / "base")
+        as_trained(model, ls.SoRA(targets, rank=4, alpha=6, threshold=0.1, train_head=False))
+        with torch.no_grad():
+            for name, adapter in ls.adapters_in(model):
+                adapter.lora_A.copy_(adapter.lora_A.roll(seed, 1))
+                expected[name] = expected.get(name, 0) + weight * adapter.delta_weight().double()
+        ls.export_peft(model, tmp_path / str(seed), layout=["padded", "ragged"][seed])
+        sources.append(str(tmp_path / str(seed)))
+    ls.combine(sources, tmp_path / "sum", WEIGHTS, rule=rule)
+    model = model_class.from_pretrained(tmp_path / "base")
+    found = {name: adapter.delta_weight() for name, adapter in ls.load_peft(model, tmp_path / "sum").items()}
+    if rule == "concatenate":
+        expected = {name: delta for name, delta in expected.items() if name in found or delta.any()}
+        assert_close(found, expected)
+    else:  # of the size of the sum, and other than it
+        assert all(0 < delta.norm() < 2 * expected[name].norm() for name, delta in found.items())
 
 
 # Rules for entries
@@ -371,7 +410,13 @@ def test_what_does_not_fit_is_refused(bert, llama, pair, tmp_path):
     large = lora_of(wide, tmp_path / "large", 0, **NARROW)
     token = lora_of(bert, tmp_path / "token", 0, task_type="TOKEN_CLS", **NARROW)
     classed = lora_of(bert, tmp_path / "classed", 0, task_type="SEQ_CLS", **NARROW)
+    strange = save_tiny_bert(tmp_path / "strange_bert", initializer_range=0.5)
+    runs = [
+        save_checkpoint(ls.SequenceClassification(base, ls.LoRA(["query"], rank=2), num_labels=2), tmp_path / name)
+        for base, name in ((bert, "run.ckpt"), (strange, "strange.ckpt"))
+    ]
     cases = [
+        (runs, {"backbone": bert, "head": runs[0]}, "on different backbones: their frozen weights differ"),
         ([pair[0]], {}, "at least two sources"),
         (pair, {"weights": [1.0]}, "There are 2 sources and 1 weights"),
         (pair, {"weights": [1.0, float("nan")]}, "A weight must be"),

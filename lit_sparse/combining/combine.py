@@ -136,7 +136,8 @@ def combine(
         return CombineReport(Path(output), "delta", size, 0.0, found, text)
     model, heads = _open(giver, backbone, trust_remote_code)
     error, shared = _put_sum(model, addends, recipe, heads)
-    base = None if giver.base is None else hub_id(backbone or giver.base)
+    named = backbone or giver.base
+    base = None if named is None else hub_id(named)
     provenance = Provenance(base, "Combination", recipe.record(), truncation=_clause(len(paths), rule, error))
     report = export_peft(model, output, layout, provenance=provenance)
     lines = [str(report), *([] if shared is None else [conflict_sentence(shared)])]

@@ -62,6 +62,7 @@ class Addend:
         head: Name to tensor of the modules trained whole.
         head_modules: Their names or trailing parts of them; empty for a checkpoint, whose module knows them.
         entries: The folder's metadata; None for a checkpoint.
+        sample: Some frozen weights of the backbone, of a checkpoint; None if it has none.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Addend:
     head: dict[str, Tensor] = field(default_factory=dict)
     head_modules: list[str] = field(default_factory=list)
     entries: dict[str, Any] | None = None
+    sample: Tensor | None = None
 
 
 def read_addend(source: str) -> Addend:
@@ -128,6 +130,13 @@ def require_fit(addends: Sequence[Addend], backbone: str | None, head: str | Non
         bases = {addend.path: addend.base and resolve(addend.base).rstrip("/") for addend in addends}
         hint = "If these are names of one model, give its name as backbone."
         _require_same("backbone", bases, hint)
+    sampled = [(addend.path, addend.sample) for addend in addends if addend.sample is not None]
+    for path, sample in sampled[1:]:
+        # Samples of other layers, as with a frozen head, cannot be compared.
+        if sample.shape == sampled[0][1].shape and not checkpoints.same_weights(sample, sampled[0][1]):
+            raise UsageError(
+                f"{sampled[0][0]!r} and {path!r} were trained on different backbones: their frozen weights differ."
+            )
     if head is None:
         labels = {addend.path: addend.labels for addend in addends if addend.task in LABELLED}
         _require_same("number of labels", labels, "Name the source whose head is to be kept as head.")
@@ -225,6 +234,7 @@ def _of_checkpoint(source: str, path: Path) -> Addend:
         labels=min((len(tensor) for tensor in head.values() if tensor.ndim), default=None),
         layers=layers,
         head=head,
+        sample=saved["backbone_sample"],
     )
 
 

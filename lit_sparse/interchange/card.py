@@ -52,7 +52,7 @@ class ExportReport:
         head_parameters: Parameters trained whole, without rows of tokens.
         difference: Largest difference of any output from the live model's.
         tolerance: Largest difference that was accepted.
-        state: A sentence on the run's progress, on what is left of the adapters, and on what was done to them after the run.
+        state: A sentence on the run's progress, on what is left of the adapters, and on what was done to them later.
         whole: A sentence on what is stored beside the adapters.
         notes: Sentences that a user of the folder must know.
     """

@@ -169,6 +169,11 @@ def require_fit(
             shrink(adapter, left)
 
 
+def same_weights(sample: Tensor, other: Tensor) -> bool:
+    """Whether two samples of the same frozen weights are equal to rounding, in half precision too."""
+    return torch.allclose(sample, other, rtol=_ROUNDING, atol=1e-6)
+
+
 def _require_backbone(sample: Tensor | None, name: str, saved: Mapping[str, Any]) -> None:
     if sample is None or saved["backbone_sample"] is None:
         return
@@ -177,7 +182,7 @@ def _require_backbone(sample: Tensor | None, name: str, saved: Mapping[str, Any]
             f"The checkpoint belongs to the backbone {saved['backbone']!r}, which has another structure than {name!r} "
             "or is quantized otherwise. Adapters only work on the weights they were trained on."
         )
-    if not torch.allclose(sample, saved["backbone_sample"], rtol=_ROUNDING, atol=1e-6):
+    if not same_weights(sample, saved["backbone_sample"]):
         raise UsageError(
             f"The checkpoint belongs to the backbone {saved['backbone']!r}; the frozen weights of {name!r} differ. "
             "Adapters only work on the weights they were trained on."
