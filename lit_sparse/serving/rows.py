@@ -133,6 +133,7 @@ def _versions(model: nn.Module, places: Mapping[str, Sequence[Place]]) -> Versio
 def _with_own_tensors(layer: nn.Module) -> nn.Module:
     """A copy that shares everything, and can be given other parameters and buffers."""
     made = copy.copy(layer)
+    vars(made).pop("_apply", None)  # of a trained head, which would move the tensors of the original
     made._parameters, made._buffers = dict(layer._parameters), dict(layer._buffers)
     return made
 
