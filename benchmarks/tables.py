@@ -507,16 +507,16 @@ def of_preferences(content: dict[str, Any]) -> str:
 def of_combining(content: dict[str, Any]) -> str:
     """What each task has left of its adapter in the sums, by the weight of both adapters."""
     rows = content["results"]
-    tasks = [key for key in rows[0] if key not in ("method", "rule", "weight", "bytes")]
+    tasks = [key for key in rows[0] if key not in ("rule", "weight", "bytes")]
     weights = list(dict.fromkeys(row["weight"] for row in rows))
     head = " | ".join(f"{task}, weights {weight:g}" for weight in weights for task in tasks)
     lines = [f"| | KiB | {head} |", "|---" * (2 + len(weights) * len(tasks)) + "|"]
-    by: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    by: dict[str, dict[float, dict[str, Any]]] = {}
     for row in rows:
-        by.setdefault((row["method"], row["rule"]), {})[row["weight"]] = row
-    for (method, rule), found in by.items():
+        by.setdefault(row["rule"], {})[row["weight"]] = row
+    for rule, found in by.items():
         scores = [f"{found[w][task]:.3f}" if w in found else "" for w in weights for task in tasks]
-        lines.append(f"| {method}, {rule} | {next(iter(found.values()))['bytes'] / 1024:,.0f} | {' | '.join(scores)} |")
+        lines.append(f"| {rule} | {next(iter(found.values()))['bytes'] / 1024:,.0f} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 
