@@ -2,8 +2,8 @@
 
 Run:  python benchmarks/combining.py [--rows 1200] [--json FILE]
 
-Two tasks for one encoder, MiniLM-L6, on the quickstart's reviews: whether a sentence is positive, and whether a text is a
-critic's (Rotten Tomatoes) or the beginning of a user's (IMDB). A LoRA of rank 8 with a head learns each. The adapters
+Two tasks for one encoder, MiniLM-L6, on the quickstart's reviews: whether a sentence is positive, and whether a text is
+a critic's (Rotten Tomatoes) or the beginning of a user's (IMDB). A LoRA of rank 8 with a head learns each. The adapters
 are added up without training, and each task is measured with its own head on 300 texts that were not trained on. The
 weight is the factor of both adapters. Sums by singular values have the bytes of one adapter, and stacked ones those of
 two. The table of docs/quality.md is made of benchmarks/results/combining.json.
