@@ -51,7 +51,7 @@ class Command(NamedTuple):
             parser.add_argument(f"--{name}", action="append", type=str, help=about[name])
         for name in self.numbers:
             parser.add_argument(f"--{name}", nargs="+", type=float, help=about[name])
-        skipped = {*self.words, *self.repeated, *self.numbers, *self.fixed}
+        skipped: set[str | int] = {*self.words, *self.repeated, *self.numbers, *self.fixed}
         parser.add_function_arguments(self.function, skip=skipped)
         given = parser.parse_args(spelled_out(words, self.function)).as_dict()
         found = self.function(**given, **self.fixed)
