@@ -415,7 +415,13 @@ def test_what_does_not_fit_is_refused(bert, llama, pair, tmp_path):
         save_checkpoint(ls.SequenceClassification(base, ls.LoRA(["query"], rank=2), num_labels=2), tmp_path / name)
         for base, name in ((bert, "run.ckpt"), (strange, "strange.ckpt"))
     ]
+    entries = ls.SequenceClassification(bert, ls.SHiRA(["query"], changed=0.1), num_labels=2)
+    entries.configure_model()
+    kept = {"state_dict": entries.state_dict(), "hyper_parameters": dict(entries.hparams)}
+    entries.on_save_checkpoint(kept)
+    torch.save(kept, tmp_path / "entries.ckpt")
     cases = [
+        ([pair[0], str(tmp_path / "entries.ckpt")], {}, "changes single entries, and has no A and B. Export it"),
         (runs, {"backbone": bert, "head": runs[0]}, "on different backbones: their frozen weights differ"),
         ([pair[0]], {}, "at least two sources"),
         (pair, {"weights": [1.0]}, "There are 2 sources and 1 weights"),

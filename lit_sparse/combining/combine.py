@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lit_sparse.adapters.factors import LayerFactors, stacked
-from lit_sparse.adapters.injection import adapters_in, take_out
+from lit_sparse.adapters.injection import take_out
 from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.adapters.survey import survey
 from lit_sparse.combining.factors import refactored
@@ -157,10 +157,10 @@ def _put_sum(
         square = _square(layers)
     if not layers:
         raise UsageError("Nothing is left: no source changes a weight, or all weights are 0.")
-    inject_layers(model, layers, "the sum of the sources", train_head=heads)
+    adapters = inject_layers(model, layers, "the sum of the sources", train_head=heads)
     if recipe.budget is not None:
         truncate(model, recipe.budget)
-    left = _square({name: LayerFactors.of(name, adapter) for name, adapter in adapters_in(model)})
+    left = _square({name: LayerFactors.of(name, adapter) for name, adapter in adapters.items()})
     return (0.0 if recipe.rule == "concatenate" else max(0.0, 1 - left / square) ** 0.5), shared
 
 

@@ -26,6 +26,7 @@ from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.patches import Patch, patch_from
 from lit_sparse.interchange.peft_config import task_of
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
+from lit_sparse.interchange.peft_shira import is_shira
 from lit_sparse.interchange.remains import without_dead_ranks
 from lit_sparse.interchange.stored_folder import HEAD, read_folder
 from lit_sparse.modules import checkpoint as checkpoints
@@ -45,6 +46,8 @@ AUTO_CLASSES: Mapping[str, Any] = {
 
 LABELLED = ("SEQ_CLS", "TOKEN_CLS", None)
 """Tasks whose heads have an output for each label; a LoRA of PEFT's need not name its task."""
+
+_ENTRIES = "changes single entries, and has no A and B. Export it in the format delta, and combine such patches."
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -165,6 +168,8 @@ def _require_same(what: str, values: Mapping[str, Any], hint: str = "") -> None:
 
 
 def _of_peft(source: str, path: Path) -> Addend:
+    if is_shira(path):
+        raise UsageError(f"{source!r} {_ENTRIES}")
     lora = read_peft(path)
     entries = read_metadata(path)
     saved = lora.config.get("modules_to_save") or []
@@ -222,7 +227,10 @@ def _of_checkpoint(source: str, path: Path) -> Addend:
     layers = {
         name.removeprefix(checkpoints.PREFIX): replace(layer, name=name.removeprefix(checkpoints.PREFIX))
         for name, layer in stored.items()
+        if isinstance(layer, LayerFactors)
     }
+    if len(layers) < len(stored):
+        raise UsageError(f"{source!r} {_ENTRIES}")
     weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     own = tuple(f"{name}." for name in stored)
     head = {n.removeprefix(checkpoints.PREFIX): t for n, t in weights.items() if not n.startswith(own)}

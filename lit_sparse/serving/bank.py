@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_sparse.adapters.factors import LayerFactors, stacked
-from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.injection import adapters_in, low_rank_in
 from lit_sparse.adapters.originals import forget_originals
 from lit_sparse.adapters.rowwise import Routes
 from lit_sparse.errors import UsageError
@@ -87,7 +87,8 @@ class AdapterBank:
             self._require(own)
         for own in weights:
             with self.using(own):
-                changes.append({layer: folded(layer, adapter) for layer, adapter in adapters_in(self.model)})
+                found = low_rank_in(self.model, f"A sum of {own!r} needs A and B")
+                changes.append({layer: folded(layer, adapter) for layer, adapter in found.items()})
         names = dict.fromkeys(layer for change in changes for layer in change)
         layers = stacked(changes, list(weights.values()), names)
         if not layers:
