@@ -31,7 +31,7 @@ from lit_sparse.interchange.remains import without_dead_ranks
 from lit_sparse.interchange.stored_folder import HEAD, read_folder
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.base import SparseModule
-from lit_sparse.modules.rebuilding import known_class
+from lit_sparse.modules.rebuilding import known_class, saved_method
 from lit_sparse.reporting.sources import read_adapters
 
 AUTO_CLASSES: Mapping[str, Any] = {
@@ -216,8 +216,11 @@ def _of_folder(source: str, path: Path) -> Addend:
 def _of_checkpoint(source: str, path: Path) -> Addend:
     checkpoint = checkpoints.read(path)
     saved = checkpoint[checkpoints.KEY]
-    if saved["method"]["init_args"].get("init_weights") == "pissa":
-        raise UsageError(f"{source!r} was trained with init_weights 'pissa', which changed the frozen weights.")
+    method = saved_method(saved["method"])
+    if method.changes_weights:
+        raise UsageError(
+            f"{source!r} was trained with init_weights {method.init_weights!r}, which changed the frozen weights."
+        )
     if saved.get("token_rows"):
         raise UsageError(f"{source!r} holds rows of new tokens, which cannot be added up.")
     outside = checkpoints.outside_backbone(checkpoint)
