@@ -33,10 +33,10 @@ class ForgettingCap(ForgettingProbe):
     """Shrink the adapters where training has raised the loss on other data by more than a tolerance.
 
     The loss of the pretrained model is measured before the first step. Before each validation, at the end of each epoch
-    and at the end of the run, the loss is measured again. If it has risen by more than ``tolerance``, every B is
-    multiplied by one factor c < 1, which a bisection finds, and training goes on from there. The loss is continuous in
-    c, and c = 0 is the pretrained model. Zeros stay zeros. Only if a trained task head alone exceeds the tolerance does
-    it move towards its values from before training.
+    and at the end of the run, the loss is measured again. If it has risen by more than ``tolerance``, every B (and
+    every value of a ``DeltaLinear``) is multiplied by one factor c < 1, which a bisection finds, and training goes on.
+    The loss is continuous in c, and c = 0 is the pretrained model. Zeros stay zeros. Only if a trained task head alone
+    exceeds the tolerance does it move towards its values from before training.
 
     The end of the run is measured once more; the run fails if it is not within the tolerance. So ``last.ckpt``, every
     validated state, and what is exported from them are within it. A file from the middle of an epoch is for resuming
