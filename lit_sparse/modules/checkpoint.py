@@ -159,9 +159,7 @@ def require_fit(
             f"The checkpoint's adapters differ from the model's: {_difference(saved['ranks'], ranks, what)}. {cause}"
         )
     _require_token_rows(model, saved.get("token_rows", {}), new_tokens)
-    if all(
-        adapter.start is None for adapter in adapters.values()
-    ):  # else this model's weights are not the pretrained ones
+    if not start_record(model):  # else the weights of this model are no longer the pretrained ones
         _require_backbone(frozen_sample(model), backbone, saved)
     for name, left in saved.get("ranks_left", {}).items():
         adapter = adapters[name]
