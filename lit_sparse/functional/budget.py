@@ -41,7 +41,7 @@ def within_budget(scores: Tensor, costs: Sequence[int], counts: Sequence[int], b
         tensor([False,  True,  True, False])
     """
     require_range("budget", budget, at_least=0)
-    cost = _spread(tuple(costs), tuple(counts), scores.device)
+    cost = cost_of_each(tuple(costs), tuple(counts), scores.device)
     if scores.shape != cost.shape:
         raise UsageError(f"There are costs for {cost.numel()} entries; got scores of shape {tuple(scores.shape)}.")
     order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
@@ -58,7 +58,7 @@ def within_budget(scores: Tensor, costs: Sequence[int], counts: Sequence[int], b
 
 
 @functools.lru_cache(maxsize=16)
-def _spread(costs: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+def cost_of_each(costs: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """The cost of every entry; kept, because copying it to a device at every step would wait for that."""
     if len(costs) != len(counts) or min(costs, default=1) < 1:
         raise UsageError(f"Give one cost of at least 1 for each count; got {costs} for {len(counts)} counts.")

@@ -113,5 +113,6 @@ def is_trained(adapter: LowRankAdapter) -> bool:
 
 def open_gates(adapters: Sequence[LowRankAdapter]) -> list[int]:
     """The number of open gates of each adapter that has gates; waits for the device, once."""
-    counts = [adapter.gate.count_nonzero() for adapter in adapters if adapter.gate is not None]
+    gates = [adapter.effective_gate() for adapter in adapters]
+    counts = [gate.count_nonzero() for gate in gates if gate is not None]
     return torch.stack(counts).tolist() if counts else []

@@ -15,12 +15,12 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.layers import Layer
 from lit_sparse.adapters.statistics import per_rank
 from lit_sparse.errors import require_choice
-from lit_sparse.functional import cubic_density, resolve_step, sensitivities, update_moving_average_, within_budget
-from lit_sparse.methods.account import Account, is_trained, open_gates, parse_budget
-from lit_sparse.methods.base import SparseMethod
-from lit_sparse.methods.schedule import FIRST_SCORES, decided_at, length_of, require_end, require_points
+from lit_sparse.functional import resolve_step, sensitivities, update_moving_average_, within_budget
+from lit_sparse.methods.account import Account
+from lit_sparse.methods.rank_budget import RankBudget, gates_of
+from lit_sparse.methods.schedule import decided_at, length_of
 from lit_sparse.methods.spectrum import cut
-from lit_sparse.methods.step import Run, Step
+from lit_sparse.methods.step import Step
 
 Score = Literal["singular", "norm", "sensitivity"]
 
@@ -32,13 +32,13 @@ _CUTS = 32
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Budgets(SparseMethod):
+class Budgets(RankBudget):
     """Methods with gates that can be given a budget, for which the ranks of all layers compete.
 
-    A rank of a layer costs the d_in + d_out numbers of its row of A and column of B. The budget falls from all ranks at
-    ``begin`` to its final value at ``end``. Ranks are taken by score, the highest first, as long as the budget lasts,
-    and the gates of all others are set to zero. Nothing else pulls at a gate, so that ranks which survive do not
-    shrink. From ``end`` on the choice stays, and what is left is trained on.
+    Ranks are taken by score, the highest first, as long as the budget lasts, and the gates of all others are set to
+    zero. Nothing else pulls at a gate, so that ranks which survive do not shrink. From ``end`` on the choice stays, and
+    what is left is trained on. The arguments of the budget are those of
+    :class:`~lit_sparse.methods.rank_budget.RankBudget`.
 
     Until ``end``, the objective is the loss under the constraint that the ranks cost no more than the budget. After the
     optimizer's step on the loss, the step here is the proximal map of the constraint's indicator: the projection onto
@@ -50,11 +50,6 @@ class Budgets(SparseMethod):
     objective is the loss alone, over the ranks that are left.
 
     Args:
-        budget: What may be left of the adapters: a share in (0, 1] of the parameters that A and B start with;
-            parameters, such as ``20000``, ``500k`` or ``1.2M``; or bytes of them, such as ``2MB``, in the dtype of the
-            adapters, which PEFT's file has, too. Units are decimal. Gates do not count, since exports fold them into B,
-            nor do modules trained whole, the header of the file, and the zeros that pad all layers to one rank in
-            exports for engines (``layout: padded``).
         score: What decides which ranks live. ``singular``: the ranks of a layer are turned into the singular directions
             of its update, without a change of the function, and the smallest σ / √c of all layers are cut, where c is
             what a rank costs. A closed rank does not come back. Gates are not trained, unless they have a ``gate_lr``:
@@ -63,24 +58,14 @@ class Budgets(SparseMethod):
             |g ∂L/∂g|, so that the step raises the loss least, to first order. With the last two, a rank at zero may
             come back until ``end``, but seldom does.
         begin: Until when all ranks are kept: a number of optimizer steps, or with a decimal point a share of the run.
-            The first choice is made at the third step at the earliest, since all scores are zero while B is. The
-            default is that of ``end``: all is cut at once. Give 0.1 with ``norm`` and ``sensitivity``.
-        end: From when on the budget holds and the choice of ranks stays, in the same units. A resumed run with another
-            length has another schedule, and one with a larger budget gets back no rank after ``end``. ``score``,
-            ``begin`` and ``end`` count with ``budget`` only.
+            The default is that of ``end``: all is cut at once. Give 0.1 with ``norm`` and ``sensitivity``.
     """
 
-    budget: float | str | None = None
     score: Score = "singular"
-    begin: int | float = 0.5
-    end: int | float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("score", self.score, ("singular", "norm", "sensitivity"))
-        require_points(self.begin, self.end)
-        if self.budget is not None:
-            parse_budget(self.budget)
 
     def adapt(self, layer: Layer, overrides: Mapping[str, float] = MappingProxyType({})) -> LowRankAdapter:
         """Wrap one frozen layer, with the average sensitivity of its gates if that is the score."""
@@ -94,34 +79,6 @@ class Budgets(SparseMethod):
         if self._averages and not hasattr(adapter, "sensitivity_gate"):
             return "no sensitivities of gates, which score 'sensitivity' needs"
         return super().mismatch(adapter)
-
-    def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
-        """Check the budget against the adapters, and its schedule against the run."""
-        warnings = super().check(adapters, run)
-        if self.budget is None:
-            return warnings
-        require_end(self.begin, self.end, run.total)
-        account = Account.of(self.budget, adapters)
-        account.require_possible()
-        self._allowed(account, 0, run.total)  # raises when begin lies after end
-        return warnings + (self._warn_of_rest(adapters, account) if self._ranks_stay(run.done + 1, run.total) else [])
-
-    def _warn_of_rest(self, adapters: Sequence[LowRankAdapter], account: Account) -> list[str]:
-        """Warn if a run that is resumed when ranks stay has another budget than before."""
-        ranks = open_gates(adapters)
-        held = account.spent(ranks)
-        if held > account.limit and self.score == "singular":
-            return [
-                f"The ranks that are left hold {held:,} {account.unit}, more than the budget of {account.limit:,}, and "
-                f"nothing is cut after end={self.end}. Resume from an earlier checkpoint, or raise end."
-            ]
-        closed = [a.copies * a.max_rank > n and is_trained(a) for a, n in zip(adapters, ranks, strict=True)]
-        if not any(c and cost <= account.limit - held for c, cost in zip(closed, account.costs, strict=True)):
-            return []
-        return [
-            f"The budget is {account.limit:,} {account.unit}, but the ranks that are left hold {held:,}, and the "
-            f"others do not come back after end={self.end}. Resume from an earlier checkpoint, or raise end."
-        ]
 
     def before_step(self, adapters: Sequence[LowRankAdapter], step: Step) -> Any:
         """Note which gates are open once ranks stay, and |g · ∂L/∂g| where it is the score."""
@@ -181,48 +138,10 @@ class Budgets(SparseMethod):
         scaled = torch.cat(torch._foreach_mul(list(gates.abs().split([len(a.lora_A) for a in adapters])), scales))
         return scaled * norms_A * per_rank([a.lora_B_t.detach() for a in adapters], _norms)
 
-    def goal(self, adapters: Sequence[LowRankAdapter]) -> str | None:
-        """The budget in parameters or bytes; raises UsageError if it is impossible."""
-        if self.budget is None:
-            return super().goal(adapters)
-        account = Account.of(self.budget, adapters)
-        account.require_possible()
-        others = super().goal(adapters)
-        return (
-            f"The budget leaves at most {account.limit:,} of {account.dense:,} {account.unit} of A and B from "
-            f"end={self.end} on."
-        ) + (f" {others}" if others else "")
-
-    def settled_after(self, total: int) -> int:
-        """The first step after which the budget holds, or after which ranks stay."""
-        settled, stay = super().settled_after(total), self.ranks_stay_after(total)
-        return settled if stay is None else max(settled, min(stay, total))
-
-    def ranks_stay_after(self, total: int | None) -> int | None:
-        """The step of ``end``, if there is a budget."""
-        if self.budget is None:
-            return super().ranks_stay_after(total)
-        return decided_at(self.end, total)
-
-    def is_final(self, step: int, total: int | None, at_end: bool) -> bool:
-        """Whether adapters are as sparse as this method makes them in the run: from when on ranks stay, if they do."""
-        stay = self.ranks_stay_after(total)
-        if stay is None:
-            return super().is_final(step, total, at_end)
-        return step >= stay and super().is_final(step, total, at_end=True)
-
-    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
-        """The sentence for a run that ended above its budget."""
-        if self.budget is None:
-            return super().shortfall(adapters)
-        account = Account.of(self.budget, adapters)
-        held = account.spent(open_gates(adapters))
-        if held <= account.limit:
-            return super().shortfall(adapters)
-        return (
-            f"The adapters hold {held:,} {account.unit}, more than the budget of {account.limit:,}: the run ended "
-            f"before the budget held (begin={self.begin}, end={self.end}). Train longer, or lower end."
-        )
+    @property
+    def _cuts_later(self) -> bool:
+        """Whether ranks are cut after ``end``, too: by scores that are there at every step."""
+        return self.score != "singular"
 
     @property
     def _gates_learn(self) -> bool:
@@ -244,25 +163,6 @@ class Budgets(SparseMethod):
         last = decided_at(self.end, total)
         distance = max(1, math.ceil((last - resolve_step(self.begin, length_of(total))) / _CUTS))
         return step <= last and (last - step) % distance == 0
-
-    def _ranks_stay(self, step: int, total: int | None) -> bool:
-        """Whether gates at zero stay there in this step."""
-        after = self.ranks_stay_after(total)
-        return after is not None and step > after
-
-    def _allowed(self, account: Account, step: int, total: int | None) -> int:
-        """What the ranks may cost together after ``step``."""
-        share = cubic_density(step, length_of(total), account.limit / account.dense, self.begin, self.end)
-        if step < FIRST_SCORES:
-            return account.dense
-        if self._ranks_stay(step + 1, total):
-            return account.limit
-        return max(account.limit, math.floor(share * account.dense))
-
-
-def gates_of(adapters: Sequence[LowRankAdapter]) -> list[nn.Parameter]:
-    """The gates of all adapters that have them."""
-    return [adapter.gate for adapter in adapters if adapter.gate is not None]
 
 
 def _values(gates: Sequence[nn.Parameter]) -> Tensor:

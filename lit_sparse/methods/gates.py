@@ -16,8 +16,9 @@ from lit_sparse.adapters.layers import Layer
 from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.functional import optimizer_metric_threshold, released_threshold_, resolve_step, soft_threshold_
 from lit_sparse.methods.base import GateInit, SparseMethod
-from lit_sparse.methods.budget import Budgets, gates_of
+from lit_sparse.methods.budget import Budgets
 from lit_sparse.methods.gate_checks import compare_groups, predict, require_adam
+from lit_sparse.methods.rank_budget import gates_of
 from lit_sparse.methods.step import Run, Step
 
 Operator = Literal["soft", "released"]
@@ -63,6 +64,7 @@ class Gates(Budgets):
 
     gated = True
     overridable = (*SparseMethod.overridable, "threshold", "sparsity_weight")
+    pulls = MappingProxyType({"threshold": "ξ, constant", "sparsity_weight": "λ, threshold lr · λ"})
 
     threshold: float | None = None
     sparsity_weight: float | None = None
@@ -76,12 +78,6 @@ class Gates(Budgets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [n for n in ("budget", "threshold", "sparsity_weight") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise UsageError(
-                "Give exactly one of budget (what is left), threshold (ξ, constant) and sparsity_weight (λ, threshold "
-                f"lr · λ); got {' and '.join(given) or 'none'}."
-            )
         for name in ("threshold", "sparsity_weight", "l1_weight"):
             require_range(name, getattr(self, name), at_least=0)
         require_choice("operator", self.operator, ("soft", "released"))
@@ -206,25 +202,9 @@ class Gates(Budgets):
             return super().ranks_stay_after(total)
         return max(0, math.ceil(total - resolve_step(self.refit, total)))
 
-    def shortfall(self, adapters: Sequence[LowRankAdapter]) -> str | None:
-        """The sentence for a run that zeroed no gate, or that ended above its budget."""
-        gates = [gate.detach() for gate in gates_of(adapters)]
-        pruned = any(a.rank < a.max_rank for a in adapters) or any(bool((gate == 0).any()) for gate in gates)
-        if pruned or self.budget is not None:
-            return super().shortfall(adapters)
-        smallest = min(float(gate.abs().min()) for gate in gates)
-        return (
-            f"No gate became zero: all {sum(g.numel() for g in gates)} ranks remain, the smallest |gate| is "
-            f"{smallest:.2g}. Raise {self._knob}, or train longer."
-        )
-
     @property
     def _gates_learn(self) -> bool:
         return self.budget is None or self.score != "singular" or self.gate_lr is not None
-
-    @property
-    def _knob(self) -> str:
-        return "threshold" if self.threshold is not None else "sparsity_weight"
 
     def _strength(self, adapter: LowRankAdapter) -> float:
         """ξ or λ of one layer."""

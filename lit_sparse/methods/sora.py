@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lit_sparse.methods.gates import Gates
+from lit_sparse.methods.rank_budget import DEFAULT_BUDGET
 from lit_sparse.methods.start import Start
-
-DEFAULT_BUDGET = 0.25
-"""Share of A and B that is left if neither a budget nor a threshold is given."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -96,9 +96,13 @@ class SparseSteps:
         if penalty is None or not penalty.requires_grad:  # as where the user froze what it depends on
             return
         trained = [p for adapter in self._adapters for p in adapter.parameters(recurse=False) if p.requires_grad]
-        for parameter, gradient in zip(trained, torch.autograd.grad(penalty, trained, allow_unused=True), strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
+        added = [(p, gradient) for p, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+        there = [(p.grad, gradient) for p, gradient in added if p.grad is not None]
+        if there:
+            torch._foreach_add_([grad for grad, _ in there], [gradient for _, gradient in there])
+        for parameter, gradient in added:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad
 
     def finish(self) -> None:
         """Call at the end of training: stop following the optimizer, and warn if nothing was pruned."""

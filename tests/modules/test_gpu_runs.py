@@ -40,7 +40,7 @@ BOUNDARIES = {
     "monitor.py:after_step": "SparsityMonitor logs at log_every_n_steps",
     "require_finite": "FiniteLoss reads at log_every_n_steps whether a loss was bad",
     "cut": "a budget cuts singular values, at most 33 times in a run",
-    "_spread": "the costs of ranks go to the device at the first choice, and after a compaction",
+    "cost_of_each": "the costs of ranks go to the device at the first choice, and after a compaction",
     "_owners": "the layer of every rank goes to the device at the first choice, and after a compaction",
     "compaction.py:_keep": "CompactRanks removes ranks when they stay",
     "compaction.py:_compact": "CompactRanks checks all ranks at its interval",
