@@ -63,6 +63,7 @@ from lit_sparse.interchange.sparse_folder import load_adapter as load_adapter
 from lit_sparse.interchange.sparse_folder import save_adapter as save_adapter
 from lit_sparse.methods.base import SparseMethod as SparseMethod
 from lit_sparse.methods.gated_roselora import GatedRoseLoRA as GatedRoseLoRA
+from lit_sparse.methods.hard_concrete import HardConcreteLoRA as HardConcreteLoRA
 from lit_sparse.methods.lift import LIFT as LIFT
 from lit_sparse.methods.lora import LoRA as LoRA
 from lit_sparse.methods.method import Method as Method

@@ -30,6 +30,8 @@ METHODS: dict[str, Callable[..., ls.SparseMethod]] = {
     "SoRA, budget, gates trained": functools.partial(ls.SoRA, budget=0.5, gate_lr=0.01, **RUN),
     "SoRA, budget, norm": functools.partial(ls.SoRA, budget=0.5, score="norm", **RUN),
     "SoRA, budget, sensitivity": functools.partial(ls.SoRA, budget=0.5, score="sensitivity", **RUN),
+    "HardConcreteLoRA, penalty": functools.partial(ls.HardConcreteLoRA, penalty_weight=0.5),
+    "HardConcreteLoRA, budget": functools.partial(ls.HardConcreteLoRA, budget=0.5, **RUN),
     "RoseLoRA, density": functools.partial(ls.RoseLoRA, density=0.3, clamp=0.5, **RUN),
     "RoseLoRA, masks held": functools.partial(ls.RoseLoRA, density=0.3, update_every=2, **RUN),
     "RoseLoRA, changed": functools.partial(ls.RoseLoRA, changed=0.3, **RUN),

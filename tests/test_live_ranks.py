@@ -22,7 +22,6 @@ from lit_sparse.cli.inspect import inspect_adapters
 from lit_sparse.interchange.stored_folder import read_factors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from add_a_gated_method import HardConcreteLoRA
 from add_a_method import MagnitudeRanks
 
 RANK = 4
@@ -40,7 +39,7 @@ class ZeroedRows(ls.SparseMethod):
             adapter.lora_B_t[1] = 0
 
 
-class SomeClosed(HardConcreteLoRA):
+class SomeClosed(ls.HardConcreteLoRA):
     """Starts with a gate in four closed and one wide open, farther than a short run moves them."""
 
     def adapt(self, layer, overrides):
@@ -53,7 +52,7 @@ class SomeClosed(HardConcreteLoRA):
 METHODS = {
     "rows": ZeroedRows(),
     "magnitudes": MagnitudeRanks(rank=RANK, kept=1),
-    "hard concrete": SomeClosed(rank=RANK),
+    "hard concrete": SomeClosed(rank=RANK, penalty_weight=1.0),
 }
 
 

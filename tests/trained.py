@@ -7,7 +7,8 @@ import lit_sparse as ls
 SORA = ls.SoRA("all-linear", rank=4, alpha=6, threshold=0.1)
 ROSELORA = ls.RoseLoRA("all-linear", rank=3, density=0.1)
 GATED = ls.GatedRoseLoRA("all-linear", rank=4, threshold=0.1, density=0.2)
-METHODS = {"SoRA": SORA, "RoseLoRA": ROSELORA, "GatedRoseLoRA": GATED}
+HARD_CONCRETE = ls.HardConcreteLoRA("all-linear", rank=4, penalty_weight=0.1)
+METHODS = {"SoRA": SORA, "RoseLoRA": ROSELORA, "GatedRoseLoRA": GATED, "HardConcreteLoRA": HARD_CONCRETE}
 
 
 @torch.no_grad()
@@ -27,7 +28,8 @@ def as_trained(model, method=SORA):
                 matrix.mul_(ls.functional.top_fraction_mask(random(matrix).abs(), method.density, 1))
         if adapter.gate is not None:
             adapter.gate.copy_(random(adapter.gate))
-            adapter.gate.view(adapter.copies, -1)[:, number % (adapter.rank + 1) :] = 0
+            closed = 0.0 if adapter.gate_function is None else -9.0
+            adapter.gate.view(adapter.copies, -1)[:, number % (adapter.rank + 1) :] = closed
     own = {id(p) for adapter in adapters.values() for p in adapter.parameters(recurse=False)}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in own:

@@ -33,6 +33,7 @@ METHODS = {
 }
 SETTLING = {
     "SoRA, budget": {"rank": 4, "budget": 0.4, "begin": 0.1, "end": 0.6},
+    "HardConcreteLoRA, budget": {"rank": 4, "budget": 0.4, "begin": 0.1, "end": 0.6},
     "SoRA, refit": {**METHODS["SoRA"], "refit": 0.4},
     "GatedRoseLoRA, refit": {**METHODS["GatedRoseLoRA"], "refit": 0.9},
 }

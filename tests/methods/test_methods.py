@@ -17,6 +17,7 @@ METHODS = [
     ls.SoRA(threshold=1e-3),
     ls.SoRA(sparsity_weight=0.1, metric="optimizer", gate_lr=1e-2, freeze_zero_after=5, layers=[0]),
     ls.RoseLoRA(density=0.2, begin=3, end=30, clamp=3e-3),
+    ls.HardConcreteLoRA(penalty_weight=0.1, gate_lr=0.03, begin=4, end=9),
     ls.GatedRoseLoRA(threshold=1e-3, target_modules=["query"], exclude_modules="x", train_head=["classifier"]),
 ]
 
@@ -38,6 +39,7 @@ GATES = {
     "gate_lr": None, "freeze_zero_after": None, "refit": 0, "gate_init": None, "budget": None, "score": "singular",
     "begin": 0.5, "end": 0.5,
 }  # fmt: skip
+HARD_CONCRETE = {"penalty_weight": None, "gate_lr": 0.1, "budget": None, "begin": 0.1, "end": 0.6}
 START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05, "lora_ga_gamma": 16.0}
 MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
@@ -48,6 +50,7 @@ MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8
         (ls.LoRA, {**EVERY, **START, "alpha": 16}),
         (ls.SoRA, {**EVERY, **GATES, **START, "alpha": 16}),
         (ls.RoseLoRA, {**EVERY, **MASKS, "alpha": None}),
+        (ls.HardConcreteLoRA, {**EVERY, **HARD_CONCRETE, "alpha": 16}),
         (ls.GatedRoseLoRA, {**EVERY, **GATES, **MASKS, "alpha": None, "score": "norm"}),
     ],
 )
@@ -102,7 +105,7 @@ def test_a_run_without_a_zero_gate_says_what_to_raise(gate: list[float], pruned:
         )
 
 
-@pytest.mark.parametrize("kind", [ls.LoRA, ls.SoRA, ls.RoseLoRA, ls.GatedRoseLoRA])
+@pytest.mark.parametrize("kind", [ls.LoRA, ls.SoRA, ls.RoseLoRA, ls.GatedRoseLoRA, ls.HardConcreteLoRA])
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

@@ -27,11 +27,13 @@ METHODS = {
     "SoRA, budget before a cut": functools.partial(ls.SoRA, budget=0.5, begin=6, end=6),
     "SoRA, budget held": functools.partial(ls.SoRA, budget=0.5, begin=0, end=2, score="sensitivity"),
     "GatedRoseLoRA, budget": functools.partial(ls.GatedRoseLoRA, budget=0.5, density=0.2, begin=0, end=4),
+    "HardConcreteLoRA, penalty": functools.partial(ls.HardConcreteLoRA, penalty_weight=0.5),
+    "HardConcreteLoRA, budget": functools.partial(ls.HardConcreteLoRA, budget=0.5, begin=0, end=4),
     "RoseLoRA, changed": functools.partial(ls.RoseLoRA, changed=0.3, begin=0, end=9),
     "GatedRoseLoRA, changed": functools.partial(ls.GatedRoseLoRA, changed=0.3, begin=0, end=9, threshold=1e-3),
     "GatedRoseLoRA": functools.partial(ls.GatedRoseLoRA, threshold=1e-3, density=0.2, begin=0, end=4),
 }
-VIEWS = {"detach", "view", "split_with_sizes", "unsqueeze", "t", "alias", "expand"}
+VIEWS = {"detach", "view", "slice", "split_with_sizes", "unsqueeze", "t", "alias", "expand"}
 
 
 class Kernels(TorchDispatchMode):

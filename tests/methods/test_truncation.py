@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +16,10 @@ import lit_sparse as ls
 from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.methods.account import Account
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from add_a_gated_method import HardConcreteLoRA
-
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 METHODS = {
     **METHODS,
     "LoRA": ls.LoRA(rank=4),
-    "computed gates": HardConcreteLoRA(rank=4),
     "RoseLoRA, rarely": ls.RoseLoRA(rank=3, density=0.3, update_every=2),
 }
 by_method = pytest.mark.parametrize("kind", METHODS)
@@ -55,9 +49,6 @@ def layers(kind="SoRA"):
         model = Layers().double()
         arguments = {**METHODS[kind].init_args(), "target_modules": [name for name, _ in model.named_children()]}
         as_trained(model, type(METHODS[kind])(**arguments))
-    if kind == "computed gates":
-        with torch.no_grad():
-            model.linear.gate[0] = -9  # closed
     return model
 
 
@@ -199,7 +190,7 @@ def test_inputs_and_outputs_that_no_rank_touches_stay_untouched():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["SoRA", "computed gates"])
+@pytest.mark.parametrize("kind", ["SoRA", "HardConcreteLoRA"])
 def test_experts_compete_one_by_one(kind, share):
     model = build_tiny(MixtralForCausalLM, num_local_experts=3, num_key_value_heads=4).double()
     as_trained(model, METHODS[kind])

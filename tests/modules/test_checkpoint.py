@@ -25,6 +25,7 @@ METHODS = [
     ls.SHiRA(changed=0.1, mask="random"),
     ls.SHiRA(changed=0.1, mask="snip", mask_batches=2),
     ls.LIFT(changed=0.1, filter_rank=4, update_every=3),
+    ls.HardConcreteLoRA(rank=4, budget=0.5, begin=1, end=6),
 ]
 BUFFERS = {  # beside the parameters
     "LoRA": set(),
@@ -33,7 +34,9 @@ BUFFERS = {  # beside the parameters
     "GatedRoseLoRA": {"sensitivity_A", "sensitivity_B_t"},
     "SHiRA": {"indices", "shape"},
     "LIFT": {"indices", "shape"},
+    "HardConcreteLoRA": {"multiplier", "multiplier_of_square", "target"},
 }
+pytestmark = pytest.mark.filterwarnings("ignore:The adapters hold")  # a run of two steps ends before its budget holds
 by_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'mask', method.init_weights)}"
 )

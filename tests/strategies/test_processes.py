@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
-METHODS = ("sora", "refit", "roselora", "gated", "budget", "budget_norm", "budget_sensitivity")
+METHODS = ("sora", "refit", "roselora", "gated", "budget", "budget_norm", "budget_sensitivity", "hard_concrete")
 State = dict[str, torch.Tensor]
 
 pytestmark = pytest.mark.slow

@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
     "budget": lambda **o: ls.SoRA(rank=4, budget=0.4, begin=5, end=30, **o),
     "budget_norm": lambda **o: ls.SoRA(rank=4, budget=0.4, score="norm", begin=5, end=30, **o),
     "budget_sensitivity": lambda **o: ls.SoRA(rank=4, budget=0.4, score="sensitivity", begin=5, end=30, **o),
+    "hard_concrete": lambda **o: ls.HardConcreteLoRA(rank=4, budget=0.4, begin=2, end=30, **o),
     "gora": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", gora_batches=3, gora_gamma=1.0, **o),
     "lora_ga": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="lora_ga", gora_batches=3, **o),
     "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
@@ -126,6 +127,14 @@ class OwnModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(ls.parameter_groups(self, self.method), lr=1e-3)
+
+
+class SameDraws(L.Callback):
+    """Random numbers of training begin alike with one process and with several, for which Lightning seeds anew."""
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 0:
+            torch.manual_seed(0)
 
 
 class SaveAt(L.Callback):
@@ -239,7 +248,7 @@ def main(run: dict[str, Any]) -> None:
     starts = ("gora", "lora_ga", "shira_snip")  # in the run
     if isinstance(module, ls.SparseModule) and run["method"] not in starts:
         module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
-    callbacks: list[Any] = []
+    callbacks: list[Any] = [SameDraws()]
     if "save" in run:
         callbacks.append(SaveAt(run["save_at"], run["save"]))
     if "traffic" in run:
@@ -273,6 +282,8 @@ def main(run: dict[str, Any]) -> None:
             json.dumps([callbacks[-1].after, callbacks[-1].scale])
         )
     state = {clean_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    computed = [(name, adapter) for name, adapter in ls.adapters_in(module) if adapter.gate_function is not None]
+    state |= {f"{name}.effective_gate": adapter.effective_gate().detach() for name, adapter in computed}
     state |= {f"{n}.{own}": b for n, a in ls.adapters_in(module) for own, b in a.named_buffers(recurse=False)}
     torch.save(state, f"{run['tag']}_{trainer.global_rank}.pt")
 
