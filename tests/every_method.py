@@ -21,7 +21,8 @@ METHODS: dict[str, Callable[..., ls.SparseMethod]] = {
     "LoRA": ls.LoRA,
     "LoRA, PiSSA": functools.partial(ls.LoRA, init_weights="pissa"),
     "LoRA, GoRA": functools.partial(ls.LoRA, init_weights="gora"),
-    "LoRA, LoRA-GA": lambda names, **o: ls.LoRA(names, **{**o, "rank": 2}, init_weights="lora_ga"),  # 2r ≤ out's rows
+    # Twice the rank is at most the rows of "out".
+    "LoRA, LoRA-GA": lambda names="all-linear", **o: ls.LoRA(names, **{**o, "rank": 2}, init_weights="lora_ga"),
     "LoRA+": functools.partial(ls.LoRA, loraplus_lr_ratio=4.0, use_rslora=True, dropout=0.1),
     "SoRA, threshold": functools.partial(ls.SoRA, threshold=0.02, l1_weight=0.1, freeze_zero_after=2, refit=4),
     "SoRA, weight": functools.partial(ls.SoRA, sparsity_weight=0.5, gate_lr=0.05, operator="released"),
