@@ -296,7 +296,7 @@ def _by_budget(cells: Cells) -> dict[tuple[str, str, float], dict[int, dict[str,
 
 
 def _groups(by: dict[tuple[str, str, float], dict[int, dict[str, Any]]]) -> list[tuple[str, float]]:
-    order = ("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "RoseLoRA", "SHiRA")
+    order = ("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "HardConcreteLoRA", "RoseLoRA", "SHiRA")
     return sorted({group[1:] for group in by}, key=lambda group: (-group[1], order.index(group[0])))
 
 
