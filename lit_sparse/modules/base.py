@@ -26,12 +26,6 @@ from lit_sparse.adapters.frozen import (
 )
 from lit_sparse.adapters.injection import inject
 from lit_sparse.adapters.token_rows import add_tokens, text_model
-from lit_sparse.callbacks.finite_loss import FiniteLoss
-from lit_sparse.callbacks.monitor import SparsityMonitor
-from lit_sparse.callbacks.preflight import Preflight
-from lit_sparse.callbacks.requeue import SlurmRequeue
-from lit_sparse.callbacks.resume import ExactResume
-from lit_sparse.callbacks.sparsify import Sparsify
 from lit_sparse.callbacks.stages import ThresholdStages
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.data.tokenizers import load_tokenizer
@@ -42,6 +36,7 @@ from lit_sparse.methods.method import Method
 from lit_sparse.methods.start import take_ranks, take_starts
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.backbone import checkpoint_activations, load_backbone, without_cache
+from lit_sparse.modules.callbacks import OwnSparsify, own_callbacks
 from lit_sparse.modules.evaluation import EvaluationLoop
 from lit_sparse.modules.optimization import LrSchedule, lr_scheduler, make_optimizer, relative_groups
 from lit_sparse.modules.rebuilding import keep_arguments, method_record, path_of, read_hyperparameters, rebuild
@@ -120,7 +115,7 @@ class SparseModule(EvaluationLoop):
         self.backbone_args = backbone_args or {}
         self.start_from = start_from
         self.new_tokens = new_tokens
-        self._sparsify = _OwnSparsify(method)
+        self._sparsify = OwnSparsify(method)
         self._frozen_sample: Tensor | None = None
         keep_arguments(self, method, optimizer, backbone if isinstance(backbone, str) else None)
 
@@ -215,13 +210,7 @@ class SparseModule(EvaluationLoop):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks of this module, without those that the Trainer has already."""
-        if any(not isinstance(callback, _OwnSparsify) for callback in callbacks_of(self.trainer, Sparsify)):
-            raise UsageError(
-                f"{type(self).__name__} brings its own Sparsify; the Trainer has a second one. Remove it from the "
-                "Trainer's callbacks."
-            )
-        kinds: tuple[type[Callback], ...] = (SparsityMonitor, FiniteLoss, ExactResume, SlurmRequeue, Preflight)
-        return [self._sparsify, *(kind() for kind in kinds if not callbacks_of(self.trainer, kind))]
+        return own_callbacks(self, self._sparsify)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over its parameter groups, with a schedule over the whole run."""
@@ -299,15 +288,6 @@ class SparseModule(EvaluationLoop):
                 f"{type(self).__name__} has no model yet: call configure_model() first, as the Trainer does."
             )
         return self.model
-
-
-class _OwnSparsify(Sparsify):
-    """The Sparsify of a module: the Trainer replaces it, by its type, when it is given another module."""
-
-    @property
-    def state_key(self) -> str:
-        """The key that any Sparsify has in checkpoints."""
-        return Sparsify.__qualname__
 
 
 def _name_of(model: nn.Module) -> str:
