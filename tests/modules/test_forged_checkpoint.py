@@ -98,7 +98,7 @@ SPEC = {"class_path": "evil_module.Thing", "init_args": {}}
         ({"optimizer": {"class_path": "subprocess.Popen", "init_args": {"args": "true"}}}, "and 0 classes"),
         ({"method": {"class_path": "torch.nn.Linear", "init_args": {}}}, "and 0 classes"),
         ({"method": {"class_path": ["evil_module"]}}, "and 0 classes"),
-        ({"method": {"init_args": {}}}, "names no SparseMethod by class_path and init_args"),
+        ({"method": {"init_args": {}}}, "names no Method by class_path and init_args"),
         ({"method": {"class_path": "lit_sparse.SoRA", "init_args": {"x": 1}}}, "arguments that SoRA cannot take"),
         ({"compile": SPEC}, r"names classes for \['compile'\], which are not made from a file: pass these"),
         ({"backbone_args": {"quantization_config": SPEC}}, r"names classes for \['backbone_args'\]"),
