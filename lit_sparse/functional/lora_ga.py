@@ -22,6 +22,11 @@ def gradient_factors(gradient: Tensor, rank: int, gamma: float) -> tuple[Tensor,
     Source:
         Wang et al. 2024 (LoRA-GA, arXiv:2407.05000), as in the release (Outsider565/LoRA-GA, abfa0c2, ``lora_ga_init``
         with direction ArB2r and scale stable), which approximates the singular vectors at random. These are exact.
+
+    Example:
+        >>> A, B_t = gradient_factors(torch.tensor([4.0, 3.0, 2.0, 1.0]).diag(), rank=1, gamma=2.0)
+        >>> A.abs(), B_t.abs()
+        (tensor([[1., 0., 0., 0.]]), tensor([[0., 1., 0., 0.]]))
     """
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     size = gradient.shape[-2] ** 0.25 / gamma**0.5
