@@ -77,7 +77,7 @@ def dequantized(model: nn.Module) -> dict[nn.Module, nn.Module]:
         Quantized layer to plain one, frozen, in the dtype of the parameters of ``model`` that are not quantized.
 
     Raises:
-        UsageError: If a layer is quantized by something else than torchao or bitsandbytes.
+        UsageError: If a layer is quantized by another library than torchao or bitsandbytes.
     """
     dtype = _unpacked_dtype(model)
     return {layer: _plain(name, layer, dtype) for name, layer in quantized_layers(model)}

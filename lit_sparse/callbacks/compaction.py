@@ -87,7 +87,10 @@ class CompactRanks(StepCallback):
         self._seen = {name: seen.to(self._adapters[name].lora_A) for name, seen in self._seen.items()}
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, is_due: bool) -> None:  # noqa: ARG002
-        """Add up the gates, and remove dead ranks if it is time, or ranks at zero if they stay there from now on."""
+        """Add the gates to the record, and remove dead ranks if it is time.
+
+        Once zeros stay, all ranks at zero are removed at the first step.
+        """
         found = {name: adapter.effective_gate() for name, adapter in self._adapters.items()}
         gates = {name: gate.detach() for name, gate in found.items() if gate is not None}
         if gates:

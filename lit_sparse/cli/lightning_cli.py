@@ -1,4 +1,4 @@
-"""The LightningCLI behind the commands that take a configuration, and the way to the others."""
+"""The LightningCLI behind the commands that take a configuration, and how the other commands are reached."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ChatTemplate:
     they stand in the conversation, with a warning.
 
     Args:
-        tokenizer: The tokenizer. It is given ``template``, and so saves it with itself.
+        tokenizer: The tokenizer. It gets ``template``, which its ``save_pretrained`` then writes.
         template: Jinja template in place of the tokenizer's own: its text, or the path of a ``.jinja`` file.
 
     Raises:

@@ -66,7 +66,7 @@ class Classification(LabelledModule):
         return getattr(getattr(self.model, "config", None), "problem_type", None) == _SEVERAL
 
     def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
-        """Update metrics by a batch with ``labels``."""
+        """Update metrics with a batch with ``labels``."""
         if "labels" not in batch:
             raise UsageError(
                 "The rows have no labels (GLUE hides those of its test sets), so nothing can be measured. Use predict "

@@ -23,7 +23,7 @@ class EvaluationLoop(LightningModule):
         return {"loss": Mean()}
 
     def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
-        """Update metrics by a batch.
+        """Update metrics with a batch.
 
         Args:
             batch: A batch of the set, on the module's device.

@@ -105,7 +105,7 @@ class PreferenceLM(CausalLM):
         return {**super().make_metrics(), **{name: Mean() for name in names}}
 
     def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:
-        """Update metrics by a batch of pairs, or by one of single answers."""
+        """Update metrics with a batch of pairs, or of single answers."""
         if "labels" not in batch or batch["labels"].ndim != 3:
             super().measure(batch, metrics, data, name)
             return

@@ -68,7 +68,7 @@ class QuestionAnswering(SparseModule):
         return {**super().make_metrics(), "squad": SquadScores()}
 
     def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
-        """Update metrics by a batch of questions with ``answers``."""
+        """Update metrics with a batch of questions with ``answers``."""
         output = self._read(batch)
         if "answers" not in batch:
             raise UsageError("The rows have no answers, so nothing can be measured. Use predict for them.")

@@ -59,7 +59,7 @@ class TokenClassification(LabelledModule):
         return {**super().make_metrics(), "tags": TagScores(self._tags)}
 
     def measure(self, batch: dict[str, Any], metrics: Metrics, data: Any = None, name: str = "") -> None:  # noqa: ARG002
-        """Update metrics by a batch with ``labels``."""
+        """Update metrics with a batch with ``labels``."""
         if "labels" not in batch:
             raise UsageError("The rows have no labels, so nothing can be measured. Use predict for them.")
         logits = self(**_inputs(batch)).logits
