@@ -15,6 +15,8 @@ from transformers import (
     MixtralForCausalLM,
     RobertaForSequenceClassification,
     ViTForImageClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 import lit_sparse as ls
@@ -183,6 +185,72 @@ def test_half_precision(tmp_path):
     bank = bank_of(build, tmp_path, std=0.1)
     expected = one_by_one(bank, NAMES, input_ids=IDS)
     torch.testing.assert_close(mixed(bank, NAMES, input_ids=IDS), expected.to(torch.float32), rtol=0.05, atol=0.05)
+
+
+ENTRIES = {"entries": ls.SHiRA(["query", "value"], changed=0.2), "dense": ls.LoRA(["query"], rank=2)}
+CONVOLUTION = {"entries": ls.LoRA(["projection"], rank=2), "dense": ls.LoRA(["q_proj"], rank=2)}
+
+
+@pytest.mark.parametrize(("methods", "images"), [(ENTRIES, False), (CONVOLUTION, True)], ids=["entries", "convolution"])
+def test_layers_of_all_kinds_in_half_precision(methods, images, tmp_path):
+    """Values in float32 on weights in bfloat16."""
+    names, batch = ["entries", None, "dense"], {"input_ids": IDS[:3]}
+    build = functools.partial(bert(tmp_path / "bert"), dtype=torch.bfloat16)
+    if images:
+        build = functools.partial(seeded, build_tiny, ViTForImageClassification)
+        config = build().config
+        batch = {"pixel_values": torch.randn(3, 3, config.image_size, config.image_size, dtype=torch.bfloat16)}
+    bank = ls.AdapterBank(build().to(torch.bfloat16).eval())
+    for name, method in methods.items():
+        module = ls.SparseModule(build().to(torch.bfloat16), method)
+        module.configure_model()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+        kept = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+        module.on_save_checkpoint(kept)
+        torch.save(kept, tmp_path / f"{name}.ckpt")
+        bank.add(name, tmp_path / f"{name}.ckpt")
+    expected = one_by_one(bank, names, **batch)
+    assert not torch.allclose(expected, one_by_one(bank, [None] * 3, **batch).to(expected), atol=0.05)
+    torch.testing.assert_close(mixed(bank, names, **batch), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("function", [ls.merge, ls.unload])
+def test_rows_are_left_before_a_merge(function, tmp_path):
+    bank = bank_of(bert(tmp_path / "bert"), tmp_path)
+    before = {name: tensor.clone() for name, tensor in bank.model.state_dict().items()}
+    with pytest.raises(ls.UsageError, match=r"outside of rows\(…\)"), bank.rows(NAMES) as model:
+        function(model)
+    after = bank.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_that_turns_its_batches_is_refused(tmp_path):
+    """As many positions as rows: the shapes fit, and each position would go through the adapter of a row."""
+    config = XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    bank = bank_of(functools.partial(seeded, XLNetForSequenceClassification, config), tmp_path)
+    with pytest.raises(ls.UsageError, match="cannot be told apart"), bank.rows(NAMES):
+        pass
+
+
+def test_sums_are_of_finite_weights_and_without_tokens(tmp_path):
+    folder = save_tiny_llama(tmp_path / "llama")
+    module = ls.CausalLM(folder, ls.LoRA(rank=2), new_tokens=["<x>"])
+    run = save_checkpoint(module, tmp_path / "run.ckpt")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(module.model.config.vocab_size)
+    bank = ls.AdapterBank(model.eval())
+    bank.add("run", run)
+    with pytest.raises(ls.UsageError, match="'run' holds rows of new tokens, which cannot be added up"):
+        bank.add_sum("sum", {"run": 1.0})
+    with pytest.raises(ls.UsageError, match="A weight must be"):
+        bank.add_sum("sum", {"run": float("nan")})
+    with pytest.raises(ls.UsageError, match=r"takes a list .* got 'run'"), bank.rows("run"):
+        pass
+    assert bank.names == ["run"]
 
 
 def test_a_call_does_not_wait_for_the_gpu(tmp_path):

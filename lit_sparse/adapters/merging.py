@@ -14,6 +14,7 @@ from lit_sparse.adapters.injection import adapters_in, take_out
 from lit_sparse.adapters.originals import forget_originals, restore_originals
 from lit_sparse.adapters.quantized import dequantized, forget_quantization
 from lit_sparse.adapters.replacing import replace_modules
+from lit_sparse.adapters.rowwise import RowwiseChoice, RowwiseLinear
 from lit_sparse.adapters.token_rows import TokenRows, token_rows_in
 from lit_sparse.errors import UsageError, listed
 
@@ -56,9 +57,10 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
         ``model``, whose modules have the classes from before injection.
 
     Raises:
-        UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, a sum is
-            not finite, or a layer is quantized by another library than torchao or bitsandbytes. With ``keep``, also if
-            any layer is quantized, there are rows of new tokens, or an earlier merge with ``keep`` was not undone.
+        UsageError: If there is no adapter in ``model``, an adapter or a row of a new token is switched off, rows go
+            through several adapters (:meth:`AdapterBank.rows <lit_sparse.AdapterBank.rows>`), a sum is not finite, or a
+            layer is quantized by another library than torchao or bitsandbytes. With ``keep``, also if any layer is
+            quantized, there are rows of new tokens, or an earlier merge with ``keep`` was not undone.
             ``model`` is not changed then.
     """
     adapters = dict(adapters_in(model))
@@ -179,7 +181,9 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def require_on(model: nn.Module, function: str) -> None:
-    """Raise a UsageError that names ``function`` if an adapter or a row of a new token is switched off."""
+    """Raise a UsageError that names ``function`` if adapters are of several rows, or a part is switched off."""
+    if any(isinstance(module, RowwiseLinear | RowwiseChoice) for module in model.modules()):
+        raise UsageError(f"The rows of a batch go through several adapters here. Call {function} outside of rows(…).")
     off = [name for name, part in (*adapters_in(model), *token_rows_in(model)) if not part.enabled]
     if off:
         raise UsageError(

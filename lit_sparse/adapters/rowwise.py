@@ -10,12 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_sparse.adapters.base import LowRankAdapter
+from lit_sparse.adapters.base import Adapter, LowRankAdapter
 from lit_sparse.adapters.linear import LowRankLinear
 
 
 class CannotShareError(Exception):
     """Why adapters of several changes cannot share a model; they are trained one after another then."""
+
+
+def _as_trained(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input in the dtype of a layer's own weights: a head may be float32 in a model of half precision.
+
+    Adapters take what their frozen layer takes, and hold values of a higher precision.
+    """
+    dtype = next(layer.parameters()).dtype
+    return x if isinstance(layer, Adapter) or not x.is_floating_point() else x.to(dtype)
 
 
 @dataclass(eq=False)
@@ -125,8 +134,7 @@ class RowwiseChoice(nn.Module):
         found: dict[nn.Module, Tensor] = {}
         for version in self.versions:
             if version not in found:
-                dtype = next(version.parameters()).dtype
-                found[version] = version(x.to(dtype) if x.is_floating_point() else x)
+                found[version] = version(_as_trained(version, x))
         outputs = [found[version] for version in self.versions]
         dtype = functools.reduce(torch.promote_types, (output.dtype for output in outputs))
         each = torch.stack([output.to(dtype) for output in outputs])

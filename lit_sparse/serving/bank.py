@@ -14,8 +14,10 @@ from lit_sparse.adapters.factors import LayerFactors, stacked
 from lit_sparse.adapters.injection import adapters_in, low_rank_in
 from lit_sparse.adapters.originals import forget_originals
 from lit_sparse.adapters.rowwise import Routes
+from lit_sparse.adapters.token_rows import token_rows_in
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.loading import inject_layers
+from lit_sparse.interchange.patches import require_weights
 from lit_sparse.interchange.remains import folded
 from lit_sparse.serving.bank_sources import load
 from lit_sparse.serving.places import Place, everything, put
@@ -80,13 +82,17 @@ class AdapterBank:
             head: Name of the adapter whose task head the sum has; None: the backbone's own head.
 
         Raises:
-            UsageError: If the name is taken, there is no such adapter, or nothing is left.
+            UsageError: If the name is taken, there is no such adapter, a weight is not finite, an adapter has no A
+                and B or holds rows of new tokens, or nothing is left.
         """
         changes: list[dict[str, LayerFactors]] = []
         for own in (*weights, *([] if head is None else [head])):
             self._require(own)
+        require_weights(list(weights.values()), len(weights))
         for own in weights:
             with self.using(own):
+                if any(True for _ in token_rows_in(self.model)):
+                    raise UsageError(f"{own!r} holds rows of new tokens, which cannot be added up.")
                 found = low_rank_in(self.model, f"A sum of {own!r} needs A and B")
                 changes.append({layer: folded(layer, adapter) for layer, adapter in found.items()})
         names = dict.fromkeys(layer for change in changes for layer in change)
@@ -176,6 +182,8 @@ class AdapterBank:
             UsageError: If there is no such adapter, the model is in training mode, the batch has another number of
                 rows, heads have other numbers of outputs, or the model mixes the rows of a batch, as experts do.
         """
+        if isinstance(names, str):
+            raise UsageError(f"rows takes a list with the name of each row's adapter; got {names!r}.")
         for name in names:
             if name is not None:
                 self._require(name)

@@ -19,6 +19,8 @@ from lit_sparse.interchange.remains import folded
 from lit_sparse.serving.places import Place
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_values")
+_SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
+"""Types of models whose layers get (positions, rows, features): an error if they differ in number, wrong if not."""
 Versions = dict[nn.Module, dict[str, nn.Module]]
 """Layer of the plain model → name of an adapter → what takes the layer's place with it."""
 
@@ -32,8 +34,15 @@ def row_places(model: nn.Module, places: Mapping[str, Sequence[Place]], routes: 
         routes: The adapter of each row.
 
     Raises:
-        UsageError: If heads have other shapes, experts are adapted, or a parameter outside of layers is trained.
+        UsageError: If heads have other shapes, experts are adapted, a parameter outside of layers is trained, or the
+            model is of a type whose layers see positions in place of rows.
     """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _SEQUENCE_FIRST:
+        raise UsageError(
+            f"{type(model).__name__} turns its batches, so that layers see positions where other models have rows, and "
+            "the rows cannot be told apart. Run the rows of each adapter alone, with using."
+        )
     versions = _versions(model, places)
     made: list[Place] = []
     for parent in list(model.modules()):
