@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 import lit_sparse as ls
 from lit_sparse.cli.main import main
 from lit_sparse.functional.combining import Conflicts
+from lit_sparse.interchange.patches import Entries, combined
 from lit_sparse.interchange.peft_folder import read_peft
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 6, 7, 9]])
@@ -296,6 +298,15 @@ def test_dare_drops_entries_and_keeps_the_mean(equal, tmp_path):
     assert not torch.allclose(*kept)
 
 
+def test_what_is_left_out_is_no_rounding(bert, tmp_path):
+    # Ranks for the whole width: nothing is left out of any sum.
+    sources = [lora_of(bert, tmp_path / str(seed), seed, target_modules=["query"], r=24) for seed in range(2)]
+    for rule, arguments in {"svd": {"budget": 1.0}, "ties": {"density": 1.0}}.items():
+        report = ls.combine(sources, tmp_path / rule, rule=rule, **arguments)
+        assert report.error == 0
+        assert "which leave out 0.00% of" in str(report)
+
+
 def test_a_budget_cuts_the_merged_change(equal, tmp_path):
     ls.combine(equal, tmp_path / "whole", rule="ties")
     report = ls.combine(equal, tmp_path / "cut", rule="ties", budget=0.25)
@@ -326,6 +337,8 @@ def test_of_several_heads_one_is_named(bert, tmp_path):
     run = save_checkpoint(module, tmp_path / "run.ckpt")
     two = lora_of(bert, tmp_path / "two", 5, head=True, **NARROW)
     other = lora_of(bert, tmp_path / "other", 6, head=True, **NARROW)
+    ls.combine([two, other], tmp_path / "slash", head=f"{other}/")  # as a shell completes it
+    assert torch.equal(*(read_peft(f).whole["classifier.weight"] for f in (tmp_path / "slash", Path(other))))
     with pytest.raises(ls.UsageError, match="have task heads of their own, which do not add up"):
         ls.combine([two, other], tmp_path / "sum")
     with pytest.raises(ls.UsageError, match=r"number of labels of .*run\.ckpt' is 3, and that of .*two' is 2"):
@@ -402,6 +415,13 @@ def test_patches_add_up_entry_by_entry(rule, llama, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The patch changes")
+def test_a_patch_of_all_entries_is_stored_sparse_once_most_are_trimmed():
+    whole = {"weight": Entries(None, torch.arange(1.0, 101.0))}
+    patch, _ = combined([whole, whole], rule="ties", density=0.2)
+    assert patch["weight"].places.tolist() == list(range(80, 100))
+    assert patch["weight"].indices is not None
+
+
 def test_what_does_not_fit_is_refused(bert, llama, pair, tmp_path):
     sources, _ = patches(llama, tmp_path)
     other = save_tiny_bert(tmp_path / "other_bert")
@@ -432,6 +452,9 @@ def test_what_does_not_fit_is_refused(bert, llama, pair, tmp_path):
         (pair, {"rule": "svd"}, "svd needs a budget"),
         (pair, {"budget": 0.5}, "concatenate, which is exact, takes none"),
         (pair, {"head": "elsewhere"}, "head names 'elsewhere', which is none of the sources"),
+        ([pair[0], runs[0]], {"head": pair[0]}, "head names .*, which holds no task head; .*run.ckpt.* do"),
+        (pair, {"rule": "dare", "seed": 2**70}, "seed must be at least"),
+        (pair[0], {}, "at least two sources; got .* alone"),
         ([pair[0], "nowhere"], {}, "'nowhere' holds no adapter"),
         ([pair[0], f"{pair[1]}/adapter_model.safetensors"], {}, "is one file: give the folder"),
         ([pair[0], foreign], {}, "The backbone of .* names of one model, give its name as backbone"),

@@ -113,16 +113,19 @@ def combine(
 
     Raises:
         UsageError: If a source cannot be read, the sources are of different backbones, tasks, kinds, or numbers of
-            labels, several have heads of their own and ``head`` names none, they hold rows of tokens, an argument does
+            labels, several have heads of their own and ``head`` names none, or
+            a source without one, they hold rows of tokens, an argument does
             not belong to the rule, nothing is left, or the export is refused.
 
     Source:
         TIES: Yadav et al. 2023 (arXiv:2306.01708); DARE: Yu et al. 2024 (arXiv:2311.03099).
     """
+    if isinstance(sources, str | os.PathLike):
+        raise UsageError(f"combine adds up at least two sources; got {os.fspath(sources)!r} alone.")
     paths = [os.fspath(source) for source in sources]
     factors = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
     kept = None if head is None else os.fspath(head)
-    _require_arguments(paths, factors, rule, budget, density, kept)
+    _require_arguments(paths, factors, rule, budget, density, seed, kept)
     require_choice("layout", layout, ("padded", "ragged"))
     require_free(output)
     addends = [read_addend(path) for path in paths]
@@ -161,7 +164,9 @@ def _put_sum(
     if recipe.budget is not None:
         truncate(model, recipe.budget)
     left = _square({name: LayerFactors.of(name, adapter) for name, adapter in adapters.items()})
-    return (0.0 if recipe.rule == "concatenate" else max(0.0, 1 - left / square) ** 0.5), shared
+    rest = 1 - left / square
+    # A and B are float32, so that what is smaller is their rounding.
+    return (0.0 if recipe.rule == "concatenate" or rest < 1e-6 else rest**0.5), shared
 
 
 def _require_arguments(
@@ -170,6 +175,7 @@ def _require_arguments(
     rule: str,
     budget: float | str | None,
     density: float,
+    seed: int,
     head: str | None,
 ) -> None:
     if len(paths) < 2:
@@ -177,19 +183,23 @@ def _require_arguments(
     require_weights(weights, len(paths))
     require_choice("rule", rule, RULES)
     require_range("density", density, above=0, at_most=1)
+    require_range("seed", seed, at_least=-(2**63), at_most=2**63 - 1)
     if budget is not None:
         parse_budget(budget)
     if (rule == "svd" and budget is None) or (rule == "concatenate" and budget is not None):
         raise UsageError("The rule svd needs a budget, such as 0.5, and concatenate, which is exact, takes none.")
-    if head is not None and head not in paths:
+    if head is not None and Path(head) not in map(Path, paths):
         raise UsageError(f"head names {head!r}, which is none of the sources {paths}.")
 
 
 def _head_giver(addends: Sequence[Addend], kept: str | None) -> Addend:
     """The source whose head is kept; the first where no source has one."""
-    if kept is not None:
-        return next(addend for addend in addends if addend.path == kept)
     having = [addend for addend in addends if addend.head]
+    if kept is not None:
+        named = next(addend for addend in addends if Path(addend.path) == Path(kept))
+        if having and not named.head:
+            raise UsageError(f"head names {kept!r}, which holds no task head; {listed(a.path for a in having)} do.")
+        return named
     if any(not same_head(having[0], other) for other in having[1:]):
         raise UsageError(
             f"{listed(addend.path for addend in having)} have task heads of their own, which do not add up. Name the "

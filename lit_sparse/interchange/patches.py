@@ -157,7 +157,7 @@ def combined(
         values = merged(changes, rule, [thresholds[number] for number in own], density, generator)
         whole, left = any(part.indices is None for part in entries), values != 0
         if whole:
-            patch[name] = Entries(None, values)
+            patch |= patch_of_deltas({name: values})
         elif bool(left.any()):
             patch[name] = Entries(places[left], values[left])
     return patch, found
