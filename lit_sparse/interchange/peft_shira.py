@@ -108,7 +108,10 @@ def read_shira(folder: Path) -> PeftSHiRA:
         else:
             (found.values if match[2] == "weight" else found.places)[match[1]] = tensor
     fits = found.values.keys() == found.places.keys() and all(
-        found.places[name].shape == (2, *values.shape) for name, values in found.values.items()
+        found.places[name].shape == (2, *values.shape)
+        and not found.places[name].is_floating_point()
+        and 0 < values.numel() == found.places[name].unique(dim=1).shape[1]
+        for name, values in found.values.items()
     )
     if not found.values or not fits:
         raise UsageError(f"{folder / WEIGHTS} holds no matching shira_weight and shira_indices: it is damaged.")
@@ -129,7 +132,7 @@ def inject_shira(model: nn.Module, shira: PeftSHiRA, train_head: list[str]) -> d
         Full layer name to adapter.
 
     Raises:
-        UsageError: If the model has not these layers and entries.
+        UsageError: If the model lacks these layers or entries.
     """
     layers = {name: candidate.layer for name, candidate in survey(model).items()}
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
@@ -141,7 +144,7 @@ def inject_shira(model: nn.Module, shira: PeftSHiRA, train_head: list[str]) -> d
         rows, columns = linear[name].weight.shape
         outside = bool((places.amin(1) < 0).any()) or int(places[0].max()) >= rows or int(places[1].max()) >= columns
         if outside or places.shape[1] > rows * columns:
-            raise UsageError(f"{shira.folder} changes entries that {name!r} has not: it is of another model.")
+            raise UsageError(f"{shira.folder} changes entries that {name!r} does not have: it is of another model.")
         shares[exactly(name)] = {"changed": places.shape[1] / (rows * columns)}
     method = SHiRA(target_modules="|".join(shares), overrides=dict(shares), train_head=train_head or False)
     adapters: dict[str, DeltaLinear] = inject(model, method)

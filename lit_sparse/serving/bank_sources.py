@@ -15,6 +15,7 @@ from lit_sparse.adapters.token_rows import embedding_count
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.peft_folder import read_peft
 from lit_sparse.interchange.peft_import import install
+from lit_sparse.interchange.peft_shira import is_shira
 from lit_sparse.methods.start import take_ranks
 from lit_sparse.modules import checkpoint as checkpoints
 from lit_sparse.modules.rebuilding import saved_method
@@ -37,6 +38,8 @@ def load(model: nn.Module, path: Path) -> None:
 
 
 def _load_folder(model: nn.Module, path: Path) -> None:
+    if is_shira(path):
+        raise UsageError(f"{str(path)!r} holds a SHiRA. A bank reads one from its checkpoint alone: give that file.")
     lora = read_peft(path)
     heads = tuple(f"{name}." for name in lora.heads(model))
     _make_room(model, {name: tensor for name, tensor in lora.whole.items() if name.startswith(heads)}, path)
