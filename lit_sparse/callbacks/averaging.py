@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback
@@ -13,8 +14,20 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import UsageError
 
-Pair = tuple[nn.Parameter, nn.Parameter]
-"""A parameter that is trained, and its average."""
+
+class Pair(NamedTuple):
+    """A parameter that is trained, and its average.
+
+    Args:
+        parameter: The parameter.
+        average: Its average.
+        gates: How a method computes gates from the parameter, if it does.
+    """
+
+    parameter: nn.Parameter
+    average: nn.Parameter
+    gates: Callable[[Tensor, bool], Tensor] | None = None
+
 
 _Average = Callable[[Tensor, Tensor, Tensor | int], Tensor]
 _AverageAll = Callable[..., None]  # of lists of tensors, in place
@@ -24,7 +37,8 @@ def keep_averages_sparse(callbacks: list[Callback], module: nn.Module) -> list[P
     """Make ``WeightAveraging`` and its sub-classes keep zeros. Call it on fit start, when their averages exist.
 
     The mean of a zero and earlier values is not zero: without this, the averaged model that is validated and saved
-    would be dense. Weights that never change, such as frozen ones, keep every bit, and integers are copied.
+    would be dense. Weights that never change, such as frozen ones, keep every bit, and integers are copied. Where a
+    method computes gates from a parameter, that of a gate at zero need not be zero, and its average takes its value.
 
     Args:
         callbacks: The Trainer's callbacks.
@@ -55,20 +69,29 @@ def keep_averages_sparse(callbacks: list[Callback], module: nn.Module) -> list[P
             else:
                 average.avg_fn = _keeping_zeros(average.avg_fn or get_swa_avg_fn())
             for (_, adapter), (_, averaged) in zip(adapters_in(module), adapters_in(average.module), strict=True):
-                pairs += zip(adapter.parameters(recurse=False), averaged.parameters(recurse=False), strict=True)
+                means = averaged.parameters(recurse=False)
+                for (name, own), mean in zip(adapter.named_parameters(recurse=False), means, strict=True):
+                    pairs.append(Pair(own, mean, getattr(adapter, "gate_function", None) if name == "gate" else None))
     return pairs
 
 
 @torch.no_grad()
 def copy_zeros(pairs: list[Pair]) -> None:
-    """Zero the averages of zero weights. Call it after every step: averages may be updated less often.
+    """Zero the averages of zero weights, and close gates that are closed. Call it after every step.
+
+    Averages may be updated less often.
 
     Args:
         pairs: What :func:`keep_averages_sparse` returned.
     """
-    if pairs:
-        present = torch._foreach_abs(torch._foreach_sign([parameter.detach() for parameter, _ in pairs]))
-        averages: list[Tensor] = [average for _, average in pairs]
+    for parameter, average, gates in pairs:
+        if gates is not None:
+            closed = (gates(parameter.detach(), False) == 0).to(average.device)
+            average.copy_(torch.where(closed, parameter.to(average.device), average))
+    plain = [pair for pair in pairs if pair.gates is None]
+    if plain:
+        present = torch._foreach_abs(torch._foreach_sign([pair.parameter.detach() for pair in plain]))
+        averages: list[Tensor] = [pair.average for pair in plain]
         masks: list[Tensor] = [mask.to(a.device) for mask, a in zip(present, averages, strict=True)]
         torch._foreach_mul_(averages, masks)
 

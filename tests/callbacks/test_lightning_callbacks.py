@@ -221,6 +221,22 @@ def test_the_order_of_callbacks_does_not_matter_to_averages(first: bool) -> None
     assert [(a.lora_A != 0).sum(1).max() for _, a in ls.adapters_in(module)] == [3] * 4  # a tenth of 32
 
 
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_of_hard_concrete_gates_is_on_the_budget(first: bool, every: int) -> None:
+    """Their gates are zero where log α is not: its average would stay above for a long time."""
+    method, record = ls.HardConcreteLoRA(["query", "value"], rank=4, budget=0.5, begin=2, end=10), Record()
+    module = Own(method, grouped=True)
+    own = ls.Sparsify(method), EMAWeightAveraging(decay=0.999, update_every_n_steps=every)
+    fit(module, *(own if first else own[::-1]), record)
+    names = [name for name in record.trained[-1] if name.endswith("gate")]
+    closed = torch.cat([record.trained[-1][name] for name in names]) < 0
+    for seen in (*record.validated[1:], state_of(module)):  # the first validation was before the end of the schedule
+        estimates = method.effective_gate(torch.cat([seen[name] for name in names]), training=False)
+        assert closed.sum() == 8
+        assert ((estimates == 0) == closed).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("kind", METHODS)
