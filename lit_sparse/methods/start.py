@@ -181,7 +181,16 @@ def take_starts(model: nn.Module, record: Mapping[str, Sequence[Tensor]]) -> Non
     Args:
         model: Model with adapters, for which the checkpoint was found to fit.
         record: What :func:`start_record` gave.
+
+    Raises:
+        UsageError: If the model's weights gave up another start, or one that the checkpoint does not have.
     """
+    for name, taken in start_record(model).items():
+        if name not in record or not all(map(torch.equal, taken, record[name])):
+            raise UsageError(
+                f"The frozen weights of this {type(model).__name__} gave up the start of another run of LoRA-GA, the "
+                f"first at {name!r}, and are not those that the checkpoint belongs to. Load it into a new module."
+            )
     for name, adapter in adapters_in(model):
         if name in record and isinstance(adapter, LowRankAdapter) and adapter.start is None:
             adapter.take_start(*record[name])

@@ -166,6 +166,22 @@ def test_a_resumed_run_ends_bit_for_bit_as_if_uninterrupted(bert, tmp_path):
     trainer.fit(resumed, DataLoader(ROWS, batch_size=8), ckpt_path=str(tmp_path / "end.ckpt"))  # the same module again
 
 
+def test_a_module_that_took_another_start_loads_no_checkpoint(bert, tmp_path):
+    """Its frozen weights are not those of the checkpoint's run."""
+    _, trainer = run(bert, epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    other, trainer = run(bert, lora_ga("all-linear", rank=2, layers=[0, 1], gora_batches=1), epochs=1)
+    rows = DataLoader(ROWS, batch_size=8)
+    with pytest.raises(ls.UsageError, match=r"the start of another run of LoRA-GA, the first at .*new module"):
+        trainer.validate(other, rows, ckpt_path=str(tmp_path / "one.ckpt"), verbose=False)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    trainer.validate(other, rows, ckpt_path=str(tmp_path / "two.ckpt"), verbose=False)
+    _, trainer = run(bert, lora_ga("all-linear", rank=2, layers=[0, 1], init_weights="lora"), epochs=1)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ls.UsageError, match="gave up the start of another run of LoRA-GA"):
+        trainer.validate(other, rows, ckpt_path=str(tmp_path / "plain.ckpt"), verbose=False)
+
+
 def test_only_merged_models_are_exported(bert, tmp_path, capsys):
     module, trainer = run(bert, callbacks=[ls.SparseCheckpoint(str(tmp_path))], enable_checkpointing=True)
     assert "--format merged" in capsys.readouterr().out
