@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -185,9 +185,10 @@ class ForgettingCap(ForgettingProbe):
                 f"{module} cannot take the rows of {data}, on which ForgettingCap measures it: {reason}. Give data of "
                 "the kind that the module is trained on."
             ) from error
-        if "loss" not in found:
+        if not isinstance(found, Mapping) or "loss" not in found:
+            names = (isinstance(found, Mapping) and ", ".join(found)) or "nothing"
             raise UsageError(
-                f"ForgettingCap caps a loss, but {module} measures {', '.join(found)} on {data}. Give data with labels "
+                f"ForgettingCap caps a loss, but {module} measures {names} on {data}. Give data with labels "
                 "instead of answers, or a measure that returns a loss."
             )
         if not math.isfinite(found["loss"]):
@@ -232,7 +233,9 @@ class ForgettingCap(ForgettingProbe):
     def _pay(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], dict[str, float]] | None:
         """The validation's metrics of the last state, as the cap found it and as it left it; None if it did nothing."""
         loaders, data = trainer.val_dataloaders, getattr(trainer, "datamodule", None)
-        if not 0 < self.scale < 1 or not loaders or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        # A list may be empty; other loaders may have no length, which would decide whether they count as true.
+        nothing = loaders is None or (isinstance(loaders, list | tuple | dict) and not loaders)
+        if not 0 < self.scale < 1 or nothing or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         flat = CombinedLoader(loaders, "sequential").flattened
         limits = [None if n == math.inf else int(n) for n in trainer.num_val_batches]

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from programs import run as run_program
 from projects import write_config
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
 import lit_sparse as ls
@@ -361,6 +361,26 @@ def test_what_the_user_is_told(knowing_llama, dogs, rivers, trainer):
     nan = ls.ForgettingCap(rivers, 0.1, measure=lambda *_: {"loss": math.nan})
     with pytest.raises(ls.UsageError, match="loss of the pretrained model on InstructionData is nan"):
         trainer(max_epochs=1, callbacks=[nan]).fit(causal_lm(knowing_llama), dogs)
+
+
+@pytest.mark.parametrize("found", [{}, None])
+def test_a_measure_without_a_loss(found, knowing_llama, dogs, rivers, trainer):
+    cap = ls.ForgettingCap(rivers, 0.1, measure=lambda *_: found)
+    with pytest.raises(ls.UsageError, match="caps a loss, but CausalLM measures nothing on InstructionData"):
+        trainer(max_epochs=1, callbacks=[cap]).fit(causal_lm(knowing_llama), dogs)
+
+
+def test_validation_rows_may_have_no_length(knowing_llama, dogs, rivers, trainer):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            for n in range(4):
+                yield {"input_ids": IDS[0] + n, "attention_mask": torch.ones_like(IDS[0]), "labels": IDS[0] + n}
+
+    cap = ls.ForgettingCap(rivers, 1e-3)
+    loaders = DataLoader(Stream(), batch_size=2), DataLoader(Stream(), batch_size=2)
+    trainer(max_epochs=1, callbacks=[cap]).fit(causal_lm(knowing_llama), *loaders)
+    assert cap.scale < 1
+    assert "Validation without and with it: loss" in cap.report
 
 
 def test_a_loss_that_is_never_within_the_tolerance_fails_the_run(knowing_llama, dogs, rivers, trainer):
