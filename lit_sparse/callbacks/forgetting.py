@@ -97,11 +97,12 @@ class ForgettingProbe(Callback):
 
     @contextmanager
     def _attached(self, trainer: Trainer) -> Iterator[None]:
+        before = getattr(self.data, "trainer", None)  # that of the run, if this is its own data module
         self.data.trainer = trainer  # the tokenizer may be that of the module's backbone
         try:
             yield
         finally:
-            self.data.trainer = None
+            self.data.trainer = before
 
     def _batches(self, trainer: Trainer) -> Iterable[Any]:
         loaders = self._loaders(trainer)

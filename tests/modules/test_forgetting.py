@@ -49,6 +49,17 @@ def test_a_language_model_forgets_what_it_is_not_trained_on(tiny_llama, tmp_path
     assert {"river/loss_before", "river/loss_after", "river/loss_change", "river/perplexity_after"} <= set(logged)
 
 
+def test_the_data_module_of_the_run_keeps_its_trainer(tiny_llama, tmp_path, trainer):
+    data, seen = texts(tmp_path / "dog", "dog"), []
+
+    class Look(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.append(data.trainer is trainer)
+
+    trainer(max_epochs=1, callbacks=[ls.ForgettingProbe(data, split="test"), Look()]).fit(causal_lm(tiny_llama), data)
+    assert seen == [True]
+
+
 def test_measuring_changes_nothing_of_training(tiny_llama, tmp_path, trainer):
     ends = []
     for probes in ([], [ls.ForgettingProbe(texts(tmp_path / "river", "river"), split="test")]):
