@@ -90,7 +90,8 @@ class ForgettingCap(ForgettingProbe):
         if not self.bound:
             return f"{rise}. The cap never bound."
         text = f"{rise}. The cap bound at {self.bound} of {self.measurements} measurements"
-        text += f", at the end it scaled the adapters by {self.scale:.3g}." if self.scale < 1 else ", not at the end."
+        scaled = f"; at the end it scaled the adapters by {self.scale:.3g}."
+        text += scaled if self.scale < 1 else ", but not at the end."
         if self._task is not None:
             before, after = self._task
             text += f" Validation without and with it: {_pairs(before, after)}."
