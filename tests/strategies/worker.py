@@ -282,7 +282,8 @@ def main(run: dict[str, Any]) -> None:
             json.dumps([callbacks[-1].after, callbacks[-1].scale])
         )
     state = {clean_name(name): p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    computed = [(name, adapter) for name, adapter in ls.adapters_in(module) if adapter.gate_function is not None]
+    low_rank = [(name, a) for name, a in ls.adapters_in(module) if isinstance(a, ls.LowRankAdapter)]
+    computed = [(name, adapter) for name, adapter in low_rank if adapter.gate_function is not None]
     state |= {f"{name}.effective_gate": adapter.effective_gate().detach() for name, adapter in computed}
     state |= {f"{n}.{own}": b for n, a in ls.adapters_in(module) for own, b in a.named_buffers(recurse=False)}
     torch.save(state, f"{run['tag']}_{trainer.global_rank}.pt")
