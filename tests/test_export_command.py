@@ -163,6 +163,8 @@ def test_the_page_on_formats_names_what_the_files_hold(checkpoint):
     for form in forms:
         main(["export", "--ckpt_path", checkpoint, "--format", form, "--output", f"out/{form}"])
         found |= set(json.loads(Path(f"out/{form}/lit_sparse.json").read_text()))
+    main(["combine", "out/delta", "out/delta", "--output", "out/sum"])
+    found |= set(json.loads(Path("out/sum/lit_sparse.json").read_text()))
     assert keys_in(described.split("`lit_sparse.json`")[1]) == found
     for form in forms:
         (file,) = Path(f"out/{form}").glob("*.safetensors")
