@@ -102,6 +102,35 @@ def test_a_run_waits_for_the_gpu_only_where_it_may(method: str, kind: str, tmp_p
     assert layers == layer_sparsity(alike.model)
 
 
+ENTRIES: dict[str, Callable[..., ls.Method]] = {
+    "SHiRA": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, **o),  # noqa: ARG005
+    "SHiRA, gradient": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, mask="gradient", **o),  # noqa: ARG005
+    "LIFT": lambda names, rank, **o: ls.LIFT(names, changed=0.3, filter_rank=rank, **o),
+}
+
+
+@quiet
+@pytest.mark.parametrize("method", ENTRIES)
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "linear in bfloat16"])
+def test_a_run_of_single_entries_never_waits_for_the_gpu(method: str, kind: str) -> None:
+    with fake_gpu() as gpu:
+        loop = Loop(kind, ENTRIES[method], GPU)
+        assert {t.device for t in tensors_of(loop).values()} == {GPU}
+        gpu.waits.clear()
+        for _ in range(STEPS):
+            loop.step()
+        sparsity_of(loop.adapters)
+        assert gpu.waits == []
+        result = {name: tensor.cpu() for name, tensor in tensors_of(loop).items()}
+        assert {p.device for p in ls.merge(loop.model).parameters()} == {GPU}
+    alike = Loop(kind, ENTRIES[method], CPU, foreach=True)
+    for _ in range(STEPS):
+        alike.step()
+    expected = tensors_of(alike)
+    for name, value in result.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 # What the audit is for is found
 
 
