@@ -103,8 +103,8 @@ def test_a_run_waits_for_the_gpu_only_where_it_may(method: str, kind: str, tmp_p
 
 
 ENTRIES: dict[str, Callable[..., ls.Method]] = {
-    "SHiRA": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, **o),  # noqa: ARG005
-    "SHiRA, gradient": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, mask="gradient", **o),  # noqa: ARG005
+    "SHiRA": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, **o),
+    "SHiRA, gradient": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, mask="gradient", **o),
     "LIFT": lambda names, rank, **o: ls.LIFT(names, changed=0.3, filter_rank=rank, **o),
 }
 
