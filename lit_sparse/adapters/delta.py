@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.adapters.base import ReplacesLayer
 from lit_sparse.adapters.fused import autocasts, no_autocast
-from lit_sparse.adapters.linear import FrozenLinear, features_of, may_fuse
+from lit_sparse.adapters.linear import FrozenLinear, ReplacesLinear, features_of, may_fuse
 from lit_sparse.errors import UsageError
 
 
-class DeltaLinear(ReplacesLayer):
+class DeltaLinear(ReplacesLinear):
     """``y = (W0 + ΔW) x + b``, where ΔW has trained values at some entries of the frozen W0, and zeros elsewhere.
 
     The values are float32 or better. In half precision, W0 and a value are added before they are rounded, as in
@@ -32,7 +31,6 @@ class DeltaLinear(ReplacesLayer):
         UsageError: If ``base`` is of another kind, or has fewer entries than ``count``.
     """
 
-    base: FrozenLinear
     values: nn.Parameter
     indices: Tensor
     shape: Tensor
@@ -119,12 +117,6 @@ class DeltaLinear(ReplacesLayer):
     def _delta(self) -> Tensor:
         zeros = self.values.new_zeros(self.in_features * self.out_features)
         return zeros.index_add(0, self.indices, self.values).view(self.weight_shape)
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.t() if isinstance(self.base, Conv1D) else weight
-
-    def _as_weight(self, matrix: Tensor) -> Tensor:
-        return matrix.t() if isinstance(self.base, Conv1D) else matrix
 
 
 class _ChangedLinear(Function):

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.adapters.base import LowRankLayer
+from lit_sparse.adapters.base import LowRankLayer, ReplacesLayer
 from lit_sparse.adapters.fused import autocasts, fused_linear
 from lit_sparse.errors import UsageError
 
@@ -27,13 +27,23 @@ _GLOBAL_HOOKS = (
 )
 
 
-class LowRankLinear(LowRankLayer):
+class ReplacesLinear(ReplacesLayer):
+    """An adapter that replaces a linear layer."""
+
+    base: FrozenLinear
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if isinstance(self.base, Conv1D) else weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if isinstance(self.base, Conv1D) else matrix
+
+
+class LowRankLinear(LowRankLayer, ReplacesLinear):
     """``y = base(x) + scale · B (gate ∘ (A x))``, with ``base`` frozen.
 
     Its arguments are those of every adapter that replaces a layer; ``base`` is an ``nn.Linear`` or ``Conv1D``.
     """
-
-    base: FrozenLinear
 
     @staticmethod
     def _features(base: Any) -> tuple[int, int]:
@@ -67,12 +77,6 @@ class LowRankLinear(LowRankLayer):
 
     def _can_fuse(self, rows: Tensor) -> bool:
         return type(self.dropout) in (nn.Identity, nn.Dropout) and may_fuse(self.base, rows)
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.t() if isinstance(self.base, Conv1D) else weight
-
-    def _as_weight(self, matrix: Tensor) -> Tensor:
-        return matrix.t() if isinstance(self.base, Conv1D) else matrix
 
 
 def features_of(base: FrozenLinear) -> tuple[int, int]:

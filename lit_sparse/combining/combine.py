@@ -113,9 +113,8 @@ def combine(
 
     Raises:
         UsageError: If a source cannot be read, the sources are of different backbones, tasks, kinds, or numbers of
-            labels, several have heads of their own and ``head`` names none, or
-            a source without one, they hold rows of tokens, an argument does
-            not belong to the rule, nothing is left, or the export is refused.
+            labels, several have heads of their own and ``head`` names none of them, they hold rows of tokens, an
+            argument does not belong to the rule, nothing is left, or the export is refused.
 
     Source:
         TIES: Yadav et al. 2023 (arXiv:2306.01708); DARE: Yu et al. 2024 (arXiv:2311.03099).

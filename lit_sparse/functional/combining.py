@@ -124,7 +124,7 @@ def merged(
 
     Args:
         changes: Shape ``(sources, entries)``.
-        rule: ``ties``; ``dare``; anything else: their sum.
+        rule: ``ties``, ``dare``, or another one, which adds them up.
         thresholds: For TIES, of each source.
         density: For DARE.
         generator: For DARE.

@@ -171,8 +171,8 @@ def take_ranks(model: nn.Module, method: Method, record: Any) -> None:
 
 def start_record(model: nn.Module) -> dict[str, list[Tensor]]:
     """The A and Bᵀ that LoRA-GA took out of the frozen weights, by layer: checkpoints hold none of these weights."""
-    held = ((name, getattr(adapter, "start", None)) for name, adapter in adapters_in(model))
-    return {name: list(start) for name, start in held if start is not None}
+    held = [(name, adapter) for name, adapter in adapters_in(model) if isinstance(adapter, LowRankAdapter)]
+    return {name: list(adapter.start) for name, adapter in held if adapter.start is not None}
 
 
 def take_starts(model: nn.Module, record: Mapping[str, Sequence[Tensor]]) -> None:

@@ -73,7 +73,7 @@ def test_what_cannot_start_is_refused(tiny_bert, trainer, loader):
         trainer(max_epochs=1).fit(manual, loader())
     with pytest.raises(ls.UsageError, match="EMAWeightAveraging has copied the adapters before"):
         trainer(max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(classifier(tiny_bert), loader())
-    with pytest.raises(ls.UsageError, match="start_from and init_weights 'gora' are two starts of A and B"):
+    with pytest.raises(ls.UsageError, match="start_from and init_weights 'gora' are two starts of the adapters"):
         trainer(max_epochs=1).fit(classifier(tiny_bert, start_from="folder"), loader())
     module = classifier(tiny_bert)
     module.configure_model()
