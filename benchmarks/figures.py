@@ -6,12 +6,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tables import METHODS, compare_budgets
+from tables import FEWEST_TASKS, METHODS, compare_budgets
 
 from lit_sparse.adapters.naming import places
 from lit_sparse.figures.canvas import COLOURS, INK, new_figure, open_axes, save
 
 DOCS = Path(__file__).parents[1] / "docs"
+MARKERS = ("o", "s")  # one for each round of colours
 
 
 def draw_quality(cells: dict[str, dict[str, Any]]) -> None:
@@ -26,7 +27,7 @@ def draw_quality(cells: dict[str, dict[str, Any]]) -> None:
 
 def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
     """The mean score over parameters left, with its standard error, and the best score for at most so many."""
-    by, tasks, groups, seeds, means = compare_budgets(cells)
+    by, tasks, groups, seeds, means = compare_budgets(cells, FEWEST_TASKS)
     if not groups:
         return
     figure = new_figure(8, 4)
@@ -41,7 +42,8 @@ def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
                 line.append((statistics.mean(runs), *_mean_and_error(means[method, budget])))
         points += line
         size, score, error = zip(*sorted(line), strict=True)
-        axes.errorbar(size, score, error, marker="o", ms=4, lw=1, capsize=2, color=COLOURS[i], label=method)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS)]
+        axes.errorbar(size, score, error, marker=marker, ms=4, lw=1, capsize=2, color=colour, label=method)
     sizes = sorted({round(size, -3) for size, _, _ in points})
     best = [(size, max(score for found, score, _ in points if round(found, -3) <= size)) for size in sizes]
     axes.step(*zip(*best, strict=True), where="post", color=INK, lw=0.8, ls=":", label="frontier")

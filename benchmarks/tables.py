@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines", "gpu")]
 METHODS = ("LoRA", "LoRA, cap 0.1", "LoRA, cap 0.3", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
+FEWEST_TASKS = 3  # of the methods in the second table and in the figure of budgets.py
 
 
 def step_table(backbone: str, rows: int, result: dict[str, Any]) -> str:
@@ -224,9 +225,24 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 def of_budgets(cells: Cells) -> str:
     """Scores at equal parameters, differences from SoRA with their standard errors, and what the ranks mean."""
-    by, tasks, groups, seeds, means = compare_budgets(cells)
-    if not groups:
+    found, more = compare_budgets(cells), compare_budgets(cells, FEWEST_TASKS)
+    if not found.groups:
         return "No method has a final run on every task."
+    parts = [
+        f"Seeds: {len(found.seeds)}. The last column is the mean over the tasks of SoRA's score minus the row's, of "
+        "the same seed, with its standard error; SoRA's own rows have their difference from the whole LoRA.",
+        _scores_at_budgets(found, found.groups),
+    ]
+    if set(more.groups) - set(found.groups):
+        parts += [
+            f"The tasks that all methods have, at a quarter of LoRA's parameters; seeds: {len(more.seeds)}.",
+            _scores_at_budgets(more, [group for group in more.groups if group[1] not in (0.5, 0.125)]),
+        ]
+    return "\n\n".join(part for part in (*parts, _meaning(found)) if part)
+
+
+def _scores_at_budgets(found: Budgets, groups: Sequence[tuple[str, float]]) -> str:
+    by, tasks, _, seeds, means = found
     lines = [
         f"| budget | method | {' | '.join(tasks)} | mean | parameters left | weights changed | SoRA minus this |",
         "|---|---|" + "---|" * (len(tasks) + 4),
@@ -246,16 +262,7 @@ def of_budgets(cells: Cells) -> str:
             f"{statistics.mean(run['parameters'] for run in runs):,.0f} | "
             f"{statistics.mean(run['changed'] for run in runs):.1%} | {gap} |"
         )
-    return "\n\n".join(
-        part
-        for part in (
-            f"Seeds: {len(seeds)}. The last column is the mean over the tasks of SoRA's score minus the row's, of the "
-            "same seed, with its standard error; SoRA's own rows have their difference from the whole LoRA.",
-            "\n".join(lines),
-            _meaning(by, tasks, seeds),
-        )
-        if part
-    )
+    return "\n".join(lines)
 
 
 class Budgets(NamedTuple):
@@ -269,11 +276,20 @@ class Budgets(NamedTuple):
     """By method and budget: the mean over the tasks, of each seed."""
 
 
-def compare_budgets(cells: Cells) -> Budgets:
-    """What the table and the figure of budgets.py are made of; what lacks a task is left out."""
+def compare_budgets(cells: Cells, fewest: int | None = None) -> Budgets:
+    """What the table and the figure of budgets.py are made of.
+
+    Args:
+        cells: The results.
+        fewest: Compare all methods that have so many tasks, on the tasks that they share. None: compare on all tasks;
+            what lacks one is left out.
+    """
     by = _by_budget(cells)
     tasks = [task for task in sorted({t for t, _, _ in by}) if (task, "LoRA", 1.0) in by]
-    groups = [g for g in _groups(by) if all((task, *g) in by for task in tasks)]
+    if fewest is not None:
+        shared = [[t for t in tasks if (t, *group) in by] for group in _groups(by)]
+        tasks = [t for t in tasks if all(t in own for own in shared if len(own) >= fewest)]
+    groups = [g for g in _groups(by) if tasks and all((task, *g) in by for task in tasks)]
     runs = [set(by[(task, *group)]) for task in tasks for group in groups]
     seeds = sorted(set.intersection(*runs)) if runs else []
     means = {
@@ -296,7 +312,10 @@ def _by_budget(cells: Cells) -> dict[tuple[str, str, float], dict[int, dict[str,
 
 
 def _groups(by: dict[tuple[str, str, float], dict[int, dict[str, Any]]]) -> list[tuple[str, float]]:
-    order = ("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "HardConcreteLoRA", "RoseLoRA", "SHiRA")
+    order = (
+        *("LoRA", "SoRA", "uniform", "truncated", "AdaLoRA", "SoRA, λ", "HardConcreteLoRA", "GoRA", "LoRA-GA", "EVA"),
+        *("RoseLoRA", "SHiRA", "LIFT", "SpIEL"),
+    )
     return sorted({group[1:] for group in by}, key=lambda group: (-group[1], order.index(group[0])))
 
 
@@ -306,8 +325,9 @@ def _error(gaps: Sequence[float]) -> str:
     return f"{_signed(statistics.mean(gaps))} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.2f}"
 
 
-def _meaning(by: dict[tuple[str, str, float], dict[int, dict[str, Any]]], tasks: list[str], seeds: list[int]) -> str:
+def _meaning(found: Budgets) -> str:
     """Spearman's correlation of the layers' ranks, between seeds and with the loss that a layer's adapter saves."""
+    by, tasks, _, seeds, _ = found
     lines = ["| Spearman's correlation of layers' ranks | between seeds | with ablation |", "|---|---|---|"]
     for task in tasks:
         runs = [by[task, "SoRA", 0.25][seed] for seed in seeds if seed in by.get((task, "SoRA", 0.25), {})]
