@@ -16,8 +16,8 @@ from lit_sparse.cli.edited_folder import edits_in, files_of, open_edited, requir
 from lit_sparse.cli.words import closest, fail
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import SUFFIX, combine, load_edit
-from lit_sparse.editing.measuring import Measurer
 from lit_sparse.editing.one_fact import edit_fact
+from lit_sparse.editing.writing import Writer
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.interchange.export import require_free
 from lit_sparse.reporting.table import aligned
@@ -82,11 +82,11 @@ def change_fact(
         *(("rephrase", p) for p in rephrase or ()),
         *(("neighbour", p) for p in neighbour or ()),
     ]
-    measurer = Measurer(edited.model, tokenizer, [], 0, None, 32, generated_tokens=_ANSWER)
-    before = measurer.answers([text for _, text in asked])
+    writer = Writer(edited.model, tokenizer, 32, _ANSWER)
+    before = writer.answers([text for _, text in asked])
     optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
     _, edit = edit_fact(edited, prompt, target, tokenizer, steps=steps, optimizer=optimizer)
-    after = measurer.answers([text for _, text in asked])
+    after = writer.answers([text for _, text in asked])
     for (kind, text), old, new in zip(asked, before, after, strict=True):
         sys.stdout.write(f"{kind}: {text}\n  before: {old}\n  after:  {new}\n")
     show(f"{edit.changed:,} of {edit.weights:,} weights changed ({edit.changed / edit.weights:.2%}).")

@@ -31,10 +31,8 @@ from lit_sparse.modules.backbone import load_backbone
 from lit_sparse.modules.optimization import make_optimizer
 
 # Arguments that the results depend on, beside those that need a form of their own.
-_SETTINGS = (
-    *("steps", "requests_per_step", "stop_loss", "sequential", "save_edits", "seed"),
-    *("fluency_tokens", "generated_tokens", "chat_template", "texts"),
-)
+_MEASURED = ("seed", "fluency_tokens", "generated_tokens", "generated_samples", "chat_template", "texts")
+_SETTINGS = ("steps", "requests_per_step", "stop_loss", "sequential", "save_edits", *_MEASURED)
 
 
 class Editor(LightningModule):
@@ -70,8 +68,9 @@ class Editor(LightningModule):
         save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
         fluency_tokens: Tokens to generate after the prompt, for fluency; 0: fluency is not measured.
         generated_tokens: Tokens that the model may write, at most, where it is asked for an answer without being shown
-            one (``generated_success`` and so on); 0: answers are not generated. 16 hold
-            the names, dates and places of the published files, and cost about as much as fluency.
+            one (``generated_success`` and so on); 0: answers are not generated. 16 hold the names, dates and places of
+            the published files, and cost about as much as fluency.
+        generated_samples: Random answers, at temperature 1, beside each greedy one (``sampled_success`` and so on).
         chat_template: Ask these prompts as turns of a user, in the tokenizer's chat template. Edits are trained on the
             plain prompts.
         texts: JSON Lines file with a column ``text``. The perplexity of the first 128 tokens of each text is measured
@@ -100,6 +99,7 @@ class Editor(LightningModule):
         save_edits: bool = False,
         fluency_tokens: int = 100,
         generated_tokens: int = 16,
+        generated_samples: int = 0,
         chat_template: bool = False,
         texts: str | None = None,
         eval_batch_size: int = 32,
@@ -114,11 +114,13 @@ class Editor(LightningModule):
         require_range("retest_every", retest_every, at_least=1)
         require_range("fluency_tokens", fluency_tokens, at_least=0)
         require_range("generated_tokens", generated_tokens, at_least=0)
+        require_range("generated_samples", generated_samples, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
         if retest_every is not None and not sequential:
             raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
-        if chat_template and not generated_tokens:
-            raise UsageError("chat_template is for generated answers: set generated_tokens.")
+        if (chat_template or generated_samples) and not generated_tokens:
+            name = "chat_template" if chat_template else "generated_samples"
+            raise UsageError(f"{name} is for generated answers: set generated_tokens.")
         if tokenizer is None and isinstance(backbone, nn.Module):
             raise UsageError("A backbone that is already built does not name its tokenizer: give tokenizer.")
         self._backbone = backbone
@@ -133,6 +135,7 @@ class Editor(LightningModule):
         self.save_edits = save_edits or sequential
         self.fluency_tokens = fluency_tokens
         self.generated_tokens = generated_tokens
+        self.generated_samples = generated_samples
         self.chat_template = chat_template
         self.texts = texts
         self.eval_batch_size = eval_batch_size
@@ -162,8 +165,8 @@ class Editor(LightningModule):
         require_able(self.trainer, self.sequential)
         self._requests = data.requests
         self._edited = EditedModel(self.model)
-        how: Any = (self.fluency_tokens, self.texts, self.eval_batch_size, self.generated_tokens, self.chat_template)
-        self._measurer = Measurer(self.model, self.tokenizer, data.requests, *how)
+        how: dict[str, Any] = {name: getattr(self, name) for name in _MEASURED}
+        self._measurer = Measurer(self.model, self.tokenizer, data.requests, batch_size=self.eval_batch_size, **how)
         self._results = Results(self.output, self._settings(data), self.global_rank)
         self._so_far: list[EditRequest] = []
         self._edits_so_far = 0

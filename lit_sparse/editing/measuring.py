@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedTokenizerBase
 
-from lit_sparse.data.chat_template import ChatTemplate
 from lit_sparse.data.padding import IGNORED
-from lit_sparse.data.tokenizers import Prompt, open_ended, prompt_tokens
+from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.editing.metrics import (
     Answer,
     Continuation,
@@ -23,12 +23,14 @@ from lit_sparse.editing.metrics import (
     Portability,
     Rephrase,
     RequestMean,
+    Samples,
     Scored,
 )
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import batches, encode, predict
+from lit_sparse.editing.writing import SAMPLING, Writer
 from lit_sparse.errors import UsageError, parse_json
-from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING, continuation
+from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
 
 _TEXT_LENGTH = 128  # tokens of a text that its perplexity is measured on
 
@@ -52,6 +54,12 @@ class Questions:
         self.locality = [self._add_kinds(r.locality, 1) for r in requests]
         self.rows = encode(tokenizer, self.pairs)
         """The pairs in tokens."""
+
+    @property
+    def locality_places(self) -> list[int]:
+        """Indices of the pairs that have nothing to do with an edit."""
+        kinds = [prompts for request in self.locality for prompts in request.values()]
+        return [place for prompts in kinds for names in prompts for place in names]
 
     def _add(self, prompt: str, answers: Sequence[str]) -> list[int]:
         first = len(self.pairs)
@@ -86,6 +94,8 @@ class Measurer:
         batch_size: Prompts per batch.
         generated_tokens: Tokens to generate, at most, in place of an answer; 0: answers are not generated.
         chat_template: Whether these prompts are turns of a user.
+        generated_samples: Random answers to generate for each prompt, beside the greedy one.
+        seed: Seed of these, to which the number of the first request that is measured is added.
 
     Raises:
         UsageError: If the file of texts cannot be read, or there is no chat template.
@@ -101,31 +111,29 @@ class Measurer:
         batch_size: int,
         generated_tokens: int = 0,
         chat_template: bool = False,
+        generated_samples: int = 0,
+        seed: int = 0,
     ) -> None:
-        if chat_template and not tokenizer.chat_template:
-            raise UsageError(
-                f"chat_template is true, and the tokenizer {tokenizer.name_or_path!r} has none: set it to false."
-            )
         self._model, self._tokenizer = model, tokenizer
-        self._generated_tokens, self._chat_template = generated_tokens, chat_template
+        self._writer = Writer(model, tokenizer, batch_size, generated_tokens, chat_template)
         self._fluency_tokens, self._batch_size = fluency_tokens, batch_size
+        self._samples, self._seed = generated_samples, seed
         self._texts = [] if texts is None else _read_texts(texts, tokenizer)
         requests = list(requests)
         asked = sorted({kind for request in requests for kind in request.portability})
         locality = Locality(sorted({kind for request in requests for kind in request.locality}))
-        names = ("edit_success", "rephrase", *Portability(asked).names, *locality.names)
+        names = ("edit_success", "rephrase", *Portability(asked).names)
         self.names = (
-            *(*names[: -len(locality.names)], *FirstNamePortability(asked).names, *locality.names),
-            *(_named("generated", name) for name in names),
-            *(_named("contained", name) for name in names[: -len(locality.names)]),
+            *(*names, *FirstNamePortability(asked).names, *locality.names),
+            *(_named("generated", name) for name in (*names, *locality.names)),
+            *(_named(how, name) for how in ("contained", "sampled", "sampled_contained") for name in names),
             *("fluency", "perplexity"),
         )
         """All metrics that a request may have."""
 
     def unedited(self, questions: Questions) -> Unedited:
         """The model's answers to unrelated prompts; to be called before an edit."""
-        kinds = [prompts for request in questions.locality for prompts in request.values()]
-        places = [place for prompts in kinds for names in prompts for place in names]
+        places = questions.locality_places
         rows = [questions.rows[place] for place in places]
         predicted = predict(self._model, self._tokenizer, rows, self._batch_size)
         written = self._written(questions, places)
@@ -140,7 +148,7 @@ class Measurer:
             answers_only: Leave fluency and perplexity out.
         """
         predicted = predict(self._model, self._tokenizer, questions.rows, self._batch_size)
-        written = self._written(questions, range(len(questions.rows)))
+        written, drawn = self._written(questions, range(len(questions.rows))), self._drawn(questions)
 
         def forced(place: int) -> Answer:
             return Answer(predicted[place], before.predicted.get(place, questions.rows[place].answer))
@@ -151,6 +159,12 @@ class Measurer:
         def contained(place: int) -> Continuation:
             return exact(place)._replace(contained=True)
 
+        def sampled(place: int) -> Samples:
+            return Samples([Continuation(texts[place], questions.pairs[place][1]) for texts in drawn])
+
+        def sampled_contained(place: int) -> Samples:
+            return Samples([one._replace(contained=True) for one in sampled(place).drawn])
+
         texts = [] if answers_only or not self._fluency_tokens else self._fluent(questions)
         perplexity = {} if answers_only or not self._texts else {"perplexity": self.perplexity()}
         measured = []
@@ -159,8 +173,10 @@ class Measurer:
             row |= FirstNamePortability.scores(_answers(questions.portability[i], forced))
             if written:
                 row |= {_named("generated", name): value for name, value in _scores(questions, i, exact).items()}
-                found = _scores(questions, i, contained)
-                row |= {_named("contained", name): found[name] for name in found if not name.startswith(Locality.name)}
+            ways: dict[str, Callable[[int], Scored]] = {"contained": contained} if written else {}
+            ways |= {"sampled": sampled, "sampled_contained": sampled_contained} if drawn else {}
+            for how, answer in ways.items():
+                row |= {_named(how, name): value for name, value in _scores_of_edit(questions, i, answer).items()}
             measured.append({**row, **(Fluency.scores(texts[i]) if texts else {}), **perplexity})
         return measured
 
@@ -175,44 +191,29 @@ class Measurer:
             metric.update(self._model(**batch, use_cache=False).logits[:, :-1].float(), labels[:, 1:])
         return float(metric.compute())
 
-    def answers(self, prompts: Sequence[str]) -> list[str]:
-        """What the model writes after each prompt: greedily, to the end of the first line that is not blank.
+    def _drawn(self, questions: Questions) -> list[dict[int, str]]:
+        """Random answers by place, as many times as there are samples: the same ones in every run."""
+        # Locality is asked of greedy answers alone: random ones differ without an edit, too.
+        unrelated = set(questions.locality_places)
+        places = [place for place in range(len(questions.rows)) if place not in unrelated]
+        with isolate_rng():
+            torch.manual_seed(self._seed + questions.requests[0].index)
+            return [self._written(questions, places, SAMPLING) for _ in range(self._samples)]
 
-        It also ends with the text or turn, and after ``generated_tokens``.
-        """
-        asked: list[Prompt] = [[{"role": "user", "content": p}] if self._chat_template else p for p in prompts]
-        rows = [prompt_tokens(self._tokenizer, prompt) for prompt in asked]
-        ends = {self._tokenizer.eos_token_id}
-        if self._chat_template:
-            ends.add(ChatTemplate(self._tokenizer).end_id)
-        return [
-            text.lstrip().partition("\n")[0].rstrip() for text in self._continued(rows, self._generated_tokens, ends)
-        ]
-
-    def _written(self, questions: Questions, places: Iterable[int]) -> dict[int, str]:
-        if not self._generated_tokens:
+    def _written(
+        self, questions: Questions, places: Iterable[int], how: Mapping[str, Any] = WITHOUT_SAMPLING
+    ) -> dict[int, str]:
+        if not self._writer.max_new_tokens:
             return {}
         prompts = {place: questions.pairs[place][0] for place in places}
         distinct = list(dict.fromkeys(prompts.values()))
-        text = dict(zip(distinct, self.answers(distinct), strict=True))
+        text = dict(zip(distinct, self._writer.answers(distinct, how), strict=True))
         return {place: text[prompt] for place, prompt in prompts.items()}
 
     def _fluent(self, questions: Questions) -> list[str]:
         """The model's continuation of each request's prompt."""
         rows = open_ended(self._tokenizer, [request.prompt for request in questions.requests])
-        return self._continued(rows, self._fluency_tokens, set())
-
-    @torch.no_grad()
-    def _continued(self, rows: list[list[int]], max_new_tokens: int, ends: set[int | None]) -> list[str]:
-        """Greedy continuations of rows of tokens, each up to the first of the tokens in ``ends``."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        new: list[list[int]] = []
-        for batch in batches(self._model, self._tokenizer, [rows[i] for i in order], self._batch_size, left=True):
-            new += continuation(self._model, batch, max_new_tokens, num_beams=1, **WITHOUT_SAMPLING).tolist()
-        kept = [ids[: next((i for i, token in enumerate(ids) if token in ends), None)] for ids in new]
-        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in kept]
-        by_row = dict(zip(order, texts, strict=True))
-        return [by_row[i] for i in range(len(rows))]
+        return self._writer.continuations(rows, self._fluency_tokens, set())
 
 
 def _named(how: str, metric: str) -> str:
@@ -226,11 +227,16 @@ def _answers(kinds: Mapping[str, list[list[int]]], answer: Callable[[int], Score
 
 def _scores(questions: Questions, i: int, answer: Callable[[int], Scored]) -> dict[str, float]:
     """The metrics of request ``i`` by one kind of answer."""
+    unrelated = Locality.scores(_answers(questions.locality[i], answer))
+    return {**_scores_of_edit(questions, i, answer), **unrelated}
+
+
+def _scores_of_edit(questions: Questions, i: int, answer: Callable[[int], Scored]) -> dict[str, float]:
+    """The same without locality."""
     return {
         **EditSuccess.scores(answer(questions.edits[i])),
         **Rephrase.scores([answer(place) for place in questions.rephrases[i]]),
         **Portability.scores(_answers(questions.portability[i], answer)),
-        **Locality.scores(_answers(questions.locality[i], answer)),
     }
 
 

@@ -66,6 +66,21 @@ class Continuation(NamedTuple):
         return float(f" {expected} " in f" {text} " if self.contained else expected == text)
 
 
+class Samples(NamedTuple):
+    """Several continuations of a prompt, drawn at random.
+
+    Args:
+        drawn: At least one.
+    """
+
+    drawn: Sequence[Continuation]
+
+    @property
+    def share(self) -> float:
+        """Share of them that match, in [0, 1]."""
+        return fmean(one.share for one in self.drawn)
+
+
 def normalized(text: str) -> str:
     """A text in lower case, without punctuation, articles and surplus spaces.
 

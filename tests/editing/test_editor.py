@@ -1,6 +1,7 @@
 """The Editor as it is used: under a Trainer and from the command line, killed and resumed, in two processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,9 +20,9 @@ import lit_sparse as ls
 from lit_sparse.cli.main import main
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import EditedModel, load_edit
-from lit_sparse.editing.measuring import Measurer
 from lit_sparse.editing.teacher_forcing import collate, encode
 from lit_sparse.editing.training import train
+from lit_sparse.editing.writing import Writer
 from lit_sparse.errors import UsageError
 
 METHOD = ls.RoseLoRA(["v_proj", "down_proj"], rank=4, alpha=16, density=0.2, begin=1, end=4)
@@ -123,12 +124,29 @@ def test_what_a_run_leaves(folder):
     model = plain(folder)
     EditedModel(model).add(saved)
     tokenizer = load_tokenizer(str(folder / "llama"))
-    (text,) = Measurer(model, tokenizer, [], 0, None, 1, generated_tokens=4).answers([rows[2]["prompt"]])
+    (text,) = Writer(model, tokenizer, 1, 4).answers([rows[2]["prompt"]])
     assert rows[2]["generated_success"] == float(text == rows[2]["target_new"])
     same_options = {"texts": str(folder / "texts.jsonl"), "generated_tokens": 4}
     again = edit(folder, "again", data={"first": 2, "limit": 1}, **same_options)
     assert read_lines("again/results.jsonl") == [rows[2]], "an edit does not depend on those before it"
     assert same(bits(again.model), bits(plain(folder)))
+
+
+def test_random_answers_are_the_same_in_every_run(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "sharp")
+    model = plain(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # few words are likely
+    model.save_pretrained(tmp_path / "sharp/llama")
+    options = {"generated_tokens": 2, "generated_samples": 8}
+    edit(tmp_path / "sharp", **options)
+    rows = read_lines("out/results.jsonl")
+    assert all(8 * row["sampled_success"] == round(8 * row["sampled_success"]) for row in rows)
+    assert any(0 < row["sampled_contained_success"] < 1 for row in rows)
+    assert all(row["sampled_success"] <= row["sampled_contained_success"] for row in rows)
+    assert not [name for name in rows[0] if name.startswith("sampled") and "locality" in name]
+    edit(tmp_path / "sharp", "again", data={"first": 2, "limit": 1}, **options)
+    assert read_lines("again/results.jsonl") == [rows[2]]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +259,8 @@ def test_wrong_arguments(folder):
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
         ({"stop_loss": 0.0}, "stop_loss must be above 0; got 0.0"),
         ({"generated_tokens": -1}, "generated_tokens must be at least 0"),
+        ({"generated_samples": -1}, "generated_samples must be at least 0"),
+        ({"generated_tokens": 0, "generated_samples": 2}, "generated_samples is for generated answers: set generated_tokens"),
         ({"generated_tokens": 0, "chat_template": True}, "chat_template is for generated answers: set generated"),
         ({"retest_every": 2}, "retest_every .* set sequential to true"),
         ({"sequential": True, "retest_every": 0}, "retest_every must be at least 1; got 0"),
@@ -304,7 +324,7 @@ def test_answers_in_chat_format(folder, tmp_path):
     edit(tmp_path, "chat", chat_template=True, **options)
     model = plain(folder)
     EditedModel(model).add(load_edit("chat/edits/000000.safetensors"))
-    texts = Measurer(model, tokenizer, [], 0, None, 1, 4).answers(["the dog", "user: the dog"])
+    texts = Writer(model, tokenizer, 1, 4).answers(["the dog", "user: the dog"])
     found = [read_lines(f"{name}/results.jsonl")[0]["contained_success"] for name in ("plain", "chat")]
     assert found == [float("was" in text.split()) for text in texts] == [1, 0]
 

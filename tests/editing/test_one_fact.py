@@ -15,7 +15,7 @@ import lit_sparse as ls
 from lit_sparse.cli.main import main
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import EditedModel, load_edit
-from lit_sparse.editing.measuring import Measurer
+from lit_sparse.editing.writing import Writer
 from lit_sparse.errors import UsageError
 
 FACT = ("the dog is", "cat")
@@ -38,7 +38,7 @@ def same(a, b) -> bool:
 
 
 def answer(model, folder, prompt: str) -> str:
-    return Measurer(model, load_tokenizer(str(folder)), [], 0, None, 1, generated_tokens=3).answers([prompt])[0]
+    return Writer(model, load_tokenizer(str(folder)), 1, 3).answers([prompt])[0]
 
 
 @pytest.mark.parametrize("save", [save_tiny_llama, save_tiny_gpt2])
@@ -169,8 +169,8 @@ def test_the_command_shows_answers_before_and_after(folder, capsys):
     assert [line for line in shown if not line.startswith(" ")][:4] == [
         "prompt: the dog is", "rephrase: a dog: it is", "neighbour: the man", "neighbour: who",
     ]  # fmt: skip
-    measurer = Measurer(plain(folder), load_tokenizer(folder), [], 0, None, 1, generated_tokens=16)
-    assert shown[1] == f"  before: {measurer.answers(['the dog is'])[0]}"
+    writer = Writer(plain(folder), load_tokenizer(folder), 1, 16)
+    assert shown[1] == f"  before: {writer.answers(['the dog is'])[0]}"
     assert shown[2].startswith("  after:  cat")
     assert shown[-1] == "Wrote one.safetensors."
     assert load_edit("one.safetensors").base_model == folder

@@ -6,10 +6,11 @@ from backbones import save_tiny_gpt2, save_tiny_llama
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
-from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.data.tokenizers import load_tokenizer, prompt_tokens
 from lit_sparse.editing.measuring import Measurer, Questions, Unedited
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import collate, encode, predict
+from lit_sparse.editing.writing import Writer
 from lit_sparse.errors import UsageError
 
 PAIRS = [
@@ -216,21 +217,41 @@ def test_answers_end_where_the_text_the_line_or_the_turn_ends(folder, tokenizer)
     pairs = [("the dog is", " a cat</s> and"), ("one two", " \n three\nfour"), ("who", " no man at all")]
     model = taught(folder, tokenizer, pairs)
     prompts = [prompt for prompt, _ in pairs]
-    found = Measurer(model, tokenizer, [], 0, None, 2, generated_tokens=3).answers([*prompts, "the dog is"])
+    found = Writer(model, tokenizer, 2, 3).answers([*prompts, "the dog is"])
     assert found[0] == found[3] == "a cat"
-    assert Measurer(model, tokenizer, [], 0, None, 2, generated_tokens=8).answers(["one two"]) == ["three"]
+    assert Writer(model, tokenizer, 2, 8).answers(["one two"]) == ["three"]
     assert "no man at all".startswith(found[2])
     assert found[2] != "no man at all", "three tokens are not enough for it"
 
     with pytest.raises(UsageError, match=r"chat_template is true, and the tokenizer .* has none"):
-        Measurer(model, tokenizer, [], 0, None, 2, 8, chat_template=True)
+        Writer(model, tokenizer, 2, 8, chat_template=True)
     tokenizer.chat_template = (
         "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     chatting = taught(folder, tokenizer, [("user: who\nassistant:", "a dog\n")])
-    assert Measurer(chatting, tokenizer, [], 0, None, 2, 8, chat_template=True).answers(["who"]) == ["a dog"]
-    assert Measurer(chatting, tokenizer, [], 0, None, 2, 8).answers(["who"]) != ["a dog"]
+    assert Writer(chatting, tokenizer, 2, 8, chat_template=True).answers(["who"]) == ["a dog"]
+    assert Writer(chatting, tokenizer, 2, 8).answers(["who"]) != ["a dog"]
+
+
+@torch.no_grad()
+def test_the_share_of_random_answers_is_the_probability_of_the_answer(folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    model.lm_head.weight.mul_(20)  # few words are likely
+    prompt, taken = "the dog is", 400
+    logits = model(torch.tensor([prompt_tokens(tokenizer, prompt)])).logits[0, -1]
+    answer = tokenizer.decode(logits.argmax()).strip()
+    request = EditRequest(index=3, prompt=prompt, target_new=answer)
+    measurer = Measurer(model, tokenizer, [request], 0, None, 8, generated_tokens=1, generated_samples=taken, seed=5)
+    questions = Questions(tokenizer, [request])
+    state = torch.get_rng_state()
+    share = measurer.measure(questions, Unedited({}, {}))[0]["sampled_success"]
+    assert torch.equal(torch.get_rng_state(), state)
+    texts = [tokenizer.decode(token).strip() for token in range(len(logits))]
+    expected = sum(float(p) for p, text in zip(logits.softmax(-1), texts, strict=True) if text == answer)
+    assert 0.05 < expected < 0.95
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / taken) ** 0.5
+    assert measurer.measure(questions, Unedited({}, {}))[0]["sampled_success"] == share
 
 
 @pytest.mark.slow
