@@ -3,7 +3,7 @@
 Run:  python benchmarks/tables.py
 
 A table stands between ``<!-- results/NAME.json -->`` and ``<!-- end -->``, and is written there anew from
-benchmarks/results/NAME.json.
+benchmarks/results/NAME.json. That of docs/methods.md, of the source files, follows ``<!-- files of methods -->``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import method_files
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
 from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
-PAGES = [HERE.parent / "docs" / f"{name}.md" for name in ("performance", "quality", "editing", "engines", "gpu")]
+NAMES = ("performance", "quality", "editing", "engines", "gpu", "methods")
+PAGES = [HERE.parent / "docs" / f"{name}.md" for name in NAMES]
 METHODS = ("LoRA", "LoRA, cap 0.1", "LoRA, cap 0.3", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
 FEWEST_TASKS = 3  # of the methods in the second table and in the figure of budgets.py
@@ -633,7 +635,9 @@ def _source(content: dict[str, Any]) -> str:
 def written(page: str) -> str:
     """The page with all its tables."""
     pattern = re.compile(r"(<!-- results/(.+?)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", page)
+    page = pattern.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", page)
+    pattern = re.compile(r"(<!-- files of methods -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}\n{method_files.table()}\n\n{found[2]}", page)
 
 
 def write() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import programs
@@ -12,11 +13,27 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 tables = pytest.importorskip("tables")
+method_files = tables.method_files
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.stem)
 def test_the_tables_are_those_of_the_results(page):
     assert tables.written(page.read_text()) == page.read_text(), "run python benchmarks/tables.py"
+
+
+def test_a_method_is_one_file_of_150_lines_and_longer_ones_are_shared():
+    files = method_files.files()
+    assert {"SoRA", "LIFT", "`init_weights: gora`", "`init_weights: lora_ga`"} <= set(files)
+    assert "SparseMethod" not in files
+    assert {name: n for name, file in files.items() if (n := method_files.length(file)) > 150} == {}
+    used = Counter(other for file in set(files.values()) for other in all_used(file))
+    assert [file for file, times in used.items() if times == 1 and method_files.length(file) > 150] == []
+
+
+def all_used(file: Path) -> set[Path]:
+    """What a file imports, and what that imports in turn."""
+    direct = method_files.uses(file)
+    return set(direct).union(*map(all_used, direct))
 
 
 def test_every_result_has_its_place_in_a_page():
