@@ -169,7 +169,7 @@ def test_the_page_on_formats_names_what_the_files_hold(checkpoint):
     for form in forms:
         (file,) = Path(f"out/{form}").glob("*.safetensors")
         assert re.search(rf"^\| `{form}` \| `{file.name}`", described, re.MULTILINE)
-    ends = {"sparse": r"\.lora_(A|B_t)(\.indices|\.values)?", "delta": r"\.weight\.(indices|values)"}
+    ends = {"sparse": r"\.lora_(A|B_t)(\.indices|\.values)?", "delta": r"\.weight\.(places|values)"}
     for form, end in ends.items():
         names = load_file(f"out/{form}/adapter.safetensors")
         assert all(re.search(f"^head\\.|{end}$", name) for name in names)

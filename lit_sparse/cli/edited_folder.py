@@ -75,7 +75,7 @@ def open_edited(name: str) -> EditedModel:
     file = Path(resolve(name)) / _EDITS / _ORIGINALS
     try:
         originals = patch_from(load_file(file))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"The edits in {name!r} cannot be taken out: {file} cannot be read ({error}).") from error
     require_fit(model, originals, str(file))
     return EditedModel(model, originals)

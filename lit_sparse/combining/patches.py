@@ -16,7 +16,7 @@ from lit_sparse.functional.combining import Conflicts
 from lit_sparse.interchange.export import new_folder, save_tensors
 from lit_sparse.interchange.metadata import write_metadata
 from lit_sparse.interchange.patches import combined, tensors_of
-from lit_sparse.interchange.stored_folder import HEAD, VERSION, WEIGHTS
+from lit_sparse.interchange.stored_folder import HEAD, VERSIONS, WEIGHTS
 
 _FROM_RUN = ("model_class", "base_model_name_or_path", "labels", "num_labels", "problem_type")
 
@@ -57,7 +57,7 @@ def write_sum(
     shapes = {name: list(shape) for addend in addends for name, shape in addend.shapes.items()}
     entries = {
         "format": "delta",
-        "version": VERSION,
+        "version": VERSIONS["delta"],
         "lit_sparse_version": __version__,
         **{key: known.get(key) for key in _FROM_RUN},
         **({"base_model_name_or_path": backbone} if backbone else {}),

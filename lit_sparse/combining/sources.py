@@ -23,7 +23,7 @@ from lit_sparse.adapters.patterns import matches_tail
 from lit_sparse.data.quickstart import resolve
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.interchange.metadata import METADATA, read_metadata
-from lit_sparse.interchange.patches import Patch, patch_from
+from lit_sparse.interchange.patches import Patch
 from lit_sparse.interchange.peft_config import task_of
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.peft_shira import is_shira
@@ -205,7 +205,7 @@ def _of_folder(source: str, path: Path) -> Addend:
         task=task_of(str(entries.get("model_class"))),
         labels=entries.get("num_labels"),
         layers=saved.factors,
-        patch=patch_from({n: t for n, t in saved.tensors.items() if not n.startswith(HEAD)}) if is_patch else None,
+        patch=saved.patch if is_patch else None,
         shapes={name: layer["shape"] for name, layer in entries["layers"].items()} if is_patch else {},
         head={n.removeprefix(HEAD): t for n, t in saved.tensors.items() if n.startswith(HEAD)},
         head_modules=entries["head_modules"],

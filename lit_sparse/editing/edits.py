@@ -35,7 +35,7 @@ from lit_sparse.interchange.patches import (
 
 SUFFIX = ".safetensors"
 _KEY = "lit_sparse_edit"
-_VERSION = 1
+_VERSION = 2  # in version 1, places were integers
 _BASE = "base@"  # prefix of the tensors that identify the base model
 
 
@@ -98,7 +98,7 @@ def load_edit(file: str | os.PathLike[str]) -> Edit:
         raise UsageError(f"The edit {str(file)!r} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{str(file)!r} is not an edit: give a file that lit-sparse edit wrote.")
-    if content.get("version") != _VERSION:
+    if content.get("version") not in range(1, _VERSION + 1):
         raise UsageError(
             f"{str(file)!r} has version {content.get('version')} of the format, and this lit_sparse reads version "
             f"{_VERSION}: read it with lit_sparse {content.get('lit_sparse_version')}."
@@ -109,7 +109,7 @@ def load_edit(file: str | os.PathLike[str]) -> Edit:
         requests = tuple(_request(request) for request in content["requests"])
         named = {name: content[name] for name in ("method", "base_model", "weights")}
         return Edit(patch_from(patch), requests, tuple(content["metrics"]), **named, base=patch_from(base))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"The edit {str(file)!r} cannot be read: a field is missing or wrong ({error!r}).") from error
 
 
@@ -230,5 +230,5 @@ def _extended(known: Entries | None, more: Entries) -> tuple[Entries, int]:
     if more.indices is None:
         return Entries(None, more.values.index_copy(0, known.indices, known.values)), known.count
     new = ~torch.isin(more.indices, known.indices)
-    indices = torch.cat([known.indices, more.indices[new]])
-    return Entries(indices, torch.cat([known.values, more.values[new]])), int((~new).sum())
+    indices, order = torch.cat([known.indices, more.indices[new]]).sort()
+    return Entries(indices, torch.cat([known.values, more.values[new]])[order]), int((~new).sum())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import Adapter
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional.combining import Conflicts, Rule, conflicts, merged, trim_threshold
+from lit_sparse.functional.rice import decoded, encoded
 from lit_sparse.interchange.remains import weight_name
 
 
@@ -20,7 +21,7 @@ class Entries:
     """Entries of one weight.
 
     Args:
-        indices: Their positions in the flattened weight, of dtype long, each once; None: all entries in order.
+        indices: Their positions in the flattened weight, of dtype long, ascending, each once; None: all entries.
         values: Their values or changes, shape ``(count,)``.
     """
 
@@ -41,6 +42,9 @@ class Entries:
 Patch = dict[str, Entries]
 """Full name of a weight, in the plain model, to the entries that change."""
 
+_WHOLE = 5 / 6
+"""Share of changed entries beyond which a weight is kept whole: its zeros then add less than a fifth of their bytes."""
+
 
 @torch.no_grad()
 def patch_of(adapters: Mapping[str, Adapter]) -> Patch:
@@ -56,8 +60,7 @@ def patch_of_deltas(deltas: Mapping[str, Tensor]) -> Patch:
     for name, delta in deltas.items():
         flat = delta.flatten()
         indices = flat.nonzero().flatten()
-        # Beyond a half, indices take more memory than zeros.
-        if 2 * len(indices) > flat.numel():
+        if len(indices) > _WHOLE * flat.numel():
             patch[name] = Entries(None, flat)
         elif len(indices):
             patch[name] = Entries(indices, flat[indices])
@@ -169,24 +172,36 @@ def _values(patch: Patch, factor: float) -> Iterator[Tensor]:
 
 
 def tensors_of(patch: Patch) -> dict[str, Tensor]:
-    """A patch as tensors to store: ``.values`` and ``.indices`` of each weight, in the smallest integers."""
+    """A patch as tensors to store: ``.values`` of each weight, and ``.places``, the code of their indices."""
     tensors: dict[str, Tensor] = {}
     for name, entries in patch.items():
         if entries.indices is not None:
-            last = int(entries.indices.max()) + 1 if entries.count else 0
-            tensors[f"{name}.indices"] = entries.indices.to(index_dtype(last))
+            tensors[f"{name}.places"] = encoded(entries.indices)
         tensors[f"{name}.values"] = entries.values
     return tensors
 
 
 def patch_from(tensors: Mapping[str, Tensor]) -> Patch:
-    """The inverse of :func:`tensors_of`."""
+    """The inverse of :func:`tensors_of`; also reads the ``.indices`` of older files, integers in any order.
+
+    Raises:
+        ValueError: If places and values do not fit together.
+    """
     patch: Patch = {}
     for key, values in tensors.items():
         name, _, part = key.rpartition(".")
-        if part == "values":
-            indices = tensors.get(f"{name}.indices")
-            patch[name] = Entries(None if indices is None else indices.long(), values)
+        if part != "values":
+            continue
+        code, indices = tensors.get(f"{name}.places"), tensors.get(f"{name}.indices")
+        if code is not None:
+            patch[name] = Entries(decoded(code, values.numel()), values)
+        elif indices is None:
+            patch[name] = Entries(None, values)
+        elif indices.shape != values.shape:
+            raise ValueError(f"{name!r} has {indices.numel():,} places and {values.numel():,} values")
+        else:
+            ascending, order = indices.long().sort()
+            patch[name] = Entries(ascending, values[order])
     return patch
 
 
@@ -207,8 +222,7 @@ def require_fit(model: nn.Module, patch: Patch, what: str) -> None:
         )
     for name, entries in patch.items():
         size = weights[name].numel()
-        fits = entries.count == size if entries.indices is None else _inside(entries, size)
-        if not fits:
+        if not fits(entries, size):
             raise UsageError(
                 f"{what} changes entries of {name!r} that {type(model).__name__} has not (its weight has {size}): it "
                 "was made for a model of another size."
@@ -223,14 +237,11 @@ def require_weights(weights: Sequence[float] | None, count: int) -> None:
         require_range("A weight", weight, at_least=-1e6, at_most=1e6)
 
 
-def index_dtype(count: int) -> torch.dtype:
-    """The smallest integer dtype for indices below ``count``."""
-    limits = {torch.uint8: 2**8, torch.uint16: 2**16, torch.int32: 2**31}
-    return next((dtype for dtype, limit in limits.items() if count <= limit), torch.int64)
-
-
-def _inside(entries: Entries, size: int) -> bool:
+def fits(entries: Entries, size: int) -> bool:
+    """Whether entries are some of a weight of ``size``, at least one, in order and each once."""
     indices = entries.indices
-    if indices is None or indices.shape != entries.values.shape or not len(indices):
+    if indices is None:
+        return entries.count == size
+    if indices.shape != entries.values.shape or not len(indices):
         return False
-    return int(indices.min()) >= 0 and int(indices.max()) < size and len(indices.unique()) == len(indices)
+    return 0 <= int(indices[0]) <= int(indices[-1]) < size and bool((indices.diff() > 0).all())

@@ -26,7 +26,7 @@ from lit_sparse.interchange.loading import (
     require_untied,
     warn_if_another_backbone,
 )
-from lit_sparse.interchange.patches import add, index_dtype, patch_from, patch_of, require_fit, tensors_of
+from lit_sparse.interchange.patches import add, patch_of, require_fit, tensors_of
 from lit_sparse.interchange.remains import (
     folded,
     plain_copy,
@@ -35,7 +35,7 @@ from lit_sparse.interchange.remains import (
     weight_name,
     whole_modules,
 )
-from lit_sparse.interchange.stored_folder import HEAD, PARTS, TOKENS, VERSION, WEIGHTS, Saved, read_folder
+from lit_sparse.interchange.stored_folder import HEAD, PARTS, TOKENS, VERSIONS, WEIGHTS, Saved, read_folder
 from lit_sparse.interchange.vocabulary import put_rows, rows_of, write_rows
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _write_sparse(model: nn.Module, adapters: Mapping[str, LowRankAdapter], draf
     for name, layer in left.items():
         for part in PARTS:
             tensors |= _packed(f"{name}.{part}", getattr(layer, part))
-    return _with_head(model, tensors, shapes, draft)
+    return {"version": VERSIONS["sparse"], **_with_head(model, tensors, shapes, draft)}
 
 
 def _write_delta(model: nn.Module, adapters: Mapping[str, Adapter], draft: Path) -> dict[str, Any]:
@@ -178,7 +178,8 @@ def _write_delta(model: nn.Module, adapters: Mapping[str, Adapter], draft: Path)
             "than the adapters. Use save_adapter (format sparse), or train with a lower density or rank."
         )
     layers = {name: {"shape": shapes[name]} for name in patch}
-    return {**_with_head(model, tensors_of(patch), layers, draft), "changed_entries": changed}
+    stored = _with_head(model, tensors_of(patch), layers, draft)
+    return {"version": VERSIONS["delta"], **stored, "changed_entries": changed}
 
 
 def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any], draft: Path) -> dict[str, Any]:
@@ -189,7 +190,6 @@ def _with_head(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, A
     tokens = {name: {"ids": n.ids, "texts": n.texts, "bias": n.bias is not None} for name, n in rows.items()}
     shapes = {name: list(tensor.shape) for name, tensor in head.items()}
     return {
-        "version": VERSION,
         "layers": layers,
         "head_modules": whole_modules(model),
         "head": shapes,
@@ -201,12 +201,18 @@ def _packed(name: str, matrix: Tensor) -> dict[str, Tensor]:
     """A matrix whole, or the values and columns of its non-zero entries, whichever is smaller."""
     nonzero = matrix != 0
     count = int(nonzero.sum(1).max())
-    dtype = index_dtype(matrix.shape[1])
+    dtype = _index_dtype(matrix.shape[1])
     if count * (dtype.itemsize + matrix.dtype.itemsize) >= matrix.shape[1] * matrix.dtype.itemsize:
         return {name: matrix}
     # Rows with fewer non-zero entries also store some of their zeros.
     columns = nonzero.byte().argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
     return {f"{name}.indices": columns.to(dtype), f"{name}.values": matrix.gather(1, columns)}
+
+
+def _index_dtype(count: int) -> torch.dtype:
+    """The smallest integer dtype for indices below ``count``."""
+    limits = {torch.uint8: 2**8, torch.uint16: 2**16, torch.int32: 2**31}
+    return next((dtype for dtype, limit in limits.items() if count <= limit), torch.int64)
 
 
 def _inject(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
@@ -216,8 +222,6 @@ def _inject(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
 
 
 def _add_delta(model: nn.Module, saved: Saved) -> dict[str, LowRankAdapter]:
-    stored = {f"{name}.{part}" for name in saved.entries["layers"] for part in ("indices", "values")}
-    patch = patch_from({key: tensor for key, tensor in saved.tensors.items() if key in stored})
-    require_fit(model, patch, str(saved.folder))
-    add(model, patch)
+    require_fit(model, saved.patch, str(saved.folder))
+    add(model, saved.patch)
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.errors import UsageError, listed, reason_of
 from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
+from lit_sparse.interchange.patches import Patch, fits, patch_from
 from lit_sparse.interchange.vocabulary import StoredRows
 
 WEIGHTS = "adapter.safetensors"
@@ -22,7 +24,11 @@ HEAD = "head."
 """Prefix of tensors that were trained whole."""
 TOKENS = "tokens."
 """Prefix of rows of new tokens."""
-VERSION = 1
+VERSIONS = {"sparse": 1, "delta": 2}
+"""Format to the version that is written. All from 1 on are read; in version 1 of delta, places were integers."""
+
+_PLACES = (".places", ".indices")
+"""Ends of the names of a patch's places: since version 2, and in version 1."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Saved:
         entries: Its metadata.
         tensors: All of its tensors by name.
         factors: Full layer name to A and B; empty for a patch.
+        patch: Full name of a weight to its changed entries; empty for factors.
         tokens: Full name of an embedding or output layer to its rows of new tokens.
     """
 
@@ -41,6 +48,7 @@ class Saved:
     entries: dict[str, Any]
     tensors: dict[str, Tensor]
     factors: dict[str, LayerFactors]
+    patch: Patch
     tokens: dict[str, StoredRows]
 
 
@@ -62,27 +70,29 @@ def read_folder(folder: Path) -> Saved:
         loaders = {"peft": "load_peft", "gguf": "llama.cpp", "merged": "the model class's from_pretrained"}
         loader = loaders.get(str(form), "the version that wrote it")
         raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {loader}.")
-    if entries.get("version") != VERSION:
+    version = entries.get("version")
+    if version not in range(1, VERSIONS[form] + 1):
         raise UsageError(
-            f"{str(folder)!r} is of version {entries.get('version')} of its format, and {VERSION} is known here: load "
+            f"{str(folder)!r} is of version {version} of its format, and {VERSIONS[form]} is known here: load "
             f"it with lit_sparse {entries.get('lit_sparse_version')}."
         )
     tensors = read_tensors(folder / WEIGHTS)
     try:
         factors = _factors(entries, tensors)
+        patch = _patch(entries, tensors) if form == "delta" else {}
         tokens = {name: _rows(name, entry, tensors) for name, entry in entries.get("tokens", {}).items()}
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{str(folder)!r} is damaged: {METADATA} and {WEIGHTS} do not fit together ({reason_of(error)})."
         ) from error
-    return Saved(folder, entries, tensors, factors, tokens)
+    return Saved(folder, entries, tensors, factors, patch, tokens)
 
 
 def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
     """A and B of every layer; raises various errors if the tensors do not fit the metadata."""
     _require_exactly(entries, tensors)
     for name, tensor in tensors.items():
-        if not name.startswith(HEAD) and name.endswith(".indices") == tensor.is_floating_point():
+        if not name.startswith(HEAD) and name.endswith(_PLACES) == tensor.is_floating_point():
             raise ValueError(f"{name!r} is of {tensor.dtype}")
     if not all(isinstance(name, str) for name in entries["head_modules"]):
         raise TypeError("head_modules are no names")
@@ -105,17 +115,27 @@ def _factors(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     return factors
 
 
+def _patch(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
+    own = {f"{name}{end}" for name in entries["layers"] for end in (".values", *_PLACES)}
+    patch = patch_from({name: tensor for name, tensor in tensors.items() if name in own})
+    for name, changes in patch.items():
+        if not fits(changes, math.prod(entries["layers"][name]["shape"])):
+            raise ValueError(f"{name!r} is changed outside of its shape")
+    return patch
+
+
 def _require_exactly(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless there is every tensor that the metadata describe, once, and no other."""
     parts = [""] if entries["format"] == "delta" else [f".{part}" for part in PARTS]
     wanted = set()
     for stem in (f"{name}{part}" for name in entries["layers"] for part in parts):
-        if stem in tensors:
+        if parts[0] and stem in tensors:
             wanted.add(stem)  # a matrix that is stored whole
         else:
             wanted.add(f"{stem}.values")
-            # A patch of more than half of a weight is stored without places.
-            wanted |= {f"{stem}.indices"} if parts[0] or f"{stem}.indices" in tensors else set()
+            # A patch of nearly all of a weight is stored without places.
+            found = [f"{stem}{end}" for end in _PLACES if f"{stem}{end}" in tensors]
+            wanted |= {f"{stem}.indices"} if parts[0] else set(found[:1])
     head = {f"{HEAD}{name}": shape for name, shape in entries.get("head", {}).items()}
     wanted |= set(head) if "head" in entries else {name for name in tensors if name.startswith(HEAD)}
     for name, entry in entries.get("tokens", {}).items():

@@ -28,7 +28,7 @@ from transformers import (
 import lit_sparse as ls
 from lit_sparse.adapters import fused
 from lit_sparse.adapters.statistics import layer_sparsity
-from lit_sparse.interchange import patches, sparse_folder, stored_folder
+from lit_sparse.interchange import sparse_folder, stored_folder
 from lit_sparse.interchange.probe import difference_of, outputs_of, probe_batch
 from lit_sparse.modules.backbone import load_backbone
 
@@ -208,7 +208,7 @@ def test_rows_with_fewer_entries_are_filled_with_zeros_from_where_they_stand():
     ("count", "dtype"), [(256, torch.uint8), (257, torch.uint16), (2**16 + 1, torch.int32), (2**31 + 1, torch.int64)]
 )
 def test_places_are_numbered_by_the_smallest_integers(count, dtype):
-    assert patches.index_dtype(count) == dtype
+    assert sparse_folder._index_dtype(count) == dtype
 
 
 # The merged folder.

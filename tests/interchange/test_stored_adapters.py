@@ -70,7 +70,8 @@ def names_of_another(name):
         name.replace("layer.0", "layer.1").replace("query", "output.dense"),
         name.replace("lora_A.weight", "lora_embedding_A").replace("lora_B.weight", "lora_embedding_B"),
         name.replace("lora_A", "lora_B"),
-        name.replace(".values", "").replace(".indices", ""),
+        name.replace(".values", "").replace(".indices", "").replace(".places", ""),
+        name.replace(".places", ".indices"),
         name.replace("classifier", "bert.pooler.dense"),
         name.replace("weight", "bias"),
         f"{name}x",
@@ -108,7 +109,7 @@ def test_the_whole_folder_loads(stored):
 def test_an_entry_that_is_stored_twice_is_noticed(stored):
     tensors = {name: tensor.clone() for name, tensor in stored[3].items()}
     places = [tensor for name, tensor in tensors.items() if name.endswith(".indices")]
-    if stored[0] == "peft":
+    if stored[0] != "sparse":  # PEFT's have no places, and a code has each place once
         assert not places
         return
     places[0].flatten()[1] = places[0].flatten()[0]
