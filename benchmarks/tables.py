@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, quality.md, editing.md, engines.md and gpu.md, from files of the benchmarks.
+"""The tables of docs/performance.md, quality.md, editing.md, engines.md, gpu.md and formats.md, from files of results.
 
 Run:  python benchmarks/tables.py
 
@@ -24,7 +24,7 @@ from torchmetrics.functional import spearman_corrcoef
 from lit_sparse.adapters.naming import places
 
 HERE = Path(__file__).parent
-NAMES = ("performance", "quality", "editing", "engines", "gpu", "methods")
+NAMES = ("performance", "quality", "editing", "engines", "gpu", "methods", "formats")
 PAGES = [HERE.parent / "docs" / f"{name}.md" for name in NAMES]
 METHODS = ("LoRA", "LoRA, cap 0.1", "LoRA, cap 0.3", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
@@ -125,6 +125,21 @@ def of_entries(content: dict[str, Any]) -> str:
     lines = [f"| ms | {' | '.join(shapes)} |", "|---|" + "---|" * len(shapes)]
     rows = ((name, *(f"{found[shape]:.1f}" for shape in shapes)) for name, found in content["results"].items())
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def of_patch_size(content: dict[str, Any]) -> str:
+    """Bits of a place and sizes of files, and the time that places take."""
+    lines = [
+        "| | weights changed | bits of a place | entropy of random places | file / values, float32 | bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in content["results"].items():
+        lines.append(
+            f"| {name} | {row['share']:.1%} | {row['bits']:.2f} | {row['entropy']:.2f} | {row['float32']:.3f} | "
+            f"{row['bfloat16']:.3f} |"
+        )
+    write, read = (content["seconds"][name] for name in ("write", "read"))
+    return "\n".join([*lines, "", f"Ten million places are written in {write:.1f} s and read in {read:.1f} s."])
 
 
 Cells = dict[str, dict[str, Any]]
@@ -598,6 +613,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead": of_overhead,
     "startup": of_startup,
     "entries": of_entries,
+    "patch_size": of_patch_size,
     "quality": of_quality,
     "budgets": of_budgets,
     "forgetting": of_forgetting,

@@ -235,7 +235,7 @@ def test_edits_of_version_1_are_read_and_damaged_ones_refused(tmp_path):
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.8, 1.0])
 def test_a_patch_takes_at_most_a_fifth_more_than_its_values(share, tmp_path):
-    """Beyond shares of 3.2 %, below which the entropy of random places alone is more."""
+    """If it changes more than 3.2 % of a weight: the entropy of fewer random places is more."""
     wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     model = build_tiny(BertForSequenceClassification, **wide)
     adapters = ls.inject(model, ls.SHiRA(["query", "key", "value"], changed=share, mask="random", train_head=False))
