@@ -8,7 +8,7 @@ import torch
 from backbones import build_tiny, save_tiny_gpt2, save_tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
@@ -416,6 +416,17 @@ def test_a_model_that_was_moved_rounded_or_edited_is_still_the_same(model, tmp_p
     twice = EditedModel(model)
     twice.add(edit)
     twice.add(combine([edit, edit])[0])
+
+
+def test_edits_whose_originals_are_damaged_are_not_taken_out(model, folder, tmp_path):
+    apply_edits(folder, [str(made_for(model, tmp_path, model.name_or_path))], str(tmp_path / "edited"))
+    file = tmp_path / "edited" / "edits" / "originals.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".places"))
+    save_file({**tensors, name: tensors[name][:-1].clone()}, file)
+    with pytest.raises(UsageError, match=r"cannot be taken out: .* cannot be read \(places are not"):
+        remove_edits(str(tmp_path / "edited"), ["made.safetensors"], str(tmp_path / "left"))
+    assert not (tmp_path / "left").exists()
 
 
 def test_an_edit_without_values_of_its_base_is_refused_under_another_name(model):
