@@ -45,6 +45,7 @@ from lit_sparse.data.reviews import QuickstartReviews as QuickstartReviews
 from lit_sparse.data.seq2seq import Seq2SeqData as Seq2SeqData
 from lit_sparse.data.text_classification import TextClassificationData as TextClassificationData
 from lit_sparse.data.token_classification import TokenClassificationData as TokenClassificationData
+from lit_sparse.editing.anchors import Anchors as Anchors
 from lit_sparse.editing.data import EditingData as EditingData
 from lit_sparse.editing.editor import Editor as Editor
 from lit_sparse.editing.one_fact import edit_fact as edit_fact

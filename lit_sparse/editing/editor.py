@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
+from lit_sparse.editing.anchors import Anchors, Examples
 from lit_sparse.editing.bases import require_able, require_editable
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
-from lit_sparse.editing.measuring import Measurer, Questions, summarize
+from lit_sparse.editing.measuring import Measurer, Questions, summarize, summary_of
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
 from lit_sparse.editing.side_by_side import train_each
-from lit_sparse.editing.teacher_forcing import in_turns
 from lit_sparse.editing.training import FineTuning, Trained
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.method import Method
@@ -32,7 +31,7 @@ from lit_sparse.modules.optimization import make_optimizer
 
 # Arguments that the results depend on, beside those that need a form of their own.
 _MEASURED = ("seed", "fluency_tokens", "generated_tokens", "generated_samples", "chat_template", "texts")
-_SETTINGS = ("steps", "requests_per_step", "stop_loss", "sequential", "save_edits", *_MEASURED)
+_SETTINGS = ("steps", "requests_per_step", "prefixes", "stop_loss", "sequential", "save_edits", *_MEASURED)
 
 
 class Editor(LightningModule):
@@ -60,6 +59,8 @@ class Editor(LightningModule):
         steps: Optimizer steps of an edit at most. 25 as in RoseLoRA's release.
         requests_per_step: Requests of a group in one optimizer step, which take turns; None: all. A large group in
             small turns is edited breadth-first (LocFT-BF, arXiv:2509.22072).
+        prefixes: Texts that the model writes; each prompt is also trained on after each of them.
+        anchors: Texts that the model writes and on which an edit is to change nothing; None: none.
         optimizer: Makes the optimizer of one edit. RoseLoRA's release has a learning rate of 5e-4.
         stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final;
             in turns, the mean over one turn counts. 0.1 as in RoseLoRA's release. None: all steps are taken.
@@ -67,14 +68,12 @@ class Editor(LightningModule):
         retest_every: In sequence, measure all edits again after so many edits, and at the end. None: only at the end.
         save_edits: Save every edit to ``<output>/edits/<number of the request>.safetensors``.
         fluency_tokens: Tokens to generate after the prompt, for fluency; 0: fluency is not measured.
-        generated_tokens: Tokens that the model may write, at most, where it is asked for an answer without being shown
-            one (``generated_success`` and so on); 0: answers are not generated. 16 hold the names, dates and places of
-            the published files, and cost about as much as fluency.
+        generated_tokens: Tokens that the model may write, at most, as its own answer (``generated_success`` and so on);
+            0: answers are not generated. 16 hold the answers of the published files, and cost about what fluency does.
         generated_samples: Random answers, at temperature 1, beside each greedy one (``sampled_success`` and so on).
         chat_template: Ask these prompts as turns of a user, in the tokenizer's chat template. Edits are trained on the
             plain prompts.
-        texts: JSON Lines file with a column ``text``. The perplexity of the first 128 tokens of each text is measured
-            after each edit. None: it is not.
+        texts: JSON Lines file with a column ``text``, for perplexity on the first 128 tokens of each; None: no file.
         eval_batch_size: Prompts per batch while measuring.
         seed: Request ``i`` is edited with the seed ``seed + i``, whatever was edited before.
         tokenizer: Hub id or folder of the tokenizer; None: the backbone's.
@@ -92,6 +91,8 @@ class Editor(LightningModule):
         output: str,
         steps: int = 25,
         requests_per_step: int | None = None,
+        prefixes: int = 0,
+        anchors: Anchors | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
         stop_loss: float | None = 0.1,
         sequential: bool = False,
@@ -110,12 +111,15 @@ class Editor(LightningModule):
         super().__init__()
         require_range("steps", steps, at_least=1)
         require_range("requests_per_step", requests_per_step, at_least=1)
+        require_range("prefixes", prefixes, at_least=0)
         require_range("stop_loss", stop_loss, above=0)
         require_range("retest_every", retest_every, at_least=1)
         require_range("fluency_tokens", fluency_tokens, at_least=0)
         require_range("generated_tokens", generated_tokens, at_least=0)
         require_range("generated_samples", generated_samples, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
+        if anchors is not None and requests_per_step is not None:
+            raise UsageError("anchors need the probabilities for all requests at once: leave requests_per_step out.")
         if retest_every is not None and not sequential:
             raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
         if (chat_template or generated_samples) and not generated_tokens:
@@ -128,6 +132,8 @@ class Editor(LightningModule):
         self.output = output
         self.steps = steps
         self.requests_per_step = requests_per_step
+        self.prefixes = prefixes
+        self.anchors = anchors
         self.optimizer = optimizer
         self.stop_loss = stop_loss
         self.sequential = sequential
@@ -167,6 +173,7 @@ class Editor(LightningModule):
         self._edited = EditedModel(self.model)
         how: dict[str, Any] = {name: getattr(self, name) for name in _MEASURED}
         self._measurer = Measurer(self.model, self.tokenizer, data.requests, batch_size=self.eval_batch_size, **how)
+        self._examples = Examples(self.model, self.tokenizer, self.prefixes, self.anchors, self.seed)
         self._results = Results(self.output, self._settings(data), self.global_rank)
         self._so_far: list[EditRequest] = []
         self._edits_so_far = 0
@@ -197,22 +204,13 @@ class Editor(LightningModule):
         summary: dict[str, Any] = {}
         if self.global_rank == 0:
             rows = self._results.finish([request.index for request in self._requests])
-            summary = {
-                "figures": summarize(rows, self._measurer.names),
-                **{f"mean_{name}": fmean(row[name] for row in rows) for name in ("steps", "changed", "changed_share")},
-                "seconds_per_edit": fmean(row["seconds"] for row in rows),
-                "share_outside_of_steps": 1 - sum(r["step_seconds"] for r in rows) / sum(r["seconds"] for r in rows),
-            }
+            summary = summary_of(rows, self._measurer.names)
             self._results.write_summary(summary)
         self.summary = self.trainer.strategy.broadcast(summary)
         self.log_dict({name: metric["mean"] for name, metric in self.summary["figures"].items()}, batch_size=1)
 
     def _train(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[Trained]:
-        edits = []
-        for requests in groups:
-            questions = Questions(self.tokenizer, requests)
-            rows = [questions.rows[place] for place in questions.edits]
-            edits.append(in_turns(self.tokenizer, rows, self.requests_per_step, self.device))
+        edits = [self._examples.batches(requests, self.requests_per_step, self.device) for requests in groups]
         seeds = [self.seed + requests[0].index for requests in groups]
         return train_each(self.model, edits, self.method, self.steps, self.optimizer, self.stop_loss, seeds)
 
@@ -290,6 +288,7 @@ class Editor(LightningModule):
             "tokenizer": self.tokenizer_name,
             "backbone_args": str(self.backbone_args),
             "method": repr(self.method),
+            "anchors": str(self.anchors),
             "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
             "path": data.path,
             "requests": hashlib.sha256(Path(data.path).read_bytes()).hexdigest(),

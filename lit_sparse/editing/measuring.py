@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -254,6 +255,16 @@ def summarize(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[s
         }
         for name in names
         if counts[name]
+    }
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """The metrics of a run, as ``figures``, and the cost of an edit."""
+    return {
+        "figures": summarize(rows, names),
+        **{f"mean_{name}": fmean(row[name] for row in rows) for name in ("steps", "changed", "changed_share")},
+        "seconds_per_edit": fmean(row["seconds"] for row in rows),
+        "share_outside_of_steps": 1 - sum(r["step_seconds"] for r in rows) / sum(r["seconds"] for r in rows),
     }
 
 

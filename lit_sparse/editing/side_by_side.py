@@ -20,6 +20,7 @@ from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.rowwise import CannotShareError, Routes, RowwiseLinear
 from lit_sparse.data.padding import IGNORED
+from lit_sparse.editing.objective import Objective
 from lit_sparse.editing.training import FineTuning, Trained, require_adapters_alone, train
 from lit_sparse.interchange.patches import patch_of
 from lit_sparse.methods.base import SparseMethod
@@ -64,7 +65,7 @@ def train_each(
 
     Args:
         model: A causal language model without adapters.
-        edits: The batches of each change: arguments of the model, including ``labels``, padded on the right.
+        edits: The batches of each change, as for ``train``, padded on the right.
         method: As for ``train``.
         steps: As for ``train``.
         optimizer: As for ``train``.
@@ -140,12 +141,11 @@ def _side_by_side(
     if not method.acts_by_rank:
         raise CannotShareError(f"{type(method).__name__} compares the ranks of all layers")
     width = max(batch["labels"].shape[1] for batch in batches)
-    rows = {
-        name: torch.cat([_padded(batch[name], width, IGNORED if name == "labels" else 0) for batch in batches])
-        for name in batches[0]
-    }
+    names = dict.fromkeys(name for batch in batches for name in batch)
+    rows = {name: torch.cat([_padded(batch, name, width) for batch in batches]) for name in names}
     sizes = torch.tensor([len(batch["labels"]) for batch in batches], device=rows["labels"].device)
     routes = Routes(torch.arange(len(batches), device=sizes.device).repeat_interleave(sizes))
+    objective = Objective(model, rows, routes, len(batches))
     with torch.enable_grad(), in_mode(model, training=True), _adapters(model, method, seeds, routes) as many:
         made = make_optimizer(optimizer, relative_groups(model, method))
         if type(made) not in _BY_ENTRY:
@@ -162,7 +162,7 @@ def _side_by_side(
 
         start, random_state = time.perf_counter(), _random_state(sizes.device)
         for taken in range(steps):
-            losses = _losses(model, rows, routes, len(batches))
+            losses, whole = objective(model)
             if not taken and not torch.equal(random_state, _random_state(sizes.device)):
                 raise CannotShareError("the model draws random numbers")
             # Reading losses waits for the device, so they are read only where training may stop.
@@ -172,8 +172,9 @@ def _side_by_side(
                 end(ready, taken, now)
                 if len(ended) == len(batches):
                     break
-                rows = _without(rows, routes, ready) if ready else rows
-            losses.sum().backward()
+                if ready:
+                    objective.leave_out(ready)
+            whole.sum().backward()
             sparse.observe()
             made.step()
             made.zero_grad()
@@ -212,20 +213,6 @@ def _adapters(model: nn.Module, method: SparseMethod, seeds: Sequence[int], rout
         take_out(model)
 
 
-def _losses(model: nn.Module, rows: Mapping[str, Tensor], routes: Routes, edits: int) -> Tensor:
-    """The loss of each edit, shape ``(edits,)``: the mean over its tokens, as models compute it; 0 without rows."""
-    labels = rows["labels"][:, 1:]
-    inputs = {name: tensor for name, tensor in rows.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    each = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(labels)
-    zeros = each.new_zeros(edits)
-    counted = (labels != IGNORED).sum(1).to(each.dtype)
-    tokens = zeros.index_add(0, routes.copies, counted).clamp(min=1)
-    return zeros.index_add(0, routes.copies, each.sum(1)) / tokens
-
-
 def _random_state(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.get_rng_state()
@@ -233,12 +220,7 @@ def _random_state(device: torch.device) -> Tensor:
     return state
 
 
-def _padded(tensor: Tensor, width: int, value: int) -> Tensor:
-    return F.pad(tensor, (0, width - tensor.shape[1]), value=value)
-
-
-def _without(rows: Mapping[str, Tensor], routes: Routes, edits: Sequence[int]) -> dict[str, Tensor]:
-    """The rows of all other edits, which the routes then lead to."""
-    kept = ~torch.isin(routes.copies, torch.tensor(edits, dtype=torch.long, device=routes.copies.device))
-    routes.copies = routes.copies[kept]
-    return {name: tensor[kept] for name, tensor in rows.items()}
+def _padded(batch: Mapping[str, Tensor], name: str, width: int) -> Tensor:
+    # An edit whose model wrote nothing has no anchors.
+    tensor = batch[name] if name in batch else torch.zeros_like(batch["labels"], dtype=torch.float32)
+    return F.pad(tensor, (0, width - tensor.shape[1]), value=IGNORED if name == "labels" else 0)

@@ -63,18 +63,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]])
     return encoded
 
 
-def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced]) -> dict[str, Tensor]:
-    """A batch with labels on the answers alone, padded on the right."""
+def collate(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced], anchors: Sequence[Forced] = (), weight: float = 1.0
+) -> dict[str, Tensor]:
+    """A batch with labels on the answers alone, padded on the right.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        rows: Prompts with their answers.
+        anchors: Texts whose tokens from ``start`` on are held; without labels. Their weights are in ``held``, then.
+        weight: Sum of these weights.
+    """
     padding = PadRows(int(tokenizer.pad_token_id))
-    return padding([{"input_ids": row.input_ids, "labels": [IGNORED] * row.start + row.answer} for row in rows])
-
-
-def in_turns(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Forced], size: int | None, device: torch.device
-) -> list[dict[str, Tensor]]:
-    """Batches to train on in turns, of ``size`` rows, or one of all rows."""
-    parts = [rows[i : i + (size or len(rows))] for i in range(0, len(rows), size or len(rows))]
-    return [{name: tensor.to(device) for name, tensor in collate(tokenizer, part).items()} for part in parts]
+    learnt = [{"input_ids": row.input_ids, "labels": [IGNORED] * row.start + row.answer} for row in rows]
+    kept = [{"input_ids": row.input_ids, "labels": [IGNORED] * len(row.input_ids)} for row in anchors]
+    batch: dict[str, Tensor] = padding([*learnt, *kept])
+    if anchors:
+        held = torch.zeros(batch["labels"].shape)
+        share = weight / sum(len(row.answer) for row in anchors)
+        for place, row in enumerate(anchors, len(rows)):
+            held[place, row.start : len(row.input_ids)] = share
+        batch["held"] = held
+    return batch
 
 
 def batches(

@@ -19,6 +19,7 @@ from lit_sparse.adapters.experts import ExpertWeight
 from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.selection import select_layers
+from lit_sparse.editing.objective import Objective
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of, patch_of_deltas
 from lit_sparse.methods.method import Method
@@ -96,7 +97,7 @@ def train(
 
     Args:
         model: A causal language model without adapters.
-        batches: Arguments of the model, including ``labels``, for each batch.
+        batches: The rows of each batch, as :class:`~lit_sparse.editing.objective.Objective` takes them.
         method: What is trained. It must not train a head.
         steps: Optimizer steps, at most.
         optimizer: Makes the optimizer from parameter groups.
@@ -106,6 +107,7 @@ def train(
     Raises:
         UsageError: If the method trains more than the weights of its target layers, or cannot work in so few steps.
     """
+    objectives = [Objective(model, batch) for batch in batches]
     trainable = _weights(model, method) if isinstance(method, FineTuning) else _adapters(model, method)
     with torch.enable_grad(), in_mode(model, training=True), trainable as change:
         made = make_optimizer(optimizer, change.groups)
@@ -115,13 +117,13 @@ def train(
         start = time.perf_counter()
         taken = 0
         while taken < steps:
-            loss = model(**batches[taken % len(batches)], use_cache=False).loss
+            loss, whole = objectives[taken % len(batches)](model)
             turn.append(loss.detach())
             # Reading losses waits for the device, so they are read only where training may stop.
             may_stop = taken + 1 >= settled + len(batches)
             if stop_loss is not None and may_stop and _mean(turn) <= stop_loss:
                 break
-            loss.backward()
+            whole.sum().backward()
             if sparse is not None:
                 sparse.observe()
             made.step()

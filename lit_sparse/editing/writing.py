@@ -65,7 +65,6 @@ class Writer:
         texts = self.continuations(rows, self.max_new_tokens, ends, how)
         return [text.lstrip().partition("\n")[0].rstrip() for text in texts]
 
-    @torch.no_grad()
     def continuations(
         self,
         rows: list[list[int]],
@@ -74,11 +73,18 @@ class Writer:
         how: Mapping[str, Any] = WITHOUT_SAMPLING,
     ) -> list[str]:
         """Continuations of rows of tokens, each up to the first of the tokens in ``ends``."""
+        written = self.continued(rows, max_new_tokens, ends, how)
+        return [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
+
+    @torch.no_grad()
+    def continued(
+        self, rows: list[list[int]], max_new_tokens: int, ends: set[int | None], how: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """The new tokens of :meth:`continuations`."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         new: list[list[int]] = []
         for batch in batches(self._model, self._tokenizer, [rows[i] for i in order], self._batch_size, left=True):
             new += continuation(self._model, batch, max_new_tokens, num_beams=1, **how).tolist()
         kept = [ids[: next((i for i, token in enumerate(ids) if token in ends), None)] for ids in new]
-        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in kept]
-        by_row = dict(zip(order, texts, strict=True))
+        by_row = dict(zip(order, kept, strict=True))
         return [by_row[i] for i in range(len(rows))]

@@ -260,7 +260,10 @@ def test_wrong_arguments(folder):
         ({"stop_loss": 0.0}, "stop_loss must be above 0; got 0.0"),
         ({"generated_tokens": -1}, "generated_tokens must be at least 0"),
         ({"generated_samples": -1}, "generated_samples must be at least 0"),
-        ({"generated_tokens": 0, "generated_samples": 2}, "generated_samples is for generated answers: set generated_tokens"),
+        (
+            {"generated_tokens": 0, "generated_samples": 2},
+            "generated_samples is for generated answers: set generated_tokens",
+        ),
         ({"generated_tokens": 0, "chat_template": True}, "chat_template is for generated answers: set generated"),
         ({"retest_every": 2}, "retest_every .* set sequential to true"),
         ({"sequential": True, "retest_every": 0}, "retest_every must be at least 1; got 0"),

@@ -142,7 +142,7 @@ def test_an_error_in_training_leaves_the_model_alone(model, batch):
     before = bits(model)
     for method in METHODS.values():
         with pytest.raises(RuntimeError, match="scalar types"):
-            trained_on(model, {"input_ids": batch["input_ids"].float()}, method)
+            trained_on(model, {**batch, "input_ids": batch["input_ids"].float()}, method)
         assert same(bits(model), before)
         assert not list(adapters_in(model))
 
@@ -155,13 +155,14 @@ def test_fine_tuning_of_gpt2_and_what_it_refuses(tmp_path):
     with pytest.raises(UsageError, match="name at least one layer"):
         FineTuning([])
     with pytest.raises(UsageError, match="matches no linear layer"):
-        trained_on(model, {}, FineTuning(["nope"]))
+        trained_on(model, {"input_ids": ids, "labels": ids}, FineTuning(["nope"]))
 
 
 def test_fine_tuning_of_experts_is_refused():
     model = build_tiny(MixtralForCausalLM, num_local_experts=2, num_experts_per_tok=1)
+    ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(UsageError, match="not those of experts"):
-        trained_on(model, {}, FineTuning("all-linear"))
+        trained_on(model, {"input_ids": ids, "labels": ids}, FineTuning("all-linear"))
 
 
 @pytest.mark.parametrize("stops", [False, True])

@@ -1,0 +1,116 @@
+"""What an edit is trained on, beside its prompt: prefixes, and texts on which nothing should change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_sparse.data.tokenizers import open_ended
+from lit_sparse.editing.requests import EditRequest
+from lit_sparse.editing.teacher_forcing import Forced, collate, encode
+from lit_sparse.editing.writing import SAMPLING, Writer
+from lit_sparse.errors import require_range
+from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
+
+# Those of the release of MEMIT (Meng et al. 2022, arXiv:2210.07229), whose prefixes begin with them.
+_STARTS = ("The", "Therefore", "Because", "I", "You")
+_OF_SUBJECT = ("{} is", "{} was", "{}", "The name of {}", "{}, who", "{} has")
+_LIKELY: dict[str, Any] = {**SAMPLING, "top_k": 50}  # no token that nobody would write
+_PREFIX_TOKENS = 8
+_ROWS = 32  # texts that are written at the same time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchors:
+    """Texts that the model writes itself, and on which an edit is to change nothing.
+
+    The loss of an edit gets ``weight`` times the mean of KL(p₀ ‖ p) over the tokens of these texts, where p₀ are the
+    model's probabilities before the edit.
+
+    Args:
+        weight: Price of one nat per token, in units of the loss of the new answer.
+        of_subject: Texts on the subject of each request, at most 6, such as "SUBJECT was …". A request without a
+            subject has none.
+        general: Texts on anything, drawn once.
+        tokens: Longest continuation, in tokens.
+
+    Raises:
+        UsageError: If an argument is outside its range.
+    """
+
+    weight: float = 1.0
+    of_subject: int = 6
+    general: int = 6
+    tokens: int = 12
+
+    def __post_init__(self) -> None:
+        require_range("weight", self.weight, above=0)
+        require_range("of_subject", self.of_subject, at_least=0, at_most=len(_OF_SUBJECT))
+        require_range("general", self.general, at_least=0)
+        require_range("tokens", self.tokens, at_least=1)
+
+
+class Examples:
+    """Makes the batches of edits.
+
+    Args:
+        model: The model, which is not edited yet.
+        tokenizer: Tokenizer of the model.
+        prefixes: Texts that the model writes; each prompt is trained on alone, and after each of them.
+        anchors: What is held; None: nothing.
+        seed: Of the texts that are drawn.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, prefixes: int, anchors: Anchors | None, seed: int
+    ) -> None:
+        self._writer, self._tokenizer, self._anchors = Writer(model, tokenizer, _ROWS, 0), tokenizer, anchors
+        with isolate_rng():
+            torch.manual_seed(seed)
+            drawn = self._continued(_repeated(prefixes), _PREFIX_TOKENS, _LIKELY)
+            texts = [tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in drawn]
+            self._prefixes = [" ".join(str(text).split()) for text in texts]
+            general = anchors.general if anchors is not None else 0
+            held = self._continued(_repeated(general), anchors.tokens, _LIKELY) if anchors is not None else []
+        self._general = [Forced(row.input_ids, 1) for row in held]
+
+    def batches(
+        self, requests: Sequence[EditRequest], size: int | None, device: torch.device
+    ) -> list[dict[str, Tensor]]:
+        """Batches that take turns, of ``size`` requests, or one of all.
+
+        Args:
+            requests: Those of one edit.
+            size: Requests per batch, at most.
+            device: Where the batches are put.
+        """
+        parts = [requests[i : i + (size or len(requests))] for i in range(0, len(requests), size or len(requests))]
+        return [{name: tensor.to(device) for name, tensor in self._batch(part).items()} for part in parts]
+
+    def _batch(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
+        prompts = [(prompt, r.target_new) for r in requests for prompt in (r.prompt, *self._after_prefixes(r.prompt))]
+        if self._anchors is None:
+            return collate(self._tokenizer, encode(self._tokenizer, prompts))
+        subjects = dict.fromkeys(request.subject for request in requests if request.subject)
+        starts = [start.format(name) for name in subjects for start in _OF_SUBJECT[: self._anchors.of_subject]]
+        held = [*self._continued(starts, self._anchors.tokens, WITHOUT_SAMPLING), *self._general]
+        return collate(self._tokenizer, encode(self._tokenizer, prompts), held, self._anchors.weight)
+
+    def _after_prefixes(self, prompt: str) -> list[str]:
+        return [f"{prefix}. {prompt}" for prefix in self._prefixes]
+
+    def _continued(self, starts: Sequence[str], tokens: int, how: dict[str, Any]) -> list[Forced]:
+        """The tokens of what the model writes after each start; nothing where it writes nothing."""
+        rows = open_ended(self._tokenizer, list(starts)) if starts else []
+        written = self._writer.continued(rows, tokens, {self._tokenizer.eos_token_id}, how)
+        return [Forced(row + new, len(row)) for row, new in zip(rows, written, strict=True) if new]
+
+
+def _repeated(count: int) -> list[str]:
+    return [_STARTS[i % len(_STARTS)] for i in range(count)]
