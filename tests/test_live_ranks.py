@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import live_ranks
 from lit_sparse.cli.inspect import inspect_adapters
-from lit_sparse.interchange.stored_folder import read_factors
+from lit_sparse.interchange.stored_folder import read_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from add_a_method import MagnitudeRanks
@@ -148,7 +148,7 @@ def test_exports_hold_the_live_ranks(form, run, tmp_path, capsys):
         tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
         pairs = [(A, tensors[key.replace("lora_A", "lora_B")].T) for key, A in tensors.items() if "lora_A" in key]
     else:
-        pairs = [(factors.lora_A, factors.lora_B_t) for factors in read_factors(tmp_path / "out").values()]
+        pairs = [(factors.lora_A, factors.lora_B_t) for factors in read_layers(tmp_path / "out").values()]
     assert sum(int((A.any(1) & B_t.any(1)).sum()) for A, B_t in pairs) == ranks
     assert sum(int(A.count_nonzero() + B_t.count_nonzero()) for A, B_t in pairs) == parameters
     by_hand = [change(adapter) for _, adapter in ls.adapters_in(module.model)]

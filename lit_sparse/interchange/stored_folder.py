@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.errors import UsageError, listed, reason_of
 from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
@@ -161,16 +162,22 @@ def _rows(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     return StoredRows(ids, texts, rows, bias)
 
 
-def read_factors(folder: str | os.PathLike[str]) -> dict[str, LayerFactors]:
-    """A and B of every layer in a folder of :func:`save_adapter`, scale and gates folded into B.
+def read_layers(folder: str | os.PathLike[str]) -> dict[str, LayerFactors | LayerEntries]:
+    """What a folder holds of every layer, by its name, or for a patch, by the name of its weight without ``.weight``.
+
+    A and B of :func:`save_adapter` have scale and gates folded into B. A patch has the changed entries. More than two
+    dimensions of a weight are rows and columns here: all but the first are columns.
 
     Raises:
-        UsageError: If the folder cannot be read, or holds a patch, which has no A and B.
+        UsageError: If the folder cannot be read.
     """
     saved = read_folder(Path(folder))
-    if saved.entries["format"] != "sparse":
-        raise UsageError(f"{str(folder)!r} is a patch of the weights: A and B are not in it. Give the checkpoint.")
-    return saved.factors
+    layers: dict[str, LayerFactors | LayerEntries] = {**saved.factors}
+    for weight, entries in saved.patch.items():
+        name, (rows, *others) = weight.removesuffix(".weight"), saved.entries["layers"][weight]["shape"]
+        shape = (rows, math.prod(others))
+        layers[name] = LayerEntries(name=name, indices=entries.places, values=entries.values, shape=shape)
+    return layers
 
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:

@@ -20,7 +20,8 @@ from lit_sparse.callbacks.monitor import read_table
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
-from lit_sparse.interchange.stored_folder import read_factors
+from lit_sparse.interchange.peft_shira import is_shira
+from lit_sparse.interchange.stored_folder import read_layers
 from lit_sparse.methods.method import names_layer
 from lit_sparse.methods.progress import Progress, Trained
 from lit_sparse.modules.checkpoint import KEY, PREFIX, load
@@ -193,19 +194,25 @@ def _scale(
 
 
 def _read_peft(path: Path) -> StoredAdapters:
+    if is_shira(path):
+        raise UsageError(
+            f"{str(path)!r} is PEFT's SHiRA, which does not say how large the changed weights are: give the checkpoint "
+            "or a folder of export_delta (format delta)."
+        )
     lora = read_peft(path)
     arguments = {key: lora.config[key] for key in _SHOWN if lora.config.get(key)}
     backbone = lora.config.get("base_model_name_or_path")
     return _from_folder(path, "a folder in PEFT's format", lora.layers, "LoRA", arguments, backbone)
 
 
-def _read_sparse(path: Path) -> StoredAdapters:
-    layers = read_factors(path)
+def _read_own(path: Path) -> StoredAdapters:
+    layers = read_layers(path)
     if not layers:
         raise UsageError(f"{str(path)!r} holds no adapters: nothing was left of any.")
     entries = read_metadata(path)
+    kind = "a patch of weights" if entries["format"] == "delta" else "a folder of save_adapter"
     arguments, backbone = entries.get("arguments") or {}, entries.get("base_model_name_or_path")
-    return _from_folder(path, "a folder of save_adapter", layers, None, arguments, backbone)
+    return _from_folder(path, kind, layers, None, arguments, backbone)
 
 
 def _from_folder(
@@ -270,7 +277,7 @@ def _method(record: Any) -> dict[str, Any]:
 
 SOURCES: tuple[Source, ...] = (
     Source(lambda path: (path / CONFIG).is_file(), _read_peft, "a folder in PEFT's format"),
-    Source(lambda path: (path / METADATA).is_file(), _read_sparse, "a folder of save_adapter"),
+    Source(lambda path: (path / METADATA).is_file(), _read_own, "a folder of save_adapter or export_delta"),
     Source(
         lambda path: path.name == TABLE or (path / TABLE).is_file(),
         _read_run,

@@ -16,9 +16,11 @@ from transformers import BertForSequenceClassification, MixtralForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.adapters.statistics import layer_sparsity
+from lit_sparse.interchange.remains import weight_name
 from lit_sparse.reporting import sources
 from lit_sparse.reporting.sources import read_adapters
 from lit_sparse.reporting.stored import StoredAdapters
+from lit_sparse.reporting.table import text_table
 
 
 def as_in(adapters, model):
@@ -170,9 +172,31 @@ def test_a_folder_of_our_own(model_class, tmp_path):
         )
         kept = int((adapter.gate != 0).sum()) * (adapter.in_features + adapter.out_features)
         assert found[name].remaining_parameters == kept
-    ls.export_delta(model, tmp_path / "delta")
-    with pytest.raises(ls.UsageError, match="is a patch of the weights: A and B are not in it"):
-        read_adapters(tmp_path / "delta")
+    ls.export_delta(model, tmp_path / "delta", provenance=ls.Provenance(method="SoRA"))
+    patch = read_adapters(tmp_path / "delta")
+    assert (patch.kind, patch.method) == ("a patch of weights", "SoRA")
+    deltas = {
+        weight_name(name, adapter).removesuffix(".weight"): adapter.delta_weight() for name, adapter in live.items()
+    }
+    assert {row.name for row in patch.table} == deltas.keys()
+    for row in patch.table:
+        delta, layer = deltas[row.name], patch.layers[row.name]
+        assert row.remaining_parameters == int(delta.count_nonzero())
+        assert row.density_BA == pytest.approx(row.remaining_parameters / delta.numel())
+        dense = torch.zeros(delta.numel(), dtype=layer.values.dtype)
+        dense[layer.indices] = layer.values
+        assert torch.equal(dense, delta.flatten())
+    assert "a patch of weights" in text_table(patch)
+
+
+def test_a_shira_of_pefts_is_refused_in_words(tmp_path):
+    model = build_tiny(BertForSequenceClassification)
+    ls.inject(model, ls.SHiRA(changed=0.05))
+    for _, adapter in ls.adapters_in(model):
+        nn.init.normal_(adapter.values)
+    ls.export_peft(model, tmp_path / "peft")
+    with pytest.raises(ls.UsageError, match="does not say how large the changed weights are: give the checkpoint"):
+        read_adapters(tmp_path / "peft")
 
 
 @pytest.mark.parametrize("part", ["", "sparsity.csv"])
@@ -240,7 +264,7 @@ def test_what_cannot_be_read_is_said(run, tmp_path):
 
     refused(
         tmp_path / "nowhere",
-        r"nowhere' does not exist. Give a folder in PEFT's format or a folder of save_adapter or the folder of a run's",
+        r"nowhere' does not exist. Give a folder in PEFT's format or a folder of save_adapter or export_delta or",
     )
     refused(tmp_path, r"holds no adapters: it is empty. Give a folder")
     (tmp_path / "metrics.csv").write_text("step\n")
