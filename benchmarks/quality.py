@@ -189,8 +189,8 @@ def _adapted(
 
     if isinstance(method, ls.Method):
         ls.inject(model, method)
-        if method.gradient_start is not None:
-            ls.start_from_gradients(model, method, _batches(rows.train_dataloader(), method.start_batches), loss)
+        if method.batch_start is not None:
+            ls.start_from_batches(model, method, _batches(rows.train_dataloader(), method.start_batches), loss)
         groups = ls.parameter_groups(model, method)
     else:
         model = peft.get_peft_model(model, method(model))

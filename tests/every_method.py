@@ -131,8 +131,8 @@ class Loop:
         self.method = make(names, rank=4, train_head=False if "out" in names else ["out"])
         self.model = model_of(kind, self.method, device)
         self.ids = torch.randint(11, (6, 8), generator=torch.Generator().manual_seed(1)).to(device, non_blocking=True)
-        if self.method.gradient_start:
-            ls.start_from_gradients(self.model, self.method, [self.ids], functools.partial(loss_of, self.model))
+        if self.method.batch_start:
+            ls.start_from_batches(self.model, self.method, [self.ids], functools.partial(loss_of, self.model))
         groups = ls.parameter_groups(self.model, self.method, lr=0.02)
         self.optimizer = torch.optim.AdamW(groups, lr=0.02, **optimizer)
         self.steps = ls.SparseSteps(self.method, self.model, self.optimizer, STEPS)

@@ -28,13 +28,20 @@ def make_adapter(layer: Layer, rank: int, scale: float, dropout: float, gated: b
 
 
 def require_start(init_weights: str, name: str, layer: Layer, rank: int) -> None:
-    """Check that A and B can start from the weight of a layer as ``init_weights`` says.
+    """Check that A and B can start from a layer as ``init_weights`` says.
 
     Raises:
-        UsageError: If the weight is quantized, or it has too few singular values.
+        UsageError: If its weight is quantized, or has too few singular values, or its inputs are not those of a linear
+            layer, for EVA.
     """
-    if init_weights == "lora":
+    if init_weights == "lora" or (init_weights == "eva" and isinstance(layer, FrozenLinear)):
         return
+    if init_weights == "eva":
+        kind = type(layer.module if isinstance(layer, ExpertWeight) else layer).__name__
+        raise UsageError(
+            f"init_weights 'eva' starts from the inputs of linear layers; {name!r} is of a {kind}. Leave it out of "
+            "target_modules (exclude_modules), or set another init_weights."
+        )
     weight = layer.weight
     if not isinstance(layer, ExpertWeight) and is_quantized(layer):
         source = "singular vectors" if init_weights == "pissa" else "gradient"

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_sparse.adapters.factors import gate_record
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.averaging import Pair, copy_zeros, keep_averages_sparse
-from lit_sparse.callbacks.gradient_start import start_run
+from lit_sparse.callbacks.batch_start import start_run
 from lit_sparse.callbacks.run_end import finish_plain_checkpoints
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError

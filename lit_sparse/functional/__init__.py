@@ -7,6 +7,7 @@ from lit_sparse.functional.combining import trim_threshold as trim_threshold
 from lit_sparse.functional.density import density as density
 from lit_sparse.functional.density import product_density as product_density
 from lit_sparse.functional.density import product_sparsity_bound as product_sparsity_bound
+from lit_sparse.functional.eva import explained_ranks as explained_ranks
 from lit_sparse.functional.gora import allotted_ranks as allotted_ranks
 from lit_sparse.functional.gora import compressed_gradient as compressed_gradient
 from lit_sparse.functional.lora_ga import gradient_factors as gradient_factors

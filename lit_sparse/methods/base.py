@@ -16,7 +16,7 @@ from lit_sparse.errors import UsageError, require_choice, require_range
 from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run, require_ratio
 
-InitWeights = Literal["lora", "pissa", "gora", "lora_ga"]
+InitWeights = Literal["lora", "pissa", "gora", "lora_ga", "eva"]
 GateInit = Literal["gaussian", "ones"]
 
 
@@ -74,8 +74,8 @@ class SparseMethod(Method):
             layers: Full name to layer of all that are adapted.
 
         Raises:
-            UsageError: If a pattern matches none of them, or ``init_weights`` cannot start from the weight of one: it
-                is quantized, or has too few singular values for the ranks.
+            UsageError: If a pattern matches none of them, or ``init_weights`` cannot start from one: its weight
+                is quantized, or has too few singular values for the ranks, or (EVA) it is not linear.
         """
         found = super().settings(layers)
         for name, layer in layers.items():

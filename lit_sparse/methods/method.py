@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.layers import Layer
@@ -57,6 +57,7 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
     """Arguments that ``overrides`` may set for some layers."""
 
     init_weights = "lora"
+    start_batches = 0
 
     target_modules: str | list[str] = "all-linear"
     _: KW_ONLY
@@ -87,14 +88,9 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
         other.__post_init__()
 
     @property
-    def gradient_start(self) -> str | None:
+    def batch_start(self) -> str | None:
         """The argument, in words, by which :meth:`start` chooses something of the adapters before training, or None."""
         return None
-
-    @property
-    def start_batches(self) -> int:
-        """Batches, of each process, whose gradients :meth:`start` takes."""
-        return 0
 
     @property
     def moves_entries(self) -> bool:
@@ -105,17 +101,21 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
         """Whether :meth:`start` was called, in this run or the one of a checkpoint; waits for the device."""
         return True
 
-    def start(self, adapters: Mapping[str, Any], gradients: Mapping[Tensor, Tensor]) -> dict[str, int]:
-        """Choose something of new adapters by gradients; see :func:`~lit_sparse.start_from_gradients`.
+    def start(
+        self, model: nn.Module, adapters: Mapping[str, Any], batches: Iterable[Any], loss: Callable[[Any], Tensor]
+    ) -> dict[str, int]:
+        """Choose something of new adapters by batches; see :func:`~lit_sparse.start_from_batches`.
 
         Args:
+            model: Model with the adapters.
             adapters: By full layer name.
-            gradients: The mean gradient of each frozen weight, in main memory, the same in all processes.
+            batches: The first ones of this process, ``start_batches`` at most.
+            loss: The loss of a batch.
 
         Returns:
             Full layer name to the size that was given to the adapter: ranks, or entries.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no start from gradients.")
+        raise NotImplementedError(f"{type(self).__name__} has no start from batches.")
 
     def settings(self, layers: Mapping[str, Layer]) -> dict[str, dict[str, float]]:
         """What ``overrides`` sets for each layer; changes none.

@@ -1,4 +1,4 @@
-"""What A and B start from: chance, the frozen weight, or its gradient."""
+"""What A and B start from: chance, the frozen weight, its gradient, or the inputs of its layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import replace_values
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
-from lit_sparse.adapters.injection import adapters_in, disable_adapters
+from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import allotted_ranks, compressed_gradient, gradient_factors
 from lit_sparse.methods.base import InitWeights, SparseMethod
+from lit_sparse.methods.eva import principal_inputs
+from lit_sparse.methods.gradients import mean_gradients, together
 from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run
 
@@ -31,43 +33,60 @@ class Start(SparseMethod):
     Args:
         init_weights: ``lora``: A random and B zero. ``pissa``: A and B take the largest singular values out of the
             frozen weight (Meng et al. 2024, arXiv:2404.02948), and only the rest of it stays frozen. ``gora``: ranks
-            and B come from gradients of the first training batches (:func:`~lit_sparse.start_from_gradients`).
+            and B come from gradients of the first training batches (:func:`~lit_sparse.start_from_batches`).
             ``lora_ga``: A and B are singular vectors of these gradients, and the frozen weight gives up scale · BA.
-            With gates, gate_init must be ``ones``. A rank of ``pissa`` or ``lora_ga`` whose gate reaches zero is lost
-            to the model.
-        gora_batches: Batches, of each process, whose gradients are averaged; for ``lora_ga`` too.
+            ``eva``: ranks and A come from the principal components of each layer's inputs in the first training
+            batches, and B is zero; needs PEFT. With gates, gate_init must be ``ones``. A rank of ``pissa`` or
+            ``lora_ga`` whose gate reaches zero is lost to the model.
+        start_batches: Batches, of each process, that ``gora``, ``lora_ga`` and ``eva`` take; ``eva`` at most so many.
         gora_gamma: γ, the size of GoRA's start: scale · BA has about γ times the norm of the gradient.
         lora_ga_gamma: γ of LoRA-GA, the paper's 16: A and B are singular vectors times ⁴√out_features / √γ.
+        eva_rho: ρ of EVA, PEFT's 2: a layer gets at most ρ times the ranks that it would have. 1: ranks stay uniform.
     """
 
     init_weights: InitWeights = "lora"
-    gora_batches: int = 64
+    start_batches: int = 64
     gora_gamma: float = 0.05
     lora_ga_gamma: float = 16.0
+    eva_rho: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range("gora_batches", self.gora_batches, at_least=1)
+        require_range("start_batches", self.start_batches, at_least=1)
         require_range("gora_gamma", self.gora_gamma, above=0)
         require_range("lora_ga_gamma", self.lora_ga_gamma, above=0)
+        require_range("eva_rho", self.eva_rho, at_least=1)
 
     @property
-    def gradient_start(self) -> str | None:
-        """GoRA and LoRA-GA take gradients."""
-        return f"init_weights {self.init_weights!r}" if self.init_weights in ("gora", "lora_ga") else None
+    def batch_start(self) -> str | None:
+        """GoRA and LoRA-GA take gradients, EVA inputs of layers."""
+        return f"init_weights {self.init_weights!r}" if self.init_weights in ("gora", "lora_ga", "eva") else None
 
-    @property
-    def start_batches(self) -> int:
-        """Batches for GoRA and LoRA-GA."""
-        return self.gora_batches
-
+    @torch.no_grad()
     def has_started(self, adapters: Sequence[LowRankAdapter]) -> bool:
-        """Whether any B is not zero."""
-        return bool(torch.stack([adapter.lora_B_t.detach().any() for adapter in adapters]).any())
+        """Whether any B is not zero; for EVA, also whether all rows of A have norm 1, and random ones are shorter."""
+        moved = torch.stack([adapter.lora_B_t.any() for adapter in adapters]).any()
+        if moved or self.init_weights != "eva":
+            return bool(moved)
+        norms = torch.cat([adapter.lora_A.norm(dim=1) for adapter in adapters])
+        return bool(((norms - 1).abs() < 1e-3).all())
 
-    def start(self, adapters: Mapping[str, LowRankAdapter], gradients: Mapping[Tensor, Tensor]) -> dict[str, int]:
-        """GoRA: allot ranks by the importance of layers, and set B. LoRA-GA: take A and B out of the weights."""
+    def start(
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, LowRankAdapter],
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+    ) -> dict[str, int]:
+        """Set ranks, A, B and frozen weights as ``init_weights`` says."""
         held = list(adapters.values())
+        if self.init_weights == "eva":
+            for name, rows in principal_inputs(model, adapters, self.eva_rho, batches, loss).items():
+                _follow_inputs(self, name, adapters[name], rows)
+            return {name: adapter.rank for name, adapter in adapters.items()}
+        gradients = mean_gradients(
+            model, [a.weight for a in held], batches, loss, f"init_weights {self.init_weights!r}"
+        )
         if self.init_weights == "lora_ga":
             for adapter in held:
                 _follow(adapter, gradients[adapter.weight], self.lora_ga_gamma)
@@ -81,77 +100,71 @@ class Start(SparseMethod):
         return dict(zip(adapters, ranks, strict=True))
 
     def check(self, adapters: Sequence[LowRankAdapter], run: Run) -> list[str]:
-        """Check that a run by gradients has started from them."""
-        if self.gradient_start is not None and not run.done and not self.has_started(adapters):
+        """Check that a run that starts from batches has started."""
+        if self.batch_start is not None and not run.done and not self.has_started(adapters):
             raise UsageError(
-                f"init_weights is {self.init_weights!r}, but every B is still zero. In a training loop of your own, "
-                "call lit_sparse.start_from_gradients(model, method, batches) after inject, before the optimizer is "
-                "made."
+                f"init_weights is {self.init_weights!r}, but A and B are still those of LoRA. In a training loop of "
+                "your own, call lit_sparse.start_from_batches(model, method, batches) after inject, before the "
+                "optimizer is made."
             )
         return super().check(adapters, run)
 
 
-def start_from_gradients(
-    model: nn.Module, method: Method, batches: Iterable[Any], loss: Callable[[Any], Tensor] | None = None
+def start_from_batches(
+    model: nn.Module, method: Method, batches: Iterable[Any], loss: Callable[[Any], Any] | None = None
 ) -> dict[str, int]:
-    """Start new adapters from the gradients of the frozen weights, averaged over some batches.
+    """Start new adapters from some batches: from the gradients of the frozen weights, or the inputs of their layers.
 
     GoRA (``init_weights: gora``): layers get their ranks by their importance, the mean |W ∘ G|, from half to four times
     ``method.rank``, under the budget of a uniform rank. B is such that scale · BA approximates a step of gradient
     descent by the rows of a random A. LoRA-GA (``init_weights: lora_ga``): A has the first r right singular vectors of
     G, B the next r left ones, and the frozen weight gives up scale · BA, so that the model computes what it did. SHiRA
     (``mask: gradient`` and ``snip``): each layer's entries are those with the
-    largest |G| or |W ∘ G|. But for LoRA-GA, the frozen weights keep their values.
+    largest |G| or |W ∘ G|. EVA (``init_weights: eva``): A has the first principal components of the layer's inputs, and
+    layers have as many ranks as they have components among those of all layers that explain most, up to ``eva_rho``
+    times their rank; the scale stays. But for LoRA-GA, the frozen weights keep their values.
 
     Under the Trainer, :class:`~lit_sparse.Sparsify` calls it when training starts. In a loop of your own, call it after
     :func:`~lit_sparse.inject`, before the optimizer is made and before DDP wraps the model, which then broadcasts A and
     B. Gradients are averaged over all processes. Each batch costs a forward and a backward pass of the adapted weights.
-    The device holds the gradient of one weight at a time; their sums, float32, are in main memory.
+    The device holds the gradient of one weight at a time; their sums, float32, are in main memory. EVA takes forward
+    passes alone, in evaluation mode, until its components have converged, and computes with the inputs of all
+    processes.
 
     Args:
         model: Model with new adapters, whole, on the device and in the mode (train or eval) in which it is to compute.
-        method: The injected method. The first ``gora_batches`` or ``mask_batches`` batches are used.
+        method: The injected method. The first ``start_batches`` batches are used.
         batches: Training batches, on the model's device.
-        loss: The loss of a batch; None: ``model(**batch).loss``.
+        loss: The loss of a batch; None: ``model(**batch).loss``. EVA calls it for the forward pass.
 
     Returns:
         Full layer name to rank, or to the number of entries. Modules of this library take ranks from the checkpoint
-        when they resume; a module of your own must be injected with these ranks in ``overrides``, and keep
-        the frozen weights of LoRA-GA.
+        when they resume; a module of your own must be injected with these ranks in ``overrides`` (for EVA with
+        ``alpha`` too, in proportion to the rank), and keep the frozen weights of LoRA-GA.
 
     Raises:
-        UsageError: If the method starts otherwise, the adapters are not new, there are no batches, or gradients are
-            not finite or all zero.
+        UsageError: If the method starts otherwise, the adapters are not new, there are no batches, gradients are not
+            finite or all zero, or inputs are not finite, all equal or too few.
 
     Source:
         He et al. 2025 (arXiv:2502.12171), Eqs. (5)–(10), for GoRA; Wang et al. 2024 (arXiv:2407.05000) for
-        LoRA-GA; Bhardwaj et al. 2024 (arXiv:2406.13175) for SHiRA.
+        LoRA-GA; Paischer et al. 2024 (arXiv:2410.07170) for EVA; Bhardwaj et al. 2024 (arXiv:2406.13175) for SHiRA.
     """
     adapters = dict(adapters_in(model))
-    if method.gradient_start is None:
+    if method.batch_start is None:
         raise UsageError(
-            "start_from_gradients is for init_weights 'gora' and 'lora_ga', and for SHiRA's masks 'gradient' and "
-            f"'snip'; {method!r} starts without gradients."
+            "start_from_batches is for init_weights 'gora', 'lora_ga' and 'eva', and for SHiRA's masks 'gradient' and "
+            f"'snip'; {method!r} starts without batches."
         )
     held = list(adapters.values())
     if not held or method.has_started(held):
         raise UsageError(f"{type(model).__name__} has no new adapters: inject into a freshly loaded model, then start.")
     chosen = islice(batches, method.start_batches)
-    weights = list(dict.fromkeys(a.weight for a in held))  # in the same order in all processes, unlike a set
-    gradients = _mean_gradients(model, weights, chosen, loss or (lambda batch: model(**batch).loss))
-    if not gradients:
-        raise UsageError(f"There are no training batches to start from: {method.gradient_start} needs at least one.")
-    finite = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
-    if not finite or not any(bool(gradient.any()) for gradient in gradients.values()):
-        raise UsageError(
-            f"The gradients of the frozen weights are not finite, or all are zero: {method.gradient_start} cannot "
-            "start from them. Check the loss on the first training batches."
-        )
-    return method.start(adapters, gradients)
+    return method.start(model, adapters, chosen, loss or (lambda batch: model(**batch).loss))
 
 
 def take_ranks(model: nn.Module, method: Method, record: Any) -> None:
-    """Give adapters the ranks that GoRA allotted in the run of a checkpoint; of other methods they stay.
+    """Give adapters the ranks that GoRA or EVA allotted in the run of a checkpoint; of other methods they stay.
 
     Args:
         model: Model with adapters.
@@ -159,7 +172,11 @@ def take_ranks(model: nn.Module, method: Method, record: Any) -> None:
         record: What the checkpoint says of adapters, with ``ranks`` by name. What cannot be is left to later checks.
     """
     ranks = record.get("ranks") if isinstance(record, dict) else None
-    if not isinstance(method, SparseMethod) or method.init_weights != "gora" or not isinstance(ranks, dict):
+    if (
+        not isinstance(method, SparseMethod)
+        or method.init_weights not in ("gora", "eva")
+        or not isinstance(ranks, dict)
+    ):
         return
     for name, adapter in adapters_in(model):
         if not isinstance(adapter, LowRankAdapter):
@@ -196,48 +213,10 @@ def take_starts(model: nn.Module, record: Mapping[str, Sequence[Tensor]]) -> Non
             adapter.take_start(*record[name])
 
 
-def _mean_gradients(
-    model: nn.Module, weights: Sequence[Tensor], batches: Iterable[Any], loss: Callable[[Any], Tensor]
-) -> dict[Tensor, Tensor]:
-    """The mean gradient of each weight over the batches of all processes, float32 in main memory; none of no batch."""
-    sums = {weight: torch.zeros(weight.shape) for weight in weights}
-    count = torch.zeros(1)
-
-    def collect(weight: Tensor) -> None:
-        sums[weight] += weight.grad.cpu()  # type: ignore[union-attr]
-        weight.grad = None
-
-    hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(collect) for weight in weights]
-    try:
-        with torch.enable_grad(), disable_adapters(model, head=False):
-            for batch in batches:
-                loss(batch).backward()
-                count += 1
-    finally:
-        for hook, weight in zip(hooks, weights, strict=True):
-            hook.remove()
-            weight.requires_grad_(False)
-        model.zero_grad()  # of the head
-    device = next(iter(weights)).device
-    counts = _together(count, device, dist.all_reduce)
-    if not counts:
-        return {}
-    return {weight: _together(total, device, dist.all_reduce) / counts for weight, total in sums.items()}
-
-
-def _together(values: Tensor, device: torch.device, collective: Callable[[Tensor], Any]) -> Tensor:
-    """What a collective makes of the values of all processes, sent from ``device``, in main memory."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    sent = values.to(device)
-    collective(sent)
-    return sent.cpu()
-
-
 def _importances(adapters: Sequence[LowRankAdapter], gradients: Mapping[Tensor, Tensor]) -> list[float]:
     """Mean |W ∘ G| of each layer, summed over its experts; those of the first process, so that ranks are equal."""
     means = [a.copies * (a.weight.detach().cpu() * gradients[a.weight]).abs().mean() for a in adapters]
-    found: list[float] = _together(
+    found: list[float] = together(
         torch.stack(means), adapters[0].weight.device, partial(dist.broadcast, src=0)
     ).tolist()
     return found
@@ -249,11 +228,22 @@ def _give_rank(method: SparseMethod, name: str, adapter: LowRankAdapter, rank: i
     layer: Any = adapter.layer
     if isinstance(adapter, LowRankExperts):
         layer = ExpertWeight(adapter.layer, name.rpartition(".")[2])
-    fresh = method.adapt(layer, {**adapter.overrides, "rank": rank})
+    overrides = {**adapter.overrides, "rank": rank}
+    if method.init_weights == "eva":  # the scale of the layer stays
+        overrides["alpha"] = adapter.scale * (math.sqrt(rank) if method.use_rslora else rank)
+    fresh = method.adapt(layer, overrides)
     for own, parameter in adapter.named_parameters(recurse=False):
         replace_values(parameter, fresh.get_parameter(own).data)
     adapter._buffers.update(fresh._buffers)
     adapter.max_rank, adapter.scale, adapter.overrides = fresh.max_rank, fresh.scale, fresh.overrides
+
+
+@torch.no_grad()
+def _follow_inputs(method: SparseMethod, name: str, adapter: LowRankAdapter, rows: Tensor) -> None:
+    """Set A; B is zero."""
+    if len(rows) != adapter.rank:
+        _give_rank(method, name, adapter, len(rows))
+    adapter.lora_A.copy_(rows)
 
 
 @torch.no_grad()

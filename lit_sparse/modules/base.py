@@ -187,9 +187,9 @@ class SparseModule(EvaluationLoop):
         """Check the model with its adapters, and keep in the hyperparameters what was learned from the data."""
 
     def _adapted(self) -> nn.Module:
-        if self.start_from is not None and self.method.gradient_start is not None:
+        if self.start_from is not None and self.method.batch_start is not None:
             raise UsageError(
-                f"start_from and {self.method.gradient_start} are two starts of the adapters: remove one of them."
+                f"start_from and {self.method.batch_start} are two starts of the adapters: remove one of them."
             )
         model = self._built[0].train() if self._built else self.load_model()
         self._prepare_head(model)

@@ -29,7 +29,7 @@ from lit_sparse.callbacks.resume import GRADIENTS, RANDOM_STATES
 METHODS = {
     "SoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.03, "dropout": 0.2, "freeze_zero_after": 3},
     "RoseLoRA": {"rank": 4, "density": 0.2, "begin": 0.1, "end": 0.6, "dropout": 0.2},
-    "SHiRA": {"changed": 0.1, "mask": "snip", "mask_batches": 3},
+    "SHiRA": {"changed": 0.1, "mask": "snip", "start_batches": 3},
     "HardConcreteLoRA": {"rank": 4, "budget": 0.4},
 }
 BATCHES, EPOCHS = 9, 4  # an odd number of batches: the last step of an epoch has one batch instead of two

@@ -93,7 +93,7 @@ def test_every_kind_of_layer_computes_what_it_did() -> None:
     net.zero_grad()
     method = lora_ga(["embed", "conv", "turned", "out"])
     ls.inject(net, method)
-    assert ls.start_from_gradients(net, method, [IDS], loss) == {"embed": 3, "conv": 3, "turned": 3, "out": 3}
+    assert ls.start_from_batches(net, method, [IDS], loss) == {"embed": 3, "conv": 3, "turned": 3, "out": 3}
     torch.testing.assert_close(net(IDS), outputs, atol=1e-5, rtol=1e-5)
     for name, adapter in ls.adapters_in(net):
         torch.testing.assert_close(adapter.weight + adapter.delta_weight(), before[name], atol=1e-6, rtol=1e-6)
@@ -111,7 +111,7 @@ def test_experts_start_each_from_its_own_gradient() -> None:
         outputs = model(ids).logits
     method = lora_ga(["gate_up_proj", "down_proj"], rank=2)
     adapters = ls.inject(model, method)
-    ls.start_from_gradients(model, method, [{"input_ids": ids, "labels": ids}])
+    ls.start_from_batches(model, method, [{"input_ids": ids, "labels": ids}])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, outputs, atol=1e-4, rtol=1e-4)
     for adapter in adapters.values():
@@ -136,7 +136,7 @@ def run(backbone: Any, method: Any = None, epochs: int = 2, ckpt_path: Any = Non
     L.seed_everything(2, verbose=False)
     module = ls.SequenceClassification(
         backbone,
-        method or lora_ga("all-linear", rank=2, layers=[0, 1], gora_batches=2),
+        method or lora_ga("all-linear", rank=2, layers=[0, 1], start_batches=2),
         num_labels=2,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
     )
@@ -170,7 +170,7 @@ def test_a_module_that_took_another_start_loads_no_checkpoint(bert, tmp_path):
     """Its frozen weights are not those of the checkpoint's run."""
     _, trainer = run(bert, epochs=1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    other, trainer = run(bert, lora_ga("all-linear", rank=2, layers=[0, 1], gora_batches=1), epochs=1)
+    other, trainer = run(bert, lora_ga("all-linear", rank=2, layers=[0, 1], start_batches=1), epochs=1)
     rows = DataLoader(ROWS, batch_size=8)
     with pytest.raises(ls.UsageError, match=r"the start of another run of LoRA-GA, the first at .*new module"):
         trainer.validate(other, rows, ckpt_path=str(tmp_path / "one.ckpt"), verbose=False)
@@ -196,7 +196,7 @@ def test_only_merged_models_are_exported(bert, tmp_path, capsys):
 
 
 def test_a_pruned_and_compacted_run_loads(bert, tmp_path):
-    method = ls.SoRA(rank=4, budget=0.3, begin=0, end=2, init_weights="lora_ga", gora_batches=1)
+    method = ls.SoRA(rank=4, budget=0.3, begin=0, end=2, init_weights="lora_ga", start_batches=1)
     module, trainer = run(bert, method, epochs=3, callbacks=[ls.CompactRanks(every_n_steps=2)])
     assert any(adapter.rank < adapter.max_rank for _, adapter in ls.adapters_in(module))
     trainer.save_checkpoint(tmp_path / "small.ckpt")
@@ -215,7 +215,7 @@ def test_what_is_refused(bert) -> None:
     with pytest.raises(ls.UsageError, match="lora_ga_gamma must be above 0; got 0"):
         ls.LoRA(lora_ga_gamma=0.0)
     optimizer = torch.optim.SGD(ls.parameter_groups(net, method), lr=0.1)
-    with pytest.raises(ls.UsageError, match="init_weights is 'lora_ga', but every B is still zero"):
+    with pytest.raises(ls.UsageError, match="init_weights is 'lora_ga', but A and B are still those of LoRA"):
         ls.SparseSteps(method, net, optimizer, total_steps=3)
     module, _ = run(bert)
     with pytest.raises(ls.UsageError, match="no longer the pretrained ones"), ls.disable_adapters(module):

@@ -40,7 +40,7 @@ GATES = {
     "begin": 0.5, "end": 0.5,
 }  # fmt: skip
 HARD_CONCRETE = {"penalty_weight": None, "gate_lr": 0.1, "budget": None, "begin": 0.1, "end": 0.6}
-START = {"init_weights": "lora", "gora_batches": 64, "gora_gamma": 0.05, "lora_ga_gamma": 16.0}
+START = {"init_weights": "lora", "start_batches": 64, "gora_gamma": 0.05, "lora_ga_gamma": 16.0, "eva_rho": 2.0}
 MASKS = {"changed": None, "density": None, "begin": 0.1, "end": 0.8, "beta": 0.8, "clamp": None, "update_every": 1}
 
 

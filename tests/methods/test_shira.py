@@ -28,10 +28,10 @@ def model_of(**config):
 
 def injected(**arguments):
     """A model, its method and its adapters, with the mask chosen."""
-    model, method = model_of(), ls.SHiRA(**{"changed": 0.1, "mask_batches": 2, **arguments})
+    model, method = model_of(), ls.SHiRA(**{"changed": 0.1, "start_batches": 2, **arguments})
     adapters = ls.inject(model, method)
-    if method.gradient_start:
-        ls.start_from_gradients(model, method, BATCHES)
+    if method.batch_start:
+        ls.start_from_batches(model, method, BATCHES)
     return model, method, adapters
 
 
@@ -142,7 +142,7 @@ def test_adapters_are_made_without_memory_on_the_meta_device(method):
         ({"changed": 0.0}, "changed must be above 0"),
         ({"changed": 1.1}, "changed must be"),
         ({"mask": "largest"}, "mask must be 'random'"),
-        ({"mask_batches": 0}, "mask_batches must be at least 1"),
+        ({"start_batches": 0}, "start_batches must be at least 1"),
         ({"overrides": {"query": {"rank": 2}}}, r"SHiRA can set \['changed'\]"),
     ],
 )
@@ -251,11 +251,11 @@ def test_a_loop_without_a_start_is_told():
     with pytest.raises(ls.UsageError, match="mask 'gradient' takes gradients, and none were taken"):
         ls.SparseSteps(method, model, optimizer, 3)
     with pytest.raises(ls.UsageError, match="There are no training batches to start from: mask 'gradient'"):
-        ls.start_from_gradients(model, method, [])
-    ls.start_from_gradients(model, method, BATCHES)
+        ls.start_from_batches(model, method, [])
+    ls.start_from_batches(model, method, BATCHES)
     ls.SparseSteps(method, model, optimizer, 3)
     with pytest.raises(ls.UsageError, match="has no new adapters"):
-        ls.start_from_gradients(model, method, BATCHES)
+        ls.start_from_batches(model, method, BATCHES)
 
 
 def test_adapters_of_another_method_are_told_apart():

@@ -81,7 +81,7 @@ def test_ranks_and_weights_follow_the_equations(use_rslora: bool) -> None:
 
     method = gora(["first", "second", "third"], use_rslora=use_rslora, alpha=16)
     ls.inject(net, method)
-    assert ls.start_from_gradients(net, method, data, loss_of(net)) == expected
+    assert ls.start_from_batches(net, method, data, loss_of(net)) == expected
     for name, adapter in ls.adapters_in(net):
         rank, width = expected[name], adapter.in_features
         assert (adapter.rank, adapter.max_rank) == (rank, rank)
@@ -114,7 +114,7 @@ def test_the_start_has_the_size_of_the_gradient_and_lowers_the_loss() -> None:
     before = sum(loss_of(net)(batch) for batch in data)
     method = gora(["first", "second", "third"], gora_gamma=0.01)
     ls.inject(net, method)
-    ls.start_from_gradients(net, method, data, loss_of(net))
+    ls.start_from_batches(net, method, data, loss_of(net))
     assert sum(loss_of(net)(batch) for batch in data) < before
 
 
@@ -146,7 +146,7 @@ def test_embeddings_convolutions_and_transposed_weights() -> None:
     gradients = plain_gradients(net, [ids], loss)
     method = gora(["embed", "conv", "out"], rank=2)
     ls.inject(net, method)
-    ls.start_from_gradients(net, method, [ids], loss)
+    ls.start_from_batches(net, method, [ids], loss)
     for name, matrix in (("embed", gradients["embed.weight"].t()), ("out", gradients["out.weight"].t())):
         adapter = dict(ls.adapters_in(net))[name]
         step = -GAMMA * math.sqrt(adapter.in_features / adapter.rank) * projected(matrix, adapter.lora_A.detach())
@@ -162,7 +162,7 @@ def test_experts_share_a_rank_and_start_each_from_its_own_gradient() -> None:
     gradients = plain_gradients(model, [ids], lambda batch: model(batch, labels=batch).loss)
     method = gora(["gate_up_proj", "down_proj"], rank=2)
     adapters = ls.inject(model, method)
-    ranks = ls.start_from_gradients(model, method, [{"input_ids": ids, "labels": ids}])
+    ranks = ls.start_from_batches(model, method, [{"input_ids": ids, "labels": ids}])
     importances = [
         float((adapter.weight.double() * gradients[name]).abs().mean()) * adapter.copies
         for name, adapter in adapters.items()
@@ -188,7 +188,7 @@ def test_gated_ranks_train_on_from_the_start() -> None:
     )  # fmt: skip
     ls.inject(net, method)
     kept = loss_of(net)(data[0])  # a graph through parameters of the old shapes
-    ranks = ls.start_from_gradients(net, method, data, loss_of(net))
+    ranks = ls.start_from_batches(net, method, data, loss_of(net))
     assert len(set(ranks.values())) > 1
     optimizer = torch.optim.AdamW(ls.parameter_groups(net, method), lr=1e-2)
     steps = ls.SparseSteps(method, net, optimizer, total_steps=5)
@@ -207,7 +207,7 @@ def test_gated_ranks_train_on_from_the_start() -> None:
 
 def test_only_the_first_batches_are_read() -> None:
     net, read = Net(), []
-    method = gora(["first"], gora_batches=2)
+    method = gora(["first"], start_batches=2)
     ls.inject(net, method)
 
     def served() -> Any:
@@ -215,7 +215,7 @@ def test_only_the_first_batches_are_read() -> None:
             read.append(batch)
             yield batch
 
-    ls.start_from_gradients(net, method, served(), loss_of(net))
+    ls.start_from_batches(net, method, served(), loss_of(net))
     assert len(read) == 2
 
 
@@ -223,24 +223,24 @@ def test_what_is_refused() -> None:
     net, data = Net(), batches(1)
     method = gora(["first", "second"])
     with pytest.raises(ls.UsageError, match="Net has no new adapters"):
-        ls.start_from_gradients(net, method, data, loss_of(net))
+        ls.start_from_batches(net, method, data, loss_of(net))
     ls.inject(net, method)
     with pytest.raises(
-        ls.UsageError, match=r"is for init_weights 'gora' and 'lora_ga', .* LoRA\(.*starts without gradients"
+        ls.UsageError, match=r"is for init_weights 'gora', 'lora_ga' and 'eva', .* LoRA\(.*starts without batches"
     ):
-        ls.start_from_gradients(net, ls.LoRA(), data, loss_of(net))
+        ls.start_from_batches(net, ls.LoRA(), data, loss_of(net))
     with pytest.raises(ls.UsageError, match="There are no training batches to start from"):
-        ls.start_from_gradients(net, method, [], loss_of(net))
+        ls.start_from_batches(net, method, [], loss_of(net))
     for factor in (0.0, math.nan):
         with pytest.raises(ls.UsageError, match="are not finite, or all are zero"):
-            ls.start_from_gradients(net, method, data, lambda batch, f=factor: f * loss_of(net)(batch))
+            ls.start_from_batches(net, method, data, lambda batch, f=factor: f * loss_of(net)(batch))
     optimizer = torch.optim.SGD(ls.parameter_groups(net, method), lr=0.1)
-    with pytest.raises(ls.UsageError, match=r"every B is still zero.*call lit_sparse\.start_from_gradients"):
+    with pytest.raises(ls.UsageError, match=r"A and B are still those of LoRA.*call lit_sparse\.start_from_batches"):
         ls.SparseSteps(method, net, optimizer, total_steps=3)
-    ls.start_from_gradients(net, method, data, loss_of(net))
+    ls.start_from_batches(net, method, data, loss_of(net))
     ls.SparseSteps(method, net, optimizer, total_steps=3)
     with pytest.raises(ls.UsageError, match="has no new adapters"):
-        ls.start_from_gradients(net, method, data, loss_of(net))
+        ls.start_from_batches(net, method, data, loss_of(net))
 
 
 @pytest.mark.parametrize(("start", "source"), [("pissa", "singular vectors"), ("gora", "gradient")])
@@ -255,8 +255,8 @@ def test_arguments() -> None:
     with pytest.raises(ls.UsageError, match="init_weights 'gora' is for gates of 1: set gate_init to 'ones'"):
         ls.SoRA(threshold=0.1, init_weights="gora")
     ls.SoRA(threshold=0.1, init_weights="gora", gate_init="ones")
-    with pytest.raises(ls.UsageError, match="gora_batches must be at least 1; got 0"):
-        ls.LoRA(gora_batches=0)
+    with pytest.raises(ls.UsageError, match="start_batches must be at least 1; got 0"):
+        ls.LoRA(start_batches=0)
     with pytest.raises(ls.UsageError, match="gora_gamma must be above 0; got 0"):
         ls.SoRA(budget=0.5, gora_gamma=0.0)
     assert issubclass(ls.LoRA, Start)

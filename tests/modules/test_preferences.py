@@ -233,7 +233,7 @@ def test_rewards_start_equal_and_the_chosen_answers_win(trainer):
 
 
 def test_gora_starts_from_gradients_at_the_reference(trainer):
-    method = ls.LoRA(rank=4, init_weights="gora", gora_batches=3, gora_gamma=1.0, train_head=["lm_head"])
+    method = ls.LoRA(rank=4, init_weights="gora", start_batches=3, gora_gamma=1.0, train_head=["lm_head"])
     module, run = preference_lm(llama(), method, lr=1e-8), trainer(max_epochs=1)
     before = copy.deepcopy(module._built[0]).eval()
     loader = DataLoader(pairs(), batch_size=None)

@@ -110,7 +110,7 @@ def test_fit_export_and_merge_by_the_command_line(tmp_path):
         csv.writer(table).writerows([("text", "label"), *rows])
         (tmp_path / f"{split}.csv").write_text(table.getvalue())
     words = ["fit", "--model", "SequenceClassification", "--model.backbone", "bert", "--model.method", "SHiRA"]
-    words += ["--model.method.changed", "0.1", "--model.method.mask", "snip", "--model.method.mask_batches", "2"]
+    words += ["--model.method.changed", "0.1", "--model.method.mask", "snip", "--model.method.start_batches", "2"]
     words += ["--data", "TextClassificationData", "--data.path", ".", "--data.batch_size", "8"]
     words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.logger", "false"]
     words += ["--trainer.callbacks", "SparseCheckpoint", "--trainer.callbacks.dirpath", "kept"]

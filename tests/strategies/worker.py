@@ -39,13 +39,13 @@ METHODS: dict[str, Any] = {
     "budget_norm": lambda **o: ls.SoRA(rank=4, budget=0.4, score="norm", begin=5, end=30, **o),
     "budget_sensitivity": lambda **o: ls.SoRA(rank=4, budget=0.4, score="sensitivity", begin=5, end=30, **o),
     "hard_concrete": lambda **o: ls.HardConcreteLoRA(rank=4, budget=0.4, begin=2, end=30, **o),
-    "gora": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", gora_batches=3, gora_gamma=1.0, **o),
-    "lora_ga": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="lora_ga", gora_batches=3, **o),
+    "gora": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", start_batches=3, gora_gamma=1.0, **o),
+    "lora_ga": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="lora_ga", start_batches=3, **o),
     "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
     "shira": lambda dropout, **o: ls.SHiRA(changed=0.1, mask="random", **o),
     "lift": lambda dropout, **o: ls.LIFT(changed=0.1, filter_rank=4, **o),
     "lift_moving": lambda dropout, **o: ls.LIFT(changed=0.1, filter_rank=4, update_every=3, **o),
-    "shira_snip": lambda dropout, **o: ls.SHiRA(changed=0.1, mask="snip", mask_batches=3, **o),
+    "shira_snip": lambda dropout, **o: ls.SHiRA(changed=0.1, mask="snip", start_batches=3, **o),
 }
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",

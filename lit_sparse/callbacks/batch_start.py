@@ -1,4 +1,4 @@
-"""The start of a run of the Trainer from gradients of its own training batches: of A and B, or a mask of SHiRA's."""
+"""The start of a run of the Trainer from its own training batches: of A and B, or a mask of SHiRA's."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import UsageError
 from lit_sparse.methods.method import Method
-from lit_sparse.methods.start import start_from_gradients
+from lit_sparse.methods.start import start_from_batches
 from lit_sparse.strategies.sharded import ReplicatedAdapters
 
 
 def start_run(trainer: Trainer, module: LightningModule, method: Method) -> None:
-    """Start new adapters from gradients of the loss of ``training_step``, if the method says so.
+    """Start new adapters from the first batches of ``training_step``, if the method says so.
 
     Adapters of a resumed run have started. Call it when the strategy is set up, before the first step.
 
     Raises:
         UsageError: Under FSDP, which shards the weights, with weight averaging, which copied the former adapters, with
-            manual optimization, or as :func:`~lit_sparse.start_from_gradients`.
+            manual optimization, or as :func:`~lit_sparse.start_from_batches`.
     """
-    if method.gradient_start is None:
+    if method.batch_start is None:
         return
     strategy = trainer.strategy
     if isinstance(strategy, ReplicatedAdapters):
         raise UsageError(
-            f"{method.gradient_start} needs the gradients of whole weights, which FSDP shards. Use a single device or "
-            "ddp, or another start."
+            f"{method.batch_start} needs whole weights before the first step, and FSDP shards them. Use a single "
+            "device or ddp, or another start."
         )
     if method.has_started([adapter for _, adapter in adapters_in(module)]):
         return
     if not module.automatic_optimization:
         raise UsageError(
-            f"{method.gradient_start} takes the loss from training_step, which here steps the optimizer itself: call "
-            "lit_sparse.start_from_gradients(model, method, batches) in configure_model."
+            f"{method.batch_start} takes the loss from training_step, which here steps the optimizer itself: call "
+            "lit_sparse.start_from_batches(model, method, batches) in configure_model."
         )
     for averaging in callbacks_of(trainer, WeightAveraging):
         raise UsageError(
-            f"{type(averaging).__name__} has copied the adapters before {method.gradient_start} has its gradients. "
+            f"{type(averaging).__name__} has copied the adapters before {method.batch_start} starts them. "
             "Remove it, or choose another start."
         )
     with _silent(module):
-        start_from_gradients(module, method, _batches(trainer), lambda batch: _loss(trainer, module, *batch))
+        start_from_batches(module, method, _batches(trainer), lambda batch: _loss(trainer, module, *batch))
     iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # the first epoch begins at its first batch again
     if isinstance(strategy, DDPStrategy):  # its buckets have the sizes of the former ranks
         strategy.model = strategy._setup_model(module)

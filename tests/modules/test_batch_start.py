@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import lit_sparse as ls
-from lit_sparse.callbacks.gradient_start import start_run
+from lit_sparse.callbacks.batch_start import start_run
 
-METHOD = ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", gora_batches=2, gora_gamma=1.0)
+METHOD = ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", start_batches=2, gora_gamma=1.0)
 
 
 class Counting(ls.SequenceClassification):
@@ -53,7 +53,7 @@ def test_a_run_starts_once_and_a_resumed_run_does_not(tiny_bert, trainer, loader
 
 
 def test_a_compacted_run_loads(tiny_bert, trainer, loader, tmp_path):
-    method = ls.SoRA(rank=4, budget=0.3, begin=0, end=4, init_weights="gora", gora_batches=1)
+    method = ls.SoRA(rank=4, budget=0.3, begin=0, end=4, init_weights="gora", start_batches=1)
     module = classifier(tiny_bert, method)
     run = trainer(max_epochs=3, callbacks=[ls.CompactRanks(every_n_steps=2)])
     run.fit(module, loader())
@@ -78,7 +78,7 @@ def test_what_cannot_start_is_refused(tiny_bert, trainer, loader):
     module = classifier(tiny_bert)
     module.configure_model()
     run = L.Trainer(accelerator="cpu", devices=2, strategy=ls.SparseFSDP2Strategy(), logger=False)
-    with pytest.raises(ls.UsageError, match="gradients of whole weights, which FSDP shards"):
+    with pytest.raises(ls.UsageError, match="needs whole weights before the first step, and FSDP shards them"):
         start_run(run, module, METHOD)
 
 
@@ -99,7 +99,7 @@ def test_a_module_of_ones_own_starts_in_any_precision(precision):
         def configure_optimizers(self):
             return torch.optim.SGD(ls.parameter_groups(self, method), lr=0.1)
 
-    method = ls.LoRA(["0", "2"], rank=4, train_head=False, init_weights="gora", gora_batches=2)
+    method = ls.LoRA(["0", "2"], rank=4, train_head=False, init_weights="gora", start_batches=2)
     module, rows = Own(), torch.utils.data.TensorDataset(torch.randn(24, 30))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     run = L.Trainer(accelerator="cpu", max_epochs=1, precision=precision, callbacks=[ls.Sparsify(method)], **quiet)
