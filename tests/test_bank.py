@@ -24,6 +24,7 @@ METHODS = {
     "SoRA": ls.SoRA("all-linear", rank=4, sparsity_weight=4.0, gate_lr=0.1),
     "RoseLoRA": ls.RoseLoRA(["query", "dense"], rank=3, density=0.2, begin=0, end=2),
     "GoRA": ls.LoRA("all-linear", rank=2, layers=[0, 1], init_weights="gora", start_batches=1),
+    "EVA": ls.LoRA("all-linear", rank=2, init_weights="eva", start_batches=1, exclude_modules=["pooler.dense"]),
     "GatedRoseLoRA": ls.GatedRoseLoRA(["value"], rank=4, density=0.5, begin=0, end=2, threshold=0.1),
 }
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}

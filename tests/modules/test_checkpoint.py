@@ -21,6 +21,7 @@ METHODS = [
     ls.RoseLoRA(rank=4, density=0.2, begin=1, end=6),
     ls.LoRA(rank=2, init_weights="gora", start_batches=2),
     ls.LoRA(rank=2, init_weights="lora_ga", start_batches=2),
+    ls.LoRA(rank=2, init_weights="eva", start_batches=2),
     ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.2, begin=0.0, end=0.5, loraplus_lr_ratio=3.0),
     ls.SHiRA(changed=0.1, mask="random"),
     ls.SHiRA(changed=0.1, mask="snip", start_batches=2),

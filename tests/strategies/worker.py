@@ -41,6 +41,7 @@ METHODS: dict[str, Any] = {
     "hard_concrete": lambda **o: ls.HardConcreteLoRA(rank=4, budget=0.4, begin=2, end=30, **o),
     "gora": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="gora", start_batches=3, gora_gamma=1.0, **o),
     "lora_ga": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="lora_ga", start_batches=3, **o),
+    "eva": lambda **o: ls.LoRA(rank=4, layers=[0, 1], init_weights="eva", start_batches=2, **o),
     "gated": lambda **o: ls.GatedRoseLoRA(rank=4, threshold=0.01, density=0.2, begin=5, end=30, **o),
     "shira": lambda dropout, **o: ls.SHiRA(changed=0.1, mask="random", **o),
     "lift": lambda dropout, **o: ls.LIFT(changed=0.1, filter_rank=4, **o),
@@ -245,7 +246,7 @@ def main(run: dict[str, Any]) -> None:
     else:
         chosen = run.get("dropout", 0.0), run.get("recompute", False), run.get("compile", False)
         module = module_of(run["arch"], run["method"], *chosen)
-    starts = ("gora", "lora_ga", "shira_snip")  # in the run
+    starts = ("gora", "lora_ga", "eva", "shira_snip")  # in the run
     if isinstance(module, ls.SparseModule) and run["method"] not in starts:
         module.configure_model()  # before Lightning seeds anew, as it does with processes alone: the same start for all
     callbacks: list[Any] = [SameDraws()]
