@@ -25,16 +25,16 @@ def start_run(trainer: Trainer, module: LightningModule, method: Method) -> None
     Adapters of a resumed run have started. Call it when the strategy is set up, before the first step.
 
     Raises:
-        UsageError: Under FSDP, which shards the weights, with weight averaging, which copied the former adapters, with
-            manual optimization, or as :func:`~lit_sparse.start_from_batches`.
+        UsageError: For gradients under FSDP, which shards the weights, with weight averaging, which copied the former
+            adapters, with manual optimization, or as :func:`~lit_sparse.start_from_batches`.
     """
     if method.batch_start is None:
         return
     strategy = trainer.strategy
-    if isinstance(strategy, ReplicatedAdapters):
+    if isinstance(strategy, ReplicatedAdapters) and method.init_weights != "eva":  # which takes forward passes alone
         raise UsageError(
-            f"{method.batch_start} needs whole weights before the first step, and FSDP shards them. Use a single "
-            "device or ddp, or another start."
+            f"{method.batch_start} needs the gradients of whole weights, which FSDP shards. Use a single device or "
+            "ddp, or another start."
         )
     if method.has_started([adapter for _, adapter in adapters_in(module)]):
         return
@@ -66,7 +66,8 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, index: int) -> 
     # Half-precision gradients would need a scaled loss.
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     with nullcontext() if scaled else trainer.precision_plugin.train_step_context():
-        found: Any = module.training_step(batch, index)
+        sharded = isinstance(trainer.strategy, ReplicatedAdapters)  # whose wrapper of the module gathers weights
+        found: Any = (trainer.strategy if sharded else module).training_step(batch, index)
     return found["loss"] if isinstance(found, dict) else found  # type: ignore[no-any-return]
 
 

@@ -132,7 +132,7 @@ class _Inputs:
             raise UsageError("init_weights 'eva' needs PEFT: pip install \"lit-sparse[peft]\".") from error
 
         self.adapters, self.rho = adapters, rho
-        self.device = next(iter(adapters.values())).weight.device
+        self.device = next(iter(adapters.values())).lora_A.device
         self.first: dict[str, str] = {}
         """Layer to the first one that has the same input."""
         self.most: dict[str, int] = {}

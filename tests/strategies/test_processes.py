@@ -202,9 +202,14 @@ def test_processes_start_alike_from_all_their_batches(method: str) -> None:
     case = {"arch": "bert", "method": method, "steps": 6}
     start(1, [{**case, "strategy": "auto", "tag": "alone"}])
     saved = {**case, "strategy": "ddp", "tag": "ddp", "save_at": 3, "save": "gora.ckpt"}
-    start(2, [saved, {**case, "strategy": "ddp", "tag": "resumed", "resume": "gora.ckpt"}])
+    others = [{**case, "strategy": name, "tag": name} for name in ("fsdp", "fsdp2") if method == "eva"]
+    others += [{**other, "tag": f"resumed_{other['tag']}", "resume": "gora.ckpt"} for other in others]
+    start(2, [saved, {**case, "strategy": "ddp", "tag": "resumed", "resume": "gora.ckpt"}, *others])
     assert difference(final("ddp", 0), final("ddp", 1)) == 0
     assert difference(final("ddp"), final("resumed")) == 0
+    for other in others:
+        assert difference(final(other["tag"], 0), final(other["tag"], 1)) == 0, other
+        assert difference(final(other["tag"]), final("ddp")) <= 1e-6, other
     ranks = {name: len(value) for name, value in final("alone").items() if name.endswith("lora_A")}
     assert {name: len(value) for name, value in final("ddp").items() if name in ranks} == ranks
     assert method == "gora" or difference(final("ddp"), final("alone")) <= 1e-4  # A of GoRA is random
