@@ -58,7 +58,7 @@ def start_run(trainer: Trainer, module: LightningModule, method: Method) -> None
 
 def _batches(trainer: Trainer) -> Iterator[tuple[Any, int]]:
     trainer.fit_loop.setup_data()
-    for batch, index, _ in trainer.fit_loop._combined_loader:  # type: ignore[union-attr]
+    for batch, index, _ in trainer.fit_loop._combined_loader or ():
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)), index
 
 
