@@ -69,6 +69,6 @@ def together(values: Tensor, device: torch.device, collective: Callable[[Tensor]
     """What a collective makes of the values of all processes, sent from ``device``, in main memory."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    sent = values.to(device)
+    sent = values.to(device).contiguous()
     collective(sent)
     return sent.cpu()

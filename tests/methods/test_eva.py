@@ -5,10 +5,7 @@ import csv
 import functools
 import io
 import math
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -19,6 +16,8 @@ from architectures import ARCHITECTURES
 from backbones import save_tiny_bert
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.utils.incremental_pca import IncrementalPCA
+from programs import launch
+from programs import run as run_program
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -324,6 +323,41 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
         ls.start_from_batches(net, method, batches(2), net)
 
 
+# Several processes.
+
+SHARED = """
+import torch
+from torch import distributed, nn
+import lit_sparse as ls
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 9))
+data = [torch.randn(64, 20) * 0.6 ** torch.arange(20) for _ in range(3)]
+method = ls.LoRA(["0", "2", "4"], rank=4, init_weights="eva", train_head=False)
+ls.inject(net, method)
+# Different numbers of rows, and one batch more in the first process.
+own = [batch[:24] if rank == 0 else batch[24:] for batch in data[: 3 - rank]]
+ls.start_from_batches(net, method, own, net)
+torch.save({name: adapter.lora_A.detach() for name, adapter in ls.adapters_in(net)}, f"found_{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_batches_start_from_all_of_them() -> None:
+    done = launch(2, ["-c", SHARED])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(f"found_{rank}.pt") for rank in range(2))
+    assert all(torch.equal(rows, second[name]) for name, rows in first.items())
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 9))
+    data = [torch.randn(64, 20) * 0.6 ** torch.arange(20) for _ in range(2)]
+    alone = started(net, eva(["0", "2", "4"]), data)
+    for name, adapter in alone.items():
+        torch.testing.assert_close(first[name], adapter.lora_A.detach(), atol=1e-4, rtol=0)
+
+
 # Runs.
 
 
@@ -415,19 +449,15 @@ def test_the_command_line_fits_and_exports_to_peft(tmp_path):
     words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.logger", "false"]
     words += ["--trainer.callbacks", "SparseCheckpoint", "--trainer.callbacks.dirpath", "kept"]
 
-    def call(*given: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lit_sparse", *given], cwd=tmp_path, capture_output=True, text=True, env=os.environ
-        )
-
-    done = call(*words)
+    done, wrong = (run_program(["-m", "lit_sparse", *words, *more]) for more in ((), ("--model.method.eva_rho", "0.5")))
     assert done.returncode == 0, done.stderr[-3000:]
-    exports: list[Callable[..., Any]] = []
-    for form in ("peft", "merged"):
-        done = call("export", "--ckpt_path", "kept/last.ckpt", "--output", form, "--format", form)
-        assert done.returncode == 0, done.stderr[-3000:]
-        exports.append(ls.from_pretrained(tmp_path / form).predict)
-    assert exports[0]("good film") == exports[1]("good film")
-    wrong = call(*words, "--model.method.eva_rho", "0.5")
     assert wrong.returncode != 0
     assert "eva_rho must be at least 1; got 0.5" in wrong.stderr
+    done = run_program(["-m", "lit_sparse", "export", "--ckpt_path", "kept/last.ckpt", "--output", "peft"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = ls.SequenceClassification.load_from_checkpoint("kept/last.ckpt").eval()
+    assert len({adapter.max_rank for _, adapter in ls.adapters_in(trained)}) > 1
+    found = ls.from_pretrained("peft")
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(input_ids=ids).logits, trained(input_ids=ids).logits, atol=1e-5, rtol=0)
