@@ -17,7 +17,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import disable_adapters
 from lit_sparse.adapters.inputs import real_positions, watch_inputs
 from lit_sparse.adapters.modes import in_mode
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, listed
 from lit_sparse.functional import explained_ranks
 from lit_sparse.methods.gradients import together
 
@@ -77,24 +77,34 @@ class _Components:
 
     Args:
         name: The first layer that has this input.
+        adapter: Its adapter.
         count: Number of components.
     """
 
-    def __init__(self, name: str, count: int) -> None:
+    def __init__(self, name: str, adapter: LowRankAdapter, count: int) -> None:
         from peft.utils.incremental_pca import IncrementalPCA
 
         self.name, self.count, self.rows = name, count, 0
         self.pca = IncrementalPCA(n_components=count, copy=True, lowrank=True, lowrank_seed=42)  # as PEFT makes it
         self.converged = torch.zeros(count, dtype=torch.bool)
-        self._pending: list[Tensor] = []
+        self._none = adapter.lora_A.new_zeros(0, adapter.in_features, dtype=torch.float32)
+        self._own, self._pending = [self._none], [self._none]
 
     @property
     def fitted(self) -> bool:
         """Whether there were as many rows as components."""
         return hasattr(self.pca, "components_")
 
-    def add(self, rows: Tensor) -> None:
-        """Take more rows, shape ``(rows, in_features)``. They wait until there are as many as components."""
+    def see(self, rows: Tensor) -> None:
+        """Take rows of this process, shape ``(rows, in_features)``."""
+        self._own.append(rows.float())
+        if not _several():
+            self.fit()
+
+    def fit(self) -> None:
+        """Take the rows of all processes into account. They wait until there are as many as components."""
+        rows = _of_all_processes(torch.cat(self._own))
+        self._own = [self._none]
         if not rows.isfinite().all():
             raise UsageError(
                 f"The inputs of {self.name!r} are not finite: init_weights 'eva' cannot start from them. Check the "
@@ -107,7 +117,7 @@ class _Components:
         before = self.pca.components_ if self.fitted else None
         with torch.autocast(rows.device.type, enabled=False):
             self.pca.partial_fit(torch.cat(self._pending))  # type: ignore[no-untyped-call]
-        self._pending.clear()
+        self._pending = [self._none]
         if before is not None:
             self.converged = (F.cosine_similarity(self.pca.components_, before) >= TAU).cpu()
 
@@ -159,14 +169,16 @@ class _Inputs:
         with watch_inputs(self.adapters, note):
             forward(batch)
         wanted = {name: round(adapter.rank * self.rho) for name, adapter in self.adapters.items()}  # as PEFT rounds
-        for name in self.adapters:
-            first = self.first.setdefault(name, name)
+        names = list(self.adapters)  # not every process need have called every layer
+        places = torch.tensor([names.index(self.first.get(name, name)) for name in names])
+        self.first = {n: names[i] for n, i in zip(names, together(places, self.device, _from_first), strict=True)}
+        for name, first in self.first.items():
             wanted[first] = max(wanted[first], wanted[name])
         for name, adapter in self.adapters.items():
             self.most[name] = min(wanted[self.first[name]], adapter.in_features, adapter.out_features)
         for name in dict.fromkeys(self.first[name] for name in self.adapters):
             count = max(most for other, most in self.most.items() if self.first[other] == name)
-            self.components[name] = _Components(name, count)
+            self.components[name] = _Components(name, self.adapters[name], count)
         self.ranks = dict(self.most)
 
     def waiting(self) -> list[str]:
@@ -181,11 +193,12 @@ class _Inputs:
     @contextmanager
     def collecting(self, names: Iterable[str], positions: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Within the context, take the inputs of these layers."""
-        with watch_inputs(
-            {name: self.adapters[name] for name in names},
-            lambda name, x: self.components[name].add(_of_all_processes(positions(x).float())),
-        ):
+        layers = {name: self.adapters[name] for name in names}
+        with watch_inputs(layers, lambda name, x: self.components[name].see(positions(x))):
             yield
+        if _several():  # only now, in one order, for processes may call layers in orders of their own
+            for name in layers:
+                self.components[name].fit()
 
     def divide(self) -> None:
         """Divide the ranks among the layers, once all inputs have components."""
@@ -198,11 +211,17 @@ class _Inputs:
         """Layer name to its components, those of the first process, after so many batches."""
         if not taken:
             raise UsageError("There are no training batches to start from: init_weights 'eva' needs at least one.")
+        idle = [name for name, own in self.components.items() if not own.rows]
+        if idle:
+            raise UsageError(
+                f"The layers {listed(idle)} had no input in {taken} batches, from which init_weights 'eva' starts: "
+                "leave them out of target_modules (exclude_modules)."
+            )
         for own in self.components.values():
             if not own.fitted:
                 raise UsageError(
                     f"{own.name!r} had {own.rows} inputs in {taken} batches, but init_weights 'eva' needs {own.count}, "
-                    "rank times eva_rho. Raise start_batches, lower rank, or leave the layer out."
+                    "rank times eva_rho. Raise start_batches, or lower rank."
                 )
         waiting = self.waiting()
         if waiting:
@@ -215,9 +234,13 @@ class _Inputs:
         return {name: rows[self.first[name]][:rank] for name, rank in zip(self.ranks, ranks, strict=True)}
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _of_all_processes(rows: Tensor) -> Tensor:
     """The rows of all processes, one process after the other."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _several():
         return rows
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
