@@ -39,8 +39,8 @@ def require_start(init_weights: str, name: str, layer: Layer, rank: int) -> None
     if init_weights == "eva":
         kind = type(layer.module if isinstance(layer, ExpertWeight) else layer).__name__
         raise UsageError(
-            f"init_weights 'eva' starts from the inputs of linear layers; {name!r} is of a {kind}. Leave it out of "
-            "target_modules (exclude_modules), or set another init_weights."
+            f"init_weights 'eva' starts from the inputs of linear layers; {name!r} is not linear ({kind}). Leave it "
+            "out of target_modules (exclude_modules), or set another init_weights."
         )
     weight = layer.weight
     if not isinstance(layer, ExpertWeight) and is_quantized(layer):

@@ -97,13 +97,13 @@ class _Components:
 
     def see(self, rows: Tensor) -> None:
         """Take rows of this process, shape ``(rows, in_features)``."""
-        self._own.append(rows.float())
+        self._own.append(rows.clone())  # models may write over their activations
         if not _several():
             self.fit()
 
     def fit(self) -> None:
         """Take the rows of all processes into account. They wait until there are as many as components."""
-        rows = _of_all_processes(torch.cat(self._own))
+        rows = _of_all_processes(torch.cat(self._own).float())
         self._own = [self._none]
         if not rows.isfinite().all():
             raise UsageError(

@@ -271,10 +271,12 @@ def test_arguments_and_layers() -> None:
     ls.SoRA(budget=0.5, init_weights="eva")
     net = nn.Sequential(nn.Embedding(5, 8), nn.Conv2d(1, 2, 1))
     for name, kind in (("0", "Embedding"), ("1", "Conv2d")):
-        with pytest.raises(ls.UsageError, match=f"inputs of linear layers; '{name}' is of a {kind}. Leave it out"):
+        with pytest.raises(
+            ls.UsageError, match=f"inputs of linear layers; '{name}' is not linear \\({kind}\\). Leave it out"
+        ):
             ls.inject(net, eva([name]))
     experts = next(a for a in ARCHITECTURES if a.name == "Mixtral").build()
-    with pytest.raises(ls.UsageError, match=r"'model.layers.0.mlp.experts.down_proj' is of a MixtralExperts"):
+    with pytest.raises(ls.UsageError, match=r"'model.layers.0.mlp.experts.down_proj' is not linear \(MixtralExperts\)"):
         ls.inject(experts, eva(["down_proj"]))
 
 
