@@ -192,6 +192,9 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
     def after_step(self, adapters: Sequence[Any], step: Step, observed: Any) -> None:  # noqa: B027
         """Called after the optimizer changed the weights: zero what is to be zero, in place."""
 
+    def release(self, adapters: Sequence[Any]) -> None:  # noqa: B027
+        """Called when the optimizer is no longer followed, however the run ends."""
+
     def set_threshold(self, threshold: float) -> None:  # noqa: ARG002
         """Use this threshold from the next step on, as :class:`~lit_sparse.ThresholdStages` asks.
 

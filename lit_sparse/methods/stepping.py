@@ -114,6 +114,7 @@ class SparseSteps:
     def release(self) -> None:
         """Stop following the optimizer."""
         self._hook.remove()
+        self.method.release(self._adapters)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken."""
