@@ -106,6 +106,7 @@ ENTRIES: dict[str, Callable[..., ls.Method]] = {
     "SHiRA": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, **o),
     "SHiRA, gradient": lambda names, rank, **o: ls.SHiRA(names, changed=0.3, mask="gradient", **o),
     "LIFT": lambda names, rank, **o: ls.LIFT(names, changed=0.3, filter_rank=rank, **o),
+    "SpIEL": lambda names, rank, **o: ls.SpIEL(names, changed=0.3, update_every=4, window=2, **o),
 }
 
 

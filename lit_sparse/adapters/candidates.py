@@ -14,61 +14,68 @@ from lit_sparse.adapters.delta import DeltaLinear
 class Candidates:
     """As many entries of a weight as are trained, with their gradients: a watcher for :meth:`DeltaLinear.watch`.
 
-    The first backward pass chooses those with the largest gradient. Their places and sums are in buffers of the
-    adapter, ``candidates`` and ``accumulated``, so that checkpoints have them.
+    The first backward pass chooses those with the largest gradient. All of it is in buffers of the adapter, so that
+    checkpoints have it and processes have the same: the places in ``candidates``, the sums of the steps in
+    ``accumulated``, and in ``pending`` what belongs to a step that was not yet taken. A gradient scaler multiplies all
+    of them: if it changes its factor within a window, some steps count more than others.
 
     Args:
         adapter: One that :func:`make_room` prepared.
-        anew: Whether the next gradient chooses the candidates; else they are those in the adapter, if there are any.
+        first: Whether the next optimizer step is the first of those that are summed.
+        resumed: Whether the adapter may have candidates of a run that goes on. To look waits for the device.
     """
 
-    def __init__(self, adapter: DeltaLinear, anew: bool) -> None:
-        self.adapter = adapter
-        places = adapter.get_buffer("candidates")
-        if anew:
-            places.fill_(-1)
-        self.fresh = anew or bool(places[0] < 0)
-        """Whether no optimizer step was taken yet that saw the candidates."""
-        self.seen: Tensor | None = None
-        """Their gradients since the last step, in this process; None if there was no backward pass."""
+    def __init__(self, adapter: DeltaLinear, first: bool, resumed: bool) -> None:
+        self._places, self._sums, self._pending = (adapter.get_buffer(name) for name in _BUFFERS)
+        self.chosen = resumed and bool(self._places[0] >= 0) and (not first or bool(self._pending.any()))
+        """Whether there are candidates; else the next gradient chooses them."""
+        self.fresh = first or not self.chosen
+        """Whether no step was taken yet with these candidates."""
+        if not self.chosen:
+            self._places.fill_(-1)
 
     def __call__(self, gradient: Tensor) -> None:
         """See the gradient of a backward pass, which may be overwritten."""
-        gradient, places = gradient.flatten(), self.adapter.get_buffer("candidates")
-        if self.fresh and self.seen is None:
-            # Here, layer by layer, and not at the step, when this gradient is gone.
+        gradient = gradient.flatten()
+        if not self.chosen:
             gradient = _mean(gradient)
-            places.copy_(gradient.abs().topk(len(places), sorted=False).indices)
-        found = gradient.index_select(0, places).to(self.adapter.values.dtype)
-        self.seen = found if self.seen is None else self.seen.add_(found)
+            self._places.copy_(gradient.abs().topk(len(self._places), sorted=False).indices)
+        found = gradient.index_select(0, self._places).to(self._pending.dtype)
+        self._pending += _mean(found) if self.chosen else found
+        self.chosen = True
+
+    def take(self) -> Tensor:
+        """The gradients of a step that may be taken. If it is skipped, the next step begins as this one did."""
+        gradient = self._pending.clone()
+        self._pending.zero_()
+        self.chosen = not self.fresh
+        return gradient
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradients of a step that was taken."""
-        accumulated = self.adapter.get_buffer("accumulated")
-        accumulated.copy_(gradient if self.fresh else accumulated + gradient)
-        self.fresh = False
+        self._sums.copy_(gradient if self.fresh else self._sums + gradient)
+        self.fresh, self.chosen = False, True
+
+
+_BUFFERS = ("candidates", "accumulated", "pending")
 
 
 def make_room(adapter: DeltaLinear) -> None:
     """Give an adapter the buffers of its candidates; the places are -1 until they are chosen."""
     adapter.register_buffer("candidates", torch.full_like(adapter.indices, -1))
-    adapter.register_buffer("accumulated", torch.zeros_like(adapter.values, requires_grad=False))
+    for name in ("accumulated", "pending"):
+        adapter.register_buffer(name, torch.zeros_like(adapter.values, requires_grad=False))
 
 
 def take_gradients(adapters: Sequence[DeltaLinear]) -> list[tuple[Candidates, Tensor]]:
-    """The gradients of a step, in the mean over all processes, of the candidates that had any; they start anew."""
-    watching = [a.watcher for a in adapters if isinstance(a.watcher, Candidates)]
-    reached = [(candidates, candidates.seen) for candidates in watching if candidates.seen is not None]
-    for candidates in watching:
-        candidates.seen = None
-    if not reached:
-        return []
-    means = _mean(torch.cat([seen for _, seen in reached])).split([len(seen) for _, seen in reached])
-    return [(candidates, mean) for (candidates, _), mean in zip(reached, means, strict=True)]
+    """The gradients of a step at the candidates of all adapters that have any."""
+    watching = [adapter.watcher for adapter in adapters if isinstance(adapter.watcher, Candidates)]
+    return [(candidates, candidates.take()) for candidates in watching if candidates.chosen]
 
 
 def _mean(values: Tensor) -> Tensor:
     """The mean over all processes, in place."""
+    # In the backward pass, layer by layer: at the step, the gradient that chooses would be gone.
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()

@@ -30,11 +30,11 @@ def regrown(indices: Tensor, values: Tensor, candidates: Tensor, gradients: Tens
     kept, dropped = indices.long()[order].tensor_split([len(indices) - count])
     # What has priority is trained. Whole numbers: a float32 would confuse ranks above 2²⁴.
     priority = torch.full((entries,), -1, dtype=torch.int32, device=indices.device)
-    priority[kept] = count + 1
+    priority.index_fill_(0, kept, count + 1)
     places = candidates.long()
     scores = gradients.abs().masked_fill(priority[places] > 0, -1)
     grown = places[scores.topk(min(count, len(places)), sorted=False).indices]
     priority[dropped] = torch.arange(count, 0, -1, dtype=torch.int32, device=indices.device) - 1
-    priority[grown] = count
-    priority[kept] = count + 1  # for want of others, some of these have been grown
+    priority.index_fill_(0, grown, count)
+    priority.index_fill_(0, kept, count + 1)  # for want of others, some of these have been grown
     return priority.topk(len(indices), sorted=False).indices.sort().values

@@ -90,7 +90,7 @@ class SpIEL(Entries):
                 "SpIEL replaces fewer entries the nearer the end is, but this run has no end: set the Trainer's "
                 "max_epochs or max_steps."
             )
-        self._watch(adapters, run.done + 1, run.total)
+        self._watch(adapters, run.done + 1, run.total, resumed=True)
         found = super().check(adapters, run)
         if run.total <= self.window:
             found.append(
@@ -100,7 +100,7 @@ class SpIEL(Entries):
         return found
 
     def before_step(self, adapters: Sequence[DeltaLinear], step: Step) -> Any:  # noqa: ARG002
-        """The step's gradients of candidates. A step that a gradient scaler skips leaves no trace."""
+        """The step's gradients at the candidates. A step that a gradient scaler skips leaves no trace."""
         return take_gradients(adapters)
 
     def after_step(self, adapters: Sequence[DeltaLinear], step: Step, observed: Any) -> None:
@@ -129,14 +129,14 @@ class SpIEL(Entries):
         choice = self.window + max(0, math.ceil((step - self.window) / self.update_every)) * self.update_every
         return choice if choice - self.window < step and choice < total else None
 
-    def _watch(self, adapters: Sequence[DeltaLinear], step: int, total: int) -> None:
+    def _watch(self, adapters: Sequence[DeltaLinear], step: int, total: int, resumed: bool = False) -> None:
         choice = self._choice(step, total)
         first = choice is not None and step == choice - self.window + 1
         for adapter in adapters:
             if choice is None or not adapter.values.requires_grad:
                 adapter.watch(None)
-            elif first or adapter.watcher is None:  # or the run resumes within a window
-                adapter.watch(Candidates(adapter, anew=first))
+            elif first or resumed:
+                adapter.watch(Candidates(adapter, first, resumed))
 
     def _drop_and_grow(self, adapter: DeltaLinear, share: float, step: Step) -> None:
         count = math.floor(share * adapter.size + 1e-6)

@@ -31,6 +31,7 @@ METHODS = {
     "GatedRoseLoRA": lambda: ls.GatedRoseLoRA(rank=4, threshold=0.02, density=0.3, begin=2, end=6),
     "SHiRA": lambda: ls.SHiRA(changed=0.05, mask="random"),
     "LIFT": lambda: ls.LIFT(changed=0.05, filter_rank=4, update_every=3),
+    "SpIEL": lambda: ls.SpIEL(changed=0.05, update_every=3, window=2),
     "GoRA": lambda: ls.LoRA(rank=4, init_weights="gora", gora_batches=2, gora_gamma=0.1),
 }
 by_method = pytest.mark.parametrize("method", METHODS)
