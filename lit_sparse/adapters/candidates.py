@@ -22,20 +22,32 @@ class Candidates:
     Args:
         adapter: One that :func:`make_room` prepared.
         first: Whether the next optimizer step is the first of those that are summed.
-        resumed: Whether the adapter may have candidates of a run that goes on. To look waits for the device.
+        resumed: Whether the adapter may have candidates of a run that goes on. To look waits for the device, once.
     """
 
     def __init__(self, adapter: DeltaLinear, first: bool, resumed: bool) -> None:
         self._places, self._sums, self._pending = (adapter.get_buffer(name) for name in _BUFFERS)
-        self.chosen = resumed and bool(self._places[0] >= 0) and (not first or bool(self._pending.any()))
+        self._first, self._resumed = first, resumed
+        self.chosen = False
         """Whether there are candidates; else the next gradient chooses them."""
-        self.fresh = first or not self.chosen
+        self.fresh = True
         """Whether no step was taken yet with these candidates."""
-        if not self.chosen:
+        if not resumed:
             self._places.fill_(-1)
+
+    def resume(self) -> None:
+        """Find what a checkpoint brought, once: it may have been loaded after this was made."""
+        if self._resumed:
+            self._resumed = False
+            self.chosen = bool(self._places[0] >= 0) and (not self._first or bool(self._pending.any()))
+            self.fresh = self._first or not self.chosen
+            if not self.chosen:
+                self._places.fill_(-1)
+                self._pending.zero_()
 
     def __call__(self, gradient: Tensor) -> None:
         """See the gradient of a backward pass, which may be overwritten."""
+        self.resume()
         gradient = gradient.flatten()
         if not self.chosen:
             gradient = _mean(gradient)
@@ -70,6 +82,8 @@ def make_room(adapter: DeltaLinear) -> None:
 def take_gradients(adapters: Sequence[DeltaLinear]) -> list[tuple[Candidates, Tensor]]:
     """The gradients of a step at the candidates of all adapters that have any."""
     watching = [adapter.watcher for adapter in adapters if isinstance(adapter.watcher, Candidates)]
+    for candidates in watching:
+        candidates.resume()
     return [(candidates, candidates.take()) for candidates in watching if candidates.chosen]
 
 

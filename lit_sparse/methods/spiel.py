@@ -84,20 +84,23 @@ class SpIEL(Entries):
         return adapter
 
     def check(self, adapters: Sequence[DeltaLinear], run: Run) -> list[str]:
-        """Refuse a run without an end, and watch gradients if the next step is within a window."""
+        """Refuse a run without an end, and warn of one without a choice."""
         if run.total is None:
             raise UsageError(
                 "SpIEL replaces fewer entries the nearer the end is, but this run has no end: set the Trainer's "
                 "max_epochs or max_steps."
             )
-        self._watch(adapters, run.done + 1, run.total, resumed=True)
-        found = super().check(adapters, run)
-        if run.total <= self.window:
-            found.append(
-                f"SpIEL first chooses entries after {self.window} steps, and this run has {run.total}: it trains "
-                "entries that chance has chosen. Lower window."
-            )
-        return found
+        if run.total > self.window:
+            return super().check(adapters, run)
+        idle = (
+            f"SpIEL first chooses entries after {self.window} steps, and this run has {run.total}: it trains entries "
+        )
+        return [*super().check(adapters, run), idle + "that chance has chosen. Lower window."]
+
+    def prepare(self, adapters: Sequence[DeltaLinear], step: Step) -> None:
+        """Watch gradients if the next step is in a window."""
+        if step.total is not None:
+            self._watch(adapters, step.index, step.total, resumed=True)
 
     def before_step(self, adapters: Sequence[DeltaLinear], step: Step) -> Any:  # noqa: ARG002
         """The step's gradients at the candidates. A step that a gradient scaler skips leaves no trace."""

@@ -83,6 +83,7 @@ class SparseSteps:
             rank_zero_warn(warning)
         # A step_pre_hook could not observe: gradients may be clipped by then, or be computed by the closure.
         self._hook = self.optimizer.register_step_post_hook(self._after_step)
+        method.prepare(self._adapters, self._step(self.optimizer))
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -123,6 +124,7 @@ class SparseSteps:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
         self.steps_taken = state_dict["steps_taken"]
+        self.method.prepare(self._adapters, self._step(self.optimizer))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002

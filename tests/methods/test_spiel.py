@@ -152,6 +152,41 @@ def test_weights_outside_of_the_last_choice_keep_every_bit():
         assert set(changed.tolist()) <= set(adapter.indices.tolist())
 
 
+@pytest.mark.parametrize("saved", range(6))
+@pytest.mark.parametrize("order", [("steps", "model", "optimizer"), ("optimizer", "model", "steps")])
+def test_a_loop_goes_on_from_any_step_bit_for_bit(saved, order):
+    """After a step, and after half of the next one. Gradients of steps 1 and 2, and of 4 and 5, are summed."""
+    method, total = ls.SpIEL(changed=0.1, update_every=3, window=2, replaced=0.5), len(BATCHES) // 2
+
+    def train(parts, begin, end):
+        for number in range(begin, end):
+            (parts["model"](**BATCHES[number]).loss / 2).backward()
+            if number % 2:
+                parts["steps"].observe()
+                parts["optimizer"].step()
+                parts["optimizer"].zero_grad()
+
+    def parts_of():
+        torch.manual_seed(saved)
+        model, _, optimizer, steps = loop_of(method, total)
+        return {"model": model, "optimizer": optimizer, "steps": steps}
+
+    for batches in (2 * saved, 2 * saved + 1):
+        parts, rest = parts_of(), parts_of()
+        train(parts, 0, batches)
+        states = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        gradients = {name: copy.deepcopy(p.grad) for name, p in parts["model"].named_parameters()}
+        train(parts, batches, len(BATCHES))
+        for name in order:
+            rest[name].load_state_dict(states[name])
+        for name, parameter in rest["model"].named_parameters():
+            parameter.grad = gradients[name]
+        train(rest, batches, len(BATCHES))
+        expected = parts["model"].state_dict()
+        for name, value in rest["model"].state_dict().items():
+            assert torch.equal(value, expected[name]), (batches, name)
+
+
 @pytest.mark.parametrize("recompute", [None, True, False], ids=["kept", "reentrant", "not reentrant"])
 def test_the_gradient_of_a_whole_weight_is_shown_and_not_kept(recompute):
     model = model_of()
