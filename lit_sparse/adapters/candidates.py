@@ -23,11 +23,12 @@ class Candidates:
         adapter: One that :func:`make_room` prepared.
         first: Whether the next optimizer step is the first of those that are summed.
         resumed: Whether the adapter may have candidates of a run that goes on. To look waits for the device, once.
+        alone: Whether other processes train models of their own, if there are any.
     """
 
-    def __init__(self, adapter: DeltaLinear, first: bool, resumed: bool) -> None:
+    def __init__(self, adapter: DeltaLinear, first: bool, resumed: bool, alone: bool) -> None:
         self._places, self._sums, self._pending = (adapter.get_buffer(name) for name in _BUFFERS)
-        self._first, self._resumed = first, resumed
+        self._first, self._resumed, self._alone = first, resumed, alone
         self.chosen = False
         """Whether there are candidates; else the next gradient chooses them."""
         self.fresh = True
@@ -50,10 +51,10 @@ class Candidates:
         self.resume()
         gradient = gradient.flatten()
         if not self.chosen:
-            gradient = _mean(gradient)
+            gradient = self._mean(gradient)
             self._places.copy_(gradient.abs().topk(len(self._places), sorted=False).indices)
         found = gradient.index_select(0, self._places).to(self._pending.dtype)
-        self._pending += _mean(found) if self.chosen else found
+        self._pending += self._mean(found) if self.chosen else found
         self.chosen = True
 
     def take(self) -> Tensor:
@@ -67,6 +68,14 @@ class Candidates:
         """Add the gradients of a step that was taken."""
         self._sums.copy_(gradient if self.fresh else self._sums + gradient)
         self.fresh, self.chosen = False, True
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes, in place."""
+        # In the backward pass, layer by layer: at the step, the gradient that chooses would be gone.
+        if not self._alone and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values)
+            values /= dist.get_world_size()
+        return values
 
 
 _BUFFERS = ("candidates", "accumulated", "pending")
@@ -85,12 +94,3 @@ def take_gradients(adapters: Sequence[DeltaLinear]) -> list[tuple[Candidates, Te
     for candidates in watching:
         candidates.resume()
     return [(candidates, candidates.take()) for candidates in watching if candidates.chosen]
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The mean over all processes, in place."""
-    # In the backward pass, layer by layer: at the step, the gradient that chooses would be gone.
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values

@@ -92,15 +92,12 @@ class SpIEL(Entries):
             )
         if run.total > self.window:
             return super().check(adapters, run)
-        idle = (
-            f"SpIEL first chooses entries after {self.window} steps, and this run has {run.total}: it trains entries "
-        )
-        return [*super().check(adapters, run), idle + "that chance has chosen. Lower window."]
+        idle = f"SpIEL first chooses entries after {self.window} steps, and this run has {run.total}: "
+        return [*super().check(adapters, run), f"{idle}it trains entries that chance has chosen. Lower window."]
 
     def prepare(self, adapters: Sequence[DeltaLinear], step: Step) -> None:
         """Watch gradients if the next step is in a window."""
-        if step.total is not None:
-            self._watch(adapters, step.index, step.total, resumed=True)
+        self._watch(adapters, step, step.index, resumed=True)
 
     def before_step(self, adapters: Sequence[DeltaLinear], step: Step) -> Any:  # noqa: ARG002
         """The step's gradients at the candidates. A step that a gradient scaler skips leaves no trace."""
@@ -110,12 +107,12 @@ class SpIEL(Entries):
         """Sum gradients, and at the end of a window drop and grow entries."""
         for candidates, gradient in observed:
             candidates.add(gradient)
-        if step.total is not None:
-            if step.index == self._choice(step.index, step.total):
-                share = 1.0 if step.index == self.window else self.replaced * (1 - step.index / step.total)
-                for adapter in adapters:
-                    self._drop_and_grow(adapter, share, step)
-            self._watch(adapters, step.index + 1, step.total)
+        total = step.total or 0
+        if step.index == self._choice(step.index, total):
+            share = 1.0 if step.index == self.window else self.replaced * (1 - step.index / total)
+            for adapter in adapters:
+                self._drop_and_grow(adapter, share, step)
+        self._watch(adapters, step, step.index + 1)
         super().after_step(adapters, step, observed)
 
     def release(self, adapters: Sequence[DeltaLinear]) -> None:
@@ -132,14 +129,14 @@ class SpIEL(Entries):
         choice = self.window + max(0, math.ceil((step - self.window) / self.update_every)) * self.update_every
         return choice if choice - self.window < step and choice < total else None
 
-    def _watch(self, adapters: Sequence[DeltaLinear], step: int, total: int, resumed: bool = False) -> None:
-        choice = self._choice(step, total)
-        first = choice is not None and step == choice - self.window + 1
+    def _watch(self, adapters: Sequence[DeltaLinear], step: Step, upcoming: int, resumed: bool = False) -> None:
+        choice = self._choice(upcoming, step.total or 0)
+        first = choice is not None and upcoming == choice - self.window + 1
         for adapter in adapters:
             if choice is None or not adapter.values.requires_grad:
                 adapter.watch(None)
             elif first or resumed:
-                adapter.watch(Candidates(adapter, first, resumed))
+                adapter.watch(Candidates(adapter, first, resumed, step.alone))
 
     def _drop_and_grow(self, adapter: DeltaLinear, share: float, step: Step) -> None:
         count = math.floor(share * adapter.size + 1e-6)

@@ -90,7 +90,11 @@ def test_entries_of_the_rank_reduced_weight_are_trained_alike_and_move_alike() -
 
 def test_entries_that_gradients_drop_and_grow_are_those_of_one_process() -> None:
     case = {"arch": "bert", "method": "spiel", "steps": 15}
-    kinds = [{**case, "tag": "spiel"}, {**case, "accumulate": 4, "tag": "spiel_in_parts"}]
+    kinds = [
+        {**case, "tag": "spiel"},
+        {**case, "accumulate": 4, "tag": "spiel_in_parts"},
+        {**case, "arch": "llama", "compile": {"backend": "aot_eager"}, "tag": "spiel_compiled"},
+    ]
     start(1, [{**kind, "strategy": "auto", "tag": f"alone_{kind['tag']}"} for kind in kinds])
     runs = [{**kind, "strategy": s, "tag": f"{s}_{kind['tag']}"} for kind in kinds for s in STRATEGIES]
     # Steps 6, 7 and 8 are those of a window. A checkpoint of ddp goes on under fsdp2, and the other way round.
