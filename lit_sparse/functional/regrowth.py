@@ -23,6 +23,11 @@ def regrown(indices: Tensor, values: Tensor, candidates: Tensor, gradients: Tens
     Returns:
         The new places, ascending; shape ``(trained,)``.
 
+    Example:
+        >>> trained, candidates = torch.tensor([0, 3, 5]), torch.tensor([1, 3, 6])
+        >>> regrown(trained, torch.tensor([0.2, -0.9, 0.1]), candidates, torch.tensor([0.5, 9.0, -2.0]), 1, 8)
+        tensor([0, 3, 6])
+
     Source:
         Ansell et al. 2024 (SpIEL, arXiv:2401.16405).
     """
