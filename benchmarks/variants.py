@@ -277,6 +277,8 @@ def ours(rank: int, dropout: float, **options: Any) -> dict[str, ls.Method]:
         "gated RoseLoRA": ls.GatedRoseLoRA(rank=rank, alpha=16, dropout=dropout, threshold=1e-7, **masks),
         # Whatever the rank. LIFT has the same steps: its entries are chosen by the largest, and stay.
         "SHiRA": ls.SHiRA(changed=0.02),
+        # All steps sum gradients of candidates, as a quarter of them do by default; the others are SHiRA's.
+        "SpIEL, in a window": ls.SpIEL(changed=0.02, update_every=999, window=999),
     }
 
 

@@ -71,6 +71,7 @@ from lit_sparse.methods.method import Method as Method
 from lit_sparse.methods.roselora import RoseLoRA as RoseLoRA
 from lit_sparse.methods.shira import SHiRA as SHiRA
 from lit_sparse.methods.sora import SoRA as SoRA
+from lit_sparse.methods.spiel import SpIEL as SpIEL
 from lit_sparse.methods.start import start_from_batches as start_from_batches
 from lit_sparse.methods.step import Step as Step
 from lit_sparse.methods.stepping import SparseSteps as SparseSteps

@@ -158,7 +158,8 @@ def test_a_configuration_fits_for_a_step(path, tmp_path, monkeypatch):
     callbacks = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
     stages = "lit_sparse.ThresholdStages" in callbacks  # whose epochs and the Trainer's must agree
     build = next(build for part, build in TINY.items() if part in backbone)
-    steps = 4 if "budget" in config["model"]["init_args"]["method"]["init_args"] else 1  # a budget holds from `end` on
+    arguments = config["model"]["init_args"]["method"]["init_args"]
+    steps = 4 if "budget" in arguments else 1 + arguments.get("window", 0)  # a budget holds from `end` on
     options = {
         "model.init_args.backbone": build(tmp_path / "backbone"),
         **data_options(config["data"], tmp_path / "rows"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class DeltaLinear(ReplacesLinear):
     values: nn.Parameter
     indices: Tensor
     shape: Tensor
+    watcher: Callable[[Tensor], None] | None
+    """Who sees the gradient of the whole weight; see :meth:`watch`."""
 
     def __init__(self, base: FrozenLinear, count: int) -> None:
         if type(getattr(base, "weight", None)) not in (nn.Parameter, Tensor) or not isinstance(base, FrozenLinear):
@@ -51,6 +54,10 @@ class DeltaLinear(ReplacesLinear):
         """Places of the values in the flattened weight, ascending, each once; shape ``(count,)``."""
         self.register_buffer("shape", torch.tensor(weight.shape, device=weight.device))
         """Rows and columns of the weight, for readers of a checkpoint."""
+        self.watch(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watcher": None, "_probe": None}  # a copy is not watched: hooks are not copied
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
@@ -61,10 +68,12 @@ class DeltaLinear(ReplacesLinear):
         if may_fuse(base, rows):
             if autocasts(rows) and rows.dtype != torch.float64:
                 rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-            y = _ChangedLinear.apply(rows, base.weight, base.bias, self.values, self.indices, transposed)  # type: ignore[no-untyped-call]
+            parts = (base.weight, base.bias, self.values, self.indices)
+            y = _ChangedLinear.apply(rows, *parts, transposed, self._probe)  # type: ignore[no-untyped-call]
         else:
             y = self.base(rows)
-            y = y + F.linear(rows, self._as_matrix(self._delta()).to(rows.dtype)).to(y.dtype)
+            delta = self._delta() if self._probe is None else self._delta() + self._probe
+            y = y + F.linear(rows, self._as_matrix(delta).to(rows.dtype)).to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
     @property
@@ -110,6 +119,28 @@ class DeltaLinear(ReplacesLinear):
         self.indices.copy_(places)
         return sources.where(stays, -1)
 
+    def watch(self, watcher: Callable[[Tensor], None] | None) -> None:
+        """Show the gradient of the whole changed weight in every backward pass from now on.
+
+        The gradient exists until ``watcher`` returns, so that layers have it one after another (in compiled graphs,
+        the layers of a graph together). It is that of the process's own batch, and scaled if a gradient scaler is used.
+
+        Args:
+            watcher: Called with the gradient, in the orientation, shape and dtype of the frozen weight; None: no more.
+        """
+        self.watcher = watcher
+        self._probe: Tensor | None = None
+        if watcher is not None:
+            # A zero for every entry in the memory of one: added to the weight, it would have the weight's gradient.
+            zero = torch.zeros((), dtype=self.base.weight.dtype, device=self.values.device)
+            self._probe = zero.expand(self.weight_shape).requires_grad_()
+            self._probe.register_post_accumulate_grad_hook(self._show)
+
+    def _show(self, probe: Tensor) -> None:
+        gradient, probe.grad = probe.grad, None
+        if self.watcher is not None and gradient is not None:
+            self.watcher(gradient)
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, entries={len(self.values)}"
@@ -131,6 +162,7 @@ class _ChangedLinear(Function):
         values: Tensor,
         indices: Tensor,
         transposed: bool,
+        probe: Tensor | None,  # noqa: ARG004
     ) -> Tensor:
         matrix = changed_weight(weight, values, indices, rows.dtype)
         matrix = matrix if transposed else matrix.t()
@@ -142,7 +174,7 @@ class _ChangedLinear(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         rows, weight, values, indices = ctx.saved_tensors
-        grad_rows = grad_values = None
+        grad_rows = grad_values = grad_probe = None
         with no_autocast(grad_y):  # dtypes are fixed by now
             if ctx.needs_input_grad[0]:
                 matrix = changed_weight(weight, values, indices, rows.dtype)
@@ -151,7 +183,8 @@ class _ChangedLinear(Function):
                 # The product of all entries, of which few are taken: see docs/performance.md for the alternatives.
                 gradient = rows.t().mm(grad_y) if ctx.transposed else grad_y.t().mm(rows)
                 grad_values = gradient.flatten().index_select(0, indices).to(values.dtype)
-        return grad_rows, None, None, grad_values, None, None
+                grad_probe = gradient if ctx.needs_input_grad[6] else None
+        return grad_rows, None, None, grad_values, None, None, grad_probe
 
 
 def changed_weight(weight: Tensor, values: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -107,8 +107,8 @@ def move_entries(optimizer: Optimizer, parameter: nn.Parameter, sources: Tensor)
         if type(value) is not Tensor or value.shape != parameter.shape or not value.is_floating_point():
             raise UsageError(
                 f"Entries cannot move while {type(optimizer).__name__} trains: it keeps {key!r} of shape "
-                f"{tuple(value.shape)} and {value.dtype} for {len(parameter)} entries. Use AdamW, or leave out "
-                "update_every."
+                f"{tuple(value.shape)} and {value.dtype} for {len(parameter)} entries. Use AdamW, or let "
+                "entries stay: SHiRA, or LIFT without update_every."
             )
         value.copy_(value[sources.clamp(min=0)].where(sources >= 0, 0))
 

@@ -105,7 +105,8 @@ class Sparsify(Callback):
         if self._averages and self.method.moves_entries:
             raise UsageError(
                 "WeightAveraging would average changes of different entries, which "
-                f"{type(self.method).__name__} moves. Remove it, or leave out update_every."
+                f"{type(self.method).__name__} moves. Remove it, or let entries stay: SHiRA, or LIFT without "
+                "update_every."
             )
         keep_buffers_local(trainer.strategy.model, adapters.items())
 

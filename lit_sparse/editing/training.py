@@ -111,7 +111,7 @@ def train(
     trainable = _weights(model, method) if isinstance(method, FineTuning) else _adapters(model, method)
     with torch.enable_grad(), in_mode(model, training=True), trainable as change:
         made = make_optimizer(optimizer, change.groups)
-        sparse = SparseSteps(method, model, made, steps) if isinstance(method, Method) else None
+        sparse = SparseSteps(method, model, made, steps, alone=True) if isinstance(method, Method) else None
         settled = method.settled_after(steps) if isinstance(method, Method) else 0
         turn: deque[Tensor] = deque(maxlen=len(batches))
         start = time.perf_counter()

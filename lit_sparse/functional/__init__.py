@@ -23,6 +23,7 @@ from lit_sparse.functional.proximal import released_threshold as released_thresh
 from lit_sparse.functional.proximal import released_threshold_ as released_threshold_
 from lit_sparse.functional.proximal import soft_threshold as soft_threshold
 from lit_sparse.functional.proximal import soft_threshold_ as soft_threshold_
+from lit_sparse.functional.regrowth import regrown as regrown
 from lit_sparse.functional.schedules import cubic_density as cubic_density
 from lit_sparse.functional.schedules import resolve_step as resolve_step
 from lit_sparse.functional.schedules import threshold_stages as threshold_stages

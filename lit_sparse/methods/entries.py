@@ -89,6 +89,11 @@ class Entries(Method):
         return max(1, math.floor(self._share(overrides) * weight.numel() + 1e-6))
 
 
+def by_chance(weight: Tensor) -> Tensor:
+    """Random scores, which are drawn on the CPU so that every device has the same."""
+    return torch.rand(weight.shape).to(weight.device)
+
+
 @torch.no_grad()
 def place(adapter: DeltaLinear, scores: Tensor) -> None:
     """Let an adapter train the entries with the highest scores, of any shape; its values stay as they are."""

@@ -180,6 +180,14 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
         """
         return []
 
+    def prepare(self, adapters: Sequence[Any], step: Step) -> None:  # noqa: B027
+        """Called before the first step of a run or of its rest, and again if a loop of your own loads a checkpoint.
+
+        Args:
+            adapters: All of the model's. A checkpoint may still be loaded into them.
+            step: The next one.
+        """
+
     def before_step(self, adapters: Sequence[Any], step: Step) -> Any:  # noqa: ARG002
         """Called when gradients are final, but not clipped, and weights are those that produced them.
 
@@ -191,6 +199,9 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
 
     def after_step(self, adapters: Sequence[Any], step: Step, observed: Any) -> None:  # noqa: B027
         """Called after the optimizer changed the weights: zero what is to be zero, in place."""
+
+    def release(self, adapters: Sequence[Any]) -> None:  # noqa: B027
+        """Called when the optimizer is no longer followed, however the run ends."""
 
     def set_threshold(self, threshold: float) -> None:  # noqa: ARG002
         """Use this threshold from the next step on, as :class:`~lit_sparse.ThresholdStages` asks.

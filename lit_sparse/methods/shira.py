@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.delta import DeltaLinear
 from lit_sparse.errors import UsageError, require_choice, require_range
-from lit_sparse.methods.entries import Entries, place
+from lit_sparse.methods.entries import Entries, by_chance, place
 from lit_sparse.methods.gradients import mean_gradients
 from lit_sparse.methods.step import Run
 
@@ -50,10 +49,10 @@ class SHiRA(Entries):
         require_range("start_batches", self.start_batches, at_least=1)
 
     def scores(self, weight: Tensor) -> Tensor | None:
-        """Magnitudes, or random numbers, which are drawn on the CPU so that every device has the same."""
+        """Magnitudes, or random numbers."""
         if self.mask == "magnitude":
             return weight.abs()
-        return torch.rand(weight.shape).to(weight.device) if self.mask == "random" else None
+        return by_chance(weight) if self.mask == "random" else None
 
     @property
     def batch_start(self) -> str | None:

@@ -23,12 +23,14 @@ class Step:
         total: Optimizer steps of the whole run, None when the Trainer has no end.
         optimizer: The optimizer that takes it.
         group_of: Index in ``optimizer.param_groups`` of each of its parameters.
+        alone: Whether other processes train models of their own, if there are any.
     """
 
     index: int
     total: int | None
     optimizer: Optimizer
     group_of: Mapping[nn.Parameter, int]
+    alone: bool = False
 
     def group(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The parameter group that holds ``parameter``: its lr, betas and so on."""

@@ -50,6 +50,7 @@ class SparseSteps:
         lr_scheduler: The scheduler that is stepped after every optimizer step, if any. A ``LambdaLR`` tells the
             method the learning rates to come, for its warnings.
         steps_taken: Optimizer steps that were taken before, in a resumed run.
+        alone: Whether every process, if there are several, trains a model of its own.
 
     Raises:
         UsageError: If ``total_steps`` < 1; if the model holds no adapters, adapters of another method, adapters on
@@ -65,6 +66,7 @@ class SparseSteps:
         total_steps: int | None,
         lr_scheduler: LRScheduler | None = None,
         steps_taken: int = 0,
+        alone: bool = False,
     ) -> None:
         require_range("total_steps", total_steps, at_least=1)
         adapters = adapters_of(method, model)
@@ -74,7 +76,7 @@ class SparseSteps:
         require_trained_weights(method, self.optimizer)
         self.steps_taken = steps_taken
         self._adapters = list(adapters.values())
-        self._total = total_steps
+        self._total, self._alone = total_steps, alone
         self._lr_scheduler = lr_scheduler
         self._group_of = {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         self._observed: Any = _NOTHING
@@ -83,6 +85,7 @@ class SparseSteps:
             rank_zero_warn(warning)
         # A step_pre_hook could not observe: gradients may be clipped by then, or be computed by the closure.
         self._hook = self.optimizer.register_step_post_hook(self._after_step)
+        method.prepare(self._adapters, self._step(self.optimizer))
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -114,6 +117,7 @@ class SparseSteps:
     def release(self) -> None:
         """Stop following the optimizer."""
         self._hook.remove()
+        self.method.release(self._adapters)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken."""
@@ -122,6 +126,7 @@ class SparseSteps:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
         self.steps_taken = state_dict["steps_taken"]
+        self.method.prepare(self._adapters, self._step(self.optimizer))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
@@ -147,7 +152,7 @@ class SparseSteps:
         self.method.after_step(self._adapters, step, observed)
 
     def _step(self, optimizer: Optimizer) -> Step:
-        return Step(self.steps_taken + 1, self._total, optimizer, self._group_of)
+        return Step(self.steps_taken + 1, self._total, optimizer, self._group_of, self._alone)
 
     def _learning_rates(self, parameter: nn.Parameter) -> list[float]:
         """The lr of ``parameter`` at every step: exact for a LambdaLR stepped with the optimizer, else constant."""

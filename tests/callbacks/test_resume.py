@@ -30,6 +30,7 @@ METHODS = {
     "SoRA": {"rank": 4, "sparsity_weight": 4.0, "gate_lr": 0.03, "dropout": 0.2, "freeze_zero_after": 3},
     "RoseLoRA": {"rank": 4, "density": 0.2, "begin": 0.1, "end": 0.6, "dropout": 0.2},
     "SHiRA": {"changed": 0.1, "mask": "snip", "start_batches": 3},
+    "SpIEL": {"changed": 0.1, "update_every": 4, "window": 3, "replaced": 0.5},
     "HardConcreteLoRA": {"rank": 4, "budget": 0.4},
 }
 BATCHES, EPOCHS = 9, 4  # an odd number of batches: the last step of an epoch has one batch instead of two
@@ -135,7 +136,14 @@ def logged(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "compact"),
-    [("SoRA", False), ("RoseLoRA", False), ("SHiRA", False), ("SoRA", True), ("HardConcreteLoRA", True)],
+    [
+        ("SoRA", False),
+        ("RoseLoRA", False),
+        ("SHiRA", False),
+        ("SpIEL", False),
+        ("SoRA", True),
+        ("HardConcreteLoRA", True),
+    ],
 )
 def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_one_that_is_not(method, compact, project):
     """Dropout, shuffled rows, accumulation over two batches, validations and checkpoints in the middle of epochs."""

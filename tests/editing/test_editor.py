@@ -421,6 +421,16 @@ def test_the_command_killed_and_resumed_and_in_two_processes(folder):
 
 
 @pytest.mark.slow
+def test_processes_that_edit_do_not_share_gradients(folder):
+    spiel = {"target_modules": ["v_proj"], "changed": 0.1, "update_every": 2, "window": 2}
+    file = config(folder, method={"class_path": "lit_sparse.SpIEL", "init_args": spiel})
+    command("--config", file)
+    done = two_processes(file, "--model.init_args.output=runs/two")
+    assert done.returncode == 0, done.stderr
+    assert Path("runs/two/results.jsonl").read_bytes() == Path("runs/cli/results.jsonl").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_sequence_killed_and_resumed(folder):
     file = config(folder, sequential=True, retest_every=5)
     command("--config", file)

@@ -32,6 +32,7 @@ METHODS = {
     "gated": ls.GatedRoseLoRA(["q_proj", "v_proj"], rank=2, density=0.1, begin=1, end=4, threshold=1e-3),
     "shira": ls.SHiRA(["q_proj", "v_proj"], changed=0.05),
     "lift": ls.LIFT(["q_proj", "v_proj"], changed=0.05, filter_rank=4, update_every=2),
+    "spiel": ls.SpIEL(["q_proj", "v_proj"], changed=0.05, update_every=2, window=1),
     "fine-tuning": FineTuning(["q_proj", "v_proj"]),
 }
 

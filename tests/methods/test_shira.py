@@ -128,7 +128,7 @@ def test_gradients_choose_the_rest_where_a_layer_is_trained_whole():
     assert all(adapter.is_placed for adapter in adapters.values())
 
 
-@pytest.mark.parametrize("method", [*(ls.SHiRA(mask=mask) for mask in MASKS), ls.LIFT()], ids=range(5))
+@pytest.mark.parametrize("method", [*(ls.SHiRA(mask=mask) for mask in MASKS), ls.LIFT(), ls.SpIEL()], ids=range(6))
 def test_adapters_are_made_without_memory_on_the_meta_device(method):
     config = model_of().config
     with torch.device("meta"):

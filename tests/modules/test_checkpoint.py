@@ -26,6 +26,7 @@ METHODS = [
     ls.SHiRA(changed=0.1, mask="random"),
     ls.SHiRA(changed=0.1, mask="snip", start_batches=2),
     ls.LIFT(changed=0.1, filter_rank=4, update_every=3),
+    ls.SpIEL(changed=0.1, update_every=6, window=4),  # half of 16 steps is within the window from 7 to 10
     ls.HardConcreteLoRA(rank=4, budget=0.5, begin=1, end=6),
 ]
 BUFFERS = {  # beside the parameters
@@ -35,9 +36,13 @@ BUFFERS = {  # beside the parameters
     "GatedRoseLoRA": {"sensitivity_A", "sensitivity_B_t"},
     "SHiRA": {"indices", "shape"},
     "LIFT": {"indices", "shape"},
+    "SpIEL": {"indices", "shape", "candidates", "accumulated", "pending"},
     "HardConcreteLoRA": {"multiplier", "multiplier_of_square", "target"},
 }
-pytestmark = pytest.mark.filterwarnings("ignore:The adapters hold")  # a run of two steps ends before its budget holds
+pytestmark = [  # in runs of two steps
+    pytest.mark.filterwarnings("ignore:The adapters hold"),
+    pytest.mark.filterwarnings("ignore:SpIEL first chooses"),
+]
 by_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda method: f"{type(method).__name__}-{getattr(method, 'mask', method.init_weights)}"
 )

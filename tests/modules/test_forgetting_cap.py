@@ -32,6 +32,7 @@ METHODS = {
     "SHiRA": lambda: ls.SHiRA(changed=0.05, mask="random"),
     "LIFT": lambda: ls.LIFT(changed=0.05, filter_rank=4, update_every=3),
     "GoRA": lambda: ls.LoRA(rank=4, init_weights="gora", start_batches=2, gora_gamma=0.1),
+    "SpIEL": lambda: ls.SpIEL(changed=0.05, update_every=3, window=2),
 }
 by_method = pytest.mark.parametrize("method", METHODS)
 

@@ -36,10 +36,14 @@ class Own(L.LightningModule):
         return torch.optim.AdamW(ls.parameter_groups(self, self.method), lr=0.01)
 
 
-def ours():
+def ours(method=None):
     optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
     model = build_tiny(BertForSequenceClassification)
-    return ls.SequenceClassification(model, ls.SHiRA(["query"], changed=0.25), optimizer=optimizer)
+    return ls.SequenceClassification(model, method or ls.SHiRA(["query"], changed=0.25), optimizer=optimizer)
+
+
+def moving():
+    return ours(ls.SpIEL(["query"], changed=0.25, update_every=1, window=1))
 
 
 def checkpoint_of(module, folder):
@@ -54,7 +58,7 @@ def checkpoint_of(module, folder):
     return folder / "end.ckpt"
 
 
-@pytest.mark.parametrize("make", [ours, Own])
+@pytest.mark.parametrize("make", [ours, moving, Own])
 def test_a_checkpoint_is_shown_without_ranks(make, tmp_path):
     module = make()
     file = checkpoint_of(module, tmp_path)
@@ -101,7 +105,11 @@ def test_cells_are_those_of_the_dense_change():
 
 
 @pytest.mark.slow
-def test_fit_export_and_merge_by_the_command_line(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("SHiRA", {"mask": "snip", "start_batches": 2}), ("SpIEL", {"update_every": 2, "window": 1})],
+)
+def test_fit_export_and_merge_by_the_command_line(method, arguments, tmp_path):
     """As a user types it: train from the command line, then take the files elsewhere."""
     save_tiny_bert(tmp_path / "bert")
     for split, count in (("train", 32), ("validation", 8)):
@@ -109,8 +117,9 @@ def test_fit_export_and_merge_by_the_command_line(tmp_path):
         rows = [(("good", "bad")[i % 2], ("yes", "no")[i % 2]) for i in range(count)]
         csv.writer(table).writerows([("text", "label"), *rows])
         (tmp_path / f"{split}.csv").write_text(table.getvalue())
-    words = ["fit", "--model", "SequenceClassification", "--model.backbone", "bert", "--model.method", "SHiRA"]
-    words += ["--model.method.changed", "0.1", "--model.method.mask", "snip", "--model.method.start_batches", "2"]
+    words = ["fit", "--model", "SequenceClassification", "--model.backbone", "bert", "--model.method", method]
+    for name, value in {"changed": 0.1, **arguments}.items():
+        words += [f"--model.method.{name}", str(value)]
     words += ["--data", "TextClassificationData", "--data.path", ".", "--data.batch_size", "8"]
     words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.logger", "false"]
     words += ["--trainer.callbacks", "SparseCheckpoint", "--trainer.callbacks.dirpath", "kept"]

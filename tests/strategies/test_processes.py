@@ -88,6 +88,27 @@ def test_entries_of_the_rank_reduced_weight_are_trained_alike_and_move_alike() -
         start(2, [{**cases[1], "strategy": "fsdp2", "tag": "refused"}])
 
 
+def test_entries_that_gradients_drop_and_grow_are_those_of_one_process() -> None:
+    case = {"arch": "bert", "method": "spiel", "steps": 15}
+    kinds = [
+        {**case, "tag": "spiel"},
+        {**case, "accumulate": 4, "tag": "spiel_in_parts"},
+        {**case, "arch": "llama", "compile": {"backend": "aot_eager"}, "tag": "spiel_compiled"},
+    ]
+    start(1, [{**kind, "strategy": "auto", "tag": f"alone_{kind['tag']}"} for kind in kinds])
+    runs = [{**kind, "strategy": s, "tag": f"{s}_{kind['tag']}"} for kind in kinds for s in STRATEGIES]
+    # Steps 6, 7 and 8 are those of a window. A checkpoint of ddp goes on under fsdp2, and the other way round.
+    saved = [{**case, "strategy": s, "tag": f"{s}_saved", "save_at": 7, "save": f"{s}.ckpt"} for s in ("ddp", "fsdp2")]
+    pairs = (("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"))
+    rest = [{**case, "strategy": to, "tag": f"{of}_{to}", "resume": f"{of}.ckpt"} for of, to in pairs]
+    start(2, [*runs, *saved, *rest])
+    tags = [(f"{s}_{kind['tag']}", f"alone_{kind['tag']}") for kind in kinds for s in STRATEGIES]
+    for tag, alone in [*tags, ("ddp_fsdp2", "alone_spiel"), ("fsdp2_ddp", "alone_spiel")]:
+        assert difference(final(tag, 0), final(tag, 1)) == 0, tag
+        assert difference(final(tag), final(alone)) <= 1e-6, tag
+    assert difference(final("ddp_spiel"), final("ddp_ddp")) == 0
+
+
 def test_processes_choose_entries_by_the_gradients_of_all_their_batches() -> None:
     case = {"arch": "bert", "method": "shira_snip", "steps": 6}
     start(1, [{**case, "strategy": "auto", "tag": "alone"}])

@@ -47,6 +47,7 @@ METHODS: dict[str, Any] = {
     "lift": lambda dropout, **o: ls.LIFT(changed=0.1, filter_rank=4, **o),
     "lift_moving": lambda dropout, **o: ls.LIFT(changed=0.1, filter_rank=4, update_every=3, **o),
     "shira_snip": lambda dropout, **o: ls.SHiRA(changed=0.1, mask="snip", start_batches=3, **o),
+    "spiel": lambda dropout, **o: ls.SpIEL(changed=0.1, update_every=5, window=3, replaced=0.5, **o),
 }
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",
