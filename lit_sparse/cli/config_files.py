@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def _require_mapping(file: Path) -> None:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{file} is not YAML in UTF-8: {error}") from error
+    try:
+        json.dumps(content, default=str, skipkeys=True)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} has a value that is part of itself, or is nested too deeply.") from error
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise UsageError(f"{file} is {found}, not a configuration: model, data and trainer with their arguments.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import Forced, collate, encode
 from lit_sparse.editing.writing import SAMPLING, Writer
-from lit_sparse.errors import require_range
+from lit_sparse.errors import UsageError, reason_of, require_range
 from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
 
 # Those of the release of MEMIT (Meng et al. 2022, arXiv:2210.07229), whose prefixes begin with them.
@@ -41,7 +42,7 @@ class Anchors:
         tokens: Longest continuation, in tokens.
 
     Raises:
-        UsageError: If an argument is outside its range.
+        UsageError: If an argument is outside its range, or there would be no text.
     """
 
     weight: float = 1.0
@@ -54,6 +55,8 @@ class Anchors:
         require_range("of_subject", self.of_subject, at_least=0, at_most=len(_OF_SUBJECT))
         require_range("general", self.general, at_least=0)
         require_range("tokens", self.tokens, at_least=1)
+        if not self.of_subject and not self.general:
+            raise UsageError("of_subject and general are both 0, so nothing would be held: raise one of them.")
 
 
 class Examples:
@@ -65,6 +68,9 @@ class Examples:
         prefixes: Texts that the model writes; each prompt is trained on alone, and after each of them.
         anchors: What is held; None: nothing.
         seed: Of the texts that are drawn.
+
+    Raises:
+        UsageError: If the tokenizer cannot read the words that texts begin with, or the model writes nothing.
     """
 
     def __init__(
@@ -78,6 +84,11 @@ class Examples:
             self._prefixes = [" ".join(str(text).split()) for text in texts]
             general = anchors.general if anchors is not None else 0
             held = self._continued(_repeated(general), anchors.tokens, _LIKELY) if anchors is not None else []
+        if len(drawn) < prefixes or len(held) < general:
+            raise UsageError(
+                f"The model ends texts such as {_STARTS[0]!r} at once, so it writes no prefixes or general anchors: "
+                "set prefixes to 0, and general of the anchors to 0."
+            )
         self._general = [Forced(row.input_ids, 1) for row in held]
 
     def batches(
@@ -100,6 +111,11 @@ class Examples:
         subjects = dict.fromkeys(request.subject for request in requests if request.subject)
         starts = [start.format(name) for name in subjects for start in _OF_SUBJECT[: self._anchors.of_subject]]
         held = [*self._continued(starts, self._anchors.tokens, WITHOUT_SAMPLING), *self._general]
+        if not held:
+            rank_zero_warn(
+                f"Nothing is held while the answer to {requests[0].prompt!r} changes: the request has no subject, or "
+                "the model writes nothing on it, and general is 0."
+            )
         return collate(self._tokenizer, encode(self._tokenizer, prompts), held, self._anchors.weight)
 
     def _after_prefixes(self, prompt: str) -> list[str]:
@@ -107,7 +123,13 @@ class Examples:
 
     def _continued(self, starts: Sequence[str], tokens: int, how: dict[str, Any]) -> list[Forced]:
         """The tokens of what the model writes after each start; nothing where it writes nothing."""
-        rows = open_ended(self._tokenizer, list(starts)) if starts else []
+        try:
+            rows = open_ended(self._tokenizer, list(starts)) if starts else []
+        except Exception as error:  # a tokenizer without a token for unknown words may raise anything
+            raise UsageError(
+                f"The tokenizer cannot read {starts[0]!r} ({reason_of(error)}), with which prefixes or anchors begin: "
+                "set prefixes to 0, and leave the anchors out."
+            ) from error
         written = self._writer.continued(rows, tokens, {self._tokenizer.eos_token_id}, how)
         return [Forced(row + new, len(row)) for row, new in zip(rows, written, strict=True) if new]
 

@@ -10,6 +10,7 @@ from torch import nn
 from lit_sparse.adapters.quantized import quantized_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Entries, Patch, require_fit, standing
+from lit_sparse.methods.method import Method
 
 _SAMPLED = 16  # entries of each weight
 # Half-precision copies of one model differ by rounding, 2⁻⁸ at most for bfloat16; other weights by far more.
@@ -25,6 +26,12 @@ def require_editable(model: nn.Module) -> None:
         )
 
 
+def require_without_batches(method: object) -> None:
+    """Refuse a method whose adapters start from training batches, of which an edit has none."""
+    if isinstance(method, Method) and method.batch_start is not None:
+        raise UsageError(f"{method.batch_start} starts from training batches, and an edit has none: leave it out.")
+
+
 def require_able(trainer: Trainer, sequential: bool) -> None:
     """Refuse a Trainer under which weights cannot be edited."""
     if torch.is_inference_mode_enabled():
@@ -33,6 +40,11 @@ def require_able(trainer: Trainer, sequential: bool) -> None:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise UsageError(
             f"Every process edits a whole model, and {type(strategy).__name__} shards it: use a single device or ddp."
+        )
+    if trainer.precision_plugin.precision in ("bf16-true", "16-true"):
+        raise UsageError(
+            f"{trainer.precision_plugin.precision} is not for edits: use 32-true, and give the model its type by "
+            "backbone_args {dtype: bfloat16}. Edits are then trained in float32 over the stored type."
         )
     if trainer.precision_plugin.precision == "16-mixed":
         raise UsageError("Edits are trained without a gradient scaler: use bf16-mixed or 32-true, not 16-mixed.")

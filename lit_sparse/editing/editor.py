@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.anchors import Anchors, Examples
-from lit_sparse.editing.bases import require_able, require_editable
+from lit_sparse.editing.bases import require_able, require_editable, require_without_batches
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
 from lit_sparse.editing.measuring import Measurer, Questions, summarize, summary_of
@@ -118,6 +118,7 @@ class Editor(LightningModule):
         require_range("generated_tokens", generated_tokens, at_least=0)
         require_range("generated_samples", generated_samples, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
+        require_without_batches(method)
         if anchors is not None and requests_per_step is not None:
             raise UsageError("anchors need the probabilities for all requests at once: leave requests_per_step out.")
         if retest_every is not None and not sequential:

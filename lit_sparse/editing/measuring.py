@@ -31,7 +31,6 @@ from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import batches, encode, predict
 from lit_sparse.editing.writing import SAMPLING, Writer
 from lit_sparse.errors import UsageError, parse_json
-from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
 
 _TEXT_LENGTH = 128  # tokens of a text that its perplexity is measured on
 
@@ -117,6 +116,7 @@ class Measurer:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._writer = Writer(model, tokenizer, batch_size, generated_tokens, chat_template)
+        self._sampler = Writer(model, tokenizer, max(1, generated_samples), generated_tokens, chat_template)
         self._fluency_tokens, self._batch_size = fluency_tokens, batch_size
         self._samples, self._seed = generated_samples, seed
         self._texts = [] if texts is None else _read_texts(texts, tokenizer)
@@ -161,7 +161,7 @@ class Measurer:
             return exact(place)._replace(contained=True)
 
         def sampled(place: int) -> Samples:
-            return Samples([Continuation(texts[place], questions.pairs[place][1]) for texts in drawn])
+            return Samples([Continuation(text, questions.pairs[place][1]) for text in drawn[place]])
 
         def sampled_contained(place: int) -> Samples:
             return Samples([one._replace(contained=True) for one in sampled(place).drawn])
@@ -192,23 +192,24 @@ class Measurer:
             metric.update(self._model(**batch, use_cache=False).logits[:, :-1].float(), labels[:, 1:])
         return float(metric.compute())
 
-    def _drawn(self, questions: Questions) -> list[dict[int, str]]:
-        """Random answers by place, as many times as there are samples: the same ones in every run."""
+    def _drawn(self, questions: Questions) -> dict[int, list[str]]:
+        """Random answers by place: the same ones in every run, for one prompt at a time is answered."""
+        if not self._samples:
+            return {}
         # Locality is asked of greedy answers alone: random ones differ without an edit, too.
         unrelated = set(questions.locality_places)
-        places = [place for place in range(len(questions.rows)) if place not in unrelated]
+        prompts = {i: prompt for i, (prompt, _) in enumerate(questions.pairs) if i not in unrelated}
         with isolate_rng():
             torch.manual_seed(self._seed + questions.requests[0].index)
-            return [self._written(questions, places, SAMPLING) for _ in range(self._samples)]
+            answers = {p: self._sampler.answers([p] * self._samples, SAMPLING) for p in dict.fromkeys(prompts.values())}
+        return {i: answers[prompt] for i, prompt in prompts.items()}
 
-    def _written(
-        self, questions: Questions, places: Iterable[int], how: Mapping[str, Any] = WITHOUT_SAMPLING
-    ) -> dict[int, str]:
+    def _written(self, questions: Questions, places: Iterable[int]) -> dict[int, str]:
         if not self._writer.max_new_tokens:
             return {}
         prompts = {place: questions.pairs[place][0] for place in places}
         distinct = list(dict.fromkeys(prompts.values()))
-        text = dict(zip(distinct, self._writer.answers(distinct, how), strict=True))
+        text = dict(zip(distinct, self._writer.answers(distinct), strict=True))
         return {place: text[prompt] for place, prompt in prompts.items()}
 
     def _fluent(self, questions: Questions) -> list[str]:

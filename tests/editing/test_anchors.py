@@ -9,7 +9,8 @@ import torch
 import yaml
 from backbones import save_tiny_llama
 from edit_groups import adam, alone, batches, llama, require_alike, trained
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lit_sparse as ls
 from lit_sparse.adapters.rowwise import Routes
@@ -206,6 +207,7 @@ def test_wrong_arguments(folder):
         ({"of_subject": 7}, "of_subject must be"),
         ({"general": -1}, "general must be at least 0"),
         ({"tokens": 0}, "tokens must be at least 1"),
+        ({"of_subject": 0, "general": 0}, "nothing would be held: raise one of them"),
     ]:
         with pytest.raises(UsageError, match=message):
             ls.Anchors(**wrong)
@@ -214,3 +216,34 @@ def test_wrong_arguments(folder):
         ls.Editor(str(folder / "llama"), method, "out", prefixes=-1)
     with pytest.raises(UsageError, match="leave requests_per_step out"):
         ls.Editor(str(folder / "llama"), method, "out", anchors=ls.Anchors(), requests_per_step=2)
+
+
+def test_texts_that_cannot_be_written(folder, tmp_path):
+    model, cpu = AutoModelForCausalLM.from_pretrained(folder / "llama").eval(), torch.device("cpu")
+    tokenizer = load_tokenizer(str(folder / "llama"))
+    alone = Examples(model, tokenizer, 0, ls.Anchors(general=0), seed=5)
+    with pytest.warns(UserWarning, match="Nothing is held while the answer to 'the man saw' changes"):
+        (batch,) = alone.batches([EditRequest(1, "the man saw", "the river")], None, cpu)
+    assert "held" not in batch
+    words = ["<pad>", "</s>", "the", "cat", "is", "dog"]
+    small = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    small.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    unread = PreTrainedTokenizerFast(tokenizer_object=small, pad_token="<pad>", eos_token="</s>")  # noqa: S106
+    with pytest.raises(UsageError, match=r"cannot read 'The' .*set prefixes to 0, and leave the anchors out"):
+        Examples(model, unread, 1, None, seed=5)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    with pytest.raises(UsageError, match="The model ends texts such as 'The' at once"):
+        Examples(quiet(model), tokenizer, 1, None, seed=5)
+
+
+def quiet(model):
+    """The model, after whose every token comes token 0."""
+    inner = model.forward
+
+    def forward(*args, **options):
+        out = inner(*args, **options)
+        out.logits[..., 0] = 1e4
+        return out
+
+    model.forward = forward
+    return model

@@ -145,7 +145,7 @@ def test_random_answers_are_the_same_in_every_run(folder, tmp_path):
     assert any(0 < row["sampled_contained_success"] < 1 for row in rows)
     assert all(row["sampled_success"] <= row["sampled_contained_success"] for row in rows)
     assert not [name for name in rows[0] if name.startswith("sampled") and "locality" in name]
-    edit(tmp_path / "sharp", "again", data={"first": 2, "limit": 1}, **options)
+    edit(tmp_path / "sharp", "again", data={"first": 2, "limit": 1}, eval_batch_size=1, **options)
     assert read_lines("again/results.jsonl") == [rows[2]]
 
 
@@ -272,6 +272,9 @@ def test_wrong_arguments(folder):
             ls.Editor("x", METHOD, "out", **arguments)
     with pytest.raises(UsageError, match="give tokenizer"):
         ls.Editor(plain(folder), METHOD, "out")
+    for method in (ls.LoRA(["q_proj"], rank=2, init_weights="gora"), ls.SHiRA(["q_proj"], mask="gradient")):
+        with pytest.raises(UsageError, match="starts from training batches, and an edit has none"):
+            ls.Editor("x", method, "out")
 
 
 def test_trainers_that_cannot_edit(folder):
@@ -280,6 +283,8 @@ def test_trainers_that_cannot_edit(folder):
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     with pytest.raises(UsageError, match="inference_mode to false"):
         L.Trainer(**quiet).test(editor, data)
+    with pytest.raises(UsageError, match="bf16-true is not for edits: use 32-true"):
+        L.Trainer(inference_mode=False, precision="bf16-true", **quiet).test(editor, data)
     with pytest.raises(UsageError, match="needs an EditingData for its requests; got NoneType"):
         L.Trainer(inference_mode=False, **quiet).test(editor, torch.utils.data.DataLoader([1]))
 

@@ -174,6 +174,13 @@ def test_tables_of_rows(form, done, tmp_path_factory):
     read_or_refuse(read)
 
 
+def test_a_configuration_that_holds_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("trainer:\n  callbacks: &a [*a]\n")
+    ended = run(["fit", "--config", "own.yaml", "--print_config"])
+    assert ended.err == "error: own.yaml has a value that is part of itself, or is nested too deeply.\n"
+
+
 @pytest.mark.slow
 @fuzz(40)
 @given(done=damages())
