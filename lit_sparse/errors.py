@@ -53,13 +53,17 @@ def require_range(
         below: Bound that the value must stay under.
 
     Raises:
-        UsageError: If the value is outside, infinite or NaN.
+        UsageError: If the value is no number, outside, infinite or NaN.
     """
-    if value is None or (at_least <= value <= at_most and above < value < below):
-        return
+    try:
+        if value is None or (at_least <= value <= at_most and above < value < below):
+            return
+        finite = ["finite"] if math.isinf(value) else []
+    except TypeError:
+        raise UsageError(f"{name} must be a number; got {value!r}.") from None
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    wanted = " and ".join(f"{phrase} {bound:g}" for phrase, bound in bounds.items() if math.isfinite(bound))
-    raise UsageError(f"{name} must be {wanted}; got {value}.")
+    limits = [f"{phrase} {bound:g}" for phrase, bound in bounds.items() if math.isfinite(bound)]
+    raise UsageError(f"{name} must be {' and '.join(finite + limits)}; got {value}.")
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

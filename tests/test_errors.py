@@ -1,6 +1,7 @@
 """Helpers for error messages."""
 
 import math
+import re
 
 import pytest
 
@@ -28,14 +29,21 @@ def test_a_value_in_its_range_or_not_set_passes(value, bounds):
         (0.0, {"above": 0}, "above 0"),
         (1, {"at_least": 0, "below": 1}, "at least 0 and below 1"),
         (1.5, {"above": 0, "at_most": 1}, "above 0 and at most 1"),
-        (math.inf, {"at_least": 0}, "at least 0"),
+        (math.inf, {"at_least": 0}, "finite and at least 0"),
         (math.nan, {"at_least": 0}, "at least 0"),
-        (-math.inf, {"below": 1}, "below 1"),
+        (-math.inf, {"below": 1}, "finite and below 1"),
+        (math.inf, {}, "finite"),
     ],
 )
 def test_a_value_outside_is_named_with_the_range(value, bounds, wanted):
     with pytest.raises(UsageError, match=f"^share must be {wanted}; got {value}.$"):
         require_range("share", value, **bounds)
+
+
+@pytest.mark.parametrize("value", ["2", [2], {}])
+def test_what_is_no_number_is_said_to_be_none(value):
+    with pytest.raises(UsageError, match=f"^share must be a number; got {re.escape(repr(value))}.$"):
+        require_range("share", value, at_least=1)
 
 
 def test_a_long_list_is_cut():

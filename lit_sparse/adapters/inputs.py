@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,22 +33,25 @@ def real_positions(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within the context, a function that takes the rows out of a layer's input that are no padding.
 
     They are the positions in ``attention_mask`` of the call of the Hugging Face model that is under way. If its labels
-    have that shape, positions with the label -100 are left out, too, as in PEFT. Inputs with another number of
-    positions have none left out.
+    have that shape, positions with the label -100 are left out, too, as in PEFT. In an encoder-decoder, labels and
+    ``decoder_attention_mask`` are for the decoder alone, whose layers that read the encoder's output have the text's
+    mask. Inputs with another number of positions have none left out.
     """
-    calls: list[list[Tensor]] = []
+    calls: list[_Call] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        calls.append(calls[-1] if calls and calls[-1] else _masks({**given, **kwargs}))
+        signature = inspect.signature(module.forward)
+        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
+        calls.append(_call(given, "decoder_input_ids" in signature.parameters, calls[-1] if calls else _Call()))
 
     def leave(*_: Any) -> None:
         calls.pop()
 
     def positions(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        fitting = (mask for mask in (calls[-1] if calls else ()) if mask.numel() == len(rows))
-        mask = next(fitting, None)
+        call = calls[-1] if calls else _Call()
+        masks = (call.text,) if x is call.memory else (call.target, call.text)
+        mask = next((mask for mask in masks if mask is not None and mask.numel() == len(rows)), None)
         return rows if mask is None else rows[mask.flatten()]
 
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -61,11 +64,39 @@ def real_positions(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
             hook.remove()
 
 
-def _masks(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """Masks of the positions that are no padding: of the tokens, and of the targets if these are others."""
-    attention, labels = arguments.get("attention_mask"), arguments.get("labels")
-    masks = [attention.bool()] if isinstance(attention, Tensor) and not attention.is_floating_point() else []
-    if isinstance(labels, Tensor) and labels.ndim > 1:
-        real = labels != -100
-        masks = [masks[0] & real] if masks and masks[0].shape == real.shape else [*masks, real]
-    return masks
+class _Call(NamedTuple):
+    """Which positions are no padding in a call of a Hugging Face model."""
+
+    text: Tensor | None = None
+    target: Tensor | None = None
+    """Those of an encoder-decoder's target."""
+    memory: Tensor | None = None
+    """The encoder's output, in a call of the decoder."""
+    divided: bool = False
+    """Whether this is the call of a whole encoder-decoder."""
+
+
+def _call(given: Mapping[str, Any], divided: bool, outer: _Call) -> _Call:
+    """What holds in a call with these arguments within another call."""
+    if outer.text is None and outer.target is None:
+        text, labels = _real(given.get("attention_mask")), given.get("labels")
+        target = labels != -100 if isinstance(labels, Tensor) and labels.ndim > 1 else None
+        if divided:
+            return _Call(text, _both(_real(given.get("decoder_attention_mask")), target), divided=True)
+        return _Call(_both(text, target))
+    if divided or not outer.divided:
+        return outer
+    memory = given.get("encoder_hidden_states")
+    if isinstance(memory, Tensor):
+        return _Call(outer.text, outer.target, memory)
+    return _Call(outer.text)
+
+
+def _real(mask: Any) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and not mask.is_floating_point() else None
+
+
+def _both(mask: Tensor | None, labelled: Tensor | None) -> Tensor | None:
+    if mask is None or labelled is None:
+        return labelled if mask is None else mask
+    return mask & labelled if mask.shape == labelled.shape else mask

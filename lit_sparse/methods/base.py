@@ -130,9 +130,7 @@ class SparseMethod(Method):
         return self._scale({})
 
     def _scale(self, overrides: Mapping[str, float]) -> float:
-        rank = overrides.get("rank", self.rank)
-        alpha = overrides.get("alpha", self.alpha)
-        return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return scale_of(overrides.get("rank", self.rank), overrides.get("alpha", self.alpha), self.use_rslora)
 
     def mismatch(self, adapter: Any) -> str | None:
         """Why ``adapter`` cannot be one of this method's, or None."""
@@ -154,3 +152,13 @@ class SparseMethod(Method):
         if self.loraplus_lr_ratio != 1 and not run.done:
             require_ratio(self.loraplus_lr_ratio, adapters, run.optimizer)
         return super().check(adapters, run)
+
+
+def divisor(rank: float, use_rslora: bool) -> float:
+    """What alpha is divided by for the scale."""
+    return math.sqrt(rank) if use_rslora else rank
+
+
+def scale_of(rank: float, alpha: float | None, use_rslora: bool) -> float:
+    """The factor of BA in an adapter with these arguments."""
+    return (rank if alpha is None else alpha) / divisor(rank, use_rslora)

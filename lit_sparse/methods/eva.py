@@ -84,7 +84,7 @@ class _Components:
     def __init__(self, name: str, adapter: LowRankAdapter, count: int) -> None:
         from peft.utils.incremental_pca import IncrementalPCA
 
-        self.name, self.count, self.rows = name, count, 0
+        self.name, self.count, self.rows, self.called = name, count, 0, False
         self.pca = IncrementalPCA(n_components=count, copy=True, lowrank=True, lowrank_seed=42)  # as PEFT makes it
         self.converged = torch.zeros(count, dtype=torch.bool)
         self._none = adapter.lora_A.new_zeros(0, adapter.in_features, dtype=torch.float32)
@@ -97,6 +97,7 @@ class _Components:
 
     def see(self, rows: Tensor) -> None:
         """Take rows of this process, shape ``(rows, in_features)``."""
+        self.called = True
         self._own.append(rows.clone())  # models may write over their activations
         if not _several():
             self.fit()
@@ -168,14 +169,12 @@ class _Inputs:
 
         with watch_inputs(self.adapters, note):
             forward(batch)
-        wanted = {name: round(adapter.rank * self.rho) for name, adapter in self.adapters.items()}  # as PEFT rounds
         names = list(self.adapters)  # not every process need have called every layer
         places = torch.tensor([names.index(self.first.get(name, name)) for name in names])
         self.first = {n: names[i] for n, i in zip(names, together(places, self.device, _from_first), strict=True)}
-        for name, first in self.first.items():
-            wanted[first] = max(wanted[first], wanted[name])
         for name, adapter in self.adapters.items():
-            self.most[name] = min(wanted[self.first[name]], adapter.in_features, adapter.out_features)
+            most = round(adapter.rank * self.rho)  # as PEFT rounds
+            self.most[name] = min(most, adapter.in_features, adapter.out_features)
         for name in dict.fromkeys(self.first[name] for name in self.adapters):
             count = max(most for other, most in self.most.items() if self.first[other] == name)
             self.components[name] = _Components(name, self.adapters[name], count)
@@ -211,18 +210,7 @@ class _Inputs:
         """Layer name to its components, those of the first process, after so many batches."""
         if not taken:
             raise UsageError("There are no training batches to start from: init_weights 'eva' needs at least one.")
-        idle = [name for name, own in self.components.items() if not own.rows]
-        if idle:
-            raise UsageError(
-                f"The layers {listed(idle)} had no input in {taken} batches, from which init_weights 'eva' starts: "
-                "leave them out of target_modules (exclude_modules)."
-            )
-        for own in self.components.values():
-            if not own.fitted:
-                raise UsageError(
-                    f"{own.name!r} had {own.rows} inputs in {taken} batches, but init_weights 'eva' needs {own.count}, "
-                    "rank times eva_rho. Raise start_batches, or lower rank."
-                )
+        self._require_enough(f"{taken} {'batch' if taken == 1 else 'batches'}")
         waiting = self.waiting()
         if waiting:
             rank_zero_info(
@@ -232,6 +220,28 @@ class _Inputs:
         ranks = together(torch.tensor(list(self.ranks.values())), self.device, _from_first).tolist()
         rows = {name: together(own.pca.components_, self.device, _from_first) for name, own in self.components.items()}
         return {name: rows[self.first[name]][:rank] for name, rank in zip(self.ranks, ranks, strict=True)}
+
+    def _require_enough(self, batches: str) -> None:
+        without = [own for own in self.components.values() if not own.rows]
+        masked = [own.name for own in without if own.called]
+        if masked:
+            raise UsageError(
+                f"All inputs of the layers {listed(masked)} in {batches}, from which init_weights 'eva' starts, were "
+                "left out: they are padding (attention_mask), or their labels are -100. Check these of the first "
+                "training batches."
+            )
+        if without:
+            raise UsageError(
+                f"The layers {listed(own.name for own in without)} had no input in {batches}, from which init_weights "
+                "'eva' starts: leave them out of target_modules (exclude_modules)."
+            )
+        for own in self.components.values():
+            if not own.fitted:
+                raise UsageError(
+                    f"{own.name!r} had {own.rows} inputs in {batches}, but init_weights 'eva' needs {own.count}, rank "
+                    "times eva_rho. Raise start_batches or the batch size, lower rank or eva_rho, or leave the layer "
+                    "out (exclude_modules)."
+                )
 
 
 def _several() -> bool:

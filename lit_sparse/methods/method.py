@@ -73,7 +73,9 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
                 f"target_modules is {self.target_modules!r}: name at least one layer, or give 'all-linear'."
             )
         for pattern, values in (self.overrides or {}).items():
-            unknown = [name for name in values if name not in self.overridable or getattr(self, name, 0) is None]
+            # None is an argument that is not in use, but for alpha: there, it is the rank.
+            unused = {name for name in values if name != "alpha" and getattr(self, name, 0) is None}
+            unknown = [name for name in values if name not in self.overridable or name in unused]
             if unknown or not values:
                 raise UsageError(
                     f"overrides of {pattern!r} set {unknown or 'nothing'}; {type(self).__name__} can set "

@@ -19,7 +19,7 @@ from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import allotted_ranks, compressed_gradient, gradient_factors
-from lit_sparse.methods.base import InitWeights, SparseMethod
+from lit_sparse.methods.base import InitWeights, SparseMethod, divisor
 from lit_sparse.methods.eva import principal_inputs
 from lit_sparse.methods.gradients import mean_gradients, together
 from lit_sparse.methods.method import Method
@@ -139,8 +139,10 @@ def start_from_batches(
 
     Returns:
         Full layer name to rank, or to the number of entries. Modules of this library take ranks from the checkpoint
-        when they resume; a module of your own must be injected with these ranks in ``overrides`` (for EVA with
-        ``alpha`` too, in proportion to the rank), and keep the frozen weights of LoRA-GA.
+        when they resume. In a loop of your own, save ``{name: dict(adapter.overrides) for name, adapter in
+        adapters_in(model) if adapter.overrides}`` and give it to the method as ``overrides`` before you inject it and
+        load the state: these are the new ranks, and under EVA the ``alpha`` with which each layer keeps its scale. Save
+        the frozen weights of LoRA-GA, too.
 
     Raises:
         UsageError: If the method starts otherwise, the adapters are not new, there are no batches, gradients are not
@@ -230,7 +232,7 @@ def _give_rank(method: SparseMethod, name: str, adapter: LowRankAdapter, rank: i
         layer = ExpertWeight(adapter.layer, name.rpartition(".")[2])
     overrides = {**adapter.overrides, "rank": rank}
     if method.init_weights == "eva":  # the scale of the layer stays
-        overrides["alpha"] = adapter.scale * (math.sqrt(rank) if method.use_rslora else rank)
+        overrides["alpha"] = adapter.scale * divisor(rank, method.use_rslora)
     fresh = method.adapt(layer, overrides)
     for own, parameter in adapter.named_parameters(recurse=False):
         replace_values(parameter, fresh.get_parameter(own).data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from lit_sparse.interchange.metadata import METADATA, read_metadata
 from lit_sparse.interchange.peft_folder import CONFIG, read_peft
 from lit_sparse.interchange.peft_shira import is_shira
 from lit_sparse.interchange.stored_folder import read_layers
+from lit_sparse.methods.base import divisor, scale_of
 from lit_sparse.methods.method import names_layer
 from lit_sparse.methods.progress import Progress, Trained
 from lit_sparse.modules.checkpoint import KEY, PREFIX, load
@@ -188,9 +188,11 @@ def _scale(
     own = name.removeprefix(PREFIX)  # the method was injected into the module's model
     overrides: Mapping[str, Mapping[str, float]] = arguments.get("overrides") or {}
     values = next((v for pattern, v in overrides.items() if names_layer(pattern, own, known)), {})
-    alpha = values.get("alpha", arguments["alpha"])
-    alpha = float(rank if alpha is None else alpha)
-    return alpha, alpha / (math.sqrt(rank) if arguments.get("use_rslora") else rank)
+    use_rslora = bool(arguments.get("use_rslora"))
+    # EVA changes ranks and keeps scales; GoRA keeps alpha.
+    before = values.get("rank", arguments["rank"]) if arguments.get("init_weights") == "eva" else rank
+    scale = scale_of(before, values.get("alpha", arguments["alpha"]), use_rslora)
+    return scale * divisor(rank, use_rslora), scale
 
 
 def _read_peft(path: Path) -> StoredAdapters:

@@ -42,6 +42,33 @@ def test_tokens_of_encoders_and_decoders_have_masks_of_their_own() -> None:
     assert {10, 5} == set(rows.values())
 
 
+@pytest.mark.parametrize("name", ["T5", "BART"])
+def test_labels_are_for_the_decoder_where_lengths_agree(name: str) -> None:
+    model = model_of(name)
+    ls.inject(model, ls.LoRA(rank=2, train_head=False))
+    ids, mask = padded(2, 6, 5)
+    labels = torch.full((2, 6), -100)
+    labels[:, :3] = 7
+    decoder = model.get_decoder()
+    crossing = {n for n, m in decoder.named_modules() if n.endswith(("EncDecAttention", "encoder_attn"))}
+    counts = rows_of(model, input_ids=ids, attention_mask=mask, labels=labels)
+    prefix = next(n for n, m in model.named_modules() if m is decoder) + "."
+    reads_text = {f"{prefix}{n}.{last}" for n in crossing for last in ("k", "v", "k_proj", "v_proj")}
+    for layer, count in counts.items():
+        assert count == (6 if layer.startswith(prefix) and layer not in reads_text else 10), layer
+    assert {6, 10} == set(counts.values())
+    assert len(reads_text & counts.keys()) == 2 * len(crossing) > 0
+
+
+def test_a_target_has_the_mask_of_the_decoder() -> None:
+    model = model_of("T5")
+    ls.inject(model, ls.LoRA(["EncDecAttention.q", "EncDecAttention.v"], rank=2, train_head=False))
+    ids, mask = padded(2, 6, 5)
+    targets, real = padded(2, 6, 2)
+    rows = rows_of(model, ids, mask, decoder_input_ids=targets, decoder_attention_mask=real)
+    assert {name.rpartition(".")[2]: count for name, count in rows.items()} == {"q": 4, "v": 10}
+
+
 def test_labels_of_rows_leave_no_token_out() -> None:
     model = model_of("BERT")
     ls.inject(model, ls.LoRA(["query", "pooler.dense"], rank=2))

@@ -126,7 +126,7 @@ def test_one_stage_has_one_threshold():
         ((0.1, 0.3, 0, "linear"), "count must be at least 1; got 0"),
         ((0.3, 0.3, 2, "linear"), r"last must be above 0\.3; got 0\.3"),
         ((0.3, 0.1, 2, "linear"), r"last must be above 0\.3; got 0\.1"),
-        ((0.3, math.inf, 2, "linear"), r"last must be above 0\.3; got inf"),
+        ((0.3, math.inf, 2, "linear"), r"last must be finite and above 0\.3; got inf"),
         ((-0.1, 0.3, 2, "linear"), r"first must be at least 0; got -0\.1"),
         ((math.nan, 0.3, 2, "linear"), "first must be at least 0; got nan"),
         ((0.0, 0.3, 2, "exp_linear"), "first must be above 0; got 0"),

@@ -163,6 +163,19 @@ def test_small_batches_wait_until_they_are_enough() -> None:
     assert aligned(whole, parts).min() > 0.98
 
 
+def test_layers_with_one_input_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eva_file, "TAU", 2.0)
+    net, data, set_ranks = Net(), batches(4), {"query": {"rank": 1}, "mid": {"rank": 3}}
+    shares = [share.tolist() for share, *_ in dense(net, data).values()]
+    for rho, most in ((1.0, [1, 4, 3, 4]), (1.6, [2, 6, 5, 6]), (3.0, [3, 12, 9, 9])):
+        adapters = started(copy.deepcopy(net), eva(NAMES, overrides=set_ranks, eva_rho=rho), data)
+        ranks = [adapter.rank for adapter in adapters.values()]
+        assert ranks == slow_ranks(shares, most, 12)
+        assert rho == 3 or ranks[0] < ranks[1]
+        shared = adapters["key"].lora_A[: ranks[0]]
+        assert torch.equal(adapters["query"].lora_A, shared)
+
+
 # PEFT's own.
 
 
@@ -228,6 +241,14 @@ def test_padding_and_prompts_are_left_out() -> None:
         torch.testing.assert_close(rows, found[1][name], atol=1e-5, rtol=0)
 
 
+def test_batches_without_positions_are_named() -> None:
+    model, method = llama(), eva(["q_proj", "down_proj"])
+    ls.inject(model, method)
+    data = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in texts(2)]
+    with pytest.raises(ls.UsageError, match=r"All inputs of the layers \['model.*\] in 2 batches.* labels are -100"):
+        ls.start_from_batches(model, method, data)
+
+
 def test_dropout_is_off_and_modes_and_gradients_stay() -> None:
     net, data = Net().train(), batches(3)
     net.last.eval()
@@ -264,8 +285,10 @@ def test_a_quantized_layer_starts() -> None:
 
 
 def test_arguments_and_layers() -> None:
-    with pytest.raises(ls.UsageError, match=r"eva_rho must be at least 1; got 0\.5"):
-        ls.LoRA(eva_rho=0.5)
+    wrong: Any = {0.5: r"at least 1; got 0\.5", math.inf: "finite and at least 1; got inf", "2": "a number; got '2'"}
+    for rho, message in wrong.items():
+        with pytest.raises(ls.UsageError, match=f"eva_rho must be {message}"):
+            ls.LoRA(eva_rho=rho)
     with pytest.raises(ls.UsageError, match="init_weights 'eva' is for gates of 1: set gate_init to 'ones'"):
         ls.SoRA(threshold=0.1, init_weights="eva")
     ls.SoRA(budget=0.5, init_weights="eva")
@@ -292,8 +315,12 @@ class Idle(Net):
         ([], "There are no training batches to start from: init_weights 'eva' needs at least one"),
         ([torch.full((16, 20), math.nan)], "inputs of 'query' are not finite: init_weights 'eva' cannot start"),
         ([torch.ones(16, 20)], "The inputs of 'query' are all equal, and have no principal components"),
-        ([torch.randn(5, 20)], "'query' had 5 inputs in 1 batches, but init_weights 'eva' needs 8, rank times eva_rho"),
-        ([torch.randn(16, 20)], r"The layers \['unused'\] had no input in 1 batches, .*exclude_modules"),
+        (
+            [torch.randn(5, 20)],
+            r"'query' had 5 inputs in 1 batch, but init_weights 'eva' needs 8, rank times eva_rho\. Raise "
+            r"start_batches or the batch size, lower rank or eva_rho, or leave the layer out \(exclude_modules\)",
+        ),
+        ([torch.randn(16, 20)], r"The layers \['unused'\] had no input in 1 batch, .*exclude_modules"),
     ],
 )
 def test_batches_from_which_nothing_can_start(data: list[Tensor], message: str) -> None:
@@ -323,6 +350,24 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     ls.inject(net, method)
     with pytest.raises(ls.UsageError, match=r"init_weights 'eva' needs PEFT: pip install \"lit-sparse\[peft\]\""):
         ls.start_from_batches(net, method, batches(2), net)
+
+
+@pytest.mark.parametrize("alpha", [None, 6])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_net_of_ones_own_resumes_with_the_overrides_of_its_adapters(alpha: Any, use_rslora: bool) -> None:
+    options: Any = {"alpha": alpha, "use_rslora": use_rslora}
+    net, data = Net().eval(), batches(3)
+    fresh = copy.deepcopy(net)
+    adapters = started(net, eva(NAMES, overrides={"mid": {"rank": 3}}, **options), data)
+    assert len({adapter.rank for adapter in adapters.values()}) > 2
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_B_t)
+    saved = {name: dict(adapter.overrides) for name, adapter in ls.adapters_in(net) if adapter.overrides}
+    method = eva(NAMES, overrides=saved, **options)
+    ls.inject(fresh, method)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(data[0]), net(data[0]))
+    ls.SparseSteps(method, fresh, torch.optim.SGD(ls.parameter_groups(fresh, method), lr=0.1), total_steps=3)
 
 
 # Several processes.

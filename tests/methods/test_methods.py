@@ -131,7 +131,7 @@ def test_arguments_of_all_methods(kind: Any, argument: dict[str, Any], message: 
     [
         ({"threshold": 0.1, "sparsity_weight": 0.1}, "exactly one of .*; got threshold and sparsity_weight"),
         ({"threshold": -1.0}, "threshold must be at least 0; got -1"),
-        ({"threshold": float("inf")}, "threshold must be at least 0; got inf"),
+        ({"threshold": float("inf")}, "threshold must be finite and at least 0; got inf"),
         ({"sparsity_weight": float("nan")}, "sparsity_weight must be at least 0; got nan"),
         ({"threshold": 0.1, "l1_weight": -1.0}, "l1_weight must be at least 0; got -1"),
         ({"threshold": 0.1, "operator": "hard"}, "operator must be 'soft' or 'released'; got 'hard'"),
@@ -378,12 +378,17 @@ def test_the_ends_of_the_ranges_belong_to_them(kind: Any, arguments: dict[str, A
         (ls.SoRA, {"threshold": 0.1}, {"sparsity_weight": 0.1}, r"set \['sparsity_weight'\]"),
         (ls.SoRA, {"sparsity_weight": 0.1}, {"threshold": 0.1}, r"set \['threshold'\]"),
         (ls.RoseLoRA, {}, {"threshold": 0.1}, r"set \['threshold'\]"),
-        (ls.RoseLoRA, {}, {"alpha": 4}, r"set \['alpha'\]"),  # None: equal to rank
     ],
 )
 def test_only_what_is_in_use_is_set_for_some_layers(kind: Any, arguments: Any, own: Any, said: str) -> None:
     with pytest.raises(ls.UsageError, match=said):
         kind(**arguments, overrides={"query": own})
+
+
+def test_a_layer_may_have_an_alpha_where_the_others_have_their_rank() -> None:
+    model = nn.ModuleDict({"query": nn.Linear(8, 8), "key": nn.Linear(8, 8)})
+    ls.inject(model, ls.RoseLoRA(rank=2, overrides={"query": {"alpha": 6}}))
+    assert {name: adapter.scale for name, adapter in ls.adapters_in(model)} == {"query": 3, "key": 1}
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0.1, 0.5), (3, 0.5), (0.1, 50)])

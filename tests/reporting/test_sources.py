@@ -69,6 +69,28 @@ def test_a_compacted_checkpoint_counts_from_the_ranks_at_the_start(run):
     assert as_in(adapters, module)
 
 
+@pytest.mark.parametrize("start", ["gora", "eva"])
+@pytest.mark.parametrize("alpha", [None, 6])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_alphas_and_scales_are_those_of_ranks_that_a_start_allotted(start, alpha, use_rslora):
+    options = {"alpha": alpha, "use_rslora": use_rslora}
+    overrides = {"query": {"rank": 3}, "key": {"alpha": 5}}
+    module = ls.SequenceClassification(
+        build_tiny(BertForSequenceClassification), ls.LoRA(rank=4, init_weights=start, overrides=overrides, **options)
+    )
+    module.configure_model()
+    batches = [{"input_ids": torch.randint(5, 60, (8, 6)), "labels": torch.arange(8) % 2} for _ in range(2)]
+    ranks = ls.start_from_batches(module, module.method, batches, lambda batch: module(**batch).loss)
+    assert len(set(ranks.values())) > 1
+    for _, adapter in ls.adapters_in(module):
+        nn.init.normal_(adapter.lora_B_t)
+    adapters = read_adapters(saved(module))
+    assert as_in(adapters, module)
+    for layer in adapters.layers.values():
+        divisor = layer.max_rank**0.5 if use_rslora else layer.max_rank
+        assert layer.alpha == pytest.approx(layer.scale * divisor)
+
+
 def test_experts_have_their_own_ranks(tmp_path):
     model = build_tiny(MixtralForCausalLM, num_local_experts=3)
     module = ls.CausalLM(model, ls.SoRA(["q_proj", "down_proj"], rank=2, threshold=0.1))
