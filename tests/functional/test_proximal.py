@@ -225,6 +225,7 @@ def test_optimizer_metric_threshold_reads_no_value_back():
     [
         ({"weight": -1.0}, r"weight must be at least 0; got -1\.0"),
         ({"weight": math.nan}, "weight must be at least 0; got nan"),
+        ({"weight": math.inf}, "weight must be finite and at least 0; got inf"),
         ({"step": 0}, "step must be at least 1; got 0"),
         ({"beta2": 1.0}, r"beta2 must be at least 0 and below 1; got 1\.0"),
         ({"beta2": -0.1}, r"beta2 must be at least 0 and below 1; got -0\.1"),
