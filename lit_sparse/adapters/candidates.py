@@ -16,8 +16,9 @@ class Candidates:
 
     The first backward pass chooses those with the largest gradient. All of it is in buffers of the adapter, so that
     checkpoints have it and processes have the same: the places in ``candidates``, the sums of the steps in
-    ``accumulated``, and in ``pending`` what belongs to a step that was not yet taken. A gradient scaler multiplies all
-    of them: if it changes its factor within a window, some steps count more than others.
+    ``accumulated``, and in ``pending`` what belongs to a step that was not yet taken. If ``zero_grad`` drops the
+    gradients of that step, they are dropped here too. A gradient scaler multiplies all of them: if it changes its
+    factor within a window, some steps count more than others.
 
     Args:
         adapter: One that :func:`make_room` prepared.
@@ -46,9 +47,11 @@ class Candidates:
                 self._places.fill_(-1)
                 self._pending.zero_()
 
-    def __call__(self, gradient: Tensor) -> None:
-        """See the gradient of a backward pass, which may be overwritten."""
+    def __call__(self, gradient: Tensor, dropped: bool) -> None:
+        """See the gradient of a backward pass, which may be overwritten, and whether earlier ones were dropped."""
         self.resume()
+        if dropped:
+            self._drop()
         gradient = gradient.flatten()
         if not self.chosen:
             gradient = self._mean(gradient)
@@ -60,14 +63,18 @@ class Candidates:
     def take(self) -> Tensor:
         """The gradients of a step that may be taken. If it is skipped, the next step begins as this one did."""
         gradient = self._pending.clone()
-        self._pending.zero_()
-        self.chosen = not self.fresh
+        self._drop()
         return gradient
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradients of a step that was taken."""
         self._sums.copy_(gradient if self.fresh else self._sums + gradient)
         self.fresh, self.chosen = False, True
+
+    def _drop(self) -> None:
+        """Begin the step again."""
+        self._pending.zero_()
+        self.chosen = not self.fresh
 
     def _mean(self, values: Tensor) -> Tensor:
         """The mean over the processes, in place."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.adapters.fused import autocasts, no_autocast
@@ -35,7 +36,7 @@ class DeltaLinear(ReplacesLinear):
     values: nn.Parameter
     indices: Tensor
     shape: Tensor
-    watcher: Callable[[Tensor], None] | None
+    watcher: Callable[[Tensor, bool], None] | None
     """Who sees the gradient of the whole weight; see :meth:`watch`."""
 
     def __init__(self, base: FrozenLinear, count: int) -> None:
@@ -54,10 +55,12 @@ class DeltaLinear(ReplacesLinear):
         """Places of the values in the flattened weight, ascending, each once; shape ``(count,)``."""
         self.register_buffer("shape", torch.tensor(weight.shape, device=weight.device))
         """Rows and columns of the weight, for readers of a checkpoint."""
+        self._hook: RemovableHandle | None = None
         self.watch(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "watcher": None, "_probe": None}  # a copy is not watched: hooks are not copied
+        # A copy is not watched: hooks are not copied.
+        return {**self.__dict__, "watcher": None, "_probe": None, "_hook": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
@@ -119,27 +122,44 @@ class DeltaLinear(ReplacesLinear):
         self.indices.copy_(places)
         return sources.where(stays, -1)
 
-    def watch(self, watcher: Callable[[Tensor], None] | None) -> None:
+    def watch(self, watcher: Callable[[Tensor, bool], None] | None) -> None:
         """Show the gradient of the whole changed weight in every backward pass from now on.
 
         The gradient exists until ``watcher`` returns, so that layers have it one after another (in compiled graphs,
         the layers of a graph together). It is that of the process's own batch, and scaled if a gradient scaler is used.
 
         Args:
-            watcher: Called with the gradient, in the orientation, shape and dtype of the frozen weight; None: no more.
+            watcher: Called with the gradient, in the orientation, shape and dtype of the frozen weight, and with
+                whether gradients of earlier passes were dropped: ``values.grad``, which such a pass had set, is None
+                when this one begins. None: no more.
         """
         self.watcher = watcher
         self._probe: Tensor | None = None
+        self._passed = self._shown = False
+        self._dropped: bool | None = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         if watcher is not None:
+            self._hook = self.values.register_hook(self._before_accumulation)
             # A zero for every entry in the memory of one: added to the weight, it would have the weight's gradient.
             zero = torch.zeros((), dtype=self.base.weight.dtype, device=self.values.device)
             self._probe = zero.expand(self.weight_shape).requires_grad_()
             self._probe.register_post_accumulate_grad_hook(self._show)
 
+    def _before_accumulation(self, _: Tensor) -> None:
+        # Autograd calls this and _show once in a pass, in any order. The first of them sees what was there before.
+        if not self._shown:
+            self._dropped = self._passed and self.values.grad is None
+        self._passed, self._shown = True, False
+
     def _show(self, probe: Tensor) -> None:
         gradient, probe.grad = probe.grad, None
+        dropped, self._dropped = self._dropped, None
+        if dropped is None:
+            self._shown, dropped = True, self._passed and self.values.grad is None
         if self.watcher is not None and gradient is not None:
-            self.watcher(gradient)
+            self.watcher(gradient, dropped)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -65,7 +65,9 @@ class SpIEL(Entries):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range("window", self.window, at_least=1)
-        require_range("update_every", self.update_every, at_least=self.window)
+        require_range("update_every", self.update_every, at_least=1)
+        if self.update_every < self.window:
+            raise UsageError(f"update_every must be at least window; got {self.update_every} and {self.window}.")
         require_range("replaced", self.replaced, at_least=0, at_most=1)
 
     @property

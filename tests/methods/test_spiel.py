@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from backbones import build_tiny
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from transformers import AlbertForSequenceClassification, BertForSequenceClassification, GPT2ForSequenceClassification
 
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_whole_weight_is_shown_and_not_kept(recompute):
                 module.p = 0.0
     shown = {name: [] for name in adapters}
     for name, adapter in adapters.items():
-        adapter.watch(shown[name].append)
+        adapter.watch(lambda gradient, _, own=shown[name]: own.append(gradient))
     for batch in BATCHES[:2]:
         model(**batch).loss.backward()
         expected = dense_gradients(model, adapters, batch, 1, BertForSequenceClassification)
@@ -253,6 +253,72 @@ def test_a_step_that_a_gradient_scaler_skips_leaves_no_trace():
         torch.testing.assert_close(values, found[True][name][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("way", ["fused", "hooked", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_that_is_discarded_leaves_no_trace(parts, way):
+    """Before the pass that chooses candidates (steps 1 and 4) and after it (step 5), also if gradients accumulate."""
+    found = []
+    for discarded in ({}, {0: math.nan}, {3: math.inf}, {4: -1e3}):
+        method = ls.SpIEL(changed=0.1, update_every=3, window=2, replaced=0.5, train_head=False)
+        torch.manual_seed(1)
+        model, adapters, optimizer, steps = loop_of(method, len(BATCHES) // parts)
+        if way == "hooked":
+            for adapter in adapters.values():
+                adapter.base.register_forward_hook(lambda *_: None)
+        if way == "compiled":
+            ls.compile_blocks(model, backend="aot_eager", fullgraph=True)
+        for index in range(len(BATCHES) // parts):
+            if index in discarded:
+                for batch in BATCHES[-parts:]:
+                    (model(**batch).loss * discarded[index]).backward()
+                optimizer.zero_grad()
+            for batch in BATCHES[index * parts : (index + 1) * parts]:
+                (model(**batch).loss / parts).backward()
+            steps.observe()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found[1:]), name
+
+
+class Skipping(LightningModule):
+    """Manual optimization that leaves out batches after their backward pass."""
+
+    def __init__(self, bad):
+        super().__init__()
+        torch.manual_seed(1)
+        self.automatic_optimization, self.bad = False, bad
+        self.method = ls.SpIEL(changed=0.1, update_every=3, window=2, replaced=0.5, train_head=False)
+        self.model = model_of()
+        ls.inject(self.model, self.method)
+
+    def training_step(self, batch, batch_idx):
+        for factor in (math.inf, 1.0) if batch_idx in self.bad else (1.0,):
+            self.optimizers().zero_grad()
+            loss = self.model(**batch).loss * factor
+            self.manual_backward(loss)
+            if loss.isfinite():
+                self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(ls.parameter_groups(self.model, self.method), lr=0.02)
+
+
+def test_a_batch_that_manual_optimization_discards_leaves_no_trace():
+    found = []
+    for bad in ((), (1, 3, 6)):
+        module = Skipping(bad)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[ls.Sparsify(module.method)],
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(BATCHES, batch_size=None))
+        found.append(module.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
 def test_layers_that_are_frozen_or_not_reached_keep_their_entries():
     method = ls.SpIEL(changed=0.1, update_every=2, window=2, train_head=False)
     model, adapters, optimizer, steps = loop_of(method, len(BATCHES))
@@ -276,7 +342,8 @@ def test_layers_that_are_frozen_or_not_reached_keep_their_entries():
     [
         ({"changed": 0.0}, "changed must be above 0"),
         ({"window": 0}, "window must be at least 1"),
-        ({"update_every": 4}, "update_every must be at least 5"),
+        ({"update_every": 0}, "update_every must be at least 1"),
+        ({"update_every": 8, "window": 9}, "update_every must be at least window; got 8 and 9"),
         ({"replaced": 1.1}, "replaced must be"),
         ({"overrides": {"query": {"window": 2}}}, r"SpIEL can set \['changed'\]"),
     ],
