@@ -21,12 +21,14 @@ class LayerEntries:
         indices: Their places in the flattened weight, shape ``(count,)``.
         values: The changes, shape ``(count,)``.
         shape: Rows and columns of the weight.
+        packed: Bytes in a file that stores places as a code, or not at all; None: as they are here.
     """
 
     name: str
     indices: Tensor
     values: Tensor
     shape: tuple[int, int]
+    packed: int | None = None
 
     alpha: ClassVar[float | None] = None
     gate: ClassVar[Tensor | None] = None
@@ -48,8 +50,8 @@ class LayerEntries:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and indices."""
-        return self.values.nbytes + self.indices.nbytes
+        """Stored bytes of values and places."""
+        return self.values.nbytes + self.indices.nbytes if self.packed is None else self.packed
 
     @cached_property
     def change_norms(self) -> Tensor:

@@ -27,6 +27,7 @@ class LayerFactors:
         gate: Shape ``(sum of ranks,)``; None without gates.
         scale: Factor of B diag(gate) A; None if the file does not record it.
         alpha: Numerator of the scale; None if it is not known.
+        packed: Bytes in a file that stores nonzero entries alone; None: as they are here.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerFactors:
     gate: Tensor | None = None
     scale: float | None = 1.0
     alpha: float | None = None
+    packed: int | None = None
 
     @classmethod
     def of(cls, name: str, adapter: LowRankAdapter) -> LayerFactors:
@@ -69,8 +71,9 @@ class LayerFactors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of A, B and gate."""
-        return sum(tensor.nbytes for tensor in (self.lora_A, self.lora_B_t, self.gate) if tensor is not None)
+        """Stored bytes of A, B and gate."""
+        whole = sum(tensor.nbytes for tensor in (self.lora_A, self.lora_B_t, self.gate) if tensor is not None)
+        return whole if self.packed is None else self.packed
 
     def scaled_lora_B_t(self) -> Tensor:
         """``scale · gate ∘ Bᵀ`` in float64, shape ``(sum of ranks, out_features)``; an unknown scale counts as 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +165,32 @@ def _rows(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 def read_layers(folder: str | os.PathLike[str]) -> dict[str, LayerFactors | LayerEntries]:
     """What a folder holds of every layer, by its name, or for a patch, by the name of its weight without ``.weight``.
 
-    A and B of :func:`save_adapter` have scale and gates folded into B. A patch has the changed entries. More than two
-    dimensions of a weight are rows and columns here: all but the first are columns.
+    Layers are in the model's order. A and B of :func:`save_adapter` have scale and gates folded into B. A patch has the
+    changed entries. More than two dimensions of a weight are rows and columns here: all but the first are columns.
 
     Raises:
         UsageError: If the folder cannot be read.
     """
     saved = read_folder(Path(folder))
-    layers: dict[str, LayerFactors | LayerEntries] = {**saved.factors}
-    for weight, entries in saved.patch.items():
-        name, (rows, *others) = weight.removesuffix(".weight"), saved.entries["layers"][weight]["shape"]
-        shape = (rows, math.prod(others))
-        layers[name] = LayerEntries(name=name, indices=entries.places, values=entries.values, shape=shape)
+    layers: dict[str, LayerFactors | LayerEntries] = {
+        name: replace(layer, packed=_bytes(saved.tensors, name, PARTS)) for name, layer in saved.factors.items()
+    }
+    for weight, entry in saved.entries["layers"].items() if saved.patch else ():
+        entries, (rows, *others) = saved.patch[weight], entry["shape"]
+        layers[weight.removesuffix(".weight")] = LayerEntries(
+            name=weight.removesuffix(".weight"),
+            indices=entries.places,
+            values=entries.values,
+            shape=(rows, math.prod(others)),
+            packed=_bytes(saved.tensors, weight, [""]),
+        )
     return layers
+
+
+def _bytes(tensors: Mapping[str, Tensor], name: str, parts: Sequence[str]) -> int:
+    """Bytes of what is stored of ``parts``, each whole or as values and places."""
+    names = (f"{name}.{part}".removesuffix(".") + end for part in parts for end in ("", ".values", *_PLACES))
+    return sum(tensors[name].nbytes for name in names if name in tensors)
 
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str, width: int) -> Tensor:

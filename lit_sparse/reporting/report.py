@@ -32,6 +32,7 @@ _CAPTIONS = {
     "gates": ("Gates", "A rank whose gate is exactly zero adds nothing and is dropped on export."),
     "support": ("Entries of ΔW", "Blank where nothing is added: merging leaves those weights untouched, bit for bit."),
 }
+_UNRANKED = {"change": (_CAPTIONS["change"][0], "The Frobenius norm of the change of every layer.")}
 _WIDE = 9.0  # inches; a wider figure takes a row of the page to itself
 
 
@@ -43,7 +44,8 @@ def write_report(
 ) -> None:
     """Write a page about stored adapters: key numbers, figures and the table of layers.
 
-    The page is one HTML file that opens without a network. All numbers come from A, B and gates; no backbone is loaded.
+    The page is one HTML file that opens without a network. No backbone is loaded: all numbers come from A,
+    B and gates, or from the changed entries.
 
     Args:
         source: A checkpoint file of a :class:`~lit_sparse.SparseModule` or of any LightningModule with adapters, a
@@ -74,7 +76,7 @@ def write_page(adapters: StoredAdapters, drawn: Mapping[str, Figure], output: Pa
         facts=_facts(adapters),
         arguments={name: value for name, value in adapters.arguments.items() if value not in (None, False, {}, [], 0)},
         tiles=_tiles(adapters),
-        figures=list(_figures(adapters, drawn)),
+        figures=list(_figures(adapters, drawn, ranked)),
         table=table,
         ranked=ranked,
         heads=[
@@ -144,9 +146,10 @@ def _size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _figures(adapters: StoredAdapters, drawn: Mapping[str, Figure]) -> Iterator[dict[str, Any]]:
+def _figures(adapters: StoredAdapters, drawn: Mapping[str, Figure], ranked: bool) -> Iterator[dict[str, Any]]:
+    captions = _CAPTIONS if ranked else _CAPTIONS | _UNRANKED
     for name, figure in drawn.items():
-        title, words = _CAPTIONS[name]
+        title, words = captions[name]
         shown = {title: figure}
         if name == "curves":  # a picture for each panel, so that they stand below each other on a phone
             shown = {label: curve_figure(own, adapters.step) for label, own in panels(adapters.curves).items()}

@@ -204,7 +204,8 @@ def _read_peft(path: Path) -> StoredAdapters:
     lora = read_peft(path)
     arguments = {key: lora.config[key] for key in _SHOWN if lora.config.get(key)}
     backbone = lora.config.get("base_model_name_or_path")
-    return _from_folder(path, "a folder in PEFT's format", lora.layers, "LoRA", arguments, backbone)
+    layers = {name: lora.layers[name] for name in sorted(lora.layers, key=_by_numbers)}
+    return _from_folder(path, "a folder in PEFT's format", layers, "LoRA", arguments, backbone)
 
 
 def _read_own(path: Path) -> StoredAdapters:
@@ -229,8 +230,10 @@ def _from_folder(
     trained = entries.get("trained")
     ranks, weights = (trained.get("ranks"), trained.get("weights")) if isinstance(trained, dict) else (None, None)
     counted = isinstance(ranks, int) and isinstance(weights, int) and weights > 0
+    if any(isinstance(layer, LayerEntries) for layer in layers.values()):
+        ranks = 0  # a patch has none, whatever was trained
     return _with_layers(
-        {name: layers[name] for name in sorted(layers, key=_by_numbers)},
+        dict(layers),
         name=str(path),
         kind=kind,
         method=entries.get("method") or method,

@@ -103,7 +103,7 @@ class Totals:
         empty_layers: Layers without any live rank or changed entry.
         remaining_parameters: Non-zero entries of A and B in live ranks.
         changed: Share of the adapted weights that BA can change.
-        nbytes: Stored size of A, B and gates; None if only a table is stored.
+        nbytes: Stored size of A, B and gates, or of values and places; None if only a table is stored.
     """
 
     rank: int

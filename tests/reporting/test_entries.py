@@ -9,6 +9,7 @@ import pytest
 import torch
 from backbones import build_tiny, save_tiny_bert
 from programs import run
+from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
 import lit_sparse as ls
@@ -91,6 +92,45 @@ def test_the_command_writes_page_and_figures(tmp_path):
     ls.plot_support(file, tmp_path / "support.png", "layer.0.attention.self.query")
     with pytest.raises(ls.UsageError, match="have no ranks to draw"):
         ls.plot_ranks(file, tmp_path / "ranks.png")
+
+
+@pytest.mark.parametrize("method", [ls.SHiRA(changed=0.1), ls.SoRA(rank=2)])
+def test_a_folder_is_shown_as_it_is_stored(method, tmp_path):
+    """In the model's order, with the bytes of the file, and a patch without ranks."""
+    model = build_tiny(BertForSequenceClassification, num_hidden_layers=11)
+    adapters = ls.inject(model, method)
+    with torch.no_grad():
+        for number, adapter in enumerate(adapters.values()):
+            if isinstance(adapter, ls.DeltaLinear):
+                adapter.values.normal_()
+            else:
+                adapter.lora_A[:, :: 2 if number % 4 else 32] = 0  # half of A: it is stored as columns and numbers
+                adapter.lora_B_t[:, : 16 * (number % 3)].normal_()  # all of B: a patch of the weight has no places
+    ls.export_delta(model, tmp_path / "delta")
+    folders = [tmp_path / "delta"]
+    if isinstance(method, ls.SoRA):
+        ls.save_adapter(model, tmp_path / "sparse")
+        folders.append(tmp_path / "sparse")
+    changed = [name for name, adapter in adapters.items() if adapter.delta_weight().any()]
+    for folder in folders:
+        stored = read_adapters(folder)
+        assert list(stored.layers) == [layer.name for layer in stored.table] == changed
+        tensors = load_file(folder / "adapter.safetensors")
+        for name, layer in stored.layers.items():
+            own = [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")]
+            assert layer.nbytes == sum(tensor.nbytes for tensor in own) > 0
+        entries = [layer for layer in stored.layers.values() if isinstance(layer, LayerEntries)]
+        whole = sum(layer.values.nbytes == layer.nbytes for layer in entries)
+        assert (0 < whole < len(changed)) == (folder.name == "delta" and isinstance(method, ls.SoRA))
+        text = text_table(stored)
+        ranked = folder.name == "sparse"
+        head = next(line for line in text.splitlines() if line.startswith("layer")).split()
+        assert ("rank" in head) == (" ranks, " in text) == ranked
+        pytest.importorskip("matplotlib")
+        ls.write_report(folder, tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text()
+        assert ("ranks left" in page) == ("keep many ranks" in page) == ("from A, B and gates alone." in page) == ranked
+        assert ("from changed entries alone." in page) == (not ranked)
 
 
 def test_cells_are_those_of_the_dense_change():
