@@ -25,8 +25,10 @@ class SparseCheckpoint(ModelCheckpoint):
     - With ``monitor``, "best" is chosen among the validated states whose sparsity is final. RoseLoRA's masks and the
       ranks of a ``budget`` are final once their schedule has ended (``end``). Thresholds shrink the gates of SoRA and
       GatedRoseLoRA at every step until ``refit`` begins. Without ``refit`` only the end of the run is final, or the
-      last stage of :class:`~lit_sparse.ThresholdStages`. LoRA has no schedule: all its states are final. If no
-      validated state was final, "best" is the last checkpoint, and a warning says so.
+      last stage of :class:`~lit_sparse.ThresholdStages`. HardConcreteLoRA without a ``budget`` is final at the end of
+      the run. SpIEL, and LIFT with ``update_every``, are final after their last choice of entries. LoRA, SHiRA and
+      LIFT without ``update_every`` have no schedule: all their states are final. If no validated state was final,
+      "best" is the last checkpoint, and a warning says so.
 
     Files hold the metrics of the validation of their step, for the model card of an export.
 

@@ -20,6 +20,7 @@ from lit_sparse.editing.bases import require_base, require_editable, sample_of
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.errors import UsageError, parse_json, require_range
 from lit_sparse.functional.combining import Conflicts, Rule
+from lit_sparse.interchange.metadata import require_version
 from lit_sparse.interchange.patches import (
     Entries,
     Patch,
@@ -98,11 +99,7 @@ def load_edit(file: str | os.PathLike[str]) -> Edit:
         raise UsageError(f"The edit {str(file)!r} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{str(file)!r} is not an edit: give a file that lit-sparse edit wrote.")
-    if content.get("version") not in range(1, _VERSION + 1):
-        raise UsageError(
-            f"{str(file)!r} has version {content.get('version')} of the format, and this lit_sparse reads version "
-            f"{_VERSION}: read it with lit_sparse {content.get('lit_sparse_version')}."
-        )
+    require_version(content, _VERSION, f"The edit {str(file)!r}")
     base = {name.removeprefix(_BASE): tensor for name, tensor in tensors.items() if name.startswith(_BASE)}
     patch = {name: tensor for name, tensor in tensors.items() if not name.startswith(_BASE)}
     try:

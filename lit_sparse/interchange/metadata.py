@@ -57,6 +57,28 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return entries
 
 
+def require_version(entries: Mapping[str, Any], newest: int, what: str) -> None:
+    """Check the version of a format.
+
+    Args:
+        entries: Metadata with the number ``version``.
+        newest: The newest version that can be read; all from 1 on can.
+        what: What was read, for messages.
+
+    Raises:
+        UsageError: If the version is newer, no number, or missing.
+    """
+    version = entries.get("version")
+    if type(version) is not int or version < 1:
+        found = f"its version is {version!r}, not a number from 1 on" if "version" in entries else "it has no version"
+        raise UsageError(f"{what} is damaged: {found}.")
+    if version > newest:
+        raise UsageError(
+            f"{what} is of version {version} of its format, and {newest} is known here: load it with lit_sparse "
+            f"{entries.get('lit_sparse_version')}."
+        )
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 

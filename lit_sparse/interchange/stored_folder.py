@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_sparse.adapters.entries import LayerEntries
 from lit_sparse.adapters.factors import LayerFactors
 from lit_sparse.errors import UsageError, listed, reason_of
-from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors
+from lit_sparse.interchange.metadata import METADATA, read_metadata, read_tensors, require_version
 from lit_sparse.interchange.patches import Patch, fits, patch_from
 from lit_sparse.interchange.vocabulary import StoredRows
 
@@ -71,12 +71,7 @@ def read_folder(folder: Path) -> Saved:
         loaders = {"peft": "load_peft", "gguf": "llama.cpp", "merged": "the model class's from_pretrained"}
         loader = loaders.get(str(form), "the version that wrote it")
         raise UsageError(f"{str(folder)!r} is of the format {form!r}: load it with {loader}.")
-    version = entries.get("version")
-    if version not in range(1, VERSIONS[form] + 1):
-        raise UsageError(
-            f"{str(folder)!r} is of version {version} of its format, and {VERSIONS[form]} is known here: load "
-            f"it with lit_sparse {entries.get('lit_sparse_version')}."
-        )
+    require_version(entries, VERSIONS[form], repr(str(folder)))
     tensors = read_tensors(folder / WEIGHTS)
     try:
         factors = _factors(entries, tensors)
@@ -120,7 +115,10 @@ def _patch(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
     own = {f"{name}{end}" for name in entries["layers"] for end in (".values", *_PLACES)}
     patch = patch_from({name: tensor for name, tensor in tensors.items() if name in own})
     for name, changes in patch.items():
-        if not fits(changes, math.prod(entries["layers"][name]["shape"])):
+        size = math.prod(entries["layers"][name]["shape"])
+        if changes.indices is None and changes.count != size:
+            raise ValueError(f"{name!r} has {changes.count:,} values for {size:,} entries, and no places")
+        if not fits(changes, size):
             raise ValueError(f"{name!r} is changed outside of its shape")
     return patch
 

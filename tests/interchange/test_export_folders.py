@@ -416,7 +416,8 @@ def test_no_batch_can_be_made_for_a_module_of_ones_own(tmp_path):
 def folder_with(tmp_path, **changes):
     ls.save_adapter(as_trained(fresh()), tmp_path / "adapter")
     file = tmp_path / "adapter" / "lit_sparse.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    entries = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: entry for name, entry in entries.items() if entry is not ...}))
     return tmp_path / "adapter"
 
 
@@ -427,6 +428,9 @@ def folder_with(tmp_path, **changes):
         ({"format": "merged"}, "load it with the model class's from_pretrained"),
         ({"format": "new"}, "load it with the version that wrote it"),
         ({"version": 2}, "is of version 2 of its format, and 1 is known here"),
+        ({"version": "1"}, "adapter' is damaged: its version is '1', not a number from 1 on"),
+        ({"version": 0}, "adapter' is damaged: its version is 0, not a number from 1 on"),
+        ({"version": ...}, "adapter' is damaged: it has no version"),
         (
             {"layers": {"a.b": {"ranks": [1], "shape": [1, 1]}}},
             r"is damaged: lit_sparse.json and .* do not fit together \(missing are \['a.b.lora_A.indices', ",

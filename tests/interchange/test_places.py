@@ -168,6 +168,10 @@ def move_out(tensors):
     tensors[name] = encoded(places)
 
 
+def lose_places(tensors):
+    tensors.pop(some(tensors, ".places"))
+
+
 def twice(tensors):
     as_integers(tensors)
     places = tensors[some(tensors, ".indices")]
@@ -192,6 +196,7 @@ def lose_a_place(tensors):
         (cut, "places are not those of .* values"),
         (flip, "places are not those of .* values"),
         (move_out, "is changed outside of its shape"),
+        (lose_places, "'bert.*weight' has .* values for 1,024 entries, and no places"),
         (twice, "is changed outside of its shape"),
         (both, r"unknown are \['bert.*\.indices'"),
         (lose_a_place, "has .* places and .* values"),
@@ -229,8 +234,11 @@ def test_edits_of_version_1_are_read_and_damaged_ones_refused(tmp_path):
     assert read(unordered, 1)["weight"].values.tolist() == [1.0, 2.0, 3.0]
     with pytest.raises(ls.UsageError, match=r"an.safetensors' cannot be read: .*places are not those of 3 values"):
         read({**tensors, "weight.places": tensors["weight.places"][:-1].clone()}, 2)
-    with pytest.raises(ls.UsageError, match="has version 3 of the format"):
+    with pytest.raises(ls.UsageError, match="The edit .* is of version 3 of its format, and 2 is known here"):
         read(tensors, 3)
+    for version in ("2", None, True):
+        with pytest.raises(ls.UsageError, match=f"The edit .* is damaged: its version is {version!r}, not a number"):
+            read(tensors, version)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.8, 1.0])
