@@ -366,7 +366,7 @@ def test_files_that_are_no_edits(tmp_path, model):
     with pytest.raises(UsageError, match="is not an edit: give a file"):
         load_edit(file)
     save_file({"a": torch.ones(1)}, file, metadata={"lit_sparse_edit": '{"version": 9, "lit_sparse_version": "7"}'})
-    with pytest.raises(UsageError, match=r"has version 9 .* with lit_sparse 7"):
+    with pytest.raises(UsageError, match=r"is of version 9 .* with lit_sparse 7"):
         load_edit(file)
     save_file({"a": torch.ones(1)}, file, metadata={"lit_sparse_edit": '{"version": 1}'})
     with pytest.raises(UsageError, match=r"missing or wrong \(KeyError\('requests'\)\)"):

@@ -234,7 +234,7 @@ def test_edits_of_version_1_are_read_and_damaged_ones_refused(tmp_path):
     assert read(unordered, 1)["weight"].values.tolist() == [1.0, 2.0, 3.0]
     with pytest.raises(ls.UsageError, match=r"an.safetensors' cannot be read: .*places are not those of 3 values"):
         read({**tensors, "weight.places": tensors["weight.places"][:-1].clone()}, 2)
-    with pytest.raises(ls.UsageError, match="The edit .* is of version 3 of its format, and 2 is known here"):
+    with pytest.raises(ls.UsageError, match=r"The edit .* is of version 3 of its format, and 2 is known here"):
         read(tensors, 3)
     for version in ("2", None, True):
         with pytest.raises(ls.UsageError, match=f"The edit .* is damaged: its version is {version!r}, not a number"):
