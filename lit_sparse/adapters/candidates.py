@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_sparse.adapters.delta import DeltaLinear
+from lit_sparse.adapters.processes import is_distributed
 
 
 class Candidates:
@@ -79,7 +80,7 @@ class Candidates:
     def _mean(self, values: Tensor) -> Tensor:
         """The mean over the processes, in place."""
         # In the backward pass, layer by layer: at the step, the gradient that chooses would be gone.
-        if not self._alone and dist.is_available() and dist.is_initialized():
+        if not self._alone and is_distributed():
             dist.all_reduce(values)
             values /= dist.get_world_size()
         return values

@@ -31,7 +31,7 @@ def start_run(trainer: Trainer, module: LightningModule, method: Method) -> None
     if method.batch_start is None:
         return
     strategy = trainer.strategy
-    if isinstance(strategy, ReplicatedAdapters) and method.init_weights != "eva":  # which takes forward passes alone
+    if isinstance(strategy, ReplicatedAdapters) and method.starts_from_gradients:
         raise UsageError(
             f"{method.batch_start} needs the gradients of whole weights, which FSDP shards. Use a single device or "
             "ddp, or another start."

@@ -12,9 +12,9 @@ from torch import Tensor, distributed
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from lit_sparse.adapters.processes import is_distributed
 from lit_sparse.callbacks.support import callbacks_of
 from lit_sparse.errors import TrainingError
-from lit_sparse.strategies.replicas import is_distributed
 
 _NEVER = 2**62  # the step of an event that has not happened
 _ADVICE = (

@@ -10,9 +10,9 @@ from torch import Tensor, distributed
 
 from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.processes import is_distributed
 from lit_sparse.callbacks.support import StepCallback
 from lit_sparse.errors import TrainingError
-from lit_sparse.strategies.replicas import is_distributed
 
 
 class VerifyReplicas(StepCallback):

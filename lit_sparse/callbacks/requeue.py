@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import distributed
 
+from lit_sparse.adapters.processes import is_distributed
 from lit_sparse.callbacks.support import move_last
-from lit_sparse.strategies.replicas import is_distributed
 
 _PERIOD = 2.0
 """Seconds between two collectives: short compared with the notice that a scheduler gives."""

@@ -21,12 +21,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
 
 from lit_sparse.adapters.naming import clean_name
+from lit_sparse.adapters.processes import is_distributed
 from lit_sparse.callbacks.checkpoint_files import WholeFiles, furthest_first, is_remote, last_checkpoint, read_lightly
 from lit_sparse.callbacks.run_end import Interrupted
 from lit_sparse.callbacks.support import move_last
 from lit_sparse.errors import UsageError
 from lit_sparse.foreign_errors import is_lost_process
-from lit_sparse.strategies.replicas import average_gradients, is_distributed
+from lit_sparse.strategies.replicas import average_gradients
 
 _log = logging.getLogger(__name__)
 

@@ -82,9 +82,9 @@ class Examples:
             drawn = self._continued(_repeated(prefixes), _PREFIX_TOKENS, _LIKELY)
             texts = [tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in drawn]
             self._prefixes = [" ".join(str(text).split()) for text in texts]
-            general = anchors.general if anchors is not None else 0
-            held = self._continued(_repeated(general), anchors.tokens, _LIKELY) if anchors is not None else []
-        if len(drawn) < prefixes or len(held) < general:
+            general = [] if anchors is None else _repeated(anchors.general)
+            held = [] if anchors is None else self._continued(general, anchors.tokens, _LIKELY)
+        if len(drawn) < prefixes or len(held) < len(general):
             raise UsageError(
                 f"The model ends texts such as {_STARTS[0]!r} at once, so it writes no prefixes or general anchors: "
                 "set prefixes to 0, and general of the anchors to 0."

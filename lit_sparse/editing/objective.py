@@ -33,9 +33,10 @@ class Objective:
         self._rows = dict(rows)
         self._routes = routes or Routes(torch.zeros_like(rows["labels"][:, 0]))
         self._edits = edits
-        self._before: Tensor | None = None
-        """log p₀ before every token that is held, in the order of their rows."""
+        self._held: tuple[Tensor, Tensor] | None = None
+        """Rows and columns of the logits of the tokens that are held. To find them waits for the device, so once."""
         if "held" in rows:
+            self._held = rows["held"][:, 1:].nonzero(as_tuple=True)  # type: ignore[assignment]
             with torch.no_grad():
                 self._before = self._log_probabilities(self._logits(model))
 
@@ -51,24 +52,21 @@ class Objective:
         zeros, edits = each.new_zeros(self._edits), self._routes.copies
         counted = (labels != IGNORED).sum(1).to(each.dtype)
         losses = zeros.index_add(0, edits, each.sum(1)) / zeros.index_add(0, edits, counted).clamp(min=1)
-        if self._before is None:
+        if self._held is None:
             return losses, losses
         away = (self._before.exp() * (self._before - self._log_probabilities(logits))).sum(-1)
-        held = self._held
-        places = edits.unsqueeze(1).expand_as(held)[held != 0]
-        return losses, losses.index_add(0, places, held[held != 0] * away)
+        weights = self._rows["held"][:, 1:][self._held]
+        return losses, losses.index_add(0, edits[self._held[0]], weights * away)
 
     def leave_out(self, ended: Sequence[int]) -> None:
         """Go on without the rows of some edits; the routes then lead to the others."""
         kept = ~torch.isin(self._routes.copies, self._routes.copies.new_tensor(ended))
-        if self._before is not None:
-            self._before = self._before[kept.unsqueeze(1).expand_as(self._held)[self._held != 0]]
+        if self._held is not None:
+            self._before = self._before[kept[self._held[0]]]
         self._routes.copies = self._routes.copies[kept]
         self._rows = {name: tensor[kept] for name, tensor in self._rows.items()}
-
-    @property
-    def _held(self) -> Tensor:
-        return self._rows["held"][:, 1:]
+        if self._held is not None:
+            self._held = self._rows["held"][:, 1:].nonzero(as_tuple=True)  # type: ignore[assignment]
 
     def _logits(self, model: nn.Module) -> Tensor:
         """Of the token after each but the last."""
@@ -77,4 +75,4 @@ class Objective:
         return logits[:, :-1]
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
-        return logits[self._held != 0].float().log_softmax(-1)
+        return logits[self._held].float().log_softmax(-1)

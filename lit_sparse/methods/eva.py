@@ -17,6 +17,7 @@ from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.injection import disable_adapters
 from lit_sparse.adapters.inputs import real_positions, watch_inputs
 from lit_sparse.adapters.modes import in_mode
+from lit_sparse.adapters.processes import is_distributed
 from lit_sparse.errors import UsageError, listed
 from lit_sparse.functional import explained_ranks
 from lit_sparse.methods.gradients import together
@@ -99,7 +100,7 @@ class _Components:
         """Take rows of this process, shape ``(rows, in_features)``."""
         self.called = True
         self._own.append(rows.clone())  # models may write over their activations
-        if not _several():
+        if not is_distributed():
             self.fit()
 
     def fit(self) -> None:
@@ -195,7 +196,7 @@ class _Inputs:
         layers = {name: self.adapters[name] for name in names}
         with watch_inputs(layers, lambda name, x: self.components[name].see(positions(x))):
             yield
-        if _several():  # only now, in one order, for processes may call layers in orders of their own
+        if is_distributed():  # only now, in one order, for processes may call layers in orders of their own
             for name in layers:
                 self.components[name].fit()
 
@@ -244,13 +245,9 @@ class _Inputs:
                 )
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _of_all_processes(rows: Tensor) -> Tensor:
     """The rows of all processes, one process after the other."""
-    if not _several():
+    if not is_distributed():
         return rows
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]

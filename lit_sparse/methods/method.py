@@ -95,6 +95,11 @@ class Method(ABC):  # with a plain class as its base, jsonargparse takes sub-cla
         return None
 
     @property
+    def starts_from_gradients(self) -> bool:
+        """Whether this start takes gradients of whole weights, which FSDP shards; else forward passes alone."""
+        return self.batch_start is not None
+
+    @property
     def moves_entries(self) -> bool:
         """Whether parameters of the adapters stand for other entries after some steps, and so have no average."""
         return False

@@ -62,6 +62,11 @@ class Start(SparseMethod):
         """GoRA and LoRA-GA take gradients, EVA inputs of layers."""
         return f"init_weights {self.init_weights!r}" if self.init_weights in ("gora", "lora_ga", "eva") else None
 
+    @property
+    def starts_from_gradients(self) -> bool:
+        """Not EVA, which takes forward passes alone."""
+        return super().starts_from_gradients and self.init_weights != "eva"
+
     @torch.no_grad()
     def has_started(self, adapters: Sequence[LowRankAdapter]) -> bool:
         """Whether any B is not zero; for EVA, also whether all rows of A have norm 1, and random ones are shorter."""

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-
-def is_distributed() -> bool:
-    """Whether there is a process group."""
-    return distributed.is_available() and distributed.is_initialized()
+from lit_sparse.adapters.processes import is_distributed
 
 
 @torch.no_grad()

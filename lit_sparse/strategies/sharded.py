@@ -17,9 +17,10 @@ from torchmetrics import Metric
 from lit_sparse.adapters.frozen import frozen_sample, require_match
 from lit_sparse.adapters.injection import adapters_in
 from lit_sparse.adapters.naming import clean_name
+from lit_sparse.adapters.processes import is_distributed
 from lit_sparse.adapters.quantized import is_four_bit, quantized_layers
 from lit_sparse.errors import UsageError
-from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first, is_distributed
+from lit_sparse.strategies.replicas import average_gradients, broadcast_from_first
 
 
 class ReplicatedAdapters(ParallelStrategy):

@@ -343,7 +343,7 @@ def test_answers_have_no_loss(knowing_llama, dogs, trainer, tmp_path):
 
 def test_what_the_user_is_told(knowing_llama, dogs, rivers, trainer):
     for tolerance in (0.0, -0.1, math.nan, math.inf):
-        with pytest.raises(ls.UsageError, match="tolerance must be (finite and )?above 0"):
+        with pytest.raises(ls.UsageError, match=r"tolerance must be (finite and )?above 0"):
             ls.ForgettingCap(rivers, tolerance)
     two = [ls.ForgettingCap(rivers, 0.1, "one"), ls.ForgettingCap(rivers, 0.1, "two")]
     with pytest.raises(ls.UsageError, match="several ForgettingCaps"):
