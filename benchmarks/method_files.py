@@ -20,8 +20,11 @@ def files() -> dict[str, Path]:
     methods = [one for one in public if inspect.isclass(one) and issubclass(one, Method)]
     bases = {base for method in methods for base in method.__mro__[1:]}
     named = {method.__name__: Path(inspect.getfile(method)) for method in methods if method not in bases}
-    starts = {f"`init_weights: {name}`": PACKAGE / "functional" / f"{name}.py" for name in get_args(InitWeights)}
-    return dict(sorted(named.items())) | {name: file for name, file in starts.items() if file.exists()}
+    starts = {}
+    for start in get_args(InitWeights):
+        homes = [PACKAGE / part / f"{start}.py" for part in ("functional", "methods")]  # what gathers uses formulas
+        starts |= {f"`init_weights: {start}`": home for home in homes if home.exists() and home not in named.values()}
+    return dict(sorted(named.items())) | starts
 
 
 def length(file: Path) -> int:

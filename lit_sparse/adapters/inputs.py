@@ -1,8 +1,9 @@
-"""What comes into adapted layers, and which of its positions are no padding."""
+"""What comes into adapted layers, which of them have the same input, and which of its positions are no padding."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,6 +27,22 @@ def watch_inputs(adapters: Mapping[str, LowRankAdapter], see: Callable[[str, Ten
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def equal_inputs(adapters: Mapping[str, LowRankAdapter], forward: Callable[[], Any]) -> dict[str, str]:
+    """By a pass, the first layer that has the same input, for each layer that the pass calls."""
+    first: dict[str, str] = {}
+    seen: list[tuple[weakref.ref[Tensor], int, str]] = []  # a freed tensor's place may be another's input later
+
+    def note(name: str, x: Tensor) -> None:
+        if name not in first:
+            same = (other for alive, version, other in seen if alive() is x and version == x._version)
+            first[name] = next(same, name)
+            seen.append((weakref.ref(x), x._version, first[name]))
+
+    with watch_inputs(adapters, note):
+        forward()
+    return first
 
 
 @contextmanager

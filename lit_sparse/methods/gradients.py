@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_sparse.adapters.injection import disable_adapters
-from lit_sparse.adapters.processes import is_distributed
+from lit_sparse.adapters.processes import together
 from lit_sparse.errors import UsageError
 
 
@@ -64,12 +64,3 @@ def mean_gradients(
             "Check the loss on the first training batches."
         )
     return gradients
-
-
-def together(values: Tensor, device: torch.device, collective: Callable[[Tensor], Any]) -> Tensor:
-    """What a collective makes of the values of all processes, sent from ``device``, in main memory."""
-    if not is_distributed():
-        return values
-    sent = values.to(device).contiguous()
-    collective(sent)
-    return sent.cpu()

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import LowRankAdapter
 from lit_sparse.adapters.compaction import replace_values
 from lit_sparse.adapters.experts import ExpertWeight, LowRankExperts
 from lit_sparse.adapters.injection import adapters_in
+from lit_sparse.adapters.processes import of_first
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.functional import allotted_ranks, compressed_gradient, gradient_factors
 from lit_sparse.methods.base import InitWeights, SparseMethod, divisor
 from lit_sparse.methods.eva import principal_inputs
-from lit_sparse.methods.gradients import mean_gradients, together
+from lit_sparse.methods.gradients import mean_gradients
 from lit_sparse.methods.method import Method
 from lit_sparse.methods.step import Run
 
@@ -223,9 +222,7 @@ def take_starts(model: nn.Module, record: Mapping[str, Sequence[Tensor]]) -> Non
 def _importances(adapters: Sequence[LowRankAdapter], gradients: Mapping[Tensor, Tensor]) -> list[float]:
     """Mean |W ∘ G| of each layer, summed over its experts; those of the first process, so that ranks are equal."""
     means = [a.copies * (a.weight.detach().cpu() * gradients[a.weight]).abs().mean() for a in adapters]
-    found: list[float] = together(
-        torch.stack(means), adapters[0].weight.device, partial(dist.broadcast, src=0)
-    ).tolist()
+    found: list[float] = of_first(torch.stack(means), adapters[0].weight.device).tolist()
     return found
 
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lit_sparse as ls
+from lit_sparse.functional import eva as eva_file
 from lit_sparse.functional import explained_ranks
-from lit_sparse.methods import eva as eva_file
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -245,7 +245,7 @@ def test_batches_without_positions_are_named() -> None:
     model, method = llama(), eva(["q_proj", "down_proj"])
     ls.inject(model, method)
     data = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in texts(2)]
-    with pytest.raises(ls.UsageError, match=r"All inputs of the layers \['model.*\] in 2 batches.* labels are -100"):
+    with pytest.raises(ls.UsageError, match=r"The layers \['model.*\] had no inputs in 2 batches.* labels of -100"):
         ls.start_from_batches(model, method, data)
 
 
@@ -320,7 +320,7 @@ class Idle(Net):
             r"'query' had 5 inputs in 1 batch, but init_weights 'eva' needs 8, rank times eva_rho\. Raise "
             r"start_batches or the batch size, lower rank or eva_rho, or leave the layer out \(exclude_modules\)",
         ),
-        ([torch.randn(16, 20)], r"The layers \['unused'\] had no input in 1 batch, .*exclude_modules"),
+        ([torch.randn(16, 20)], r"The layers \['unused'\] had no inputs in 1 batch, .*exclude_modules"),
     ],
 )
 def test_batches_from_which_nothing_can_start(data: list[Tensor], message: str) -> None:
