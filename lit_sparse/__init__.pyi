@@ -49,7 +49,8 @@ from lit_sparse.editing.anchors import Anchors as Anchors
 from lit_sparse.editing.data import EditingData as EditingData
 from lit_sparse.editing.editor import Editor as Editor
 from lit_sparse.editing.one_fact import edit_fact as edit_fact
-from lit_sparse.editing.training import FineTuning as FineTuning
+from lit_sparse.editing.ultraedit import UltraEdit as UltraEdit
+from lit_sparse.editing.whole_weights import FineTuning as FineTuning
 from lit_sparse.errors import TrainingError as TrainingError
 from lit_sparse.errors import UsageError as UsageError
 from lit_sparse.interchange.card import ExportReport as ExportReport

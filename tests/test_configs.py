@@ -134,6 +134,8 @@ def test_a_configuration_edits(path, tmp_path, monkeypatch):
         "trainer.devices": 1,
         "trainer.enable_progress_bar": "false",
     }
+    if "ultraedit" in path.name:
+        options["model.init_args.method.init_args.layers"] = "[0, 1]"  # tiny models have two blocks
     main(["edit", "--config", str(path), *(f"--{key}={value}" for key, value in options.items())])
     rows = read_lines(tmp_path / "output" / "results.jsonl")
     assert [row["index"] for row in rows] == [0, 1]

@@ -23,7 +23,9 @@ from lit_sparse.editing.measuring import Measurer, Questions, summarize, summary
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
 from lit_sparse.editing.side_by_side import train_each
-from lit_sparse.editing.training import FineTuning, Trained
+from lit_sparse.editing.training import Trained
+from lit_sparse.editing.ultraedit import UltraEdit
+from lit_sparse.editing.whole_weights import FineTuning
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.method import Method
 from lit_sparse.modules.backbone import load_backbone
@@ -53,8 +55,8 @@ class Editor(LightningModule):
 
     Args:
         backbone: Hub id or folder of a causal language model, or one that is already built.
-        method: What is trained: a method of adapters, or :class:`~lit_sparse.FineTuning`. The schedule of a method
-            counts the steps of one edit.
+        method: What is trained: a method of adapters, whose schedule counts the steps of one edit, or
+            :class:`~lit_sparse.FineTuning` or :class:`~lit_sparse.UltraEdit`.
         output: Folder for results and edits.
         steps: Optimizer steps of an edit at most. 25 as in RoseLoRA's release.
         requests_per_step: Requests of a group in one optimizer step, which take turns; None: all. A large group in
@@ -87,7 +89,7 @@ class Editor(LightningModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        method: Method | FineTuning,
+        method: Method | FineTuning | UltraEdit,
         output: str,
         steps: int = 25,
         requests_per_step: int | None = None,
@@ -119,7 +121,7 @@ class Editor(LightningModule):
         require_range("generated_samples", generated_samples, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
         require_without_batches(method)
-        if anchors is not None and requests_per_step is not None:
+        if anchors is not None and requests_per_step is not None and not isinstance(method, UltraEdit):
             raise UsageError("anchors need the probabilities for all requests at once: leave requests_per_step out.")
         if retest_every is not None and not sequential:
             raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
@@ -128,8 +130,7 @@ class Editor(LightningModule):
             raise UsageError(f"{name} is for generated answers: set generated_tokens.")
         if tokenizer is None and isinstance(backbone, nn.Module):
             raise UsageError("A backbone that is already built does not name its tokenizer: give tokenizer.")
-        self._backbone = backbone
-        self.method = method
+        self._backbone, self.method = backbone, method
         self.output = output
         self.steps = steps
         self.requests_per_step = requests_per_step
@@ -140,8 +141,7 @@ class Editor(LightningModule):
         self.sequential = sequential
         self.retest_every = retest_every
         self.save_edits = save_edits or sequential
-        self.fluency_tokens = fluency_tokens
-        self.generated_tokens = generated_tokens
+        self.fluency_tokens, self.generated_tokens = fluency_tokens, generated_tokens
         self.generated_samples = generated_samples
         self.chat_template = chat_template
         self.texts = texts

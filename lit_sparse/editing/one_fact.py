@@ -16,7 +16,9 @@ from lit_sparse.editing.edits import Edit, EditedModel
 from lit_sparse.editing.measuring import Measurer, Questions, Unedited
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import collate
-from lit_sparse.editing.training import FineTuning, train
+from lit_sparse.editing.training import train
+from lit_sparse.editing.ultraedit import UltraEdit
+from lit_sparse.editing.whole_weights import FineTuning
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.method import Method
 from lit_sparse.methods.roselora import RoseLoRA
@@ -31,7 +33,7 @@ def edit_fact(
     prompt: str,
     target: str,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
-    method: Method | FineTuning | None = None,
+    method: Method | FineTuning | UltraEdit | None = None,
     steps: int = 25,
     optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0),
     stop_loss: float | None = 0.1,

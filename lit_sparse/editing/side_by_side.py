@@ -21,7 +21,9 @@ from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.rowwise import CannotShareError, Routes, RowwiseLinear
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.objective import Objective
-from lit_sparse.editing.training import FineTuning, Trained, require_adapters_alone, train
+from lit_sparse.editing.training import Trained, require_adapters_alone, train
+from lit_sparse.editing.ultraedit import Held
+from lit_sparse.editing.whole_weights import WholeWeights
 from lit_sparse.interchange.patches import patch_of
 from lit_sparse.methods.base import SparseMethod
 from lit_sparse.methods.method import Method
@@ -52,7 +54,7 @@ class _Many:
 def train_each(
     model: nn.Module,
     edits: Sequence[Sequence[Mapping[str, Tensor]]],
-    method: Method | FineTuning,
+    method: Method | WholeWeights,
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
@@ -94,9 +96,10 @@ def train_each(
         for part in (slice(half), slice(half, None)):
             yield from train_each(model, edits[part], method, steps, optimizer, stop_loss, seeds[part])
         return
+    known: list[Held] = []
     for batches, seed in zip(edits, seeds, strict=True):
         torch.manual_seed(seed)
-        yield train(model, batches, method, steps, optimizer, stop_loss)
+        yield train(model, batches, method, steps, optimizer, stop_loss, known)
 
 
 def _whole(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:

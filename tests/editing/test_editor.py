@@ -151,8 +151,13 @@ def test_random_answers_are_the_same_in_every_run(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [ls.LoRA(["q_proj"], rank=2), ls.SoRA(["q_proj"], rank=2, threshold=1e-3), ls.FineTuning(["q_proj"])],
-    ids=["lora", "sora", "fine-tuning"],
+    [
+        ls.LoRA(["q_proj"], rank=2),
+        ls.SoRA(["q_proj"], rank=2, threshold=1e-3),
+        ls.FineTuning(["q_proj"]),
+        ls.UltraEdit(["q_proj"]),
+    ],
+    ids=["lora", "sora", "fine-tuning", "ultraedit"],
 )
 def test_baselines(folder, method):
     editor = edit(folder, method=method, data={"limit": 2})

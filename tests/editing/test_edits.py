@@ -19,7 +19,8 @@ from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.edits import Edit, EditedModel, combine, load_edit
 from lit_sparse.editing.requests import EditRequest, Probe
 from lit_sparse.editing.teacher_forcing import collate, encode
-from lit_sparse.editing.training import FineTuning, train
+from lit_sparse.editing.training import train
+from lit_sparse.editing.whole_weights import FineTuning
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Entries, add, patch_of, put
 
@@ -34,6 +35,7 @@ METHODS = {
     "lift": ls.LIFT(["q_proj", "v_proj"], changed=0.05, filter_rank=4, update_every=2),
     "spiel": ls.SpIEL(["q_proj", "v_proj"], changed=0.05, update_every=2, window=1),
     "fine-tuning": FineTuning(["q_proj", "v_proj"]),
+    "ultraedit": ls.UltraEdit(["q_proj", "v_proj"], lr=1e-3, normalization="turn"),
 }
 
 
