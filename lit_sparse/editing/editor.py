@@ -24,7 +24,7 @@ from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
 from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.training import Trained
-from lit_sparse.editing.ultraedit import UltraEdit
+from lit_sparse.editing.ultraedit import Known, UltraEdit
 from lit_sparse.editing.whole_weights import FineTuning
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.method import Method
@@ -134,12 +134,10 @@ class Editor(LightningModule):
         self.output = output
         self.steps = steps
         self.requests_per_step = requests_per_step
-        self.prefixes = prefixes
-        self.anchors = anchors
+        self.prefixes, self.anchors = prefixes, anchors
         self.optimizer = optimizer
         self.stop_loss = stop_loss
-        self.sequential = sequential
-        self.retest_every = retest_every
+        self.sequential, self.retest_every = sequential, retest_every
         self.save_edits = save_edits or sequential
         self.fluency_tokens, self.generated_tokens = fluency_tokens, generated_tokens
         self.generated_samples = generated_samples
@@ -176,6 +174,7 @@ class Editor(LightningModule):
         self._measurer = Measurer(self.model, self.tokenizer, data.requests, batch_size=self.eval_batch_size, **how)
         self._examples = Examples(self.model, self.tokenizer, self.prefixes, self.anchors, self.seed)
         self._results = Results(self.output, self._settings(data), self.global_rank)
+        self._known: Known = []
         self._so_far: list[EditRequest] = []
         self._edits_so_far = 0
 
@@ -213,7 +212,8 @@ class Editor(LightningModule):
     def _train(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[Trained]:
         edits = [self._examples.batches(requests, self.requests_per_step, self.device) for requests in groups]
         seeds = [self.seed + requests[0].index for requests in groups]
-        return train_each(self.model, edits, self.method, self.steps, self.optimizer, self.stop_loss, seeds)
+        how = (self.method, self.steps, self.optimizer, self.stop_loss)
+        return train_each(self.model, edits, *how, seeds, None if self.sequential else self._known)
 
     def edit(self, requests: Sequence[EditRequest], trained: Trained | None = None) -> list[Row]:
         """Train one change for some requests, add it and measure it; take it out unless edits are in sequence.

@@ -22,7 +22,7 @@ from lit_sparse.adapters.rowwise import CannotShareError, Routes, RowwiseLinear
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.objective import Objective
 from lit_sparse.editing.training import Trained, require_adapters_alone, train
-from lit_sparse.editing.ultraedit import Held
+from lit_sparse.editing.ultraedit import Known
 from lit_sparse.editing.whole_weights import WholeWeights
 from lit_sparse.interchange.patches import patch_of
 from lit_sparse.methods.base import SparseMethod
@@ -59,6 +59,7 @@ def train_each(
     optimizer: OptimizerCallable,
     stop_loss: float | None,
     seeds: Sequence[int],
+    known: Known | None = None,
 ) -> Iterator[Trained]:
     """Train a change for each edit, as ``train`` does; side by side where the results are the same to rounding.
 
@@ -73,6 +74,7 @@ def train_each(
         optimizer: As for ``train``.
         stop_loss: As for ``train``.
         seeds: The seed of each change.
+        known: As for ``train``.
 
     Raises:
         UsageError: As ``train``.
@@ -94,9 +96,9 @@ def train_each(
     if half:
         rank_zero_info(f"The memory is too small for {len(edits)} edits side by side: trying {half}.")
         for part in (slice(half), slice(half, None)):
-            yield from train_each(model, edits[part], method, steps, optimizer, stop_loss, seeds[part])
+            yield from train_each(model, edits[part], method, steps, optimizer, stop_loss, seeds[part], known)
         return
-    known: list[Held] = []
+    known = [] if known is None else known
     for batches, seed in zip(edits, seeds, strict=True):
         torch.manual_seed(seed)
         yield train(model, batches, method, steps, optimizer, stop_loss, known)

@@ -16,7 +16,7 @@ from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.adapters.modes import in_mode
 from lit_sparse.editing.objective import Objective
-from lit_sparse.editing.ultraedit import Held, Solver, UltraEdit, answers_of
+from lit_sparse.editing.ultraedit import Known, Solver, UltraEdit, answers_of
 from lit_sparse.editing.whole_weights import WholeWeights, changing
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of
@@ -70,7 +70,7 @@ def train(
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
-    known: list[Held] | None = None,
+    known: Known | None = None,
 ) -> Trained:
     """Train a change on batches that take turns; afterwards the model is bit for bit what it was.
 
@@ -164,7 +164,7 @@ def _fine_tuned(model: nn.Module, method: WholeWeights, optimizer: OptimizerCall
 
 @contextmanager
 def _solved(
-    model: nn.Module, method: UltraEdit, batches: Sequence[Mapping[str, Tensor]], known: list[Held]
+    model: nn.Module, method: UltraEdit, batches: Sequence[Mapping[str, Tensor]], known: Known
 ) -> Iterator[_Making]:
     with changing(model, method) as change:
         solver = Solver(model, method, change, batches, known)

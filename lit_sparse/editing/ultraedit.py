@@ -14,12 +14,12 @@ from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.whole_weights import Changing, WholeWeights
 from lit_sparse.errors import UsageError, require_choice, require_range
-from lit_sparse.functional.ultraedit import RunningMoments, least_squares
+from lit_sparse.functional.ultraedit import Held, Ridge, RunningMoments, least_squares
 
 Normalization = Literal["lifelong", "turn"]
 _RARE = 1e-3  # a feature that is rarer than this share of the mean counts as if it were not
-Held = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""Rows that are held, and the inputs that layers have there, times the roots of their weights."""
+Known = list[tuple[dict[str, Tensor], dict[str, Held]]]
+"""Rows that are held, and the inputs that each layer has there."""
 
 
 class UltraEdit(WholeWeights):
@@ -87,7 +87,7 @@ class Solver:
         method: The method.
         change: What may be changed.
         batches: The rows of each turn, as :class:`~lit_sparse.editing.objective.Objective` takes them.
-        known: Inputs that an earlier solver of the same layers found in the same model, and those that this one finds.
+        known: What an earlier solver of the same layers found in the same model; then, what this one found.
 
     Raises:
         UsageError: If a layer is not linear, or does not see one input for each token.
@@ -99,7 +99,7 @@ class Solver:
         method: UltraEdit,
         change: Changing,
         batches: Sequence[Mapping[str, Tensor]],
-        known: list[Held],
+        known: Known,
     ) -> None:
         others = sorted(name for name, layer in change.layers.items() if not isinstance(layer, FrozenLinear))
         if others:
@@ -108,17 +108,19 @@ class Solver:
         for weight in change.weights.values():
             weight.requires_grad_(False)  # a step needs the gradients of outputs alone
         self._moments: dict[torch.Size, RunningMoments] = {}
-        self._features: dict[tuple[int, str], Tensor] = {}
+        self._ridges: dict[tuple[int, str], tuple[Tensor | None, Ridge]] = {}
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         self._answers = [answers_of(batch)["labels"] != IGNORED for batch in batches]
-        self._held: list[dict[str, Tensor]] = []
+        self._held: list[dict[str, Held]] = []
+        used: Known = []
         for batch in batches:
             rows = _held_of(batch)
-            inputs = next((inputs for others, inputs in known if _equal(rows, others)), None)
-            if inputs is None:
-                inputs = self._inputs_of(rows)
-                known.append((rows, inputs))
-            self._held.append(inputs)
+            held = next((held for others, held in [*used, *known] if _equal(rows, others)), None)
+            if held is None:
+                held = self._inputs_of(rows)
+            used.append((rows, held))
+            self._held.append(held)
+        known[:] = used
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -152,20 +154,25 @@ class Solver:
             for name, pair in found.items():
                 self._moments_of(name).update(torch.cat(pair, dim=1))
         for name, (inputs, gradients) in found.items():
-            held = self._held[turn].get(name, inputs[:0])
-            features = self._features.setdefault((turn, name), self._chosen(inputs, held))
+            if (turn, name) not in self._ridges:
+                held = self._held[turn].get(name) or Held(inputs[:0])
+                features = self._chosen(inputs, held)
+                self._ridges[turn, name] = features, held.ridge(features)
+            features, ridge = self._ridges[turn, name]
+            columns = slice(None) if features is None else features
             wanted = self._wanted(name, inputs, gradients)
             change = inputs.new_zeros(inputs.shape[1], wanted.shape[1])
-            change[features] = least_squares(inputs[:, features], wanted, held[:, features])
+            change[columns] = least_squares(inputs[:, columns], wanted, ridge)
             is_transposed = isinstance(self._change.layers[name], Conv1D)
             self._change.weights[name].add_(change if is_transposed else change.mT)
 
-    def _chosen(self, inputs: Tensor, held: Tensor) -> Tensor:
-        """The input features that may change what the layer does."""
+    def _chosen(self, inputs: Tensor, held: Held) -> Tensor | None:
+        """The numbers of the input features that may change what the layer does; None: all."""
+        if self._method.density == 1:
+            return None
+        usual = held.squares + _RARE * held.squares.mean()
+        scores = inputs.square().sum(0) / usual.where(usual > 0, 1)
         count = max(1, round(self._method.density * inputs.shape[1]))
-        scores, usual = inputs.square().sum(0), held.square().sum(0)
-        if len(held):
-            scores = scores / (usual + _RARE * usual.mean())
         return scores.topk(count).indices.sort().values
 
     def _wanted(self, name: str, inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -181,8 +188,7 @@ class Solver:
         return self._moments.setdefault(self._change.weights[name].shape, RunningMoments())
 
     @torch.no_grad()
-    def _inputs_of(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """√w(s) x(s) of each layer."""
+    def _inputs_of(self, held: Mapping[str, Tensor]) -> dict[str, Held]:
         if not len(held["labels"]):
             return {}
         with self.watching():
@@ -191,7 +197,7 @@ class Solver:
             )
         seen, self._seen = self._seen, {}
         prices = held["held"][:, 1:][held["held"][:, 1:] > 0].sqrt()[:, None]
-        return {name: prices * self._before(held["held"] > 0, x, name) for name, (x, _) in seen.items()}
+        return {name: Held(prices * self._before(held["held"] > 0, x, name)) for name, (x, _) in seen.items()}
 
     def _before(self, tokens: Tensor, values: Tensor, name: str) -> Tensor:
         """The values where these tokens are predicted, in float32 or wider, shape ``(tokens, features)``."""

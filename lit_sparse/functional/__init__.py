@@ -31,4 +31,3 @@ from lit_sparse.functional.sensitivity import moving_average as moving_average
 from lit_sparse.functional.sensitivity import sensitivities as sensitivities
 from lit_sparse.functional.sensitivity import sensitivity as sensitivity
 from lit_sparse.functional.sensitivity import update_moving_average_ as update_moving_average_
-from lit_sparse.functional.ultraedit import least_squares as least_squares

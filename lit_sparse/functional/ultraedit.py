@@ -6,33 +6,75 @@ import torch
 from torch import Tensor
 
 
-def least_squares(inputs: Tensor, outputs: Tensor, held: Tensor) -> Tensor:
-    """The D that minimizes ‖inputs D − outputs‖² + ‖D‖² + ‖held D‖².
+class Held:
+    """Inputs of a layer on which its outputs are to stay.
+
+    Args:
+        rows: The inputs times the roots of their weights, shape ``(tokens, in_features)``.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.squares = rows.square().sum(0)
+        """Of each input feature, shape ``(in_features,)``."""
+        self._few = len(rows) < rows.shape[1]
+        self._kept = rows if self._few else rows.mT @ rows
+        self._whole: Ridge | None = None
+
+    def ridge(self, features: Tensor | None = None) -> Ridge:
+        """For all features, or for some of them, whose numbers are given."""
+        if features is not None:
+            kept = self._kept[:, features]
+            return Ridge(kept if self._few else kept[features], self._few)
+        if self._whole is None:
+            self._whole = Ridge(self._kept, self._few)
+        return self._whole
+
+
+class Ridge:
+    """Solves with I + XᵀX.
+
+    Args:
+        kept: X if it has few rows, else XᵀX.
+        few: Which of them.
+    """
+
+    def __init__(self, kept: Tensor, few: bool) -> None:
+        square = kept @ kept.mT if few else kept
+        unit = torch.eye(len(square), dtype=kept.dtype, device=kept.device)
+        self._factor = torch.linalg.cholesky(square + unit)
+        self._rows = kept if few else None
+
+    def solve(self, columns: Tensor) -> Tensor:
+        """(I + XᵀX)⁻¹ columns."""
+        if self._rows is None:
+            return torch.cholesky_solve(columns, self._factor)
+        return columns - self._rows.mT @ torch.cholesky_solve(self._rows @ columns, self._factor)
+
+
+def least_squares(inputs: Tensor, outputs: Tensor, ridge: Ridge) -> Tensor:
+    """The D that minimizes ‖inputs D − outputs‖² + ‖D‖² + ‖X D‖².
 
     Args:
         inputs: Shape ``(tokens, in_features)``.
         outputs: Shape ``(tokens, out_features)``.
-        held: Shape ``(other tokens, in_features)``.
+        ridge: Made of X.
 
     Returns:
         Shape ``(in_features, out_features)``.
 
     Example:
-        >>> least_squares(torch.tensor([[1.0, 2.0]]), torch.tensor([[6.0]]), torch.zeros(0, 2))
+        >>> inputs, outputs = torch.tensor([[1.0, 2.0]]), torch.tensor([[6.0]])
+        >>> least_squares(inputs, outputs, Held(torch.zeros(0, 2)).ridge())
         tensor([[1.],
                 [2.]])
-        >>> least_squares(torch.tensor([[1.0, 2.0]]), torch.tensor([[6.0]]), torch.tensor([[0.0, 1.0]]))
+        >>> least_squares(inputs, outputs, Held(torch.tensor([[0.0, 1.0]])).ridge())
         tensor([[1.5000],
                 [1.5000]])
     """
-    rows = torch.cat([inputs, held])
-    unit = torch.eye(min(rows.shape), dtype=rows.dtype, device=rows.device)
-    if len(unit) == rows.shape[1]:  # the smaller of two equal systems
-        found: Tensor = torch.linalg.solve(rows.mT @ rows + unit, inputs.mT @ outputs)
-        return found
-    targets = torch.cat([outputs, outputs.new_zeros(len(held), outputs.shape[1])])
-    solved: Tensor = torch.linalg.solve(rows @ rows.mT + unit, targets)
-    return rows.mT @ solved
+    moved = ridge.solve(inputs.mT)
+    unit = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
+    solved: Tensor = torch.linalg.solve(inputs @ moved + unit, outputs)
+    return moved @ solved
 
 
 class RunningMoments:

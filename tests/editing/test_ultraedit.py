@@ -25,8 +25,7 @@ from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.training import Trained, train
 from lit_sparse.editing.ultraedit import Solver
 from lit_sparse.errors import UsageError
-from lit_sparse.functional import least_squares
-from lit_sparse.functional.ultraedit import RunningMoments
+from lit_sparse.functional.ultraedit import Held, RunningMoments, least_squares
 from lit_sparse.interchange.patches import add
 
 TARGETS = ["v_proj", "gate_proj", "up_proj", "down_proj"]  # gate_proj and up_proj have one shape
@@ -51,10 +50,13 @@ def test_no_other_change_costs_less(tokens, features, outputs, others, seed, sca
         scale * torch.randn(shape, generator=generator, dtype=torch.double)
         for shape in ((tokens, features), (tokens, outputs), (others, features))
     )
-    found = least_squares(H, V, X).requires_grad_()
+    found = least_squares(H, V, Held(X).ridge()).requires_grad_()
     cost = (H @ found - V).square().sum() + found.square().sum() + (X @ found).square().sum()
     (gradient,) = torch.autograd.grad(cost, found)
     assert gradient.abs().max() < 1e-8 * scale**3
+    some = torch.arange(0, features, 2)
+    within = least_squares(H[:, some], V, Held(X).ridge(some))
+    torch.testing.assert_close(within, least_squares(H[:, some], V, Held(X[:, some]).ridge()), rtol=1e-6, atol=1e-9)
 
 
 def test_moments_are_those_of_all_rows():
