@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import open_ended
 from lit_sparse.editing.requests import EditRequest
-from lit_sparse.editing.teacher_forcing import Forced, collate, encode
+from lit_sparse.editing.teacher_forcing import Forced, collate, encode, read_texts
 from lit_sparse.editing.writing import SAMPLING, Writer
 from lit_sparse.errors import UsageError, reason_of, require_range
 from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
@@ -29,17 +29,18 @@ _ROWS = 32  # texts that are written at the same time
 
 @dataclass(frozen=True, kw_only=True)
 class Anchors:
-    """Texts that the model writes itself, and on which an edit is to change nothing.
+    """Texts on which an edit is to change nothing. The model writes them itself, unless there is a file.
 
     The loss of an edit gets ``weight`` times the mean of KL(p₀ ‖ p) over the tokens of these texts, where p₀ are the
-    model's probabilities before the edit.
+    model's probabilities before the edit. :class:`~lit_sparse.UltraEdit` holds the outputs of its layers there instead.
 
     Args:
         weight: Price of one nat per token, in units of the loss of the new answer.
         of_subject: Texts on the subject of each request, at most 6, such as "SUBJECT was …". A request without a
             subject has none.
-        general: Texts on anything, drawn once.
-        tokens: Longest continuation, in tokens.
+        general: Texts on anything, drawn once, or the first ones of ``texts``.
+        tokens: Longest continuation, or part of a text of the file, in tokens.
+        texts: JSON Lines file with a column ``text``; None: the model writes the general texts.
 
     Raises:
         UsageError: If an argument is outside its range, or there would be no text.
@@ -49,6 +50,7 @@ class Anchors:
     of_subject: int = 6
     general: int = 6
     tokens: int = 12
+    texts: str | None = None
 
     def __post_init__(self) -> None:
         require_range("weight", self.weight, above=0)
@@ -57,6 +59,8 @@ class Anchors:
         require_range("tokens", self.tokens, at_least=1)
         if not self.of_subject and not self.general:
             raise UsageError("of_subject and general are both 0, so nothing would be held: raise one of them.")
+        if self.texts is not None and not self.general:
+            raise UsageError("texts are given, and general is 0, so none of them would be held: raise general.")
 
 
 class Examples:
@@ -70,7 +74,8 @@ class Examples:
         seed: Of the texts that are drawn.
 
     Raises:
-        UsageError: If the tokenizer cannot read the words that texts begin with, or the model writes nothing.
+        UsageError: If the tokenizer cannot read the words that texts begin with, the model writes nothing, or the file
+            of texts cannot be read or has too few.
     """
 
     def __init__(
@@ -82,13 +87,18 @@ class Examples:
             drawn = self._continued(_repeated(prefixes), _PREFIX_TOKENS, _LIKELY)
             texts = [tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in drawn]
             self._prefixes = [" ".join(str(text).split()) for text in texts]
-            general = [] if anchors is None else _repeated(anchors.general)
+            general = [] if anchors is None or anchors.texts is not None else _repeated(anchors.general)
             held = [] if anchors is None else self._continued(general, anchors.tokens, _LIKELY)
         if len(drawn) < prefixes or len(held) < len(general):
             raise UsageError(
                 f"The model ends texts such as {_STARTS[0]!r} at once, so it writes no prefixes or general anchors: "
                 "set prefixes to 0, and general of the anchors to 0."
             )
+        if anchors is not None and anchors.texts is not None:
+            found = read_texts(anchors.texts, tokenizer, anchors.tokens)
+            if len(found) < anchors.general:
+                raise UsageError(f"{anchors.texts!r} has {len(found)} texts: lower general to that number.")
+            held = [Forced(ids, 1) for ids in found[: anchors.general]]
         self._general = [Forced(row.input_ids, 1) for row in held]
 
     def batches(

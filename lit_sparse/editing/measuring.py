@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -28,9 +27,8 @@ from lit_sparse.editing.metrics import (
     Scored,
 )
 from lit_sparse.editing.requests import EditRequest, Probe
-from lit_sparse.editing.teacher_forcing import batches, encode, predict
+from lit_sparse.editing.teacher_forcing import batches, encode, predict, read_texts
 from lit_sparse.editing.writing import SAMPLING, Writer
-from lit_sparse.errors import UsageError, parse_json
 
 _TEXT_LENGTH = 128  # tokens of a text that its perplexity is measured on
 
@@ -119,7 +117,7 @@ class Measurer:
         self._sampler = Writer(model, tokenizer, max(1, generated_samples), generated_tokens, chat_template)
         self._fluency_tokens, self._batch_size = fluency_tokens, batch_size
         self._samples, self._seed = generated_samples, seed
-        self._texts = [] if texts is None else _read_texts(texts, tokenizer)
+        self._texts = [] if texts is None else read_texts(texts, tokenizer, _TEXT_LENGTH)
         requests = list(requests)
         asked = sorted({kind for request in requests for kind in request.portability})
         locality = Locality(sorted({kind for request in requests for kind in request.locality}))
@@ -282,16 +280,3 @@ def text_table(summary: Mapping[str, Any]) -> str:
         f"({summary['share_outside_of_steps']:.1%} outside of the steps)."
     )
     return "\n".join(lines)
-
-
-def _read_texts(file: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    try:
-        rows = [parse_json(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
-        texts = [row["text"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"texts must be JSON Lines with a column text; {file!r} cannot be read: {error!r}.") from error
-    tokens = [ids[:_TEXT_LENGTH] for ids in open_ended(tokenizer, texts)] if texts else []
-    tokens = [ids for ids in tokens if len(ids) > 1]
-    if not tokens:
-        raise UsageError(f"{file!r} has no text of at least two tokens to measure perplexity on.")
-    return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.padding import IGNORED, PadRows
 from lit_sparse.data.tokenizers import open_ended
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import UsageError, parse_json
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,29 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]])
             )
         encoded.append(Forced(ids, start))
     return encoded
+
+
+def read_texts(file: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """The first tokens of each text of a file, of those with two or more.
+
+    Args:
+        file: JSON Lines with a column ``text``.
+        tokenizer: Tokenizer of the model.
+        length: Most tokens of a text.
+
+    Raises:
+        UsageError: If the file cannot be read, or has no such text.
+    """
+    try:
+        rows = [parse_json(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+        texts = [row["text"] for row in rows]
+        tokens = [ids[:length] for ids in open_ended(tokenizer, texts)] if texts else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"texts must be JSON Lines with a column text; {file!r} cannot be read: {error!r}.") from error
+    tokens = [ids for ids in tokens if len(ids) > 1]
+    if not tokens:
+        raise UsageError(f"{file!r} has no text of at least two tokens.")
+    return tokens
 
 
 def collate(

@@ -175,6 +175,30 @@ def test_the_texts_of_a_batch(folder):
     assert "held" not in turns[0]
 
 
+def test_texts_of_a_file(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
+    tokenizer = load_tokenizer(str(folder / "llama"))
+    texts = ["the man saw the river and the house", "", "the cat is good", "a dog was bad"]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    anchors = ls.Anchors(of_subject=1, general=2, tokens=4, weight=2.0, texts=str(file))
+    (batch,) = Examples(model, tokenizer, 0, anchors, seed=5).batches(
+        [EditRequest(0, "the cat is", "a dog", "cat")], None, torch.device("cpu")
+    )
+    for place, text in ((2, texts[0]), (3, texts[2])):
+        length = int(batch["attention_mask"][place].sum())
+        assert length == min(4, len(tokenizer(text)["input_ids"]))
+        assert batch["input_ids"][place, :length].tolist() == tokenizer(text)["input_ids"][:4]
+        assert (batch["held"][place] > 0).nonzero().flatten().tolist() == list(range(1, length))
+    assert batch["held"].sum() == pytest.approx(2.0)
+    with pytest.raises(UsageError, match="lower general to that number"):
+        Examples(model, tokenizer, 0, ls.Anchors(general=5, texts=str(file)), seed=5)
+    with pytest.raises(UsageError, match="texts must be JSON Lines with a column text"):
+        Examples(model, tokenizer, 0, ls.Anchors(texts=str(tmp_path / "none.jsonl")), seed=5)
+    with pytest.raises(UsageError, match="texts are given, and general is 0"):
+        ls.Anchors(general=0, texts=str(file))
+
+
 def test_from_the_command_line(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = {
