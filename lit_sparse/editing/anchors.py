@@ -35,7 +35,8 @@ class Anchors:
     model's probabilities before the edit. :class:`~lit_sparse.UltraEdit` holds the outputs of its layers there instead.
 
     Args:
-        weight: Price of one nat per token, in units of the loss of the new answer.
+        weight: Price of one nat per token, in units of the loss of the new answer. For UltraEdit, the sum of the
+            weights w of all tokens.
         of_subject: Texts on the subject of each request, at most 6, such as "SUBJECT was …". A request without a
             subject has none.
         general: Texts on anything, drawn once, or the first ones of ``texts``.

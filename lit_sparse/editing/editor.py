@@ -63,7 +63,7 @@ class Editor(LightningModule):
             small turns is edited breadth-first (LocFT-BF, arXiv:2509.22072).
         prefixes: Texts that the model writes; each prompt is also trained on after each of them.
         anchors: Texts that the model writes and on which an edit is to change nothing; None: none.
-        optimizer: Makes the optimizer of one edit. RoseLoRA's release has a learning rate of 5e-4.
+        optimizer: Makes the optimizer of one edit; UltraEdit has none. RoseLoRA's release has a learning rate of 5e-4.
         stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final;
             in turns, the mean over one turn counts. 0.1 as in RoseLoRA's release. None: all steps are taken.
         sequential: Keep every edit and make the next on top of it. This needs a single process, and saves the edits.

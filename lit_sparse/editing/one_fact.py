@@ -60,7 +60,7 @@ def edit_fact(
         tokenizer: The tokenizer, its hub id or its folder; None: that of the model.
         method: What is trained; None: RoseLoRA on the second projection of each feed-forward layer.
         steps: Optimizer steps, at most.
-        optimizer: Makes the optimizer.
+        optimizer: Makes the optimizer; UltraEdit has none.
         stop_loss: Training stops at this loss, in nats per token of the new answer, once the method's sparsity is
             final. None: all steps are taken.
         seed: Seed of the training. The state of the random generators is kept.

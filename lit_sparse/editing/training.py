@@ -50,14 +50,14 @@ class _Making:
 
     Args:
         weights: Number of weight entries that can change.
-        step: Takes a step after the backward pass of a turn, whose number it is given.
+        step: Takes a step after a backward pass.
         patch: Gives the change so far.
         settled: Steps after which the method's sparsity is final.
         finish: Called at the end.
     """
 
     weights: int
-    step: Callable[[int], None]
+    step: Callable[[], None]
     patch: Callable[[], Patch]
     settled: int = 0
     finish: Callable[[], None] = lambda: None
@@ -100,15 +100,19 @@ def train(
         start = time.perf_counter()
         taken = 0
         while taken < steps:
-            number = taken % len(batches)
-            loss, whole = objectives[number](model)
+            loss, whole = objectives[taken % len(batches)](model)
             turn.append(loss.detach())
             # Reading losses waits for the device, so they are read only where training may stop.
             may_stop = taken + 1 >= change.settled + len(batches)
             if stop_loss is not None and may_stop and _mean(turn) <= stop_loss:
                 break
+            if not whole.requires_grad:
+                raise UsageError(
+                    f"The answers do not depend on the layers that {type(method).__name__} changes, for the model does "
+                    "not call them: name others."
+                )
             whole.sum().backward()
-            change.step(number)
+            change.step()
             taken += 1
         last = _mean(turn) + 0.0  # not -0.0; before reading the clock, which does not wait for the device
         seconds = time.perf_counter() - start
@@ -129,7 +133,7 @@ def _adapters(model: nn.Module, method: Method, steps: int, optimizer: Optimizer
         made = make_optimizer(optimizer, relative_groups(model, method))
         sparse = SparseSteps(method, model, made, steps, alone=True)
 
-        def step(_: int) -> None:
+        def step() -> None:
             sparse.observe()
             made.step()
             made.zero_grad()
@@ -155,7 +159,7 @@ def _fine_tuned(model: nn.Module, method: WholeWeights, optimizer: OptimizerCall
     with changing(model, method) as change:
         made = make_optimizer(optimizer, [{"params": list(change.weights.values())}])
 
-        def step(_: int) -> None:
+        def step() -> None:
             made.step()
             made.zero_grad()
 

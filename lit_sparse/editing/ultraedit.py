@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.data.padding import IGNORED
+from lit_sparse.editing.watching import Places, watching
 from lit_sparse.editing.whole_weights import Changing, WholeWeights
-from lit_sparse.errors import UsageError, require_choice, require_range
+from lit_sparse.errors import TrainingError, UsageError, require_choice, require_range
 from lit_sparse.functional.ultraedit import Held, Ridge, RunningMoments, least_squares
 
 Normalization = Literal["lifelong", "turn"]
@@ -34,7 +35,9 @@ class UltraEdit(WholeWeights):
     stay. V says where the outputs of each answer's token should go:
 
     - ``lifelong``: V = −lr · ‖ĥ‖² · ĝ, with h and g normalized by the means and deviations of all tokens of the turns
-      so far, of all layers of the same shape. One step per turn, without anchors, is UltraEdit as published.
+      of this edit so far, of all layers of the same shape. It needs two tokens at least, and is meant for many facts:
+      the release's run of T turns of N facts has a ``batch_size`` of T · N, N ``requests_per_step``, T ``steps``, no
+      ``stop_loss`` and no anchors. An edit of its own, also in a sequence, begins with new statistics.
     - ``turn``: V = −lr · in_features · G / rms(G). It keeps nothing between turns, and works for a single token.
 
     With a ``density``, only so many input features of each layer may change what it does: those with the largest
@@ -54,7 +57,8 @@ class UltraEdit(WholeWeights):
         density: Share of the input features whose columns of the weight change, chosen in the first step of a turn.
 
     Raises:
-        UsageError: If an argument is outside its range.
+        UsageError: If an argument is outside its range. An edit raises one if a layer is not linear or has not one
+            input for each token, and a :class:`~lit_sparse.errors.TrainingError` if values become NaN or infinite.
 
     Source:
         Gu et al. 2025 (arXiv:2505.14679), as in its release (XiaojieGu/UltraEdit at 0beb222, ``editor/ultraedit.py``).
@@ -90,7 +94,8 @@ class Solver:
         known: What an earlier solver of the same layers found in the same model; then, what this one found.
 
     Raises:
-        UsageError: If a layer is not linear, or does not see one input for each token.
+        UsageError: If a layer is not linear, or does not see one input for each token, or there are too few tokens.
+        TrainingError: If inputs or gradients are not finite.
     """
 
     def __init__(
@@ -107,49 +112,43 @@ class Solver:
         self._model, self._method, self._change = model, method, change
         for weight in change.weights.values():
             weight.requires_grad_(False)  # a step needs the gradients of outputs alone
+        self._turns = [Places.of(answers_of(batch)["labels"] != IGNORED) for batch in batches]
+        if method.normalization == "lifelong" and len(self._turns[0].flat) < 2:
+            raise UsageError(
+                "UltraEdit's normalization 'lifelong' compares tokens, and the answers of the first turn have one: set "
+                "normalization to 'turn', or edit several requests at once (batch_size)."
+            )
+        self._taken = 0
         self._moments: dict[torch.Size, RunningMoments] = {}
         self._ridges: dict[tuple[int, str], tuple[Tensor | None, Ridge]] = {}
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
-        self._answers = [answers_of(batch)["labels"] != IGNORED for batch in batches]
         self._held: list[dict[str, Held]] = []
-        used: Known = []
-        for batch in batches:
-            rows = _held_of(batch)
-            held = next((held for others, held in [*used, *known] if _equal(rows, others)), None)
+        held_of_turns = [_held_of(batch) for batch in batches]
+        known[:] = [one for one in known if any(_equal(one[0], rows) for rows in held_of_turns)]  # for it may be large
+        for rows in held_of_turns:
+            held = next((held for others, held in known if _equal(rows, others)), None)
             if held is None:
                 held = self._inputs_of(rows)
-            used.append((rows, held))
+                known.append((rows, held))
             self._held.append(held)
-        known[:] = used
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the context, inputs and outputs of the layers in the last pass are kept."""
-
-        def keep(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                if torch.is_grad_enabled():
-                    output.requires_grad_() if output.is_leaf else output.retain_grad()
-                self._seen[name] = args[0].detach(), output
-                return output
-
-            return hook
-
-        hooks = [layer.register_forward_hook(keep(name)) for name, layer in self._change.layers.items()]
-        try:
+        """Within the context, steps see what the layers saw in the last pass."""
+        with watching(self._change.layers, lambda: self._turns[self._taken % len(self._turns)]) as self._seen:
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
-    def step(self, turn: int) -> None:
-        """Change the weights by the last pass, which was one over the rows of this turn."""
-        found = {}
-        for name, (x, y) in self._seen.items():
-            gradient = torch.zeros_like(y) if y.grad is None else y.grad
-            found[name] = tuple(self._before(self._answers[turn], tensor, name) for tensor in (x, gradient))
-        self._seen = {}
+    def step(self) -> None:
+        """Change the weights by the last pass, which was one over the rows of the turn."""
+        turn = self._taken % len(self._turns)
+        found = {
+            name: (inputs, self._turns[turn].rows(output.grad, name))
+            for name, (inputs, output) in self._seen.items()
+            if output is not None and output.grad is not None  # else the answers do not depend on it
+        }
+        self._seen.clear()
+        _require_finite([tensor for pair in found.values() for tensor in pair], f"in step {self._taken + 1}")
+        self._taken += 1
         if self._method.normalization == "lifelong":
             for name, pair in found.items():
                 self._moments_of(name).update(torch.cat(pair, dim=1))
@@ -180,7 +179,7 @@ class Solver:
         lr, features = self._method.lr, inputs.shape[1]
         if self._method.normalization == "turn":
             rms = gradients.square().mean().sqrt()
-            return gradients * (-lr * features / rms.clamp(min=torch.finfo(rms.dtype).tiny))
+            return gradients * (-lr * features / rms.clamp(min=torch.finfo(rms.dtype).tiny ** 0.5))  # squares vanish
         normal = self._moments_of(name).normalized(torch.cat([inputs, gradients], dim=1))
         return normal[:, features:] * (-lr * normal[:, :features].square().sum(1, keepdim=True))
 
@@ -191,20 +190,14 @@ class Solver:
     def _inputs_of(self, held: Mapping[str, Tensor]) -> dict[str, Held]:
         if not len(held["labels"]):
             return {}
-        with self.watching():
-            self._model(
-                **{name: rows for name, rows in held.items() if name not in ("labels", "held")}, use_cache=False
-            )
-        seen, self._seen = self._seen, {}
-        prices = held["held"][:, 1:][held["held"][:, 1:] > 0].sqrt()[:, None]
-        return {name: Held(prices * self._before(held["held"] > 0, x, name)) for name, (x, _) in seen.items()}
-
-    def _before(self, tokens: Tensor, values: Tensor, name: str) -> Tensor:
-        """The values where these tokens are predicted, in float32 or wider, shape ``(tokens, features)``."""
-        if values.shape[:-1].numel() != tokens.numel():
-            raise UsageError(f"UltraEdit needs an input for each token, and {name!r} sees others: leave the layer out.")
-        chosen = values.reshape(*tokens.shape, -1)[:, :-1][tokens[:, 1:]]
-        return chosen.to(self._change.weights[name].dtype)
+        arguments = {name: rows for name, rows in held.items() if name not in ("labels", "held")}
+        places = Places.of(held["held"] > 0)
+        with watching(self._change.layers, lambda: places) as seen:
+            self._model(**arguments, use_cache=False)
+        roots = held["held"].flatten()[places.flat + 1].sqrt()[:, None]
+        found = {name: Held(roots * inputs) for name, (inputs, _) in seen.items()}
+        _require_finite([held.squares for held in found.values()], "on the anchors")
+        return found
 
 
 def answers_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -226,3 +219,11 @@ def _held_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _equal(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return rows.keys() == others.keys() and all(torch.equal(rows[name], others[name]) for name in rows)
+
+
+def _require_finite(tensors: Sequence[Tensor], where: str) -> None:
+    if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():  # at once, for this waits
+        raise TrainingError(
+            f"UltraEdit found inputs or gradients of layers that are NaN or infinite, {where}: lower lr, or give the "
+            "model a wider dtype."
+        )

@@ -17,21 +17,20 @@ class Held:
         self.squares = rows.square().sum(0)
         """Of each input feature, shape ``(in_features,)``."""
         self._few = len(rows) < rows.shape[1]
-        self._kept = rows if self._few else rows.mT @ rows
+        self._kept = rows if self._few else rows.double().mT @ rows.double()
         self._whole: Ridge | None = None
 
     def ridge(self, features: Tensor | None = None) -> Ridge:
         """For all features, or for some of them, whose numbers are given."""
-        if features is not None:
-            kept = self._kept[:, features]
-            return Ridge(kept if self._few else kept[features], self._few)
-        if self._whole is None:
-            self._whole = Ridge(self._kept, self._few)
-        return self._whole
+        if features is None:
+            self._whole = self._whole or Ridge(self._kept, self._few)
+            return self._whole
+        kept = self._kept[:, features]
+        return Held(kept).ridge() if self._few else Ridge(kept[features], few=False)
 
 
 class Ridge:
-    """Solves with I + XᵀX.
+    """Solves with I + XᵀX, in float64, for XᵀX may have entries of 10⁸, and I is to count all the same.
 
     Args:
         kept: X if it has few rows, else XᵀX.
@@ -39,16 +38,16 @@ class Ridge:
     """
 
     def __init__(self, kept: Tensor, few: bool) -> None:
-        square = kept @ kept.mT if few else kept
-        unit = torch.eye(len(square), dtype=kept.dtype, device=kept.device)
-        self._factor = torch.linalg.cholesky(square + unit)
+        square = kept.double() @ kept.double().mT if few else kept
+        self._factor = torch.linalg.cholesky(square + torch.eye(len(square), dtype=square.dtype, device=square.device))
         self._rows = kept if few else None
 
     def solve(self, columns: Tensor) -> Tensor:
-        """(I + XᵀX)⁻¹ columns."""
+        """(I + XᵀX)⁻¹ columns, which are of float64."""
         if self._rows is None:
             return torch.cholesky_solve(columns, self._factor)
-        return columns - self._rows.mT @ torch.cholesky_solve(self._rows @ columns, self._factor)
+        rows = self._rows.double()
+        return columns - rows.mT @ torch.cholesky_solve(rows @ columns, self._factor)
 
 
 def least_squares(inputs: Tensor, outputs: Tensor, ridge: Ridge) -> Tensor:
@@ -71,14 +70,19 @@ def least_squares(inputs: Tensor, outputs: Tensor, ridge: Ridge) -> Tensor:
         tensor([[1.5000],
                 [1.5000]])
     """
-    moved = ridge.solve(inputs.mT)
-    unit = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-    solved: Tensor = torch.linalg.solve(inputs @ moved + unit, outputs)
-    return moved @ solved
+    rows = inputs.double()
+    moved = ridge.solve(rows.mT)
+    unit = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    solved: Tensor = torch.linalg.solve(rows @ moved + unit, outputs.double())
+    return (moved @ solved).to(outputs.dtype)
 
 
 class RunningMoments:
-    """Mean and standard deviation of all rows so far."""
+    """Mean and standard deviation of all rows so far.
+
+    The release adds n / (n - 1) times the squared deviations of n rows. Its deviations are that much larger, and not
+    numbers once it was given a single row.
+    """
 
     def __init__(self) -> None:
         self.count: float = 0
@@ -86,7 +90,7 @@ class RunningMoments:
         """``squares`` is the sum of the squared deviations from the mean."""
 
     def update(self, rows: Tensor) -> None:
-        """Take rows of shape ``(rows, features)`` into account."""
+        """Take rows of shape ``(rows, features)`` into account, at least one."""
         count, away = self.count + len(rows), rows.mean(0) - self.mean.to(rows)
         self.squares = self.squares.to(rows) + (rows - rows.mean(0)).square().sum(0)
         self.squares = self.squares + away.square() * (self.count * len(rows) / count)

@@ -24,7 +24,7 @@ from lit_sparse.editing.edits import load_edit
 from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.training import Trained, train
 from lit_sparse.editing.ultraedit import Solver
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.functional.ultraedit import Held, RunningMoments, least_squares
 from lit_sparse.interchange.patches import add
 
@@ -55,8 +55,22 @@ def test_no_other_change_costs_less(tokens, features, outputs, others, seed, sca
     (gradient,) = torch.autograd.grad(cost, found)
     assert gradient.abs().max() < 1e-8 * scale**3
     some = torch.arange(0, features, 2)
-    within = least_squares(H[:, some], V, Held(X).ridge(some))
-    torch.testing.assert_close(within, least_squares(H[:, some], V, Held(X[:, some]).ridge()), rtol=1e-6, atol=1e-9)
+    within, some_H, some_X = least_squares(H[:, some], V, Held(X).ridge(some)), H[:, some], X[:, some]
+    square = some_H.T @ some_H + some_X.T @ some_X + torch.eye(len(some), dtype=torch.double)
+    torch.testing.assert_close(within, torch.linalg.inv(square) @ some_H.T @ V, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("others", [9, 40])
+def test_large_inputs_and_bfloat16_precision_do_not_spoil_the_solution(others):
+    generator = torch.Generator().manual_seed(0)
+    H, V, X = (torch.randn(shape, generator=generator) for shape in ((5, 20), (5, 3), (others, 20)))
+    X += 1e4 * torch.randn(20, generator=generator)  # as activations of some tokens are
+    with torch.autocast("cpu", torch.bfloat16):
+        found = least_squares(H, V, Held(X).ridge())
+    exact = [tensor.double() for tensor in (H, V, X)]
+    square = exact[0].T @ exact[0] + exact[2].T @ exact[2] + torch.eye(20, dtype=torch.double)
+    expected = torch.linalg.solve(square, exact[0].T @ exact[1])
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_moments_are_those_of_all_rows():
@@ -256,7 +270,84 @@ def test_half_precision_is_edited_over_the_stored_type():
     assert float(model(**group).loss) < 0.3 * old
 
 
+def rewired(kind: str) -> Any:
+    """A model whose feed-forward layers are called in another way."""
+    model = llama()
+    for block in model.model.layers:
+        mlp = block.mlp
+
+        def forward(x, mlp=mlp, plain=mlp.forward):
+            if kind == "flat":
+                return plain(x.flatten(0, 1)).view(x.shape)
+            if kind == "tokens first":
+                return plain(x.transpose(0, 1)).transpose(0, 1)
+            if kind == "twice":
+                return plain(x) + plain(x)
+            if kind == "never":
+                return x
+            inner = mlp.up_proj(input=x)
+            inner.mul_(mlp.act_fn(mlp.gate_proj(x)))  # writes over an output
+            y = mlp.down_proj(inner)
+            inner.zero_()  # and over an input
+            return y
+
+        mlp.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("kind", ["flat", "in place"])
+@pytest.mark.parametrize("first", ["gate_proj", "up_proj"])
+def test_it_does_not_matter_how_layers_are_called(kind, first):
+    options = {"target_modules": [first, "down_proj"], "normalization": "turn"}
+    expected = made(llama(), batches(3), 3, **options)
+    found = made(rewired(kind), batches(3), 3, **options)
+    assert found.patch.keys() == expected.patch.keys()
+    for name, entries in found.patch.items():
+        torch.testing.assert_close(entries.values, expected.patch[name].values, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("tokens first", r"one input for each token, and 'model.layers.0.*' has others, of shape \(7, 3, 32\)"),
+        ("twice", "the model calls 'model.layers.0.*' twice"),
+        ("never", "The answers do not depend on the layers that UltraEdit changes"),
+    ],
+)
+def test_layers_without_one_input_for_each_token_are_refused(kind, message):
+    with pytest.raises(UsageError, match=message):
+        made(rewired(kind), batches(3)[2:], 1, target_modules=["gate_proj", "up_proj", "down_proj"])
+
+
+def test_an_answer_that_is_certain_stays():
+    model = llama().float()
+    model.lm_head.weight.mul_(2400)  # gradients are 10⁻²⁶, and their squares are 0 in float32
+    (group,) = batches(1)
+    group["labels"].fill_(IGNORED)
+    group["labels"][0, -1] = group["input_ids"][0, -1] = model(group["input_ids"]).logits[0, -2].argmax()
+    assert made(model, [group], 5, target_modules=["down_proj"], normalization="turn").loss == 0
+
+
+def test_values_that_are_not_finite_end_it():
+    with pytest.raises(TrainingError, match=r"NaN or infinite, in step [23]: lower lr"):
+        made(llama().float(), batches(1), 5, normalization="turn", lr=1e30)
+    (group,) = batches(1)
+    rows = {name: torch.cat([tensor, tensor]) for name, tensor in group.items()}
+    rows["held"] = torch.zeros(rows["labels"].shape)
+    rows["held"][1, 1:], rows["labels"][1] = 1.0, IGNORED
+    rows["input_ids"][1] = 3
+    model = llama()
+    model.model.embed_tokens.weight[3] = torch.nan
+    with pytest.raises(TrainingError, match="NaN or infinite, on the anchors"):
+        made(model, [rows], 3, normalization="turn")
+
+
 def test_what_is_refused():
+    (group,) = batches(1)
+    group["labels"][:, :-1] = IGNORED
+    with pytest.raises(UsageError, match="compares tokens, and the answers of the first turn have one: set norm"):
+        made(llama(), [group], 1)
+    assert made(llama(), [group], 1, normalization="turn").patch
     with pytest.raises(UsageError, match="lr must be above 0; got 0"):
         ls.UltraEdit(lr=0.0)
     with pytest.raises(UsageError, match="normalization must be 'lifelong' or 'turn'; got 'none'"):
