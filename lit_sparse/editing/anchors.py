@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ class Anchors:
         of_subject: Texts on the subject of each request, at most 6, such as "SUBJECT was …". A request without a
             subject has none.
         general: Texts on anything, drawn once, or the first ones of ``texts``.
-        tokens: Longest continuation, or part of a text of the file, in tokens.
+        tokens: Longest continuation, or part of a text of the file, in tokens. The first token of a text of the file is
+            not held.
         texts: JSON Lines file with a column ``text``; None: the model writes the general texts.
 
     Raises:
@@ -62,6 +65,14 @@ class Anchors:
             raise UsageError("of_subject and general are both 0, so nothing would be held: raise one of them.")
         if self.texts is not None and not self.general:
             raise UsageError("texts are given, and general is 0, so none of them would be held: raise general.")
+        if self.texts is not None and self.tokens < 2:
+            raise UsageError("texts are given, and tokens is 1, but the first token of each is not held: raise tokens.")
+
+
+def settings_of(anchors: Anchors | None) -> str:
+    """What the results of a run depend on: the arguments, and the content of the file."""
+    file = None if anchors is None else anchors.texts
+    return str(anchors) if file is None else f"{anchors} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
 
 
 class Examples:
@@ -98,7 +109,10 @@ class Examples:
         if anchors is not None and anchors.texts is not None:
             found = read_texts(anchors.texts, tokenizer, anchors.tokens)
             if len(found) < anchors.general:
-                raise UsageError(f"{anchors.texts!r} has {len(found)} texts: lower general to that number.")
+                raise UsageError(
+                    f"{anchors.texts!r} has {len(found)} texts of at least two tokens, and general is "
+                    f"{anchors.general}: lower it to that number."
+                )
             held = [Forced(ids, 1) for ids in found[: anchors.general]]
         self._general = [Forced(row.input_ids, 1) for row in held]
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.anchors import Anchors, Examples
+from lit_sparse.editing.anchors import Anchors, Examples, settings_of
 from lit_sparse.editing.bases import require_able, require_editable, require_without_batches
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
@@ -289,7 +289,7 @@ class Editor(LightningModule):
             "tokenizer": self.tokenizer_name,
             "backbone_args": str(self.backbone_args),
             "method": repr(self.method),
-            "anchors": str(self.anchors),
+            "anchors": settings_of(self.anchors),
             "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
             "path": data.path,
             "requests": hashlib.sha256(Path(data.path).read_bytes()).hexdigest(),

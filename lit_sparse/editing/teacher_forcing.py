@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.padding import IGNORED, PadRows
 from lit_sparse.data.tokenizers import open_ended
-from lit_sparse.errors import UsageError, parse_json
+from lit_sparse.errors import UsageError, parse_json, reason_of
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,32 @@ def read_texts(file: str, tokenizer: PreTrainedTokenizerBase, length: int) -> li
         length: Most tokens of a text.
 
     Raises:
-        UsageError: If the file cannot be read, or has no such text.
+        UsageError: If the file cannot be read, a line is something else, or there is no such text.
     """
+    texts: list[str] = []
     try:
-        rows = [parse_json(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
-        texts = [row["text"] for row in rows]
-        tokens = [ids[:length] for ids in open_ended(tokenizer, texts)] if texts else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"texts must be JSON Lines with a column text; {file!r} cannot be read: {error!r}.") from error
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The texts {file!r} cannot be read: {reason_of(error)}.") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            texts.append(_text_of(line, f"Line {number} of {file!r}"))
+    tokens = [ids[:length] for ids in open_ended(tokenizer, texts)] if texts else []
     tokens = [ids for ids in tokens if len(ids) > 1]
     if not tokens:
         raise UsageError(f"{file!r} has no text of at least two tokens.")
     return tokens
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        row = parse_json(line)
+        text = row["text"]
+    except (ValueError, TypeError, KeyError):
+        text = None
+    if not isinstance(text, str):
+        raise UsageError(f'{where} must have a text, as {{"text": "Some words."}} has; it is {line[:60]!r}.')
+    return text
 
 
 def collate(

@@ -16,7 +16,7 @@ import lit_sparse as ls
 from lit_sparse.adapters.rowwise import Routes
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.anchors import Examples
+from lit_sparse.editing.anchors import Examples, settings_of
 from lit_sparse.editing.edits import Edit, EditedModel, load_edit
 from lit_sparse.editing.objective import Objective
 from lit_sparse.editing.requests import EditRequest
@@ -191,12 +191,21 @@ def test_texts_of_a_file(folder, tmp_path):
         assert batch["input_ids"][place, :length].tolist() == tokenizer(text)["input_ids"][:4]
         assert (batch["held"][place] > 0).nonzero().flatten().tolist() == list(range(1, length))
     assert batch["held"].sum() == pytest.approx(2.0)
-    with pytest.raises(UsageError, match="lower general to that number"):
+    with pytest.raises(UsageError, match="has 3 texts of at least two tokens, and general is 5: lower it"):
         Examples(model, tokenizer, 0, ls.Anchors(general=5, texts=str(file)), seed=5)
-    with pytest.raises(UsageError, match="texts must be JSON Lines with a column text"):
+    with pytest.raises(UsageError, match=r"none\.jsonl' cannot be read: "):
         Examples(model, tokenizer, 0, ls.Anchors(texts=str(tmp_path / "none.jsonl")), seed=5)
     with pytest.raises(UsageError, match="texts are given, and general is 0"):
         ls.Anchors(general=0, texts=str(file))
+    with pytest.raises(UsageError, match="texts are given, and tokens is 1"):
+        ls.Anchors(tokens=1, texts=str(file))
+    before = settings_of(anchors)
+    file.write_text(file.read_text() + '{"text": ["the", "man"]}\n')
+    assert settings_of(anchors) != before, "a run is not continued with other texts"
+    for bad in ('{"text": ["the", "man"]}', '{"text": 5}', '{"words": "the man"}', "[1]", '{"text": "the'):
+        file.write_text(f'{{"text": "the cat is good"}}\n\n{bad}\n')
+        with pytest.raises(UsageError, match=r"Line 3 of .*texts.jsonl' must have a text, .* it is "):
+            Examples(model, tokenizer, 0, ls.Anchors(general=1, texts=str(file)), seed=5)
 
 
 def test_from_the_command_line(folder, tmp_path, monkeypatch):
