@@ -62,7 +62,7 @@ class Editor(LightningModule):
         requests_per_step: Requests of a group in one optimizer step, which take turns; None: all. A large group in
             small turns is edited breadth-first (LocFT-BF, arXiv:2509.22072).
         prefixes: Texts that the model writes; each prompt is also trained on after each of them.
-        anchors: Texts that the model writes and on which an edit is to change nothing; None: none.
+        anchors: Texts on which an edit is to change nothing; None: none.
         optimizer: Makes the optimizer of one edit; UltraEdit has none. RoseLoRA's release has a learning rate of 5e-4.
         stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final;
             in turns, the mean over one turn counts. 0.1 as in RoseLoRA's release. None: all steps are taken.
@@ -131,8 +131,7 @@ class Editor(LightningModule):
         if tokenizer is None and isinstance(backbone, nn.Module):
             raise UsageError("A backbone that is already built does not name its tokenizer: give tokenizer.")
         self._backbone, self.method = backbone, method
-        self.output = output
-        self.steps = steps
+        self.output, self.steps = output, steps
         self.requests_per_step = requests_per_step
         self.prefixes, self.anchors = prefixes, anchors
         self.optimizer = optimizer
@@ -200,6 +199,7 @@ class Editor(LightningModule):
         if self.sequential:
             self._retest()
             self._edited.restore()
+        self._known.clear()  # it may be large
         self.trainer.strategy.barrier()
         summary: dict[str, Any] = {}
         if self.global_rank == 0:

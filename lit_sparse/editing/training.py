@@ -162,6 +162,7 @@ def _fine_tuned(model: nn.Module, method: WholeWeights, optimizer: OptimizerCall
         def step() -> None:
             made.step()
             made.zero_grad()
+            torch.clear_autocast_cache()  # it keeps copies of weights in bfloat16 until the Trainer's step ends
 
         yield _Making(change.count, step, change.patch)
 

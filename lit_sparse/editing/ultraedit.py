@@ -204,15 +204,18 @@ def answers_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows that are not held."""
     if "held" not in batch:
         return dict(batch)
-    learnt = ~batch["held"].any(1)
-    return {name: rows[learnt] for name, rows in batch.items() if name != "held"}
+    return {name: rows for name, rows in _some(batch, ~batch["held"].any(1)).items() if name != "held"}
 
 
 def _held_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows that are held, without columns that are padding in all of them."""
+    """The rows that are held."""
     if "held" not in batch or not batch["held"].any():
         return {"labels": batch["labels"][:0]}
-    chosen = batch["held"].any(1)
+    return _some(batch, batch["held"].any(1))
+
+
+def _some(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """Some rows, without columns that are padding in all of them."""
     width = int(batch["attention_mask"][chosen].sum(1).max())
     return {name: rows[chosen, :width] for name, rows in batch.items()}
 

@@ -88,7 +88,10 @@ def changing(model: nn.Module, method: WholeWeights) -> Iterator[Changing]:
     experts = any(isinstance(layer, ExpertWeight) for layer in chosen.values())
     if experts or not all(id(layer.weight) in names for layer in chosen.values()):
         kind = type(method).__name__
-        raise UsageError(f"{kind} changes the weights of plain layers, not those of experts or quantized layers.")
+        raise UsageError(
+            f"{kind} changes the weights of plain layers, not those of experts or quantized layers: leave them out "
+            "(exclude_modules)."
+        )
     layers: dict[str, Any] = {names[id(layer.weight)]: layer for layer in chosen.values()}
     model.requires_grad_(False)
     before = {name: layer.weight.detach() for name, layer in layers.items()}

@@ -85,6 +85,17 @@ def test_a_change_is_trained_apart_from_the_model(model, batch, method):
     assert model(**batch).loss < old
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_under_autocast_steps_see_the_steps_before(model, batch, method):
+    def loss() -> float:
+        torch.manual_seed(3)
+        return trained_on(model, batch, method).loss
+
+    before, plain = float(model(**batch).loss), loss()
+    with torch.autocast("cpu", torch.bfloat16):  # one for all steps, as within the Trainer's
+        assert abs(loss() - plain) < 0.2 * (before - plain)
+
+
 @pytest.mark.parametrize("method", ["roselora", "sora"])
 def test_training_equals_a_loop_with_adapters_by_hand(model, batch, method):
     method = METHODS[method]

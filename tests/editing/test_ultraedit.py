@@ -23,7 +23,7 @@ from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.edits import load_edit
 from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.training import Trained, train
-from lit_sparse.editing.ultraedit import Solver
+from lit_sparse.editing.ultraedit import Solver, answers_of
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.functional.ultraedit import Held, RunningMoments, least_squares
 from lit_sparse.interchange.patches import add
@@ -201,6 +201,15 @@ def test_texts_that_several_turns_and_edits_hold_are_read_once(monkeypatch):
     for one, other in zip(found, again, strict=True):
         for name, entries in one.patch.items():
             torch.testing.assert_close(entries.values, other.patch[name].values, rtol=1e-3, atol=1e-9)
+
+
+def test_answers_are_read_without_the_padding_of_longer_texts():
+    ones = torch.ones(2, 13, dtype=torch.long)
+    rows = {"input_ids": ones, "attention_mask": ones.clone(), "labels": ones, "held": torch.zeros(2, 13)}
+    rows["attention_mask"][0, 9:], rows["held"][1, 1:] = 0, 1.0
+    assert {name: tuple(tensor.shape) for name, tensor in answers_of(rows).items()} == dict.fromkeys(
+        ["input_ids", "attention_mask", "labels"], (1, 9)
+    )
 
 
 @torch.no_grad()
