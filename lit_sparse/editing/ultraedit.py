@@ -61,7 +61,8 @@ class UltraEdit(WholeWeights):
             input for each token, and a :class:`~lit_sparse.errors.TrainingError` if values become NaN or infinite.
 
     Source:
-        Gu et al. 2025 (arXiv:2505.14679), as in its release (XiaojieGu/UltraEdit at 0beb222, ``editor/ultraedit.py``).
+        Gu et al. 2025 (arXiv:2505.14679), as in its release (XiaojieGu/UltraEdit at 0beb222, ``editor/ultraedit.py``),
+        whose deviations are larger by √(n / (n − 1)), for batches of n tokens.
         Anchors are the K₀ of MEMIT (Meng et al. 2022, arXiv:2210.07229); several steps, ``turn`` and density are ours.
     """
 

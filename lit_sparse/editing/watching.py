@@ -31,7 +31,8 @@ class Places(NamedTuple):
 
     def rows(self, values: Tensor, name: str) -> Tensor:
         """Copies of the values of a layer there, in float32 or wider, shape ``(tokens, features)``."""
-        if values.shape[:-1] not in (self.shape, (self.shape.numel(),)):
+        sizes, own = ([size for size in shape if size != 1] for shape in (values.shape[:-1], self.shape))
+        if sizes not in (own, [self.shape.numel()]):  # not in another order
             raise UsageError(
                 f"UltraEdit needs one input for each token, and {name!r} has others, of shape {tuple(values.shape)}: "
                 "leave the layer out (exclude_modules)."

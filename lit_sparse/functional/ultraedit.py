@@ -80,8 +80,7 @@ def least_squares(inputs: Tensor, outputs: Tensor, ridge: Ridge) -> Tensor:
 class RunningMoments:
     """Mean and standard deviation of all rows so far.
 
-    The release adds n / (n - 1) times the squared deviations of n rows. Its deviations are that much larger, and not
-    numbers once it was given a single row.
+    UltraEdit's release counts the squared deviations of n rows n / (n - 1) times, and a single row makes it give NaN.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.edits import load_edit
 from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.training import Trained, train
-from lit_sparse.editing.ultraedit import Solver, answers_of
+from lit_sparse.editing.ultraedit import Known, Solver, answers_of
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.functional.ultraedit import Held, RunningMoments, least_squares
 from lit_sparse.interchange.patches import add
@@ -193,11 +193,15 @@ def test_texts_that_several_turns_and_edits_hold_are_read_once(monkeypatch):
     monkeypatch.setattr(Solver, "_inputs_of", lambda *args: read.append(1) or inputs_of(*args))
     method, model = ls.UltraEdit(TARGETS, lr=1e-3), llama()
     edits = [turns[:2], turns[2:]]
-    found = list(train_each(model, edits, method, 4, torch.optim.SGD, None, [0, 1]))
-    assert len(read) == 1
+    known: Known = []
+    found = list(train_each(model, edits, method, 4, torch.optim.SGD, None, [0, 1], known))
+    assert len(read) == len(known) == 1
     turns[1]["held"][-1, 1] *= 1 + 1e-6  # no longer the same
+    assert len(list(train_each(model, edits, method, 4, torch.optim.SGD, None, [0, 1], known))) == 2
+    assert len(read) == 1 + 1
+    assert len(known) == 1, "what the last edit does not hold is forgotten"
     again = [made(model, turns[:2], 4), made(model, turns[2:], 4)]
-    assert len(read) == 1 + 2 + 1
+    assert len(read) == 1 + 1 + 2 + 1
     for one, other in zip(found, again, strict=True):
         for name, entries in one.patch.items():
             torch.testing.assert_close(entries.values, other.patch[name].values, rtol=1e-3, atol=1e-9)
@@ -288,6 +292,8 @@ def rewired(kind: str) -> Any:
         def forward(x, mlp=mlp, plain=mlp.forward):
             if kind == "flat":
                 return plain(x.flatten(0, 1)).view(x.shape)
+            if kind == "another axis":
+                return plain(x[:, None])[:, 0]
             if kind == "tokens first":
                 return plain(x.transpose(0, 1)).transpose(0, 1)
             if kind == "twice":
@@ -304,7 +310,7 @@ def rewired(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["flat", "in place"])
+@pytest.mark.parametrize("kind", ["flat", "another axis", "in place"])
 @pytest.mark.parametrize("first", ["gate_proj", "up_proj"])
 def test_it_does_not_matter_how_layers_are_called(kind, first):
     options = {"target_modules": [first, "down_proj"], "normalization": "turn"}
