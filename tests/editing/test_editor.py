@@ -369,6 +369,13 @@ def config(folder, file="edit.yaml", **changes) -> str:
 
 
 COMMAND = ["-m", "lit_sparse", "edit"]
+LEAST_SQUARES = {
+    "method": {
+        "class_path": "lit_sparse.UltraEdit",
+        "init_args": {"target_modules": ["down_proj"], "normalization": "turn", "lr": 1e-3, "density": 0.3},
+    },
+    "anchors": {"weight": 100.0, "of_subject": 0, "general": 4},
+}
 
 
 def command(*words: str, code: int = 0) -> str:
@@ -405,8 +412,9 @@ def test_inspect_lists_what_an_edit_adapts(folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_killed_and_resumed_and_in_two_processes(folder):
-    file = config(folder)
+@pytest.mark.parametrize("options", [{}, LEAST_SQUARES], ids=["adapters", "ultraedit"])
+def test_the_command_killed_and_resumed_and_in_two_processes(folder, options):
+    file = config(folder, **options)
     out = command("--config", file)
     assert "edit_success" in out
     assert "Wrote runs/cli." in out
