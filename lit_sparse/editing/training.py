@@ -85,7 +85,9 @@ def train(
         known: What UltraEdit found out about texts that several changes of the same model hold.
 
     Raises:
-        UsageError: If the method trains more than the weights of its target layers, or cannot work in so few steps.
+        UsageError: If the method trains more than the weights of its target layers, cannot work in so few steps, or has
+            layers that it cannot change.
+        TrainingError: If values become NaN or infinite; by UltraEdit alone.
     """
     objectives = [Objective(model, answers_of(b) if isinstance(method, UltraEdit) else b) for b in batches]
     if isinstance(method, Method):
