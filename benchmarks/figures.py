@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tables import FEWEST_TASKS, METHODS, compare_budgets
+from tables import FEWEST_TASKS, METHODS, MOST_SEEDS, compare_budgets
 
 from lit_sparse.adapters.naming import places
 from lit_sparse.figures.canvas import COLOURS, INK, new_figure, open_axes, save
@@ -27,7 +27,9 @@ def draw_quality(cells: dict[str, dict[str, Any]]) -> None:
 
 def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
     """The mean score over parameters left, with its standard error, and the best score for at most so many."""
-    by, tasks, groups, seeds, means = compare_budgets(cells, FEWEST_TASKS)
+    found = compare_budgets(cells, FEWEST_TASKS)
+    more = compare_budgets(cells, FEWEST_TASKS, MOST_SEEDS)
+    tasks, groups = found.tasks, found.groups
     if not groups:
         return
     figure = new_figure(8, 4)
@@ -38,8 +40,9 @@ def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
         line = []
         for name, budget in groups:
             if name == method:
-                runs = [by[task, method, budget][seed]["parameters"] for task in tasks for seed in seeds]
-                line.append((statistics.mean(runs), *_mean_and_error(means[method, budget])))
+                own = more if budget in MOST_SEEDS else found
+                runs = [own.by[task, method, budget][seed]["parameters"] for task in tasks for seed in own.seeds]
+                line.append((statistics.mean(runs), *_mean_and_error(own.means[method, budget])))
         points += line
         size, score, error = zip(*sorted(line), strict=True)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS)]
@@ -48,12 +51,21 @@ def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
     best = [(size, max(score for found, score, _ in points if round(found, -3) <= size)) for size in sizes]
     axes.step(*zip(*best, strict=True), where="post", color=INK, lw=0.8, ls=":", label="frontier")
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], minor=False)
+    marked = sorted(
+        {round(found.by[(tasks[0], *group)][found.seeds[0]]["parameters"], -3) for group in _marked(groups)}
+    )
+    axes.set_xticks(marked, [f"{size:,.0f}" for size in marked], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlabel("parameters left")
-    axes.set_title(f"Mean score of {', '.join(tasks)} ({len(seeds)} seeds)", loc="left", fontsize=10)
+    fewer = f"; {len(found.seeds)} at a half and an eighth" if len(found.seeds) < len(more.seeds) else ""
+    axes.set_title(f"Mean score of {', '.join(tasks)} ({len(more.seeds)} seeds{fewer})", loc="left", fontsize=10)
     axes.legend(fontsize=8, ncols=4, frameon=False)
     save(figure, DOCS / "budgets.png")
+
+
+def _marked(groups: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """One method for each budget, for sizes at a budget are close together."""
+    return [group for group in groups if group[0] in ("LoRA", "SoRA")]
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:

@@ -29,6 +29,7 @@ PAGES = [HERE.parent / "docs" / f"{name}.md" for name in NAMES]
 METHODS = ("LoRA", "LoRA, cap 0.1", "LoRA, cap 0.3", "AdaLoRA", "SoRA", "RoseLoRA", "gated RoseLoRA")
 COMPARED = ("LoRA", "LoRA, rank 2", "AdaLoRA", "SoRA", "RoseLoRA")
 FEWEST_TASKS = 3  # of the methods in the second table and in the figure of budgets.py
+MOST_SEEDS = (1.0, 0.25, 0.02)  # the budgets of that table, which have more seeds than the others
 
 
 def step_table(backbone: str, rows: int, result: dict[str, Any]) -> str:
@@ -242,7 +243,7 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 def of_budgets(cells: Cells) -> str:
     """Scores at equal parameters, differences from SoRA with their standard errors, and what the ranks mean."""
-    found, more = compare_budgets(cells), compare_budgets(cells, FEWEST_TASKS)
+    found, more = compare_budgets(cells), compare_budgets(cells, FEWEST_TASKS, MOST_SEEDS)
     if not found.groups:
         return "No method has a final run on every task."
     parts = [
@@ -253,7 +254,7 @@ def of_budgets(cells: Cells) -> str:
     if set(more.groups) - set(found.groups):
         parts += [
             f"The tasks that all methods have, at a quarter of LoRA's parameters; seeds: {len(more.seeds)}.",
-            _scores_at_budgets(more, [group for group in more.groups if group[1] not in (0.5, 0.125)]),
+            _scores_at_budgets(more, more.groups),
         ]
     return "\n\n".join(part for part in (*parts, _meaning(found)) if part)
 
@@ -293,15 +294,16 @@ class Budgets(NamedTuple):
     """By method and budget: the mean over the tasks, of each seed."""
 
 
-def compare_budgets(cells: Cells, fewest: int | None = None) -> Budgets:
-    """What the table and the figure of budgets.py are made of.
+def compare_budgets(cells: Cells, fewest: int | None = None, budgets: Sequence[float] | None = None) -> Budgets:
+    """What the tables and the figure of budgets.py are made of.
 
     Args:
         cells: The results.
         fewest: Compare all methods that have so many tasks, on the tasks that they share. None: compare on all tasks;
             what lacks one is left out.
+        budgets: Budgets to compare at, on the seeds that all runs there have; None: at all budgets.
     """
-    by = _by_budget(cells)
+    by = {group: runs for group, runs in _by_budget(cells).items() if budgets is None or group[2] in budgets}
     tasks = [task for task in sorted({t for t, _, _ in by}) if (task, "LoRA", 1.0) in by]
     if fewest is not None:
         shared = [[t for t in tasks if (t, *group) in by] for group in _groups(by)]
