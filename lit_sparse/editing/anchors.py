@@ -107,13 +107,13 @@ class Examples:
                 "set prefixes to 0, and general of the anchors to 0."
             )
         if anchors is not None and anchors.texts is not None:
-            found = read_texts(anchors.texts, tokenizer, anchors.tokens)
+            found = read_texts(anchors.texts, tokenizer, anchors.tokens, anchors.general)
             if len(found) < anchors.general:
                 raise UsageError(
                     f"{anchors.texts!r} has {len(found)} texts of at least two tokens, and general is "
                     f"{anchors.general}: lower it to that number."
                 )
-            held = [Forced(ids, 1) for ids in found[: anchors.general]]
+            held = [Forced(ids, 1) for ids in found]
         self._general = [Forced(row.input_ids, 1) for row in held]
 
     def batches(

@@ -64,30 +64,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]])
     return encoded
 
 
-def read_texts(file: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
-    """The first tokens of each text of a file, of those with two or more.
+def read_texts(file: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None) -> list[list[int]]:
+    """The first tokens of the texts of a file that have two or more.
 
     Args:
         file: JSON Lines with a column ``text``.
         tokenizer: Tokenizer of the model.
         length: Most tokens of a text.
+        most: The file is read up to so many texts; None: to its end.
 
     Raises:
         UsageError: If the file cannot be read, a line is something else, or there is no such text.
     """
-    texts: list[str] = []
+    found: list[list[int]] = []
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        with Path(file).open(encoding="utf-8", newline="\n") as lines:  # texts may contain other line separators
+            for number, line in enumerate(lines, 1):
+                if len(found) == most:
+                    break
+                if line.strip():
+                    (ids,) = open_ended(tokenizer, [_text_of(line, f"Line {number} of {file!r}")])
+                    found += [ids[:length]] if len(ids) > 1 else []
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The texts {file!r} cannot be read: {reason_of(error)}.") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            texts.append(_text_of(line, f"Line {number} of {file!r}"))
-    tokens = [ids[:length] for ids in open_ended(tokenizer, texts)] if texts else []
-    tokens = [ids for ids in tokens if len(ids) > 1]
-    if not tokens:
+    if not found:
         raise UsageError(f"{file!r} has no text of at least two tokens.")
-    return tokens
+    return found
 
 
 def _text_of(line: str, where: str) -> str:

@@ -18,7 +18,7 @@ from lit_sparse.errors import TrainingError, UsageError, require_choice, require
 from lit_sparse.functional.ultraedit import Held, Ridge, RunningMoments, least_squares
 
 Normalization = Literal["lifelong", "turn"]
-_RARE = 1e-3  # a feature that is rarer than this share of the mean counts as if it were not
+_RARE = 1e-3  # a feature with less than this share of the mean counts as if it had that share
 Known = list[tuple[dict[str, Tensor], dict[str, Held]]]
 """Rows that are held, and the inputs that each layer has there."""
 
@@ -43,9 +43,9 @@ class UltraEdit(WholeWeights):
     With a ``density``, only so many input features of each layer may change what it does: those with the largest
     Σ h² over the answers' tokens of the turn, relative to their mean square on the anchors, where there are some.
 
-    An Editor takes ``steps`` of them at most, and ends at ``stop_loss``; the optimizer is not used. With several steps
-    each goes on where the last one ended, and the answers are learnt where one step leaves them half learnt. With
-    ``requests_per_step``, each step takes a turn of that many requests.
+    An Editor takes ``steps`` steps at most, and stops at ``stop_loss``. It does not use the optimizer. One step often
+    leaves an answer half learnt, and further steps go on from there. With ``requests_per_step``, each step takes a turn
+    of that many requests.
 
     Args:
         target_modules: ``"all-linear"``, a list of whole trailing name parts, or one regular expression over full
@@ -109,7 +109,7 @@ class Solver:
     ) -> None:
         others = sorted(name for name, layer in change.layers.items() if not isinstance(layer, FrozenLinear))
         if others:
-            raise UsageError(f"UltraEdit changes linear layers, and {others[:3]} are of others: leave them out.")
+            raise UsageError(f"UltraEdit changes linear layers, and {others[:3]} are of other kinds: leave them out.")
         self._model, self._method, self._change = model, method, change
         for weight in change.weights.values():
             weight.requires_grad_(False)  # a step needs the gradients of outputs alone

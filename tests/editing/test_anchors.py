@@ -205,7 +205,7 @@ def test_texts_of_a_file(folder, tmp_path):
     for bad in ('{"text": ["the", "man"]}', '{"text": 5}', '{"words": "the man"}', "[1]", '{"text": "the'):
         file.write_text(f'{{"text": "the cat is good"}}\n\n{bad}\n')
         with pytest.raises(UsageError, match=r"Line 3 of .*texts.jsonl' must have a text, .* it is "):
-            Examples(model, tokenizer, 0, ls.Anchors(general=1, texts=str(file)), seed=5)
+            Examples(model, tokenizer, 0, ls.Anchors(general=2, texts=str(file)), seed=5)
 
 
 def test_from_the_command_line(folder, tmp_path, monkeypatch):

@@ -371,7 +371,9 @@ def test_what_is_refused():
         ls.UltraEdit(density=0.0)
     with pytest.raises(UsageError, match="name at least one layer"):
         ls.UltraEdit([])
-    with pytest.raises(UsageError, match=r"changes linear layers, and \['model.embed_tokens.weight'\] are of others"):
+    with pytest.raises(
+        UsageError, match=r"changes linear layers, and \['model.embed_tokens.weight'\] are of other kinds"
+    ):
         made(llama(), batches(1), 1, target_modules=["embed_tokens"])
     mixtral = build_tiny(MixtralForCausalLM, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(UsageError, match="UltraEdit changes the weights of plain layers, not those of experts"):
