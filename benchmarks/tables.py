@@ -414,6 +414,37 @@ def _at_equal_score(groups: dict[tuple[str, float], list[dict[str, Any]]], probe
     return ["", *lines] if lines else []
 
 
+_OF_MANY = {
+    "edit_success": "edit success",
+    "contained_success": "contained success",
+    "rephrase": "rephrase",
+    "contained_rephrase": "contained rephrase",
+    "locality": "locality",
+}
+
+
+def of_many_edits(cells: Cells) -> str:
+    """What changes of more and more facts do, by each method, then what learning rates were chosen by."""
+    plain = cells["final/none/0/0"]["figures"]
+    final = [cell for cell in cells.values() if cell["phase"] == "final" and cell["facts"]]
+    lines = [
+        f"| | facts | lr | {' | '.join(_OF_MANY.values())} | perplexity | questions | steps | s per fact | MiB |",
+        "|---|" + "---|" * (len(_OF_MANY) + 7),
+    ]
+    for cell in sorted(final, key=lambda cell: (cell["method"], cell["facts"])):
+        figures = cell["figures"]
+        shown = " | ".join(f"{figures[name]['mean']:.3f}" if name in figures else "" for name in _OF_MANY)
+        more = figures["perplexity"]["mean"] / plain["perplexity"]["mean"] - 1
+        right = f"{100 * figures['question']['mean']:.1f}" if "question" in figures else ""
+        lines.append(
+            f"| {cell['method']} | {cell['facts']:,} | {cell['lr']:g} | {shown} | {more:+.1%} | {right} | "
+            f"{cell['mean_steps']:.1f} | {cell['seconds_per_edit']:.2f} | {cell['MiB']:.1f} |"
+        )
+    before = f"{plain['perplexity']['mean']:.1f} | {100 * plain['question']['mean']:.1f}"
+    lines.append(f"| no edit | | | {' | ' * len(_OF_MANY)}{before} | | | |")
+    return "\n\n".join(["\n".join(lines), _tried([c for c in cells.values() if c["phase"] == "search"])])
+
+
 _FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")
 
 
@@ -622,6 +653,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "packing": of_packing,
     "preferences": of_preferences,
     "editing": of_editing,
+    "many_edits": of_many_edits,
     "method_comparison": of_method_comparison,
     "engines": of_engines,
     "gpu": of_gpu,
