@@ -44,7 +44,7 @@ from lit_sparse.editing.teacher_forcing import collate, encode
 
 RESULTS = Path(__file__).parent / "results" / "many_edits.json"
 FILES = ("ZsRE-test-all", "recent_test", "test_cf", "recent_train", "train_cf")
-EDITS = {1000: 1, 100: 1, 10: 2, 1: 5}  # facts of a change → changes that are made, each from the unedited model
+EDITS = {1000: 1, 100: 1, 10: 2, 1: 3}  # facts of a change → changes that are made, each from the unedited model
 SEARCHED = 100  # facts of a change, where settings are chosen
 ENOUGH = 0.95  # edit success that is asked of a setting there
 PASSES = 15  # steps on each fact, at most
@@ -69,8 +69,8 @@ class Way(NamedTuple):
 
 RANKS = {**LAYERS, "rank": 32}
 WAYS = {
-    STEPS: Way(lambda lr: ls.UltraEdit(**LAYERS, lr=lr, normalization="turn"), (2.5e-5, 5e-5, 1e-4), 100),
-    PUBLISHED: Way(lambda lr: ls.UltraEdit(**LAYERS, lr=lr), (1e-5, 3e-5, 1e-4), 100),
+    STEPS: Way(lambda lr: ls.UltraEdit(**LAYERS, lr=lr, normalization="turn"), (2.5e-5, 5e-5, 1e-4), 50),
+    PUBLISHED: Way(lambda lr: ls.UltraEdit(**LAYERS, lr=lr), (1e-5, 3e-5, 1e-4), 50),
     "fine-tuning": Way(lambda _: ls.FineTuning(**LAYERS), (2e-5, 5e-5, 1e-4), 50),
     "LoRA": Way(lambda _: ls.LoRA(**RANKS, alpha=64), (2e-4, 5e-4, 1e-3), 50),
     "RoseLoRA": Way(lambda _: ls.RoseLoRA(**RANKS, alpha=64, changed=0.1, begin=0.1, end=0.4), (5e-4, 1e-3, 2e-3), 50),
