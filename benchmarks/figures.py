@@ -1,4 +1,4 @@
-"""The figures of docs/quality.md, from the results of quality.py and budgets.py."""
+"""The figures of docs/quality.md and editing.md, from the results of quality.py, budgets.py and many_edits.py."""
 
 from __future__ import annotations
 
@@ -61,6 +61,38 @@ def draw_budgets(cells: dict[str, dict[str, Any]]) -> None:
     axes.set_title(f"Mean score of {', '.join(tasks)} ({len(more.seeds)} seeds{fewer})", loc="left", fontsize=10)
     axes.legend(fontsize=8, ncols=4, frameon=False)
     save(figure, DOCS / "budgets.png")
+
+
+def draw_many_edits(cells: dict[str, dict[str, Any]]) -> None:
+    """What changes of more and more facts do, by method."""
+    final = [cell for cell in cells.values() if cell["phase"] == "final" and cell["facts"]]
+    if not final:
+        return
+    plain = cells["final/none/0/0"]["figures"]["perplexity"]["mean"]
+    shown = {
+        "contained_success": "answers that the model writes",
+        "rephrase": "tokens after rephrased prompts",
+        "locality": "tokens of other answers that stay",
+        "perplexity": "perplexity of other texts, share above",
+    }
+    figure = new_figure(8, 5)
+    for place, (name, title) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(2, 2, place)
+        open_axes(axes)
+        for i, method in enumerate(sorted({cell["method"] for cell in final})):
+            own = sorted((c["facts"], c["figures"][name]["mean"]) for c in final if c["method"] == method)
+            facts, values = zip(*own, strict=True)
+            ys = [value / plain - 1 for value in values] if name == "perplexity" else values
+            axes.plot(facts, ys, "o-", ms=4, lw=1, color=COLOURS[i % len(COLOURS)], label=method)
+        axes.set_xscale("log")
+        axes.set_xticks(*zip(*((count, f"{count:,}") for count in sorted({c["facts"] for c in final})), strict=True))
+        axes.set_xticks([], minor=True)
+        axes.set_title(title, loc="left", fontsize=10)
+        if name == "perplexity":
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_xlabel("facts in one change")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    save(figure, DOCS / "many_edits.png")
 
 
 def _marked(groups: list[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import editing
+import figures
 import lightning as L
 import tables
 import torch
@@ -133,15 +134,15 @@ def run(model: str, data: Path, cell: Cell) -> dict[str, Any]:
         trainer.test(editor, requests, verbose=False)
         saved = sorted((Path(folder) / "edits").iterdir())
         size = saved[0].stat().st_size / 2**20
-        figures = editor.summary["figures"]
+        found = editor.summary["figures"]
         if final and cell.facts >= SEARCHED:
-            figures = {**figures, **_of_model(model, data, texts, saved)["figures"]}
+            found = {**found, **_of_model(model, data, texts, saved)["figures"]}
     return {
         **cell._asdict(),
         **editor.summary,
-        "figures": figures,
+        "figures": found,
         "MiB": size,
-        "score": 100 * figures["edit_success"]["mean"],
+        "score": 100 * found["edit_success"]["mean"],
         "seconds": time.perf_counter() - start,
     }
 
@@ -239,6 +240,7 @@ def main() -> None:
     print(tables.of_many_edits(store.read()))
     if options.results == RESULTS:
         tables.write()
+        figures.draw_many_edits(store.read())
 
 
 if __name__ == "__main__":
