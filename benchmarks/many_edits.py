@@ -73,9 +73,9 @@ RANKS = {**LAYERS, "rank": 32}
 WAYS = {
     STEPS: Way(lambda lr: ls.UltraEdit(**LAYERS, lr=lr, normalization="turn"), (2.5e-5, 5e-5, 1e-4), 50),
     PUBLISHED: Way(lambda lr: ls.UltraEdit(**LAYERS, lr=lr), (1e-5, 3e-5, 1e-4), 50),
-    "fine-tuning": Way(lambda _: ls.FineTuning(**LAYERS), (5e-5, 1e-4, 2e-4), 10),
-    "LoRA": Way(lambda _: ls.LoRA(**RANKS, alpha=64), (5e-4, 1e-3, 2e-3), 10),
-    "RoseLoRA": Way(lambda _: ls.RoseLoRA(**RANKS, alpha=64, changed=0.1, begin=0.1, end=0.4), (1e-3, 2e-3, 4e-3), 10),
+    "fine-tuning": Way(lambda _: ls.FineTuning(**LAYERS), (1e-4, 2e-4, 4e-4), 10),
+    "LoRA": Way(lambda _: ls.LoRA(**RANKS, alpha=64), (1e-3, 2e-3, 4e-3), 10),
+    "RoseLoRA": Way(lambda _: ls.RoseLoRA(**RANKS, alpha=64, changed=0.1, begin=0.1, end=0.4), (2e-3, 4e-3, 8e-3), 10),
 }
 
 
