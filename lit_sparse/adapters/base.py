@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_sparse.adapters.fused import no_autocast
 from lit_sparse.adapters.head import never_narrowing
 from lit_sparse.adapters.saving import guard_saving
 from lit_sparse.errors import require_range
@@ -223,7 +224,8 @@ class LowRankAdapter(Adapter):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """The matrix that merging adds to the frozen weight, in the orientation and shape of that weight."""
-        return self._as_weight(self._delta_matrix())
+        with no_autocast(self.lora_A):  # the product keeps the precision of A and B
+            return self._as_weight(self._delta_matrix())
 
     @torch.no_grad()
     def start_from_principal(self) -> None:

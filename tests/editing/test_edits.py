@@ -96,6 +96,18 @@ def test_under_autocast_steps_see_the_steps_before(model, batch, method):
         assert abs(loss() - plain) < 0.2 * (before - plain)
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_under_autocast_a_change_keeps_the_precision_of_the_parameters(model, batch, method):
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.bfloat16().float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        patch = trained_on(model, batch, method).patch
+    for entries in patch.values():
+        assert entries.values.dtype == torch.float32
+        assert not torch.equal(entries.values, rounded(entries.values))
+
+
 @pytest.mark.parametrize("method", ["roselora", "sora"])
 def test_training_equals_a_loop_with_adapters_by_hand(model, batch, method):
     method = METHODS[method]
