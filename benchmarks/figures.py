@@ -73,9 +73,9 @@ def draw_many_edits(cells: dict[str, dict[str, Any]]) -> None:
         "contained_success": "answers that the model writes",
         "rephrase": "tokens after rephrased prompts",
         "locality": "tokens of other answers that stay",
-        "perplexity": "perplexity of other texts, share above",
+        "perplexity": "perplexity of other texts",
     }
-    figure = new_figure(8, 5)
+    figure = new_figure(8, 6)
     for place, (name, title) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(2, 2, place)
         open_axes(axes)
@@ -90,7 +90,12 @@ def draw_many_edits(cells: dict[str, dict[str, Any]]) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         if name == "perplexity":
             axes.set_yscale("symlog", linthresh=0.1)
-            axes.set_xlabel("facts in one change")
+            axes.set_ylim(-0.005, 10)
+            axes.set_yticks((0, 0.02, 0.1, 1, 10), ("0", "+2 %", "+10 %", "+100 %", "+1,000 %"))
+            axes.set_yticks([], minor=True)
+        else:
+            axes.set_ylim(0, 1)
+        axes.set_xlabel("facts in one change")
     figure.axes[0].legend(fontsize=8, frameon=False)
     save(figure, DOCS / "many_edits.png")
 

@@ -434,7 +434,7 @@ def of_many_edits(cells: Cells) -> str:
     for cell in sorted(final, key=lambda cell: (cell["method"], cell["facts"])):
         figures = cell["figures"]
         shown = " | ".join(f"{figures[name]['mean']:.3f}" if name in figures else "" for name in _OF_MANY)
-        more = figures["perplexity"]["mean"] / plain["perplexity"]["mean"] - 1
+        more = round(figures["perplexity"]["mean"] / plain["perplexity"]["mean"] - 1, 3) + 0.0  # not -0.0
         right = f"{100 * figures['question']['mean']:.1f}" if "question" in figures else ""
         lines.append(
             f"| {cell['method']} | {cell['facts']:,} | {cell['lr']:g} | {shown} | {more:+.1%} | {right} | "
