@@ -96,7 +96,7 @@ def draw_many_edits(cells: dict[str, dict[str, Any]]) -> None:
         else:
             axes.set_ylim(0, 1)
         axes.set_xlabel("facts in one change")
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.axes[1].legend(loc="lower left", fontsize=8, frameon=False)
     save(figure, DOCS / "many_edits.png")
 
 
