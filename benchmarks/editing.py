@@ -175,10 +175,18 @@ def chosen_lr(found: Found, bench: Bench, sources: Mapping[str, Source], method:
         if None in runs:
             return None
         means[lr] = tables.success_and_locality([run for run in runs if run])
-    able = [lr for lr, (success, _) in means.items() if success >= ENOUGH]
-    if able:
-        return max(able, key=lambda lr: means[lr][1])
-    return max(means, key=lambda lr: means[lr][0])
+    return best_lr(means, ENOUGH)
+
+
+def best_lr(means: Mapping[float, tuple[float, float]], enough: float) -> float:
+    """The learning rate with the best locality of those with enough edit success, or else with the most success.
+
+    Args:
+        means: Learning rate to edit success and locality.
+        enough: Edit success that is asked for.
+    """
+    able = [lr for lr, (success, _) in means.items() if success >= enough]
+    return max(able or means, key=lambda lr: means[lr][1 if able else 0])
 
 
 def missing(kind: str, sources: Mapping[str, Source], densities: tuple[float, ...], found: Found) -> dict[str, Cell]:

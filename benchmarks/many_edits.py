@@ -213,11 +213,7 @@ def chosen_lr(found: Found, method: str) -> float | None:
     runs = {lr: found.get(Cell("search", method, lr, SEARCHED).key) for lr in rates}
     if None in runs.values():
         return None
-    means = {lr: tables.success_and_locality([run]) for lr, run in runs.items() if run}
-    able = [lr for lr, (success, _) in means.items() if success >= ENOUGH]
-    if able:
-        return max(able, key=lambda lr: means[lr][1])
-    return max(means, key=lambda lr: means[lr][0])
+    return editing.best_lr({lr: tables.success_and_locality([run]) for lr, run in runs.items() if run}, ENOUGH)
 
 
 def missing(found: Found) -> dict[str, Cell]:
