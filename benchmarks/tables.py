@@ -448,6 +448,10 @@ def of_many_edits(cells: Cells) -> str:
 _FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")
 
 
+EACH = ("edit_success", "rephrase", "portability", "locality")
+"""Metrics of which the value of each request is kept."""
+
+
 def of_editing(cells: Cells) -> str:
     """What was measured of the edits by each method, then what their settings were chosen by."""
     final = [cell for cell in cells.values() if cell["phase"] == "final"]
@@ -459,12 +463,13 @@ def of_editing(cells: Cells) -> str:
         for source in sources:
             own = [cell for cell in final if cell["source"] == source]
             parts.append(_edits_by(own, f"{source}, ± standard error", _of_requests))
+        parts.append(_edits_compared(final))
     curve = [cell for cell in cells.values() if cell["phase"] == "curve"]
     if curve:
         parts.append(_curve(curve))
     search = [cell for cell in cells.values() if cell["phase"] == "search"]
     parts.append(_tried(search))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _edits_by(cells: list[dict[str, Any]], title: str, figure: Callable[[list[dict[str, Any]], str], str]) -> str:
@@ -486,8 +491,48 @@ def _edits_by(cells: list[dict[str, Any]], title: str, figure: Callable[[list[di
 
 
 def _of_requests(cells: list[dict[str, Any]], name: str) -> str:
-    found = cells[0]["figures"].get(name)
-    return "" if found is None else f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
+    """The mean over requests, and its standard error; of each request, over the seeds."""
+    if name in EACH:
+        return _mean_and_error(list(_over_requests(cells, name).values()))
+    return f"{statistics.mean(cell['figures'][name]['mean'] for cell in cells):.3f}"
+
+
+def _over_requests(cells: list[dict[str, Any]], name: str) -> dict[tuple[str, int], float]:
+    """Source and number of each request that has a metric to its mean over the seeds."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for cell in cells:
+        for number, value in enumerate(cell["each"][name]):
+            if value is not None:
+                found.setdefault((cell["source"], number), []).append(value)
+    return {request: statistics.mean(values) for request, values in found.items()}
+
+
+def _mean_and_error(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def _edits_compared(cells: list[dict[str, Any]]) -> str:
+    """What RoseLoRA from keys is ahead of others by, on the same requests of all sources."""
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    ours = next((method for method in methods if "from keys" in method), None)
+    if ours is None:
+        return ""
+    count = len(_over_requests([cell for cell in cells if cell["method"] == ours], "edit_success"))
+    lines = [
+        f"| {ours}, minus … ({count} requests, ± paired standard error) | {' | '.join(EACH).replace('_', ' ')} |",
+        "|---|" + "---|" * len(EACH),
+    ]
+    for other in methods:
+        if other != ours:
+            lines.append(f"| {other} | {' | '.join(_ahead(cells, ours, other, name) for name in EACH)} |")
+    return "\n".join(lines)
+
+
+def _ahead(cells: list[dict[str, Any]], ours: str, other: str, name: str) -> str:
+    both = [_over_requests([cell for cell in cells if cell["method"] == method], name) for method in (ours, other)]
+    return _mean_and_error([both[0][request] - both[1][request] for request in both[0] if request in both[1]])
 
 
 def _over_seeds(cells: list[dict[str, Any]], name: str) -> str:

@@ -59,3 +59,37 @@ def require_alike(found, expected, model, tolerance=1e-5):  # models compute los
                 target[source.places] = source.values.to(target.dtype)
             torch.testing.assert_close(*dense, rtol=tolerance, atol=tolerance)
             assert torch.equal(dense[0] != 0, dense[1] != 0), "the same entries change"
+
+
+def anchored(group: dict[str, torch.Tensor], texts: int = 3, weight: float = 2.0, seed: int = 1):
+    """The group, and some texts of different lengths on which nothing is to change."""
+    width = group["labels"].shape[1]
+    ids = torch.randint(5, 50, (texts, width), generator=torch.Generator().manual_seed(seed))
+    mask, shares = torch.ones_like(ids), torch.zeros(ids.shape)
+    for row in range(texts):
+        mask[row, width - row :] = 0
+        shares[row, 1 : width - row] = 1.0 + row
+    rows = {"input_ids": ids, "attention_mask": mask, "labels": torch.full_like(ids, IGNORED)}
+    both = {name: torch.cat([group[name], tensor]) for name, tensor in rows.items()}
+    nothing = torch.zeros(group["labels"].shape)
+    return {**both, "held": torch.cat([nothing, weight * shares / shares.sum()])}
+
+
+def held_rows(group):
+    return [row for row in range(len(group["labels"])) if group["held"][row].any()]
+
+
+def shortened(group):
+    """With the same texts, whatever the width of the group is."""
+    width = int(group["attention_mask"].sum(1).max())
+    texts = anchored({name: tensor[:, :10] for name, tensor in group.items() if name != "held"})
+    rows = held_rows(texts)
+    own = [row for row in range(len(group["labels"])) if row not in held_rows(group)]
+
+    def padded(tensor, name):
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=IGNORED if name == "labels" else 0)
+
+    return {
+        name: torch.cat([group[name][own][:, :width], padded(texts[name][rows[-3:]], name)[:, :width]])
+        for name in group
+    }

@@ -32,6 +32,11 @@ class ReplacesLinear(ReplacesLayer):
 
     base: FrozenLinear
 
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as ``(out_features, in_features)``."""
+        return self._as_matrix(self.weight)
+
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if isinstance(self.base, Conv1D) else weight
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -15,12 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import open_ended
+from lit_sparse.editing.holding import HeldInputs
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import Forced, collate, encode, read_texts
+from lit_sparse.editing.ultraedit import UltraEdit
 from lit_sparse.editing.writing import SAMPLING, Writer
-from lit_sparse.errors import UsageError, reason_of, require_range
+from lit_sparse.errors import UsageError, reason_of, require_choice, require_range
 from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
 
+Hold = Literal["outputs", "probabilities"]
 # Those of the release of MEMIT (Meng et al. 2022, arXiv:2210.07229), whose prefixes begin with them.
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _OF_SUBJECT = ("{} is", "{} was", "{}", "The name of {}", "{}, who", "{} has")
@@ -33,12 +34,18 @@ _ROWS = 32  # texts that are written at the same time
 class Anchors:
     """Texts on which an edit is to change nothing. The model writes them itself, unless there is a file.
 
-    The loss of an edit gets ``weight`` times the mean of KL(p₀ ‖ p) over the tokens of these texts, where p₀ are the
-    model's probabilities before the edit. :class:`~lit_sparse.UltraEdit` holds the outputs of its layers there instead.
+    Either the ``outputs`` of the layers that change are held there, or the ``probabilities`` of the tokens. To hold
+    outputs takes one pass over the texts for all edits of a model, and in a step a product with one matrix per layer.
+    The loss of an edit gets ``weight`` times
+
+    - ``outputs``: the sum over the layers of Σ_s ‖ΔW x(s)‖² / Σ_s ‖W x(s)‖², with the inputs x(s) that a layer of the
+      weight W has where the tokens s are predicted. :class:`~lit_sparse.UltraEdit` has the equation that it solves.
+    - ``probabilities``: the mean of KL(p₀ ‖ p) in nats over the tokens, with the probabilities p₀ before the edit.
 
     Args:
-        weight: Price of one nat per token, in units of the loss of the new answer. For UltraEdit, the sum of the
-            weights w of all tokens.
+        hold: What is held. UltraEdit, and requests that take turns, need ``outputs``.
+        weight: Price of a change, in units of the loss of the new answer. A change of outputs by a hundredth costs
+            ``weight`` / 10,000 for each layer. For UltraEdit, the sum of the weights w of all tokens.
         of_subject: Texts on the subject of each request, at most 6, such as "SUBJECT was …". A request without a
             subject has none.
         general: Texts on anything, drawn once, or the first ones of ``texts``.
@@ -50,13 +57,15 @@ class Anchors:
         UsageError: If an argument is outside its range, or there would be no text.
     """
 
-    weight: float = 1.0
+    hold: Hold = "outputs"
+    weight: float = 300.0
     of_subject: int = 6
     general: int = 6
     tokens: int = 12
     texts: str | None = None
 
     def __post_init__(self) -> None:
+        require_choice("hold", self.hold, get_args(Hold))
         require_range("weight", self.weight, above=0)
         require_range("of_subject", self.of_subject, at_least=0, at_most=len(_OF_SUBJECT))
         require_range("general", self.general, at_least=0)
@@ -69,10 +78,11 @@ class Anchors:
             raise UsageError("texts are given, and tokens is 1, but the first token of each is not held: raise tokens.")
 
 
-def settings_of(anchors: Anchors | None) -> str:
-    """What the results of a run depend on: the arguments, and the content of the file."""
-    file = None if anchors is None else anchors.texts
-    return str(anchors) if file is None else f"{anchors} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
+def require_holdable(anchors: Anchors | None, method: object, in_turns: bool) -> None:
+    """Refuse anchors that a method cannot hold, or not while requests take turns."""
+    what = "requests_per_step" if in_turns else "UltraEdit" if isinstance(method, UltraEdit) else None
+    if anchors is not None and anchors.hold == "probabilities" and what is not None:
+        raise UsageError(f"Anchors cannot hold probabilities with {what}: set hold of the anchors to outputs.")
 
 
 class Examples:
@@ -115,6 +125,13 @@ class Examples:
                 )
             held = [Forced(ids, 1) for ids in found]
         self._general = [Forced(row.input_ids, 1) for row in held]
+        self.held = HeldInputs() if anchors is not None and anchors.hold == "outputs" else None
+        """The inputs of layers on the anchors, if outputs are held."""
+
+    def forget_inputs(self) -> None:
+        """Forget the inputs of layers on the anchors."""
+        if self.held is not None:
+            self.held.clear()
 
     def batches(
         self, requests: Sequence[EditRequest], size: int | None, device: torch.device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,25 +14,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.anchors import Anchors, Examples, settings_of
+from lit_sparse.editing.anchors import Anchors, Examples, require_holdable
 from lit_sparse.editing.bases import require_able, require_editable, require_without_batches
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
 from lit_sparse.editing.measuring import Measurer, Questions, summarize, summary_of
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.results import Results, Row
+from lit_sparse.editing.settings import MEASURED, settings_of
 from lit_sparse.editing.side_by_side import train_each
+from lit_sparse.editing.starting import require_startable
 from lit_sparse.editing.training import Trained
-from lit_sparse.editing.ultraedit import Known, UltraEdit
+from lit_sparse.editing.ultraedit import UltraEdit
 from lit_sparse.editing.whole_weights import FineTuning
 from lit_sparse.errors import UsageError, require_range
 from lit_sparse.methods.method import Method
 from lit_sparse.modules.backbone import load_backbone
-from lit_sparse.modules.optimization import make_optimizer
-
-# Arguments that the results depend on, beside those that need a form of their own.
-_MEASURED = ("seed", "fluency_tokens", "generated_tokens", "generated_samples", "chat_template", "texts")
-_SETTINGS = ("steps", "requests_per_step", "prefixes", "stop_loss", "sequential", "save_edits", *_MEASURED)
 
 
 class Editor(LightningModule):
@@ -63,6 +59,8 @@ class Editor(LightningModule):
             small turns is edited breadth-first (LocFT-BF, arXiv:2509.22072).
         prefixes: Texts that the model writes; each prompt is also trained on after each of them.
         anchors: Texts on which an edit is to change nothing; None: none.
+        start_at_keys: Start A at the inputs that the answers have and the anchors have not
+            (:func:`~lit_sparse.editing.starting.start_at_keys`), for methods of linear layers whose B starts at zero.
         optimizer: Makes the optimizer of one edit; UltraEdit has none. RoseLoRA's release has a learning rate of 5e-4.
         stop_loss: An edit stops at this loss, in nats per token of the new answer, once the method's sparsity is final;
             in turns, the mean over one turn counts. 0.1 as in RoseLoRA's release. None: all steps are taken.
@@ -95,6 +93,7 @@ class Editor(LightningModule):
         requests_per_step: int | None = None,
         prefixes: int = 0,
         anchors: Anchors | None = None,
+        start_at_keys: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
         stop_loss: float | None = 0.1,
         sequential: bool = False,
@@ -121,8 +120,8 @@ class Editor(LightningModule):
         require_range("generated_samples", generated_samples, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
         require_without_batches(method)
-        if anchors is not None and requests_per_step is not None and not isinstance(method, UltraEdit):
-            raise UsageError("anchors need the probabilities for all requests at once: leave requests_per_step out.")
+        require_startable(method, start_at_keys)
+        require_holdable(anchors, method, in_turns=requests_per_step is not None)
         if retest_every is not None and not sequential:
             raise UsageError("retest_every measures a sequence of edits again: set sequential to true.")
         if (chat_template or generated_samples) and not generated_tokens:
@@ -134,6 +133,7 @@ class Editor(LightningModule):
         self.output, self.steps = output, steps
         self.requests_per_step = requests_per_step
         self.prefixes, self.anchors = prefixes, anchors
+        self.start_at_keys = start_at_keys
         self.optimizer = optimizer
         self.stop_loss = stop_loss
         self.sequential, self.retest_every = sequential, retest_every
@@ -169,11 +169,10 @@ class Editor(LightningModule):
         require_able(self.trainer, self.sequential)
         self._requests = data.requests
         self._edited = EditedModel(self.model)
-        how: dict[str, Any] = {name: getattr(self, name) for name in _MEASURED}
+        how: dict[str, Any] = {name: getattr(self, name) for name in MEASURED}
         self._measurer = Measurer(self.model, self.tokenizer, data.requests, batch_size=self.eval_batch_size, **how)
         self._examples = Examples(self.model, self.tokenizer, self.prefixes, self.anchors, self.seed)
-        self._results = Results(self.output, self._settings(data), self.global_rank)
-        self._known: Known = []
+        self._results = Results(self.output, settings_of(self, data), self.global_rank)
         self._so_far: list[EditRequest] = []
         self._edits_so_far = 0
 
@@ -199,7 +198,7 @@ class Editor(LightningModule):
         if self.sequential:
             self._retest()
             self._edited.restore()
-        self._known.clear()  # it may be large
+        self._examples.forget_inputs()  # they may be large
         self.trainer.strategy.barrier()
         summary: dict[str, Any] = {}
         if self.global_rank == 0:
@@ -213,7 +212,9 @@ class Editor(LightningModule):
         edits = [self._examples.batches(requests, self.requests_per_step, self.device) for requests in groups]
         seeds = [self.seed + requests[0].index for requests in groups]
         how = (self.method, self.steps, self.optimizer, self.stop_loss)
-        return train_each(self.model, edits, *how, seeds, None if self.sequential else self._known)
+        if self.sequential:
+            self._examples.forget_inputs()  # the last edit changed them
+        return train_each(self.model, edits, *how, seeds, self._examples.held, self.start_at_keys)
 
     def edit(self, requests: Sequence[EditRequest], trained: Trained | None = None) -> list[Row]:
         """Train one change for some requests, add it and measure it; take it out unless edits are in sequence.
@@ -237,7 +238,7 @@ class Editor(LightningModule):
         seconds = time.perf_counter() - start
         metrics = self._measurer.measure(questions, before)
         edit = Edit(
-            trained.patch, tuple(requests), tuple(metrics), repr(self.method), self._backbone_name(), trained.weights
+            trained.patch, tuple(requests), tuple(metrics), repr(self.method), self.backbone_name(), trained.weights
         )
         if self.save_edits:
             self._edited.with_base(edit).save(self._edit_file(requests))
@@ -278,23 +279,6 @@ class Editor(LightningModule):
     def _edit_file(self, requests: Sequence[EditRequest]) -> Path:
         return self._results.edits / f"{requests[0].index:06d}{SUFFIX}"
 
-    def _backbone_name(self) -> str:
+    def backbone_name(self) -> str:
+        """Hub id or folder of the backbone; empty if it is not known."""
         return self._backbone if isinstance(self._backbone, str) else str(getattr(self.model, "name_or_path", ""))
-
-    def _settings(self, data: EditingData) -> dict[str, Any]:
-        """Everything that the results depend on."""
-        optimizer = make_optimizer(self.optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}])
-        return {
-            "backbone": self._backbone_name(),
-            "tokenizer": self.tokenizer_name,
-            "backbone_args": str(self.backbone_args),
-            "method": repr(self.method),
-            "anchors": settings_of(self.anchors),
-            "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
-            "path": data.path,
-            "requests": hashlib.sha256(Path(data.path).read_bytes()).hexdigest(),
-            "batch_size": data.batch_size,
-            "side_by_side": 1 if self.sequential else data.side_by_side,
-            "precision": str(self.trainer.precision),
-            **{name: getattr(self, name) for name in _SETTINGS},
-        }

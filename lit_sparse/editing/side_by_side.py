@@ -20,9 +20,10 @@ from lit_sparse.adapters.modes import in_mode
 from lit_sparse.adapters.replacing import replace_modules
 from lit_sparse.adapters.rowwise import CannotShareError, Routes, RowwiseLinear
 from lit_sparse.data.padding import IGNORED
+from lit_sparse.editing.holding import HeldInputs, answers_of, equal_rows, held_of, price_of_adapters
 from lit_sparse.editing.objective import Objective
+from lit_sparse.editing.starting import start_at_keys
 from lit_sparse.editing.training import Trained, require_adapters_alone, train
-from lit_sparse.editing.ultraedit import Known
 from lit_sparse.editing.whole_weights import WholeWeights
 from lit_sparse.interchange.patches import patch_of
 from lit_sparse.methods.base import SparseMethod
@@ -59,7 +60,8 @@ def train_each(
     optimizer: OptimizerCallable,
     stop_loss: float | None,
     seeds: Sequence[int],
-    known: Known | None = None,
+    held: HeldInputs | None = None,
+    at_keys: bool = False,
 ) -> Iterator[Trained]:
     """Train a change for each edit, as ``train`` does; side by side where the results are the same to rounding.
 
@@ -74,7 +76,8 @@ def train_each(
         optimizer: As for ``train``.
         stop_loss: As for ``train``.
         seeds: The seed of each change.
-        known: As for ``train``.
+        held: As for ``train``.
+        at_keys: As for ``train``.
 
     Raises:
         UsageError: As ``train``.
@@ -83,7 +86,7 @@ def train_each(
     if len(edits) > 1 and isinstance(method, Method):
         try:
             together = _side_by_side(
-                model, [_whole(batches) for batches in edits], method, steps, optimizer, stop_loss, seeds
+                model, [_whole(batches) for batches in edits], method, steps, optimizer, stop_loss, seeds, held, at_keys
             )
         except CannotShareError as error:
             rank_zero_info(f"Edits are trained one after another: {error}.")
@@ -96,12 +99,11 @@ def train_each(
     if half:
         rank_zero_info(f"The memory is too small for {len(edits)} edits side by side: trying {half}.")
         for part in (slice(half), slice(half, None)):
-            yield from train_each(model, edits[part], method, steps, optimizer, stop_loss, seeds[part], known)
+            yield from train_each(model, edits[part], method, steps, optimizer, stop_loss, seeds[part], held, at_keys)
         return
-    known = [] if known is None else known
     for batches, seed in zip(edits, seeds, strict=True):
         torch.manual_seed(seed)
-        yield train(model, batches, method, steps, optimizer, stop_loss, known)
+        yield train(model, batches, method, steps, optimizer, stop_loss, held, at_keys)
 
 
 def _whole(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -118,6 +120,8 @@ def _side_by_side(
     optimizer: OptimizerCallable,
     stop_loss: float | None,
     seeds: Sequence[int],
+    held: HeldInputs | None,
+    at_keys: bool,
 ) -> list[tuple[Mapping[str, LowRankLinear], Trained]]:
     """Train a change on each batch, all in the same steps; afterwards the model is bit for bit what it was.
 
@@ -132,6 +136,8 @@ def _side_by_side(
         optimizer: Makes the optimizer from parameter groups.
         stop_loss: As for one edit.
         seeds: The seed of each edit, from which its adapters are drawn.
+        held: As for one edit.
+        at_keys: As for one edit.
 
     Returns:
         For each edit its adapters, outside of the model, and what else is known, without the patch.
@@ -145,13 +151,21 @@ def _side_by_side(
         raise CannotShareError(f"{type(method).__name__} has no ranks")
     if not method.acts_by_rank:
         raise CannotShareError(f"{type(method).__name__} compares the ranks of all layers")
+    held_rows = [held_of(batch) for batch in batches] if held is not None else []
+    if not all(equal_rows(held_rows[0], rows) for rows in held_rows):
+        raise CannotShareError("each edit has anchors of its own")
+    given, batches = batches, [answers_of(batch) for batch in batches] if held is not None else batches
     width = max(batch["labels"].shape[1] for batch in batches)
     names = dict.fromkeys(name for batch in batches for name in batch)
     rows = {name: torch.cat([_padded(batch, name, width) for batch in batches]) for name in names}
     sizes = torch.tensor([len(batch["labels"]) for batch in batches], device=rows["labels"].device)
     routes = Routes(torch.arange(len(batches), device=sizes.device).repeat_interleave(sizes))
     objective = Objective(model, rows, routes, len(batches))
-    with torch.enable_grad(), in_mode(model, training=True), _adapters(model, method, seeds, routes) as many:
+    alone = _alone(model, method, seeds, given, held, at_keys)
+    if held is not None:  # while the model takes rows of no edit
+        held.of(model, {name: model.get_submodule(name) for name in alone[0]}, given[:1])
+    with torch.enable_grad(), in_mode(model, training=True), _together(model, alone, routes) as many:
+        price = None if held is None else price_of_adapters(model, many.layers, given[:1], held)
         made = make_optimizer(optimizer, relative_groups(model, method))
         if type(made) not in _BY_ENTRY:
             raise CannotShareError(f"{type(made).__name__} may not step each entry by itself")
@@ -180,6 +194,8 @@ def _side_by_side(
                 if ready:
                     objective.leave_out(ready)
             whole.sum().backward()
+            if price is not None:
+                price(0)
             sparse.observe()
             made.step()
             made.zero_grad()
@@ -190,25 +206,38 @@ def _side_by_side(
     return [(many.alone[edit], replace(trained, seconds=seconds)) for edit, trained in sorted(ended.items())]
 
 
-@contextmanager
-def _adapters(model: nn.Module, method: SparseMethod, seeds: Sequence[int], routes: Routes) -> Iterator[_Many]:
-    """Put the adapters of all edits into the model, each drawn by its seed, and take them out again."""
+def _alone(
+    model: nn.Module,
+    method: SparseMethod,
+    seeds: Sequence[int],
+    batches: Sequence[Mapping[str, Tensor]],
+    held: HeldInputs | None,
+    at_keys: bool,
+) -> list[Mapping[str, LowRankLinear]]:
+    """The adapters of each edit, drawn by its seed, outside of the model."""
     if method.dropout:
         raise CannotShareError("the method has dropout")
-    alone = []
-    for seed in seeds:
+    alone: list[Mapping[str, LowRankLinear]] = []
+    for seed, batch in zip(seeds, batches, strict=True):
         torch.manual_seed(seed)
         adapters = inject(model, method)
         try:
             require_adapters_alone(model, method, adapters)
+            if at_keys:
+                start_at_keys(model, method, adapters, [batch], held)
         finally:
             take_out(model)
         others = {type(adapter).__name__ for adapter in adapters.values()} - {LowRankLinear.__name__}
         if others:
             raise CannotShareError(f"the method adapts layers as {sorted(others)}")
         alone.append(cast("dict[str, LowRankLinear]", adapters))
-    first = alone[0]
-    layers = {name: RowwiseLinear([adapters[name] for adapters in alone], routes) for name in first}
+    return alone
+
+
+@contextmanager
+def _together(model: nn.Module, alone: Sequence[Mapping[str, LowRankLinear]], routes: Routes) -> Iterator[_Many]:
+    """Put the adapters of all edits into the model, and take them out again."""
+    layers = {name: RowwiseLinear([adapters[name] for adapters in alone], routes) for name in alone[0]}
     try:
         replace_modules(model, {layer.layer: layer for layer in layers.values()})
         for layer in layers.values():

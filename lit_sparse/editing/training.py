@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lit_sparse.adapters.base import Adapter
 from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.adapters.modes import in_mode
+from lit_sparse.editing.holding import HeldInputs, answers_of, price_of_adapters, price_of_weights
 from lit_sparse.editing.objective import Objective
-from lit_sparse.editing.ultraedit import Known, Solver, UltraEdit, answers_of
+from lit_sparse.editing.starting import start_at_keys
+from lit_sparse.editing.ultraedit import Solver, UltraEdit
 from lit_sparse.editing.whole_weights import WholeWeights, changing
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of
@@ -50,14 +52,14 @@ class _Making:
 
     Args:
         weights: Number of weight entries that can change.
-        step: Takes a step after a backward pass.
+        step: Takes a step after a backward pass over the rows of a turn.
         patch: Gives the change so far.
         settled: Steps after which the method's sparsity is final.
         finish: Called at the end.
     """
 
     weights: int
-    step: Callable[[], None]
+    step: Callable[[int], None]
     patch: Callable[[], Patch]
     settled: int = 0
     finish: Callable[[], None] = lambda: None
@@ -70,7 +72,8 @@ def train(
     steps: int,
     optimizer: OptimizerCallable,
     stop_loss: float | None,
-    known: Known | None = None,
+    held: HeldInputs | None = None,
+    at_keys: bool = False,
 ) -> Trained:
     """Train a change on batches that take turns; afterwards the model is bit for bit what it was.
 
@@ -82,20 +85,23 @@ def train(
         optimizer: Makes the optimizer from parameter groups.
         stop_loss: Training stops at this loss, in nats per token, as the mean over the last step of every batch, once
             the method's sparsity is final; None: never.
-        known: What UltraEdit found out about texts that several changes of the same model hold.
+        held: The inputs of layers on the anchors, whose outputs are held; None: probabilities are, but for UltraEdit.
+        at_keys: Whether A starts as :func:`~lit_sparse.editing.starting.start_at_keys` says.
 
     Raises:
         UsageError: If the method trains more than the weights of its target layers, cannot work in so few steps, or has
             layers that it cannot change.
         TrainingError: If values become NaN or infinite; by UltraEdit alone.
     """
-    objectives = [Objective(model, answers_of(b) if isinstance(method, UltraEdit) else b) for b in batches]
+    if held is None and isinstance(method, UltraEdit):
+        held = HeldInputs()
+    objectives = [Objective(model, b if held is None else answers_of(b)) for b in batches]
     if isinstance(method, Method):
-        making = _adapters(model, method, steps, optimizer)
+        making = _adapters(model, method, steps, optimizer, batches, held, at_keys)
     elif isinstance(method, UltraEdit):
-        making = _solved(model, method, batches, [] if known is None else known)
+        making = _solved(model, method, batches, held or HeldInputs())
     else:
-        making = _fine_tuned(model, method, optimizer)
+        making = _fine_tuned(model, method, optimizer, batches, held)
     training = not isinstance(method, UltraEdit)  # whose release computes without dropout
     with torch.enable_grad(), in_mode(model, training=training), making as change:
         turn: deque[Tensor] = deque(maxlen=len(batches))
@@ -114,7 +120,7 @@ def train(
                     "not call them: name others."
                 )
             whole.sum().backward()
-            change.step()
+            change.step(taken % len(batches))
             taken += 1
         last = _mean(turn) + 0.0  # not -0.0; before reading the clock, which does not wait for the device
         seconds = time.perf_counter() - start
@@ -127,15 +133,28 @@ def _mean(losses: Iterable[Tensor]) -> float:
 
 
 @contextmanager
-def _adapters(model: nn.Module, method: Method, steps: int, optimizer: OptimizerCallable) -> Iterator[_Making]:
+def _adapters(
+    model: nn.Module,
+    method: Method,
+    steps: int,
+    optimizer: OptimizerCallable,
+    batches: Sequence[Mapping[str, Tensor]],
+    held: HeldInputs | None,
+    at_keys: bool,
+) -> Iterator[_Making]:
     """Inject the method's adapters, and take them out again."""
     adapters = inject(model, method)
     try:
         require_adapters_alone(model, method, adapters)
+        if at_keys:
+            start_at_keys(model, method, adapters, batches, held)
         made = make_optimizer(optimizer, relative_groups(model, method))
         sparse = SparseSteps(method, model, made, steps, alone=True)
+        price = None if held is None else price_of_adapters(model, adapters, batches, held)
 
-        def step() -> None:
+        def step(turn: int) -> None:
+            if price is not None:
+                price(turn)
             sparse.observe()
             made.step()
             made.zero_grad()
@@ -157,11 +176,20 @@ def require_adapters_alone(model: nn.Module, method: Method, adapters: Mapping[s
 
 
 @contextmanager
-def _fine_tuned(model: nn.Module, method: WholeWeights, optimizer: OptimizerCallable) -> Iterator[_Making]:
+def _fine_tuned(
+    model: nn.Module,
+    method: WholeWeights,
+    optimizer: OptimizerCallable,
+    batches: Sequence[Mapping[str, Tensor]],
+    held: HeldInputs | None,
+) -> Iterator[_Making]:
     with changing(model, method) as change:
         made = make_optimizer(optimizer, [{"params": list(change.weights.values())}])
+        price = None if held is None else price_of_weights(model, change, batches, held)
 
-        def step() -> None:
+        def step(turn: int) -> None:
+            if price is not None:
+                price(turn)
             made.step()
             made.zero_grad()
             torch.clear_autocast_cache()  # it keeps copies of weights in bfloat16 until the Trainer's step ends
@@ -171,9 +199,9 @@ def _fine_tuned(model: nn.Module, method: WholeWeights, optimizer: OptimizerCall
 
 @contextmanager
 def _solved(
-    model: nn.Module, method: UltraEdit, batches: Sequence[Mapping[str, Tensor]], known: Known
+    model: nn.Module, method: UltraEdit, batches: Sequence[Mapping[str, Tensor]], held: HeldInputs
 ) -> Iterator[_Making]:
     with changing(model, method) as change:
-        solver = Solver(model, method, change, batches, known)
+        solver = Solver(model, method, change, batches, held)
         with solver.watching():
-            yield _Making(change.count, solver.step, change.patch)
+            yield _Making(change.count, lambda _: solver.step(), change.patch)

@@ -8,19 +8,16 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.data.padding import IGNORED
+from lit_sparse.editing.holding import HeldInputs, answers_of, require_finite
 from lit_sparse.editing.watching import Places, watching
 from lit_sparse.editing.whole_weights import Changing, WholeWeights
-from lit_sparse.errors import TrainingError, UsageError, require_choice, require_range
+from lit_sparse.errors import UsageError, require_choice, require_range
+from lit_sparse.functional.keys import needed_features
 from lit_sparse.functional.ultraedit import Held, Ridge, RunningMoments, least_squares
 
 Normalization = Literal["lifelong", "turn"]
-_RARE = 1e-3  # a feature with less than this share of the mean counts as if it had that share
-Known = list[tuple[dict[str, Tensor], dict[str, Held]]]
-"""Rows that are held, and the inputs that each layer has there."""
 
 
 class UltraEdit(WholeWeights):
@@ -92,7 +89,7 @@ class Solver:
         method: The method.
         change: What may be changed.
         batches: The rows of each turn, as :class:`~lit_sparse.editing.objective.Objective` takes them.
-        known: What an earlier solver of the same layers found in the same model; then, what this one found.
+        held: What the layers have as inputs on the texts that are held.
 
     Raises:
         UsageError: If a layer is not linear, or does not see one input for each token, or there are too few tokens.
@@ -105,12 +102,10 @@ class Solver:
         method: UltraEdit,
         change: Changing,
         batches: Sequence[Mapping[str, Tensor]],
-        known: Known,
+        held: HeldInputs,
     ) -> None:
-        others = sorted(name for name, layer in change.layers.items() if not isinstance(layer, FrozenLinear))
-        if others:
-            raise UsageError(f"UltraEdit changes linear layers, and {others[:3]} are of other kinds: leave them out.")
-        self._model, self._method, self._change = model, method, change
+        change.require_linear("UltraEdit")
+        self._method, self._change = method, change
         for weight in change.weights.values():
             weight.requires_grad_(False)  # a step needs the gradients of outputs alone
         self._turns = [Places.of(answers_of(batch)["labels"] != IGNORED) for batch in batches]
@@ -122,15 +117,7 @@ class Solver:
         self._taken = 0
         self._moments: dict[torch.Size, RunningMoments] = {}
         self._ridges: dict[tuple[int, str], tuple[Tensor | None, Ridge]] = {}
-        self._held: list[dict[str, Held]] = []
-        held_of_turns = [_held_of(batch) for batch in batches]
-        known[:] = [one for one in known if any(_equal(one[0], rows) for rows in held_of_turns)]  # for it may be large
-        for rows in held_of_turns:
-            held = next((held for others, held in known if _equal(rows, others)), None)
-            if held is None:
-                held = self._inputs_of(rows)
-                known.append((rows, held))
-            self._held.append(held)
+        self._held = held.of(model, change.layers, batches)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -148,7 +135,7 @@ class Solver:
             if output is not None and output.grad is not None  # else the answers do not depend on it
         }
         self._seen.clear()
-        _require_finite([tensor for pair in found.values() for tensor in pair], f"in step {self._taken + 1}")
+        require_finite([tensor for pair in found.values() for tensor in pair], f"in step {self._taken + 1}")
         self._taken += 1
         if self._method.normalization == "lifelong":
             for name, pair in found.items():
@@ -156,24 +143,14 @@ class Solver:
         for name, (inputs, gradients) in found.items():
             if (turn, name) not in self._ridges:
                 held = self._held[turn].get(name) or Held(inputs[:0])
-                features = self._chosen(inputs, held)
+                features = needed_features(inputs.square().sum(0), held.squares, self._method.density)
                 self._ridges[turn, name] = features, held.ridge(features)
             features, ridge = self._ridges[turn, name]
             columns = slice(None) if features is None else features
             wanted = self._wanted(name, inputs, gradients)
             change = inputs.new_zeros(inputs.shape[1], wanted.shape[1])
             change[columns] = least_squares(inputs[:, columns], wanted, ridge)
-            is_transposed = isinstance(self._change.layers[name], Conv1D)
-            self._change.weights[name].add_(change if is_transposed else change.mT)
-
-    def _chosen(self, inputs: Tensor, held: Held) -> Tensor | None:
-        """The numbers of the input features that may change what the layer does; None: all."""
-        if self._method.density == 1:
-            return None
-        usual = held.squares + _RARE * held.squares.mean()
-        scores = inputs.square().sum(0) / usual.where(usual > 0, 1)
-        count = max(1, round(self._method.density * inputs.shape[1]))
-        return scores.topk(count).indices.sort().values
+            self._change.as_matrix(name, self._change.weights[name]).add_(change.mT)
 
     def _wanted(self, name: str, inputs: Tensor, gradients: Tensor) -> Tensor:
         """V."""
@@ -186,48 +163,3 @@ class Solver:
 
     def _moments_of(self, name: str) -> RunningMoments:
         return self._moments.setdefault(self._change.weights[name].shape, RunningMoments())
-
-    @torch.no_grad()
-    def _inputs_of(self, held: Mapping[str, Tensor]) -> dict[str, Held]:
-        if not len(held["labels"]):
-            return {}
-        arguments = {name: rows for name, rows in held.items() if name not in ("labels", "held")}
-        places = Places.of(held["held"] > 0)
-        with watching(self._change.layers, lambda: places) as seen:
-            self._model(**arguments, use_cache=False)
-        roots = held["held"].flatten()[places.flat + 1].sqrt()[:, None]
-        found = {name: Held(roots * inputs) for name, (inputs, _) in seen.items()}
-        _require_finite([held.squares for held in found.values()], "on the anchors")
-        return found
-
-
-def answers_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows that are not held."""
-    if "held" not in batch:
-        return dict(batch)
-    return {name: rows for name, rows in _some(batch, ~batch["held"].any(1)).items() if name != "held"}
-
-
-def _held_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows that are held."""
-    if "held" not in batch or not batch["held"].any():
-        return {"labels": batch["labels"][:0]}
-    return _some(batch, batch["held"].any(1))
-
-
-def _some(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
-    """Some rows, without columns that are padding in all of them."""
-    width = int(batch["attention_mask"][chosen].sum(1).max())
-    return {name: rows[chosen, :width] for name, rows in batch.items()}
-
-
-def _equal(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return rows.keys() == others.keys() and all(torch.equal(rows[name], others[name]) for name in rows)
-
-
-def _require_finite(tensors: Sequence[Tensor], where: str) -> None:
-    if tensors and not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():  # at once, for this waits
-        raise TrainingError(
-            f"UltraEdit found inputs or gradients of layers that are NaN or infinite, {where}: lower lr, or give the "
-            "model a wider dtype."
-        )

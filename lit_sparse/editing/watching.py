@@ -34,7 +34,7 @@ class Places(NamedTuple):
         sizes, own = ([size for size in shape if size != 1] for shape in (values.shape[:-1], self.shape))
         if sizes not in (own, [self.shape.numel()]):  # not in another order
             raise UsageError(
-                f"UltraEdit needs one input for each token, and {name!r} has others, of shape {tuple(values.shape)}: "
+                f"A layer must have one input for each token, and {name!r} has others, of shape {tuple(values.shape)}: "
                 "leave the layer out (exclude_modules)."
             )
         return values.flatten(0, -2)[self.flat].to(torch.promote_types(values.dtype, torch.float32))
@@ -58,7 +58,7 @@ def watching(layers: Mapping[str, nn.Module], places: Callable[[], Places]) -> I
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if name in seen:
                 raise UsageError(
-                    f"UltraEdit needs one input for each token, and the model calls {name!r} twice: leave the layer "
+                    f"A layer must have one input for each token, and the model calls {name!r} twice: leave the layer "
                     "out (exclude_modules)."
                 )
             inputs = places().rows(args[0] if args else next(iter(kwargs.values())), name)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.adapters.experts import ExpertWeight
+from lit_sparse.adapters.linear import FrozenLinear
 from lit_sparse.adapters.selection import select_layers
 from lit_sparse.errors import UsageError
 from lit_sparse.interchange.patches import Patch, patch_of_deltas
@@ -69,6 +71,16 @@ class Changing:
     def count(self) -> int:
         """Number of their entries."""
         return sum(weight.numel() for weight in self.weights.values())
+
+    def require_linear(self, what: str) -> None:
+        """Raise a UsageError, which says what needs linear layers, if one is of another kind."""
+        others = sorted(name for name, layer in self.layers.items() if not isinstance(layer, FrozenLinear))
+        if others:
+            raise UsageError(f"{what} changes linear layers, and {others[:3]} are of other kinds: leave them out.")
+
+    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape, seen as ``(out_features, in_features)``."""
+        return tensor.mT if isinstance(self.layers[name], Conv1D) else tensor
 
     def patch(self) -> Patch:
         """The changes so far."""

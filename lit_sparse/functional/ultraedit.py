@@ -18,7 +18,22 @@ class Held:
         """Of each input feature, shape ``(in_features,)``."""
         self._few = len(rows) < rows.shape[1]
         self._kept = rows if self._few else rows.double().mT @ rows.double()
+        self._narrow = self._kept
         self._whole: Ridge | None = None
+
+    def weighed(self, matrix: Tensor) -> Tensor:
+        """M XᵀX in the precision of M, whose shape is ``(..., in_features)``."""
+        if self._narrow.dtype != matrix.dtype:
+            self._narrow = self._kept.to(matrix.dtype)
+        return (matrix @ self._narrow.mT) @ self._narrow if self._few else matrix @ self._narrow
+
+    def gram(self, features: Tensor | None = None) -> Tensor:
+        """XᵀX in float64, of all features or of some, whose numbers are given."""
+        chosen = slice(None) if features is None else features
+        if not self._few:
+            return self._kept[chosen][:, chosen]
+        rows = self._kept[:, chosen].double()
+        return rows.mT @ rows
 
     def ridge(self, features: Tensor | None = None) -> Ridge:
         """For all features, or for some of them, whose numbers are given."""

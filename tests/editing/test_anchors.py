@@ -16,10 +16,11 @@ import lit_sparse as ls
 from lit_sparse.adapters.rowwise import Routes
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.anchors import Examples, settings_of
+from lit_sparse.editing.anchors import Examples
 from lit_sparse.editing.edits import Edit, EditedModel, load_edit
 from lit_sparse.editing.objective import Objective
 from lit_sparse.editing.requests import EditRequest
+from lit_sparse.editing.settings import of_anchors
 from lit_sparse.editing.training import train
 from lit_sparse.errors import UsageError
 
@@ -199,9 +200,9 @@ def test_texts_of_a_file(folder, tmp_path):
         ls.Anchors(general=0, texts=str(file))
     with pytest.raises(UsageError, match="texts are given, and tokens is 1"):
         ls.Anchors(tokens=1, texts=str(file))
-    before = settings_of(anchors)
+    before = of_anchors(anchors)
     file.write_text(file.read_text() + '{"text": ["the", "man"]}\n')
-    assert settings_of(anchors) != before, "a run is not continued with other texts"
+    assert of_anchors(anchors) != before, "a run is not continued with other texts"
     for bad in ('{"text": ["the", "man"]}', '{"text": 5}', '{"words": "the man"}', "[1]", '{"text": "the'):
         file.write_text(f'{{"text": "the cat is good"}}\n\n{bad}\n')
         with pytest.raises(UsageError, match=r"Line 3 of .*texts.jsonl' must have a text, .* it is "):
@@ -244,6 +245,7 @@ def test_from_the_command_line(folder, tmp_path, monkeypatch):
 def test_wrong_arguments(folder):
     for wrong, message in [
         ({"weight": 0.0}, "weight must be above 0"),
+        ({"hold": "answers"}, "hold must be"),
         ({"of_subject": 7}, "of_subject must be"),
         ({"general": -1}, "general must be at least 0"),
         ({"tokens": 0}, "tokens must be at least 1"),
@@ -254,8 +256,10 @@ def test_wrong_arguments(folder):
     method = ls.LoRA(["down_proj"], rank=2)
     with pytest.raises(UsageError, match="prefixes must be at least 0"):
         ls.Editor(str(folder / "llama"), method, "out", prefixes=-1)
-    with pytest.raises(UsageError, match="leave requests_per_step out"):
-        ls.Editor(str(folder / "llama"), method, "out", anchors=ls.Anchors(), requests_per_step=2)
+    with pytest.raises(UsageError, match="with requests_per_step: set hold of the anchors to outputs"):
+        ls.Editor(str(folder / "llama"), method, "out", anchors=ls.Anchors(hold="probabilities"), requests_per_step=2)
+    with pytest.raises(UsageError, match="cannot hold probabilities with UltraEdit"):
+        ls.Editor(str(folder / "llama"), ls.UltraEdit(), "out", anchors=ls.Anchors(hold="probabilities"))
 
 
 def test_texts_that_cannot_be_written(folder, tmp_path):

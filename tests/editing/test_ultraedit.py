@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import lit_sparse as ls
 from lit_sparse.data.padding import IGNORED
+from lit_sparse.editing import holding
 from lit_sparse.editing.edits import load_edit
+from lit_sparse.editing.holding import HeldInputs, answers_of
 from lit_sparse.editing.side_by_side import train_each
 from lit_sparse.editing.training import Trained, train
-from lit_sparse.editing.ultraedit import Known, Solver, answers_of
 from lit_sparse.errors import TrainingError, UsageError
 from lit_sparse.functional.ultraedit import Held, RunningMoments, least_squares
 from lit_sparse.interchange.patches import add
@@ -189,17 +190,17 @@ def test_texts_that_several_turns_and_edits_hold_are_read_once(monkeypatch):
                 "held": torch.cat([torch.zeros(group["labels"].shape), held]),
             }
         )
-    read, inputs_of = [], Solver._inputs_of
-    monkeypatch.setattr(Solver, "_inputs_of", lambda *args: read.append(1) or inputs_of(*args))
+    read, inputs_of = [], holding._inputs_of
+    monkeypatch.setattr(holding, "_inputs_of", lambda *args: read.append(1) or inputs_of(*args))
     method, model = ls.UltraEdit(TARGETS, lr=1e-3), llama()
     edits = [turns[:2], turns[2:]]
-    known: Known = []
+    known = HeldInputs()
     found = list(train_each(model, edits, method, 4, torch.optim.SGD, None, [0, 1], known))
-    assert len(read) == len(known) == 1
+    assert len(read) == len(known._known) == 1
     turns[1]["held"][-1, 1] *= 1 + 1e-6  # no longer the same
     assert len(list(train_each(model, edits, method, 4, torch.optim.SGD, None, [0, 1], known))) == 2
     assert len(read) == 1 + 1
-    assert len(known) == 1, "what the last edit does not hold is forgotten"
+    assert len(known._known) == 1, "what the last edit does not hold is forgotten"
     again = [made(model, turns[:2], 4), made(model, turns[2:], 4)]
     assert len(read) == 1 + 1 + 2 + 1
     for one, other in zip(found, again, strict=True):
@@ -344,7 +345,7 @@ def test_an_answer_that_is_certain_stays():
 
 
 def test_values_that_are_not_finite_end_it():
-    with pytest.raises(TrainingError, match=r"NaN or infinite, in step [23]: lower lr"):
+    with pytest.raises(TrainingError, match=r"NaN or infinite, in step [23]: lower the learning rate"):
         made(llama().float(), batches(1), 5, normalization="turn", lr=1e30)
     (group,) = batches(1)
     rows = {name: torch.cat([tensor, tensor]) for name, tensor in group.items()}
