@@ -476,8 +476,8 @@ def _edits_by(cells: list[dict[str, Any]], title: str, figure: Callable[[list[di
     names = [name for name in _FIGURES if any(name in cell["figures"] for cell in cells)]
     measured = " | ".join(name.replace("_", " ") for name in names)
     lines = [
-        f"| {title} | lr | {measured} | weights changed | steps | s per edit |",
-        "|---|---|" + "---|" * (len(names) + 3),
+        f"| {title} | lr | edits | {measured} | weights changed | steps | s per edit |",
+        "|---|---|---|" + "---|" * (len(names) + 3),
     ]
     for method, lr in dict.fromkeys((cell["method"], cell["lr"]) for cell in cells):
         own = [cell for cell in cells if (cell["method"], cell["lr"]) == (method, lr)]
@@ -486,15 +486,17 @@ def _edits_by(cells: list[dict[str, Any]], title: str, figure: Callable[[list[di
             for name in ("mean_changed_share", "mean_steps", "seconds_per_edit")
         )
         figures = " | ".join(figure(own, name) for name in names)
-        lines.append(f"| {method} | {lr:g} | {figures} | {changed:.1%} | {steps:.1f} | {seconds:.2f} |")
+        edits = sum(cell["figures"]["edit_success"]["requests"] for cell in own)
+        lines.append(f"| {method} | {lr:g} | {edits} | {figures} | {changed:.1%} | {steps:.1f} | {seconds:.2f} |")
     return "\n".join(lines)
 
 
 def _of_requests(cells: list[dict[str, Any]], name: str) -> str:
     """The mean over requests, and its standard error; of each request, over the seeds."""
-    if name in EACH:
+    if all(name in cell.get("each", {}) for cell in cells):
         return _mean_and_error(list(_over_requests(cells, name).values()))
-    return f"{statistics.mean(cell['figures'][name]['mean'] for cell in cells):.3f}"
+    found = cells[0]["figures"].get(name)
+    return "" if found is None else f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
 
 
 def _over_requests(cells: list[dict[str, Any]], name: str) -> dict[tuple[str, int], float]:
@@ -515,6 +517,7 @@ def _mean_and_error(values: Sequence[float]) -> str:
 
 def _edits_compared(cells: list[dict[str, Any]]) -> str:
     """What RoseLoRA from keys is ahead of others by, on the same requests of all sources."""
+    cells = [cell for cell in cells if "each" in cell]
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     ours = next((method for method in methods if "from keys" in method), None)
     if ours is None:

@@ -134,7 +134,7 @@ def test_a_configuration_edits(path, tmp_path, monkeypatch):
         "trainer.devices": 1,
         "trainer.enable_progress_bar": "false",
     }
-    if "ultraedit" in path.name:
+    if "layers" in yaml.safe_load(path.read_text())["model"]["init_args"]["method"]["init_args"]:
         options["model.init_args.method.init_args.layers"] = "[0, 1]"  # tiny models have two blocks
     main(["edit", "--config", str(path), *(f"--{key}={value}" for key, value in options.items())])
     rows = read_lines(tmp_path / "output" / "results.jsonl")
@@ -142,8 +142,9 @@ def test_a_configuration_edits(path, tmp_path, monkeypatch):
     assert all(row["steps"] > 0 and "locality/Forgetfulness" in row for row in rows)
     # A random model gives the gates of SoRA no reason to stay.
     assert all(row["changed"] > 0 or "sora" in path.name.split("_") for row in rows)
-    # The schedule of RoseLoRA is over within an edit.
-    assert all(row["changed_share"] < 0.1 or "roselora" not in path.name for row in rows)
+    # The schedule of RoseLoRA is over within an edit. From keys, all ranks begin with a fifth of the columns.
+    most = 0.25 if "keys" in path.name else 0.1
+    assert all(row["changed_share"] < most or "roselora" not in path.name for row in rows)
 
 
 @pytest.mark.slow
