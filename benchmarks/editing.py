@@ -95,7 +95,7 @@ def methods(target: str, rank: int, density: float) -> dict[str, Any]:
         TUNED: lambda *_: ls.FineTuning([target], BLOCKS),
         HELD: lambda *_: ls.FineTuning([target], BLOCKS),
         # It starts with its share of the input features, so that masks can be final early.
-        KEYS: lambda *_: ls.RoseLoRA([target], BLOCKS, rank=8, alpha=16, density=0.2, begin=2, end=5),
+        KEYS: lambda *_: ls.RoseLoRA([target], layers=BLOCKS, rank=8, alpha=16, density=0.2, begin=2, end=5),
     }
 
 

@@ -138,12 +138,10 @@ def _factors(
     batches: Sequence[Mapping[str, Tensor]], held: Sequence[Mapping[str, Held]], weights: Mapping[str, Tensor]
 ) -> list[dict[str, Tensor]]:
     """The factors w / Σ_s w(s) ‖W x(s)‖² of each turn; held inputs have the roots of the shares w(s) of w."""
-    found = []
-    for batch, inputs in zip(batches, held, strict=True):
-        wide = {name: weights[name].to(torch.promote_types(weights[name].dtype, torch.float32)) for name in inputs}
-        usual = {name: (inputs[name].weighed(weight) * weight).sum() for name, weight in wide.items()}
-        found.append({name: batch["held"].sum() / one.clamp(min=_TINY) for name, one in usual.items()})
-    return found
+    return [
+        {name: batch["held"].sum() / one.moved(weights[name]).clamp(min=_TINY) for name, one in inputs.items()}
+        for batch, inputs in zip(batches, held, strict=True)
+    ]
 
 
 def answers_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

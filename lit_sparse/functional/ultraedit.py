@@ -19,6 +19,7 @@ class Held:
         self._few = len(rows) < rows.shape[1]
         self._kept = rows if self._few else rows.double().mT @ rows.double()
         self._narrow = self._kept
+        self._moved: Tensor | None = None
         self._whole: Ridge | None = None
 
     def weighed(self, matrix: Tensor) -> Tensor:
@@ -26,6 +27,13 @@ class Held:
         if self._narrow.dtype != matrix.dtype:
             self._narrow = self._kept.to(matrix.dtype)
         return (matrix @ self._narrow.mT) @ self._narrow if self._few else matrix @ self._narrow
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """‖X Wᵀ‖² for the weight of the layer, shape ``(out_features, in_features)``; computed once."""
+        if self._moved is None:
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            self._moved = (self.weighed(wide) * wide).sum()
+        return self._moved
 
     def gram(self, features: Tensor | None = None) -> Tensor:
         """XᵀX in float64, of all features or of some, whose numbers are given."""
