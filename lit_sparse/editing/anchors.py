@@ -17,11 +17,14 @@ from lit_sparse.editing.holding import HeldInputs
 from lit_sparse.editing.requests import EditRequest
 from lit_sparse.editing.teacher_forcing import Forced, collate, encode, read_texts
 from lit_sparse.editing.ultraedit import UltraEdit
+from lit_sparse.editing.whole_weights import WholeWeights
 from lit_sparse.editing.writing import SAMPLING, Writer
 from lit_sparse.errors import UsageError, reason_of, require_choice, require_range
+from lit_sparse.methods.base import SparseMethod
 from lit_sparse.modules.language_modeling import WITHOUT_SAMPLING
 
 Hold = Literal["outputs", "probabilities"]
+_WEIGHTS = {"outputs": 300.0, "probabilities": 1.0}
 # Those of the release of MEMIT (Meng et al. 2022, arXiv:2210.07229), whose prefixes begin with them.
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _OF_SUBJECT = ("{} is", "{} was", "{}", "The name of {}", "{}, who", "{} has")
@@ -35,7 +38,8 @@ class Anchors:
     """Texts on which an edit is to change nothing. The model writes them itself, unless there is a file.
 
     Either the ``outputs`` of the layers that change are held there, or the ``probabilities`` of the tokens. To hold
-    outputs takes one pass over the texts for all edits of a model, and in a step a product with one matrix per layer.
+    outputs takes one pass over the texts, and in a step a product with one matrix per layer. Edits that hold the same
+    texts share pass and matrices; texts on subjects are each edit's own, and such edits are trained one after another.
     The loss of an edit gets ``weight`` times
 
     - ``outputs``: the sum over the layers of Σ_s ‖ΔW x(s)‖² / Σ_s ‖W x(s)‖², with the inputs x(s) that a layer of the
@@ -44,10 +48,11 @@ class Anchors:
 
     Args:
         hold: What is held. UltraEdit, and requests that take turns, need ``outputs``.
-        weight: Price of a change, in units of the loss of the new answer. A change of outputs by a hundredth costs
-            ``weight`` / 10,000 for each layer. For UltraEdit, the sum of the weights w of all tokens.
+        weight: Price of a change, in units of the loss of the new answer; None: 300 for outputs, of which a change by a
+            hundredth then costs 0.03 for each layer, and 1 for probabilities. For UltraEdit, the sum of the weights w
+            of all tokens.
         of_subject: Texts on the subject of each request, at most 6, such as "SUBJECT was …". A request without a
-            subject has none.
+            subject has none. While requests take turns, the matrices of every turn with such texts are kept.
         general: Texts on anything, drawn once, or the first ones of ``texts``.
         tokens: Longest continuation, or part of a text of the file, in tokens. The first token of a text of the file is
             not held.
@@ -58,7 +63,7 @@ class Anchors:
     """
 
     hold: Hold = "outputs"
-    weight: float = 300.0
+    weight: float | None = None
     of_subject: int = 6
     general: int = 6
     tokens: int = 12
@@ -66,6 +71,8 @@ class Anchors:
 
     def __post_init__(self) -> None:
         require_choice("hold", self.hold, get_args(Hold))
+        if self.weight is None:
+            object.__setattr__(self, "weight", _WEIGHTS[self.hold])
         require_range("weight", self.weight, above=0)
         require_range("of_subject", self.of_subject, at_least=0, at_most=len(_OF_SUBJECT))
         require_range("general", self.general, at_least=0)
@@ -80,9 +87,16 @@ class Anchors:
 
 def require_holdable(anchors: Anchors | None, method: object, in_turns: bool) -> None:
     """Refuse anchors that a method cannot hold, or not while requests take turns."""
+    if anchors is None:
+        return
     what = "requests_per_step" if in_turns else "UltraEdit" if isinstance(method, UltraEdit) else None
-    if anchors is not None and anchors.hold == "probabilities" and what is not None:
+    if anchors.hold == "probabilities" and what is not None:
         raise UsageError(f"Anchors cannot hold probabilities with {what}: set hold of the anchors to outputs.")
+    if anchors.hold == "outputs" and not isinstance(method, SparseMethod | WholeWeights):
+        raise UsageError(
+            f"Anchors cannot hold outputs with {type(method).__name__}, which has neither A and B nor whole weights: "
+            "set hold of the anchors to probabilities."
+        )
 
 
 class Examples:
@@ -158,7 +172,7 @@ class Examples:
                 f"Nothing is held while the answer to {requests[0].prompt!r} changes: the request has no subject, or "
                 "the model writes nothing on it, and general is 0."
             )
-        return collate(self._tokenizer, encode(self._tokenizer, prompts), held, self._anchors.weight)
+        return collate(self._tokenizer, encode(self._tokenizer, prompts), held, self._anchors.weight or 0.0)
 
     def _after_prefixes(self, prompt: str) -> list[str]:
         return [f"{prefix}. {prompt}" for prefix in self._prefixes]

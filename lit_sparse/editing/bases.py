@@ -26,10 +26,15 @@ def require_editable(model: nn.Module) -> None:
         )
 
 
-def require_without_batches(method: object) -> None:
-    """Refuse a method whose adapters start from training batches, of which an edit has none."""
+def require_zero_start(method: object) -> None:
+    """Refuse a method whose adapters start from training batches, of which an edit has none, or out of the weights."""
     if isinstance(method, Method) and method.batch_start is not None:
         raise UsageError(f"{method.batch_start} starts from training batches, and an edit has none: leave it out.")
+    if isinstance(method, Method) and method.changes_weights:
+        raise UsageError(
+            f"init_weights {method.init_weights!r} changes the frozen weights, and an edit must be removable: set it "
+            "to 'lora'."
+        )
 
 
 def require_able(trainer: Trainer, sequential: bool) -> None:

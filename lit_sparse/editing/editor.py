@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
 from lit_sparse.editing.anchors import Anchors, Examples, require_holdable
-from lit_sparse.editing.bases import require_able, require_editable, require_without_batches
+from lit_sparse.editing.bases import require_able, require_editable, require_zero_start
 from lit_sparse.editing.data import EditingData
 from lit_sparse.editing.edits import SUFFIX, Edit, EditedModel, load_edit
 from lit_sparse.editing.measuring import Measurer, Questions, summarize, summary_of
@@ -119,7 +119,7 @@ class Editor(LightningModule):
         require_range("generated_tokens", generated_tokens, at_least=0)
         require_range("generated_samples", generated_samples, at_least=0)
         require_range("eval_batch_size", eval_batch_size, at_least=1)
-        require_without_batches(method)
+        require_zero_start(method)
         require_startable(method, start_at_keys)
         require_holdable(anchors, method, in_turns=requests_per_step is not None)
         if retest_every is not None and not sequential:
@@ -233,7 +233,7 @@ class Editor(LightningModule):
         if trained is None:
             (trained,) = self._train([requests])
         else:
-            start -= trained.seconds
+            start -= trained.whole_seconds
         self._edited.add(Edit(trained.patch))  # without a base: the edit was made for this model
         seconds = time.perf_counter() - start
         metrics = self._measurer.measure(questions, before)

@@ -19,7 +19,7 @@ from lit_sparse.functional.ultraedit import Held
 
 Adds = Callable[[int], None]
 """Adds the gradients of a price in a turn, whose number it takes."""
-_TINY = torch.finfo(torch.float32).tiny
+_TINY = torch.finfo(torch.float32).tiny ** 0.5  # its inverse, times a price, is finite
 
 
 class HeldInputs:
@@ -67,7 +67,8 @@ def price_of_adapters(
 
         w · Σ over layers of  Σ_s ‖D x(s)‖² / Σ_s ‖W x(s)‖²
 
-    with the inputs x(s) of a layer where the anchors' tokens s are predicted, and the anchors' ``weight`` w.
+    with the inputs x(s) of a layer where the anchors' tokens s are predicted, and the anchors' ``weight`` w. A layer
+    whose outputs are all zero there has no price. Gates that are random in training count as in evaluation.
 
     Args:
         model: The model.
@@ -138,10 +139,15 @@ def _factors(
     batches: Sequence[Mapping[str, Tensor]], held: Sequence[Mapping[str, Held]], weights: Mapping[str, Tensor]
 ) -> list[dict[str, Tensor]]:
     """The factors w / Σ_s w(s) ‖W x(s)‖² of each turn; held inputs have the roots of the shares w(s) of w."""
-    return [
-        {name: batch["held"].sum() / one.moved(weights[name]).clamp(min=_TINY) for name, one in inputs.items()}
-        for batch, inputs in zip(batches, held, strict=True)
-    ]
+    found: list[dict[str, Tensor]] = []
+    for batch, inputs in zip(batches, held, strict=True):
+        found.append({})
+        for name, one in inputs.items():
+            with no_autocast(weights[name]):
+                usual = one.moved(weights[name])
+            # A layer that puts out nothing has no usual size to compare with, and no price.
+            found[-1][name] = (batch["held"].sum() / usual.clamp(min=_TINY)).where(usual > 0, 0)
+    return found
 
 
 def answers_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +160,7 @@ def answers_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def held_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows that are held."""
     if "held" not in batch or not batch["held"].any():
-        return {"labels": batch["labels"][:0]}
+        return {"labels": batch["labels"][:0, :0]}
     return _some(batch, batch["held"].any(1))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lit_sparse.data.tokenizers import load_tokenizer
-from lit_sparse.editing.bases import require_editable, require_without_batches
+from lit_sparse.editing.bases import require_editable, require_zero_start
 from lit_sparse.editing.edits import Edit, EditedModel
 from lit_sparse.editing.measuring import Measurer, Questions, Unedited
 from lit_sparse.editing.requests import EditRequest
@@ -72,7 +72,7 @@ def edit_fact(
         UsageError: If the model cannot be loaded or is quantized, an argument is outside its range, or prompt or answer
             is empty.
     """
-    require_without_batches(method)
+    require_zero_start(method)
     require_range("steps", steps, at_least=1)
     require_range("stop_loss", stop_loss, above=0)
     for name, text in (("prompt", prompt), ("target", target)):

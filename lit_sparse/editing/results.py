@@ -81,6 +81,8 @@ class Results:
         return {row["index"]: row for file in sorted(self._parts.glob("*.jsonl")) for row in _lines(file)}
 
     def _require_same(self, settings: Mapping[str, Any]) -> None:
+        if not self._read() and not any(self.edits.glob("*")):
+            return  # nothing that other settings could be mixed with
         try:
             before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):

@@ -151,6 +151,7 @@ def _side_by_side(
         raise CannotShareError(f"{type(method).__name__} has no ranks")
     if not method.acts_by_rank:
         raise CannotShareError(f"{type(method).__name__} compares the ranks of all layers")
+    begin = time.perf_counter()
     held_rows = [held_of(batch) for batch in batches] if held is not None else []
     if not all(equal_rows(held_rows[0], rows) for rows in held_rows):
         raise CannotShareError("each edit has anchors of its own")
@@ -177,7 +178,7 @@ def _side_by_side(
         def end(edits: Iterable[int], taken: int, losses: Sequence[float]) -> None:
             for edit in edits:
                 many.end(edit)
-                ended[edit] = Trained({}, weights, taken, losses[edit] + 0.0, 0.0)  # not -0.0
+                ended[edit] = Trained({}, weights, taken, losses[edit] + 0.0, 0.0, 0.0)  # not -0.0
 
         start, random_state = time.perf_counter(), _random_state(sizes.device)
         for taken in range(steps):
@@ -200,10 +201,14 @@ def _side_by_side(
             made.step()
             made.zero_grad()
         last = losses.tolist()
-        seconds = (time.perf_counter() - start) / len(batches)
+        over = time.perf_counter()
+        seconds, whole_seconds = (over - start) / len(batches), (over - begin) / len(batches)
         sparse.finish()
         end(set(range(len(batches))) - set(ended), steps, last)
-    return [(many.alone[edit], replace(trained, seconds=seconds)) for edit, trained in sorted(ended.items())]
+    return [
+        (many.alone[edit], replace(trained, seconds=seconds, whole_seconds=whole_seconds))
+        for edit, trained in sorted(ended.items())
+    ]
 
 
 def _alone(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse.adapters.base import Adapter
+from lit_sparse.adapters.fused import no_autocast
 from lit_sparse.adapters.linear import LowRankLinear
 from lit_sparse.adapters.modes import in_mode
 from lit_sparse.data.padding import IGNORED
-from lit_sparse.editing.holding import HeldInputs, answers_of
+from lit_sparse.editing.holding import HeldInputs, answers_of, require_finite
 from lit_sparse.editing.objective import Objective
 from lit_sparse.editing.watching import Places, watching
 from lit_sparse.errors import UsageError
@@ -24,9 +25,8 @@ from lit_sparse.methods.method import Method
 
 def require_startable(method: object, start_at_keys: bool) -> None:
     """Refuse a method whose adapters cannot start at keys."""
-    able = isinstance(method, SparseMethod) and method.init_weights == "lora"
-    if start_at_keys and not able:
-        raise UsageError(f"start_at_keys sets A where B starts at zero, and {method!r} has none such: leave it out.")
+    if start_at_keys and not isinstance(method, SparseMethod):
+        raise UsageError(f"start_at_keys starts A, and {type(method).__name__} has no A: leave it out.")
 
 
 def start_at_keys(
@@ -56,6 +56,7 @@ def start_at_keys(
 
     Raises:
         UsageError: If an adapter is not one of a linear layer, or a layer does not see one input for each token.
+        TrainingError: If inputs or gradients are not finite.
 
     Source:
         The keys of ROME (Meng et al. 2022, arXiv:2202.05262), as a start.
@@ -64,34 +65,36 @@ def start_at_keys(
     if others:
         raise UsageError(f"start_at_keys is for linear layers, and {others[:3]} are of other kinds: leave them out.")
     inputs_held = {} if held is None else held.of(model, adapters, batches)[0]
-    gradients: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in adapters}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in adapters}
     with torch.enable_grad(), in_mode(model, training=False):
         for batch in map(answers_of, batches):
             places = Places.of(batch["labels"] != IGNORED)
             with watching(adapters, lambda places=places: places) as seen:  # type: ignore[misc]
                 loss, _ = Objective(model, batch)(model)
                 loss.sum().backward()
-            for name, (inputs, output) in seen.items():
+            for name, (own, output) in seen.items():
                 if output is not None and output.grad is not None:  # else the answers do not depend on it
-                    gradient = inputs.mT @ places.rows(output.grad, name)
-                    gradients[name] = gradients.get(name, 0) + gradient
-                    squares[name] = squares.get(name, 0) + inputs.square().sum(0)
+                    inputs[name].append(own)
+                    gradients[name].append(places.rows(output.grad, name))
     for adapter in adapters.values():
         adapter.zero_grad()
-    for name, gradient in gradients.items():
-        adapter = adapters[name]
-        share = adapter.overrides.get("density", getattr(method, "density", None) or 1.0)
-        _start(adapter, gradient, squares[name], inputs_held.get(name), share)
+    require_finite([tensor for rows in (*inputs.values(), *gradients.values()) for tensor in rows], "before the edit")
+    for name, adapter in adapters.items():
+        if inputs[name]:
+            share = adapter.overrides.get("density", getattr(method, "density", None) or 1.0)
+            _start(adapter, torch.cat(inputs[name]), torch.cat(gradients[name]), inputs_held.get(name), share)
 
 
 @torch.no_grad()
-def _start(adapter: Adapter, gradient: Tensor, squares: Tensor, held: Held | None, share: float) -> None:
+def _start(adapter: Adapter, inputs: Tensor, gradients: Tensor, held: Held | None, share: float) -> None:
     lora_A: Any = adapter.lora_A
-    features = needed_features(squares, torch.zeros_like(squares) if held is None else held.squares, share)
-    norms = lora_A.norm(dim=1, keepdim=True)
-    if features is not None:
-        lora_A.mul_(torch.zeros_like(lora_A[0]).index_fill(0, features, 1.0))
-    directions = key_directions(gradient, held, features, len(lora_A))
-    lora_A[: len(directions)] = directions.to(lora_A.dtype)
-    lora_A.mul_(norms / lora_A.norm(dim=1, keepdim=True))
+    with no_autocast(lora_A):
+        squares = inputs.square().sum(0)
+        features = needed_features(squares, torch.zeros_like(squares) if held is None else held.squares, share)
+        norms = lora_A.norm(dim=1, keepdim=True)
+        if features is not None:
+            lora_A.mul_(torch.zeros_like(lora_A[0]).index_fill(0, features, 1.0))
+        directions = key_directions(inputs, gradients, held, features, len(lora_A))
+        lora_A[: len(directions)] = directions.to(lora_A.dtype)
+        lora_A.mul_(norms / lora_A.norm(dim=1, keepdim=True))

@@ -37,6 +37,7 @@ class Trained:
         steps: Optimizer steps taken.
         loss: The last loss, in nats per token: the mean over the batches that took turns.
         seconds: Time of the steps alone.
+        whole_seconds: Time of all, such as the reading of anchors.
     """
 
     patch: Patch
@@ -44,6 +45,7 @@ class Trained:
     steps: int
     loss: float
     seconds: float
+    whole_seconds: float
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,16 @@ def train(
             layers that it cannot change.
         TrainingError: If values become NaN or infinite; by UltraEdit alone.
     """
-    if held is None and isinstance(method, UltraEdit):
-        held = HeldInputs()
-    objectives = [Objective(model, b if held is None else answers_of(b)) for b in batches]
-    if isinstance(method, Method):
+    begin, training = time.perf_counter(), True
+    if isinstance(method, UltraEdit):
+        held = held or HeldInputs()  # it always holds outputs
+        training = False  # for its release computes without dropout
+        making = _solved(model, method, batches, held)
+    elif isinstance(method, Method):
         making = _adapters(model, method, steps, optimizer, batches, held, at_keys)
-    elif isinstance(method, UltraEdit):
-        making = _solved(model, method, batches, held or HeldInputs())
     else:
         making = _fine_tuned(model, method, optimizer, batches, held)
-    training = not isinstance(method, UltraEdit)  # whose release computes without dropout
+    objectives = [Objective(model, batch if held is None else answers_of(batch)) for batch in batches]
     with torch.enable_grad(), in_mode(model, training=training), making as change:
         turn: deque[Tensor] = deque(maxlen=len(batches))
         start = time.perf_counter()
@@ -125,7 +127,7 @@ def train(
         last = _mean(turn) + 0.0  # not -0.0; before reading the clock, which does not wait for the device
         seconds = time.perf_counter() - start
         change.finish()
-        return Trained(change.patch(), change.weights, taken, last, seconds)
+        return Trained(change.patch(), change.weights, taken, last, seconds, time.perf_counter() - begin)
 
 
 def _mean(losses: Iterable[Tensor]) -> float:

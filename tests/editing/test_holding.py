@@ -1,6 +1,7 @@
 """Holding the outputs of layers: what changes of adapters and of whole weights cost, and what it is good for."""
 
 import json
+import math
 from pathlib import Path
 
 import lightning as L
@@ -173,15 +174,36 @@ def test_what_cannot_be_held_is_refused():
     model, groups = llama(), [anchored(batches(1)[0])]
     for method, message in [
         (ls.LoRA(["embed_tokens"], rank=2), "'model.embed_tokens' is adapted as .*: leave it out, or set hold"),
-        (ls.LoRA(["down_proj"], rank=2, init_weights="pissa"), "change by A and B from zero"),
         (ls.SHiRA(["down_proj"]), "is adapted as DeltaLinear"),
         (ls.FineTuning(["embed_tokens"]), "with anchors that hold outputs, changes linear layers"),
     ]:
         before = {name: p.clone() for name, p in model.named_parameters()}
         with pytest.raises(UsageError, match=message):
             train(model, groups, method, 3, adam, None, HeldInputs())
-        if getattr(method, "init_weights", "lora") != "pissa":
-            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(UsageError, match="cannot hold outputs with SHiRA"):
+        ls.Editor("folder", ls.SHiRA(["down_proj"]), "out", anchors=ls.Anchors())
+
+
+@pytest.mark.parametrize("method", [METHODS["lora"], ls.FineTuning(["v_proj", "down_proj"])], ids=["lora", "weights"])
+def test_a_layer_without_outputs_has_no_price(method):
+    model = llama().float()
+    model.model.layers[1].mlp.down_proj.weight.zero_()
+    found = train(model, [anchored(batches(1)[0], weight=300.0)], method, 3, adam, None, HeldInputs())
+    assert math.isfinite(found.loss)
+    assert all(bool(entries.values.isfinite().all()) for entries in found.patch.values())
+    assert "model.layers.1.mlp.down_proj.weight" in found.patch
+
+
+def test_weights_are_those_of_what_is_held():
+    assert (ls.Anchors().weight, ls.Anchors(hold="probabilities").weight) == (300.0, 1.0)
+
+
+def test_edits_that_hold_nothing_are_side_by_side(caplog):
+    with caplog.at_level("INFO"):
+        found = trained(llama(), batches(3), METHODS["lora"], 3, adam, None, range(3), HeldInputs())
+    assert "one after another" not in caplog.text
+    assert len(found) == 3
 
 
 def test_a_batch_without_anchors_costs_nothing():

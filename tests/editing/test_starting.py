@@ -7,12 +7,12 @@ from edit_groups import adam, alone, anchored, batches, held_rows, llama, requir
 from transformers import GPT2LMHeadModel
 
 import lit_sparse as ls
-from lit_sparse.adapters.injection import inject
+from lit_sparse.adapters.injection import inject, take_out
 from lit_sparse.data.padding import IGNORED
 from lit_sparse.editing.holding import HeldInputs, answers_of
 from lit_sparse.editing.starting import start_at_keys
 from lit_sparse.editing.training import train
-from lit_sparse.errors import UsageError
+from lit_sparse.errors import TrainingError, UsageError
 
 LLAMA = ["v_proj", "down_proj"]
 ROSE = ls.RoseLoRA(LLAMA, rank=4, alpha=16, density=0.25, begin=1, end=4)
@@ -114,8 +114,19 @@ def test_a_single_token_leaves_other_rows_to_chance_within_the_features():
 
 
 def test_what_is_refused():
-    for method in (ls.FineTuning(), ls.UltraEdit(), ls.SHiRA(LLAMA), ls.LoRA(LLAMA, init_weights="pissa")):
-        with pytest.raises(UsageError, match="start_at_keys sets A where B starts at zero"):
+    for method in (ls.FineTuning(), ls.UltraEdit(), ls.SHiRA(LLAMA)):
+        with pytest.raises(UsageError, match=f"start_at_keys starts A, and {type(method).__name__} has no A"):
             ls.Editor("folder", method, "out", start_at_keys=True)
+    with pytest.raises(UsageError, match="'pissa' changes the frozen weights, and an edit must be removable"):
+        ls.Editor("folder", ls.LoRA(LLAMA, init_weights="pissa"), "out")
     with pytest.raises(UsageError, match=r"start_at_keys is for linear layers, and \['model.embed_tokens'\]"):
         train(llama(), batches(1), ls.LoRA(["embed_tokens"], rank=2), 3, adam, None, at_keys=True)
+    model, (group,) = llama(), batches(1)
+    model.model.embed_tokens.weight[5] = float("nan")
+    group["input_ids"].fill_(5)
+    with pytest.raises(TrainingError, match="NaN or infinite, before the edit"):
+        train(model, [group], ROSE, 3, adam, None, at_keys=True)
+
+
+def test_half_precision_starts")
+s=s[:a]+
