@@ -128,5 +128,22 @@ def test_what_is_refused():
         train(model, [group], ROSE, 3, adam, None, at_keys=True)
 
 
-def test_half_precision_starts")
-s=s[:a]+
+def test_half_precision_starts_where_full_precision_does():
+    """Rounding gives a single token no more directions than its own: the other rows stay random."""
+    model, (group,) = llama().float(), batches(1)
+    group["labels"][:, :-1] = IGNORED
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        adapters = inject(model, ROSE)
+        drawn = {name: adapter.lora_A.detach().clone() for name, adapter in adapters.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            start_at_keys(model, ROSE, adapters, [group], HeldInputs())
+        found.append([adapter.lora_A[0].detach().clone() for adapter in adapters.values()])
+        for name, adapter in adapters.items():
+            kept = drawn[name] * (adapter.lora_A != 0)
+            alike = torch.nn.functional.cosine_similarity(kept[1:], adapter.lora_A[1:])
+            torch.testing.assert_close(alike, torch.ones_like(alike))
+        take_out(model)
+    for full, half in zip(*found, strict=True):
+        assert torch.nn.functional.cosine_similarity(full, half, dim=0).abs() > 0.95
