@@ -48,8 +48,8 @@ def edit_fact(
         edit.save("lyon.safetensors")
         edited.restore()  # the model as it was, bit for bit
 
-    The defaults are the settings with which RoseLoRA had the best locality on SmolLM2-135M (docs/editing.md, "A real
-    model"; ``configs/editing/roselora_smollm2.yaml``). Another model may need another learning rate. A warning says if
+    The defaults are the settings of RoseLoRA from a random start on SmolLM2-135M (docs/editing.md, "A real model";
+    ``configs/editing/roselora_smollm2.yaml``). Another model may need another learning rate. A warning says if
     the edited model does not give the new answer.
 
     Args:
