@@ -519,17 +519,19 @@ def _edits_compared(cells: list[dict[str, Any]]) -> str:
     """What RoseLoRA from keys is ahead of others by, on the same requests of all sources."""
     cells = [cell for cell in cells if "each" in cell]
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    ours = next((method for method in methods if "from keys" in method), None)
-    if ours is None:
+    ours = [method for method in methods if "from keys" in method]
+    if not ours:
         return ""
-    count = len(_over_requests([cell for cell in cells if cell["method"] == ours], "edit_success"))
+    requests = len(_over_requests(cells, "edit_success"))
     lines = [
-        f"| {ours}, minus … ({count} requests, ± paired standard error) | {' | '.join(EACH).replace('_', ' ')} |",
+        f"| {requests} requests, difference ± paired standard error | {' | '.join(EACH).replace('_', ' ')} |",
         "|---|" + "---|" * len(EACH),
     ]
-    for other in methods:
-        if other != ours:
-            lines.append(f"| {other} | {' | '.join(_ahead(cells, ours, other, name) for name in EACH)} |")
+    for method in ours:
+        for other in methods:
+            if other not in ours:
+                ahead = " | ".join(_ahead(cells, method, other, name) for name in EACH)
+                lines.append(f"| {method}, minus {other} | {ahead} |")
     return "\n".join(lines)
 
 
