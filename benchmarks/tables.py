@@ -445,11 +445,9 @@ def of_many_edits(cells: Cells) -> str:
     return "\n\n".join(["\n".join(lines), _tried([c for c in cells.values() if c["phase"] == "search"])])
 
 
-_FIGURES = ("edit_success", "rephrase", "portability", "locality", "fluency")
-
-
 EACH = ("edit_success", "rephrase", "portability", "locality")
 """Metrics of which the value of each request is kept."""
+_FIGURES = (*EACH, "fluency")
 
 
 def of_editing(cells: Cells) -> str:

@@ -95,7 +95,6 @@ def test_side_by_side_as_if_alone(method, with_anchors):
             found.append(train(model, [group], method, 8, adam, None, HeldInputs(), at_keys=True))
         return found
 
-    # Rows that the gradient leaves to chance differ in sign only where singular values are equal.
     require_alike(trained(model, groups, method, 8, adam, None, range(3), HeldInputs(), True), one_by_one(), model)
     plain = [answers_of(group) for group in groups]
     assert alone(model, plain, method, 8, adam, None)[0].loss != pytest.approx(one_by_one()[0].loss, rel=1e-3)
